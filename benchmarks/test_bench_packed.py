@@ -18,8 +18,7 @@ from harness import DEVICE, Work
 from torch import Tensor, nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.huge_pages import move_into_huge_pages
-from maskpro_kernels.packed import hold_in_huge_pages
+from maskpro_kernels.packed import hold_in_huge_pages, move_into_huge_pages
 
 PATTERN = "2:4"
 DTYPE = "bfloat16"

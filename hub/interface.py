@@ -1,6 +1,5 @@
 """Kernels that draw N:M masks, multiply under them, and multiply with packed N:M weights."""
 
-from .dense_forward import dense
 from .functional.linear import codes_linear, masked_linear, straight_through_linear
 from .functional.masks import (
     expand_mask,
@@ -12,6 +11,6 @@ from .functional.masks import (
     shard_counter,
     top_n_mask,
 )
-from .modules import MaskedLinear, advance, log_prob
+from .modules import MaskedLinear, advance, dense, log_prob
 from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
 from .pattern import NMPattern

@@ -1,7 +1,6 @@
 """Fused kernels for learning and running N:M sparse language models."""
 
 from .checkpoint_shards import load_checkpoint_shards
-from .dense_forward import dense
 from .functional.linear import (
     codes_linear,
     masked_linear,
@@ -24,7 +23,7 @@ from .learn.reinforce import Reinforce
 from .learn.step import StepRecord
 from .learn.straight_through import StraightThrough
 from .learn.trainer import MaskTrainer
-from .modules import MaskedLinear, advance, log_prob
+from .modules import MaskedLinear, advance, dense, log_prob
 from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
 from .pattern import NMPattern
 from .prune.convert import Conversion, convert

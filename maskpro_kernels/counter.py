@@ -1,4 +1,4 @@
-"""Where a mask comes from: the counter of its draw, the state in which layers share one, a mask that is cached."""
+"""Sources of masks: the counter of a draw, the state in which layers share one, and a mask that is cached."""
 
 from __future__ import annotations
 
@@ -61,41 +61,10 @@ class CounterState(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.int64, device=device), persistent=False)
 
 
-# Of a mask that is not drawn, where one is asked for
-NO_COUNTER = Counter(None, None, None, None, 0, 0)
-
-
-class MaskSource(NamedTuple):
-    """Where the mask of a matrix [rows, K] comes from.
-
-    Attributes:
-        tensor: by ``kind``.
-        kind: "drawn": drawn from the logits ``tensor`` [rows, K] at ``counter``. "codes": the group codes ``tensor``
-            [rows, K / M].
-        n, m: of the pattern.
-        inv_temperature: of a draw.
-        counter: of a draw.
-        codes: group codes [rows, K / M] of a draw that has been made already; None where it has not.
-    """
-
-    tensor: Tensor
-    kind: str
-    n: int
-    m: int
-    inv_temperature: float = 1.0
-    counter: Counter | None = None
-    codes: Tensor | None = None
-
-    @property
-    def known(self) -> MaskSource:
-        """The same mask, by its codes where these are there."""
-        return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m)
-
-
 class CachedMask:
-    """Group codes of a layer's draw that is made once and used several times, as long as it is the current one.
+    """Group codes of a layer's draw that is made once and used several times, and of what they were drawn.
 
-    A copy of a layer has none: a deep copy or a pickle of this is None.
+    A copy of a layer holds no draw: a deep copy or a pickle of this is None.
 
     Args:
         codes: group codes [out, K / M].
@@ -109,18 +78,10 @@ class CachedMask:
     def __reduce__(self) -> tuple:
         return type(None), ()
 
-    def is_of(self, logits: Tensor, state: CounterState) -> bool:
-        """True where a draw would give the same: the same tensors, of which none has been changed since."""
-        return self._of == versions(logits, state)
-
     def codes_of(self, logits: Tensor, state: CounterState) -> Tensor:
-        """The codes.
-
-        Raises:
-            RuntimeError: if logits, seed, step or draw have changed since the draw.
-        """
+        """The codes; RuntimeError if logits, seed, step or draw have changed since the draw."""
         # a compiled graph holds no such numbers
-        if not torch.compiler.is_compiling() and not self.is_of(logits, state):
+        if not torch.compiler.is_compiling() and self._of != versions(logits, state):
             raise RuntimeError(
                 "masks: expected logits, seed, step and draw to stay as they are inside of `drawn`, got some that have "
                 "changed; leave it first, and draw again"
@@ -129,10 +90,59 @@ class CachedMask:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor has been changed in place; of those of inference mode nobody counts it."""
+    """How often a tensor has been changed in place; None of those of inference mode, which are not counted."""
     return None if tensor.is_inference() else tensor._version
 
 
 def versions(logits: Tensor, state: CounterState) -> list[int | None]:
-    """Identities and versions of the tensors of a draw: others where another one would follow."""
+    """Identities and versions of all that a draw depends on, equal as long as none of these tensors has changed."""
     return [value for x in (logits, state.seed, state.step, state.draw) for value in (id(x), version_of(x))]
+
+
+# Of a mask that is not drawn, where one is asked for
+NO_COUNTER = Counter(None, None, None, None, 0, 0)
+
+
+class MaskSource(NamedTuple):
+    """Source of the mask of a matrix [rows, K].
+
+    Attributes:
+        tensor: by ``kind``.
+        kind: "drawn": drawn from the logits ``tensor`` [rows, K] at ``counter``. "codes": the group codes ``tensor``
+            [rows, K / M]. "applied": the weight is under its mask already, as ranks gather it; ``tensor`` has the
+            logits that learn, of any shape, or is None.
+        n, m: of the pattern.
+        inv_temperature: of a draw.
+        counter: of a draw.
+        codes: group codes [rows, K / M] of a draw that has been made already; None where it has not.
+    """
+
+    tensor: Tensor | None
+    kind: str
+    n: int
+    m: int
+    inv_temperature: float = 1.0
+    counter: Counter | None = None
+    codes: Tensor | None = None
+
+    @property
+    def known(self) -> MaskSource:
+        """The mask by its codes where these are there."""
+        return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m)
+
+    def of(self, tensor: Tensor | None, device: torch.device) -> MaskSource:
+        """The mask by that tensor, on the device unless codes are there, which say all."""
+        if tensor is not None and self.codes is None and self.kind != "applied":
+            tensor = tensor.to(device)
+        return self._replace(tensor=tensor)
+
+    def flat(self) -> tuple:
+        """Parts as the operations take them: torch.library's schemas know no tuples of tensors and numbers."""
+        *source, counter, codes = self
+        return *source, *(counter or NO_COUNTER), codes
+
+    @classmethod
+    def unflat(cls, source: Tensor, kind: str, n: int, m: int, inv_temperature: float, *rest) -> MaskSource:
+        """``flat`` undone."""
+        *counter, codes = rest
+        return cls(source, kind, n, m, inv_temperature, Counter(*counter) if kind == "drawn" else None, codes)

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .counter import CachedMask, Counter, CounterState, MaskSource
-from .fsdp import Place, RowShard, attach, check_in_memory
+from .fsdp import Place, RowShard, attach, check_in_memory, check_not_sharded
 from .functional.checks import (
-    LOGIT_DTYPES,
     check_codes,
     check_exactly_n,
+    check_floats,
     check_gap,
-    check_known,
-    check_like,
+    check_groups,
+    check_int,
+    check_scalar,
     check_shard,
-    check_step,
     check_weight,
     describe,
+    device_of_logits,
     matrix_of,
 )
-from .functional.gathered_linear import GatheredMask, gathered_linear
-from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
-from .functional.logits_device import device_of_logits, page_locked
+from .functional.linear import LogitsBackward, linear_under
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
-from .ops.onnx_graph import in_onnx_export, top_n_weight
+from .ops.dispatch import in_onnx_export
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
 
-Result = TypeVar("Result")
+
+@torch._disable_dynamo
+def _outside_of_graphs(layer: MaskedLinear, input: Tensor) -> Tensor:
+    """``layer.forward(input)``, which no graph of ``torch.compile`` takes in.
+
+    A graph would hold the ``logits_backward`` of the step it was made in, and what that reads and writes beside the
+    tensors.
+    """
+    return layer.forward(input)
+
+
+def _warn_of_lost_slopes(grad: Tensor) -> None:
+    warnings.warn(
+        "MaskedLinear: a backward came through masks that do not learn from it, only other parameters do. Take "
+        "MaskTrainer, MaskOptimizer, or in transformers' Trainer the callback MaskCallback. If masks are to stay as "
+        "they are, call requires_grad_(False) of their logits",
+        stacklevel=2,
+    )
 
 
 def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,7 +91,7 @@ class MaskedLinear(nn.Module):
             draws by itself.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
-        is_dense: whether ``forward`` multiplies with the whole weight, see ``dense_forward``.
+        is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
         shard: what this rank holds where fully_shard of torch has cut the layer over ranks, a ``RowShard``; else None.
             ``weight`` and ``logits`` are then DTensors, and codes those of these rows.
 
@@ -97,22 +113,16 @@ class MaskedLinear(nn.Module):
     ):
         super().__init__()
         self.pattern = NMPattern(pattern)
-        m = self.pattern.m
         for name, tensor in (("weight", weight), ("logits", logits)):
-            if tensor.dtype not in LOGIT_DTYPES:
-                raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-        if weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[1] % m:
-            raise ValueError(f"weight: expected [out, K] with K divisible by {m}, above 0, got {list(weight.shape)}")
-        if logits.shape != weight.shape:
-            raise ValueError(f"logits: expected shape {list(weight.shape)}, got {list(logits.shape)}")
-        if logits.is_meta != weight.is_meta:
-            raise ValueError(f"logits: expected a tensor that fits a weight on {weight.device}, got {describe(logits)}")
+            check_floats(name, tensor)
+            if tensor.dim() != 2:
+                raise ValueError(f"{name}: expected a tensor [out, K], got {describe(tensor)}")
+            check_groups(name, tensor, self.pattern)
+        if logits.shape != weight.shape or logits.is_meta != weight.is_meta:
+            raise ValueError(f"logits: expected those of a weight {describe(weight)}, got {describe(logits)}")
         if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-            raise ValueError(
-                f"bias: expected shape {[weight.shape[0]]} of {weight.dtype}, got {list(bias.shape)} of {bias.dtype}"
-            )
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
-            raise ValueError(f"layer: expected an int in [0, {MAX_LAYERS}), got {layer!r}")
+            raise ValueError(f"bias: expected [{weight.shape[0]}] of {weight.dtype}, got {describe(bias)}")
+        check_int("layer", layer, MAX_LAYERS)
         group_row_stride = check_shard(weight.shape, self.pattern, group_offset, group_row_stride)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -162,11 +172,7 @@ class MaskedLinear(nn.Module):
         check_gap(gap, logits_dtype)
         device = linear.weight.device if logits_device is None else device_of_logits(logits_device)
         check_in_memory("linear", linear)
-        if linear.weight.dtype not in LOGIT_DTYPES or linear.in_features % pattern.m:
-            raise ValueError(
-                f"linear: expected float32, bfloat16 or float16 and in_features divisible by {pattern.m}, "
-                f"got {linear.weight.dtype} and {linear.in_features}"
-            )
+        check_weight(linear.weight, pattern, "linear")
         if not torch.isfinite(linear.weight).all():
             raise ValueError("linear: expected finite weights, got NaN or infinity")
         if isinstance(init, Tensor):
@@ -179,7 +185,12 @@ class MaskedLinear(nn.Module):
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
         if linear.weight.is_cuda and device.type == "cpu":
-            logits = page_locked(logits)
+            try:
+                # from which a GPU copies while it computes; torch rounds its bytes up to a power of two
+                logits = logits.pin_memory()
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"logits_device: no page-locked memory, logits are waited for: {reason}", stacklevel=2)
         where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
         # a layer that stands for one stored transposed has a view of it
         weight = linear.weight.detach().contiguous()
@@ -187,81 +198,52 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
-        return self.product(input) if self.shard is None else self.shard.forward(input)
-
-    def product(self, input: Tensor) -> Tensor:
-        """``forward`` of the layer, or of the part of it that this rank holds."""
+        if self.shard is not None:
+            return self.shard.forward(input)
+        weight, bias, learns = self.own_weight, self.own_bias, self.training and self.logits_backward is not None
         if self.is_dense:
-            return nn.functional.linear(input, self.own_weight, self.own_bias)
-        if self.training and self.logits_backward is not None:
-            if getattr(self.logits_backward, "moves_logits", False):
-                # late: it loads torch's compiler
-                from .graph_break import straight_through
-
-                return straight_through(self, input)
-            return self.straight_through(input)
-
-        def product(logits: Tensor) -> Tensor:
-            y, _ = linear_under(input, self.own_weight, self.own_bias, self._mask(logits, self.training).known)
-            return y
-
+            return nn.functional.linear(input, weight, bias)
         if not self.training and in_onnx_export():
-            weight = top_n_weight(self.own_weight, self.own_logits, self.pattern.n, self.pattern.m)
-            return nn.functional.linear(input, weight, self.own_bias)
-
-        y = self._with_logits(product, drawn=self.training)
-        return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
+            return nn.functional.linear(
+                input, _onnx_weight(weight, self.own_logits, self.pattern.n, self.pattern.m), bias
+            )
+        if learns and torch.compiler.is_compiling() and getattr(self.logits_backward, "moves_logits", False):
+            return _outside_of_graphs(self, input)
+        y, _ = linear_under(
+            input, weight, bias, self._mask(self.training), logits_backward=self.logits_backward if learns else None
+        )
+        return y if learns else self._warning(y)
 
     def gathered_product(self, input: Tensor, weight: Tensor, is_current: Callable[[], bool]) -> Tensor:
-        """``forward`` by a masked weight that has been gathered, which is that of now while ``is_current()``."""
+        """``forward`` by a masked weight [out, K] that ranks have gathered, while ``is_current()`` that of now."""
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "weight: expected a frozen one in a layer that fully_shard has cut, got one that requires a gradient; "
+                "weights learn as wholes alone"
+            )
         learns = self.training and self.logits_backward is not None
-        slopes = (self.logits, self.logits_backward) if learns else ()
-        y = gathered_linear(input, weight, self.own_bias, GatheredMask(is_current, *slopes))
-        return telling_of_lost_slopes(y) if self.training and not learns and self.logits.requires_grad else y
+        mask = MaskSource(self.logits if learns else None, "applied", self.pattern.n, self.pattern.m)
+        of_learning = {"logits_backward": self.logits_backward} if learns else {}
+        y, _ = linear_under(input, weight, self.own_bias, mask, is_current=is_current, **of_learning)
+        return y if learns else self._warning(y)
 
-    def straight_through(self, input: Tensor) -> Tensor:
-        """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""
+    def _warning(self, y: Tensor) -> Tensor:
+        """The output; in training its backward warns that the logits get no gradient from it."""
+        if self.training and self.logits.requires_grad and y.requires_grad and not torch.compiler.is_compiling():
+            y.register_hook(_warn_of_lost_slopes)
+        return y
 
-        def product(logits: Tensor) -> Tensor:
-            mask = self._mask(logits, drawn=True)
-            return straight_through_under(input, self.own_weight, self.own_bias, mask, self.logits_backward)
-
-        return self._with_logits(product, drawn=True)
-
-    def _mask(self, logits: Tensor, drawn: bool) -> MaskSource:
+    def _mask(self, drawn: bool) -> MaskSource:
         """The source of the mask that is drawn at the current step, or else of the N largest logits."""
-        check_weight(self.own_weight, self.pattern)
+        weight, n, m = self.own_weight, self.pattern.n, self.pattern.m
+        check_weight(weight, self.pattern)
         cached = self.cached_codes if drawn else None
-        if cached is None:
-            check_like("logits", logits, "weight", self.own_weight)
-        matrix, n, m = matrix_of("logits", logits, self.pattern), self.pattern.n, self.pattern.m
-        if not drawn:
-            return MaskSource(ops.top_n_mask(matrix.detach(), n, m), "codes", n, m)
-        return MaskSource(matrix, "drawn", n, m, counter=self.counter(), codes=cached)
-
-    def _with_logits(self, function: Callable[[Tensor], Result], drawn: bool) -> Result:
-        """``function(logits)``, differentiable, with logits on the weight's device, unless a draw of them is cached."""
-        if self.logits.device == self.weight.device or (drawn and self.cached_mask is not None):
-            return function(self.logits if self.shard is None else self.logits.to_local())
-        logits = self.logits_on_device()
-        if not torch.is_grad_enabled():
-            return function(logits)
-        away, version = object(), self.logits._version
-
-        def pack(saved: Tensor):
-            same = saved.device == logits.device and saved.dtype == logits.dtype and saved.is_set_to(logits)
-            return away if same else saved
-
-        def unpack(saved) -> Tensor:
-            if saved is not away:
-                return saved
-            if self.logits._version != version:
-                raise RuntimeError("logits: expected those of the forward in its backward, got logits that have moved")
-            return self.logits_on_device().detach()
-
-        # else the graph would keep the copies of all layers on the device until backward
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return function(logits)
+        logits = matrix_of("logits", self.own_logits, self.pattern)
+        if logits.shape != weight.shape:
+            raise ValueError(f"logits: expected those of a weight {list(weight.shape)}, got {describe(logits)}")
+        if drawn:
+            return MaskSource(logits, "drawn", n, m, counter=self.counter(), codes=cached)
+        return MaskSource(ops.top_n_mask(logits.detach().to(weight.device), n, m), "codes", n, m)
 
     def logits_on_device(self) -> Tensor:
         """The logits that this rank holds on the weight's device: themselves, or where they live elsewhere a copy."""
@@ -302,8 +284,9 @@ class MaskedLinear(nn.Module):
         return self._weight_under(drawn=False)
 
     def _weight_under(self, drawn: bool) -> Tensor:
-        logits = self.own_logits if drawn and self.cached_mask is not None else self.logits_on_device()
-        weight = ops.masked_weight(self.own_weight.contiguous(), self._mask(logits.detach(), drawn))
+        mask = self._mask(drawn)
+        mask = mask.of(mask.tensor.detach(), self.weight.device)
+        weight = ops.masked_weight(self.own_weight.contiguous(), mask)
         return weight if self.shard is None else self.shard.distributed(weight)
 
     @property
@@ -315,13 +298,17 @@ class MaskedLinear(nn.Module):
         """Group codes [out, K / M] of the draw at the current step."""
         if (cached := self.cached_codes) is not None:
             return cached
-        mask = self._mask(self.logits_on_device().detach(), drawn=True)
-        return ops.sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
+        mask = self._mask(drawn=True)
+        logits = mask.tensor.detach().to(self.weight.device)
+        return ops.sample_mask(logits, mask.n, mask.m, mask.inv_temperature, mask.counter)
 
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         codes = self.drawn_codes()
-        own = self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum(), drawn=False)
+        away = self.logits.device != self.weight.device
+        # else the graph would keep the copies of all layers on the device until backward
+        with torch.autograd.graph.save_on_cpu() if away else nullcontext():
+            own = mask_log_prob(self.logits_on_device(), codes, self.pattern).sum()
         return own if self.shard is None else self.shard.summed(own)
 
     @property
@@ -348,7 +335,7 @@ class MaskedLinear(nn.Module):
         """
         state, device = self.counter_state, self.weight.device
         key = state.seed, state.step, self.layer_id, state.draw
-        check_step(state.step)
+        check_scalar("step", state.step, 0, MAX_STEPS)
         if any(part.device != device for part in key):
             # the layers of a model may have been spread over devices since they were made
             if any(part.is_meta for part in key):
@@ -387,26 +374,17 @@ class MaskedLinear(nn.Module):
         saved = state_dict.get(f"{prefix}_extra_state")
         if saved is not None:
             *_, errors = args
-            if saved.shape != (8,):
-                errors.append(
-                    f"state_dict: expected extra state of shape [8], got {list(saved.shape)} in {prefix!r}, as another "
-                    f"version saves it"
-                )
-                return
-            _, n, m, _, step, *place, _ = saved.tolist()
-            if not 0 <= step < MAX_STEPS:
-                errors.append(f"state_dict: expected a step in [0, {MAX_STEPS}), got {step} in {prefix!r}")
-                return
-            if (n, m) != (self.pattern.n, self.pattern.m):
-                errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
-                return
             own = [self.group_offset, self.group_row_stride]
-            if place != own:
-                errors.append(
-                    f"state_dict: expected group_offset and group_row_stride {own}, got those of another shard, "
-                    f"{place}, in {prefix!r}"
-                )
-                return
+            _, n, m, _, step, *place, _ = saved.tolist() if saved.shape == (8,) else [0] * 8
+            for fits, expected, got in (
+                (saved.shape == (8,), "extra state of shape [8]", f"{list(saved.shape)}, as another version saves it"),
+                (0 <= step < MAX_STEPS, f"a step in [0, {MAX_STEPS})", step),
+                ((n, m) == (self.pattern.n, self.pattern.m), f"logits of pattern {self.pattern}", f"{n}:{m}"),
+                (place == own, f"group_offset and group_row_stride {own}", f"those of another shard, {place}"),
+            ):
+                if not fits:
+                    errors.append(f"state_dict: expected {expected}, got {got} in {prefix!r}")
+                    return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -415,6 +393,14 @@ class MaskedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}, layer={self.layer}{shard if self.is_shard else ''}"
         )
+
+
+def _onnx_weight(weight: Tensor, logits: Tensor, n: int, m: int) -> Tensor:
+    """The weight [out, K] under the N largest logits [out, K] of every group, in operations that ONNX has."""
+    # ties go to the lower index in ONNX's TopK
+    largest = logits.unflatten(-1, (-1, m)).topk(n, dim=-1).indices
+    kept = largest.unsqueeze(-2) == torch.arange(m, device=weight.device).unsqueeze(-1)
+    return torch.where(kept.any(-1).flatten(-2), weight, 0.0)
 
 
 @contextmanager
@@ -442,6 +428,38 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return layers
 
 
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """All masked layers multiply with their whole weights, in train and in eval mode: the model is its own teacher.
+
+    There is no second copy of a weight, and no memory is needed beyond activations. Other modules keep their modes. The
+    backward of a forward whose activations are computed anew has to come within it as well.
+
+    Args:
+        model: with MaskedLinear layers.
+
+    Raises:
+        ValueError: if the model has no MaskedLinear, fully_shard has cut layers, or kept weights have changed: what it
+            was converted from is no longer there.
+    """
+    layers = masked_layers(model)
+    check_not_sharded(layers, "ranks are sent kept values alone; take a dense model of its own")
+    changed = [name for name, layer in layers.items() if layer.weight_changed]
+    if changed:
+        raise ValueError(
+            f"model: expected the weights that it was converted with, got kept ones that were refitted or trained in "
+            f"{changed}: what the dense model gives has to be computed before"
+        )
+    before = {layer: layer.is_dense for layer in layers.values()}
+    try:
+        for layer in before:
+            layer.is_dense = True
+        yield
+    finally:
+        for layer, is_dense in before.items():
+            layer.is_dense = is_dense
+
+
 def counter_states(model: nn.Module) -> list[CounterState]:
     """The distinct counter_states of a model: one, or one a device where layers are spread over several."""
     return list({id(layer.counter_state): layer.counter_state for layer in masked_layers(model).values()}.values())
@@ -459,7 +477,7 @@ def advance(model: nn.Module) -> None:
     """
     states = counter_states(model)
     for counter_state in states:
-        check_known("step", counter_state.step, 0, MAX_STEPS - 1)
+        check_scalar("step", counter_state.step, 0, MAX_STEPS - 1)
     for counter_state in states:
         counter_state.step.add_(1)
 

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import ops
 from .fsdp import is_distributed
 from .functional.checks import (
     LOGIT_DTYPES,
     check_exactly_n,
-    check_layout,
-    check_no_tangents,
+    check_floats,
     check_not_distributed,
+    check_weight,
     describe,
+    linear_input,
+    tokens_of,
 )
 from .functional.masks import expand_mask
-from .huge_pages import move_into_huge_pages
 from .modules import MaskedLinear
-from .ops.onnx_graph import in_onnx_export, unpacked_weight
+from .ops.dispatch import in_onnx_export
 from .ops.reference import INTEGERS, SCALED, dequantized
 from .pattern import NMPattern, bitmask_of, codes_of
 
 # How values are stored: as they are, or as int8 with scales
 KEEP, INT8 = VALUE_KINDS = ("keep", "int8")
 VALUE_DTYPES = (*LOGIT_DTYPES, torch.int8)
+# Linux's advice that memory be moved into huge pages at once, from 6.1 on; earlier ones refuse it
+MADV_COLLAPSE = 25
+HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -191,11 +199,7 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
     """
     pattern = NMPattern(pattern)
     check_values_kind(values)
-    if not isinstance(weight, Tensor) or weight.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
-    check_layout("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[1] % pattern.m:
-        raise ValueError(f"weight: expected [out, K] with K divisible by {pattern.m}, above 0, got {describe(weight)}")
+    check_weight(weight, pattern)
     weight = weight.detach().contiguous()
     rows, k = weight.shape
     counts = (weight != 0).view(rows, k // pattern.m, pattern.m).sum(-1)
@@ -263,35 +267,41 @@ def packed_linear(
     """``nm_linear`` of the parts of a packed weight."""
     check_not_distributed("values", values)
     rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
-    own = (values if scales is None else scales).dtype
-    if own not in LOGIT_DTYPES:
-        name, told = ("values", values) if scales is None else ("scales", scales)
-        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(told)}")
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != k or x.device != values.device:
-        raise ValueError(f"x: expected a tensor [..., {k}] on {values.device}, got {describe(x)}")
-    check_layout("x", x)
+    name, own = ("values", values) if scales is None else ("scales", scales)
+    check_floats(name, own)
     for name, part in (("bitmask", bitmask), ("scales", scales)):
         if part is not None and part.device != values.device:
             raise ValueError(f"{name}: expected a tensor on {values.device}, as the values are, got {describe(part)}")
-    if bias is not None and (
-        not isinstance(bias, Tensor) or bias.shape != (rows,) or bias.dtype != own or bias.device != values.device
-    ):
-        raise ValueError(f"bias: expected a tensor [{rows}] of {own} on {values.device}, got {describe(bias)}")
-    check_no_tangents(x=x, values=values, scales=scales, bias=bias)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype in LOGIT_DTYPES:
-        dtype = torch.get_autocast_dtype(device)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        values, scales = (values.to(dtype), None) if scales is None else (values, scales.to(dtype))
-    elif x.dtype != own:
-        raise TypeError(f"x: expected the weight's dtype {own}, got {describe(x)}")
+    x = linear_input(x, bias, (rows, k), own.dtype, values.device)
+    # no promise of torch's, but asking each tensor takes longer than a small product
+    if getattr(forward_ad, "_current_level", 0) >= 0:
+        for name, part in (("x", x), ("values", values), ("scales", scales), ("bias", bias)):
+            if part is not None and forward_ad.unpack_dual(part).tangent is not None:
+                raise ValueError(
+                    f"{name}: expected a tensor without a forward-mode derivative, got one with: packed products have "
+                    "gradients alone; take the dense model that finalize gives"
+                )
+    if x.dtype != own.dtype:
+        # autocast has another one
+        bias = None if bias is None else bias.to(x.dtype)
+        values, scales = (values.to(x.dtype), None) if scales is None else (values, scales.to(x.dtype))
     if in_onnx_export():
         values = values if scales is None else dequantized(values, scales, scales.dtype)
-        return nn.functional.linear(x, unpacked_weight(values, bitmask, pattern.n, pattern.m), bias)
-    tokens = x.reshape(math.prod(x.shape[:-1]), k).contiguous()
+        return nn.functional.linear(x, _onnx_weight(values, bitmask, pattern.n, pattern.m), bias)
     bias = None if bias is None else bias.contiguous()
-    y = ops.nm_linear(tokens, values, bitmask, scales, bias, pattern.n, pattern.m)
+    y = ops.nm_linear(tokens_of(x), values, bitmask, scales, bias, pattern.n, pattern.m)
     return y.view(*x.shape[:-1], rows)
+
+
+def _onnx_weight(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
+    """The weight [out, K] of its values [out, K N / M] and bitmask [out, ceil(K / 8)], in operations that ONNX has."""
+    k = values.shape[1] // n * m
+    powers = 2 ** torch.arange(8, device=bitmask.device, dtype=torch.int32)
+    # ONNX shifts unsigned integers alone
+    bits = torch.remainder(torch.div(bitmask.to(torch.int32).unsqueeze(-1), powers, rounding_mode="floor"), 2)
+    kept = bits.flatten(-2)[:, :k].unflatten(-1, (-1, m))
+    place = (kept.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+    return torch.where(kept != 0, values.unflatten(-1, (-1, n)).gather(2, place), 0.0).flatten(-2)
 
 
 def pack_24(weight: Tensor) -> PackedNM:
@@ -300,14 +310,7 @@ def pack_24(weight: Tensor) -> PackedNM:
 
 
 def sparse24_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor:
-    """``nm_linear`` of a 2:4 weight.
-
-    Raises:
-        ValueError: if ``packed`` is of another pattern.
-        TypeError, ValueError: as ``nm_linear``.
-    """
-    if isinstance(packed, PackedNM) and packed.pattern != NMPattern("2:4"):
-        raise ValueError(f"packed: expected 2:4, got {packed.pattern}")
+    """``nm_linear`` of a 2:4 weight."""
     return nm_linear(x, packed, bias)
 
 
@@ -428,21 +431,10 @@ class NMLinear(nn.Module):
 
 
 class Sparse24Linear(NMLinear):
-    """``NMLinear`` of 2:4.
-
-    Raises:
-        ValueError: if ``packed`` is of another pattern.
-        TypeError, ValueError: as ``NMLinear``.
-    """
-
-    def __init__(self, packed: PackedNM, bias: Tensor | None = None):
-        if isinstance(packed, PackedNM) and packed.pattern != NMPattern("2:4"):
-            raise ValueError(f"packed: expected 2:4, got {packed.pattern}")
-        super().__init__(packed, bias)
+    """``NMLinear`` of 2:4."""
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4", values: str = KEEP) -> Sparse24Linear:
-        """``NMLinear.from_dense`` of 2:4."""
         return super().from_dense(linear, pattern, values)
 
 
@@ -477,8 +469,51 @@ def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
 
 
 def hold_in_huge_pages(model: nn.Module) -> None:
-    """Have the system hold the packed weights of a model on a CPU in huge pages, see ``huge_pages``."""
+    """Have the system hold the packed weights of a model on a CPU in huge pages; where it does not, all stays as it is.
+
+    Decoding is bound by how fast weights come from memory. The CPU asks for what comes next by itself, but only up to
+    the end of a page.
+    """
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     move_into_huge_pages(
         part for layer in layers for part in (layer.values, layer.bitmask, layer.scales) if part is not None
     )
+
+
+@functools.cache
+def _madvise() -> Callable | None:
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """The [start, end) of the memory of tensors, in whole pages.
+
+    Those that a huge page may hold together are one range. One that is mostly other memory is left out.
+    """
+    spans = sorted((x.data_ptr(), x.nbytes) for x in tensors if x.numel())
+    joined: list[tuple[int, int, int]] = []
+    for start, nbytes in spans:
+        end = start + nbytes
+        if joined and start - joined[-1][1] < HUGE_PAGE:
+            first, last, filled = joined[-1]
+            joined[-1] = first, max(last, end), filled + nbytes
+        else:
+            joined.append((start, end, nbytes))
+    size = mmap.PAGESIZE
+    return [
+        (start // size * size, -(-end // size) * size)
+        for start, end, filled in joined
+        if end - start >= HUGE_PAGE and 2 * filled >= end - start
+    ]
+
+
+def move_into_huge_pages(tensors: Iterable[Tensor]) -> None:
+    """Ask the system to hold tensors of the CPU in huge pages. Where it does not, all stays as it is.
+
+    The tensors keep their addresses. Small ones that lie beside each other share a page.
+    """
+    madvise = _madvise()
+    if madvise is None:
+        return
+    for start, end in ranges(x for x in tensors if x.device.type == "cpu"):
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import mmap
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,14 +16,17 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels import NMPattern, ops
+from maskpro_kernels import packed as packed_file
 from maskpro_kernels.ops import reference, registry
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.triton import packed as kernels_file
+from maskpro_kernels.packed import HUGE_PAGE, move_into_huge_pages, ranges
 from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:16", "15:16"]
 MULTIPLIED = ["2:4", "1:4", "4:8", "8:16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PAGE = mmap.PAGESIZE
 
 
 def sparse(rows: int, k: int, pattern: str, dtype=torch.float32, seed=0, kept_zeros=0.0) -> torch.Tensor:
@@ -463,17 +467,15 @@ BAD_CALLS = {
     "weight: expected at most 2 of every 4 values that are not zero, got 4 in row 0, columns 0 to 3": (
         lambda: mk.pack_24(torch.ones(4, 16))
     ),
-    "weight: expected .* K divisible by 4": lambda: mk.pack_24(torch.zeros(4, 18)),
-    "weight: expected float32, bfloat16 or float16, got": lambda: mk.pack_24(torch.zeros(4, 16, dtype=torch.int8)),
+    "weight: expected .* divisible by 4": lambda: mk.pack_24(torch.zeros(4, 18)),
+    "weight: expected a dense tensor of float32, bfloat16 or float16, got": lambda: mk.pack_24(
+        torch.zeros(4, 16, dtype=torch.int8)
+    ),
     "pattern: expected N:M": lambda: mk.pack_nm(WEIGHT, "2:5"),
     "packed: expected a PackedNM": lambda: mk.nm_linear(torch.ones(1, 16), WEIGHT),
-    "packed: expected 2:4, got 1:4": (
-        lambda: mk.sparse24_linear(torch.ones(1, 16), mk.pack_nm(sparse(4, 16, "1:4"), "1:4"))
-    ),
-    "packed: expected 2:4, got 4:8": lambda: mk.Sparse24Linear(mk.pack_nm(sparse(4, 16, "4:8"), "4:8")),
     r"x: expected a tensor \[..., 16\]": lambda: mk.nm_linear(torch.ones(1, 12), PACKED),
     "x: expected the weight's dtype": lambda: mk.nm_linear(torch.ones(1, 16).bfloat16(), PACKED),
-    "values: expected float32, bfloat16 or float16": (
+    "values: expected a dense tensor of float32, bfloat16 or float16": (
         lambda: mk.Sparse24Linear(PACKED).double()(torch.ones(1, 16, dtype=torch.float64))
     ),
     r"bias: expected a tensor \[4\]": lambda: mk.nm_linear(torch.ones(1, 16), PACKED, torch.ones(5)),
@@ -495,3 +497,71 @@ BAD_CALLS = {
 def test_bad_arguments_are_named(told):
     with pytest.raises((TypeError, ValueError), match=told):
         BAD_CALLS[told]()
+
+
+@pytest.mark.parametrize("values", ["keep", "int8"])
+def test_a_packed_weight_is_moved_and_cast_as_its_layer_is(values):
+    packed = mk.pack_nm(sparse(8, 32, "2:4"), "2:4", values)
+    for asked in ((torch.bfloat16,), ("cpu", torch.float16), (torch.empty(1, dtype=torch.bfloat16),)):
+        moved, layer = packed.to(*asked), mk.NMLinear(packed).to(*asked).packed
+        assert moved.kind == values and moved.dtype == layer.dtype != torch.float32
+        assert_same_bits([moved.values, moved.bitmask, moved.unpack()], [layer.values, layer.bitmask, layer.unpack()])
+    assert packed.to("cpu", non_blocking=True) is packed and packed.to(dtype=torch.float32) is packed
+    on_meta = packed.to("meta")
+    assert on_meta.values.is_meta and on_meta.bitmask.is_meta and (on_meta.scales is None or on_meta.scales.is_meta)
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, got torch.int8|floating"):
+        packed.to(torch.int8)
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, got torch.float64"):
+        packed.to(torch.float64)
+
+
+@pytest.mark.parametrize(("values", "nbytes"), [("keep", 8 * 16 * 4 + 8 * 4), ("int8", 8 * 16 + 8 * 4 + 8 * 4)])
+def test_a_packed_weight_is_shown_in_a_line(values, nbytes):
+    packed = mk.pack_nm(sparse(8, 32, "2:4"), "2:4", values)
+    shown = f"shape=[8, 32], pattern=2:4, values={values}, dtype=torch.float32, device=cpu, nbytes={nbytes}"
+    assert repr(packed) == f"PackedNM({shown})"
+
+
+def test_ranges_are_whole_pages_of_neighbours_and_hold_little_else():
+    memory = torch.empty(8 * HUGE_PAGE, dtype=torch.uint8)
+
+    class Piece:
+        """A tensor with memory of its own at a place in ``memory``."""
+
+        def __init__(self, start: int, size: int):
+            self.start, self.size = memory.data_ptr() + start, size
+
+        def numel(self):
+            return self.size
+
+        def data_ptr(self):
+            return self.start
+
+        @property
+        def nbytes(self):
+            return self.size
+
+    whole = Piece(3 * PAGE + 100, HUGE_PAGE), Piece(HUGE_PAGE + 100 * PAGE, HUGE_PAGE)
+    small, scattered = Piece(6 * HUGE_PAGE, PAGE), (Piece(5 * HUGE_PAGE, PAGE), Piece(6 * HUGE_PAGE - PAGE, PAGE))
+    found = ranges([small, *whole, Piece(0, 0)])
+    assert all(start % PAGE == end % PAGE == 0 for start, end in found)
+    end = whole[1].start + HUGE_PAGE
+    assert found == [(whole[0].start // PAGE * PAGE, -(-end // PAGE) * PAGE)]
+    assert not ranges([*scattered, small])
+
+
+def test_tensors_stay_what_and_where_they_are():
+    tensors = [torch.randn(1 << 20), torch.randint(0, 256, (5 << 20,), dtype=torch.uint8), torch.randn(3)]
+    before = [(x.data_ptr(), x.clone()) for x in tensors]
+    move_into_huge_pages(tensors)
+    for x, (place, content) in zip(tensors, before, strict=True):
+        assert x.data_ptr() == place and torch.equal(x, content)
+
+
+def test_a_system_that_refuses_or_has_no_such_call_changes_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(packed_file, "_madvise", lambda: lambda *args: asked.append(args) or -1)
+    move_into_huge_pages([torch.ones(HUGE_PAGE), torch.ones(HUGE_PAGE, device="meta")])
+    assert len(asked) == 1 and asked[0][2] == packed_file.MADV_COLLAPSE
+    monkeypatch.setattr(packed_file, "_madvise", lambda: None)
+    move_into_huge_pages([torch.ones(HUGE_PAGE)])

@@ -1,8 +1,7 @@
-"""Linear layers under a mask."""
+"""Linear layers under a mask: the public functions, and the one backward that all of them have."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Unpack
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..counter import Counter, MaskSource
+from ..counter import MaskSource
 from ..pattern import NMPattern
-from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_operands
+from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_input, tokens_of
 
 # (gradient of y [tokens, out], x [tokens, K], weight [out, K], the mask's source) -> gradient of the logits, if any
 LogitsBackward = Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None]
@@ -55,27 +54,12 @@ def masked_linear(
     return linear_under(x, weight, bias, drawn_from(logits, pattern, temperature, counter), log_prob)
 
 
-def linear_under(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSource, log_prob: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """``masked_linear`` under any source of a mask.
-
-    Raises:
-        TypeError, ValueError: x, weight or bias are not as for ``masked_linear``.
-    """
-    tokens, matrix, vector = linear_operands(x, weight, bias)
-    if not log_prob:
-        mask = mask._replace(tensor=mask.tensor.detach())
-    y, total = ops.masked_linear(tokens, matrix, vector, log_prob, mask)
-    return y.view(*x.shape[:-1], weight.shape[0]), total if log_prob else None
-
-
 def straight_through_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource, curvature: float = 1.0
 ) -> Tensor:
-    """What passes straight through a draw to its logits: the slope of the loss in the mask.
+    """Slope of the loss in the mask, which passes straight through a draw to its logits.
 
-    That is w G + (1/2 - m) w^2 F, the slope halfway between kept and dropped, less its mean over every group, as a
+    It is w G + (1/2 - m) w^2 F, the slope halfway between kept and dropped, less its mean over every group, as a
     group's mask has a fixed sum. G is the loss's derivative in the masked weight, and F = curvature * (sum of grad^2
     over the tokens) (sum of x^2 over the tokens) its second one: of a loss that is a mean over the tokens, in nats,
     the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv 1503.05671). With w G alone, weights
@@ -132,58 +116,8 @@ def straight_through_linear(
     pattern = NMPattern(pattern)
     check_weight(weight, pattern)
     check_like("logits", logits, "weight", weight)
-    return straight_through_under(x, weight, bias, drawn_from(logits, pattern, temperature, counter), logits_backward)
-
-
-def straight_through_under(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSource, logits_backward: LogitsBackward
-) -> Tensor:
-    """``straight_through_linear`` under the source of a drawn mask.
-
-    Raises:
-        TypeError, ValueError: x, weight or bias are not as for ``masked_linear``.
-    """
-    tokens, matrix, vector = linear_operands(x, weight, bias)
-    y = _StraightThroughLinear.apply(tokens, matrix, vector, logits_backward, mask.tensor, mask)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-class _StraightThroughLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, bias, logits_backward, logits, mask):
-        y, _ = ops.masked_linear(x, weight, bias, False, mask._replace(tensor=logits))
-        return y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.logits_backward, logits, mask = inputs
-        ctx.bias_dtype, ctx.weight_dtype = None if bias is None else bias.dtype, weight.dtype
-        needs_x, needs_weight, _, _, needs_logits, _ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs_weight or needs_logits else None,
-            weight if needs_x or needs_logits else None,
-            logits,
-            mask.codes,
-            *mask.counter.key,
-        )
-        ctx.mask, ctx.shard = mask._replace(tensor=None, counter=None, codes=None), mask.counter[4:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, logits, codes, *key = ctx.saved_tensors
-        mask = ctx.mask._replace(tensor=logits, counter=Counter(*key, *ctx.shard), codes=codes)
-        needs_x, needs_weight, needs_bias, _, needs_logits, _ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        x_grad = ops.masked_linear_input_grad(grad, weight, mask) if needs_x else None
-        weight_grad = ops.masked_linear_weight_grad(grad, x, mask).to(ctx.weight_dtype) if needs_weight else None
-        bias_grad = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        # last: logits that have moved would draw another mask
-        logits_grad = ctx.logits_backward(grad, x, weight, mask) if needs_logits else None
-        if logits_grad is not None:
-            # they may live elsewhere, where their mask was drawn before
-            logits_grad = logits_grad.to(logits.device)
-        return x_grad, weight_grad, bias_grad, None, logits_grad, None
+    mask = drawn_from(logits, pattern, temperature, counter)
+    return linear_under(x, weight, bias, mask, logits_backward=logits_backward)[0]
 
 
 def codes_linear(
@@ -193,7 +127,7 @@ def codes_linear(
 
     Args:
         x, weight, bias: as for ``masked_linear``. Gradients flow to them.
-        codes: group codes [out, K / M].
+        codes: group codes [out, K / M]; those of ``top_n_mask(logits, pattern)`` keep the N largest logits.
         pattern: "N:M" or NMPattern.
 
     Returns:
@@ -205,21 +139,92 @@ def codes_linear(
     pattern = NMPattern(pattern)
     check_weight(weight, pattern)
     check_codes("codes", codes, pattern, weight)
-    y, _ = linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m))
-    return y
+    return linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m))[0]
 
 
-def telling_of_lost_slopes(y: Tensor) -> Tensor:
-    """The output of a layer under a drawn mask, whose backward warns that the logits get no gradient from it."""
-    if y.requires_grad and not torch.compiler.is_compiling():
-        y.register_hook(_tell_of_lost_slopes)
-    return y
+def linear_under(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: MaskSource,
+    log_prob: bool = False,
+    logits_backward: LogitsBackward | None = None,
+    is_current: Callable[[], bool] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``masked_linear`` under a mask of any source, checked but for x, weight and bias.
+
+    Args:
+        logits_backward: as for ``straight_through_linear``; None: no gradient passes through the draw.
+        is_current: asked in backward, whether an applied mask is still that of the forward.
+    """
+    operand = linear_input(x, bias, weight.shape, weight.dtype, weight.device)
+    tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
+    if not log_prob and logits_backward is None and mask.kind != "applied":
+        # its codes are all that the product needs, where they are there
+        mask = mask.known
+        mask = mask._replace(tensor=mask.tensor.detach())
+    source, mask = mask.tensor, mask._replace(tensor=None)
+    out = _MaskedLinear.apply(tokens, matrix, vector, source, mask, log_prob, logits_backward, is_current)
+    y, total = out if log_prob else (out, None)
+    # FSDP2 warns of a view that a module gives
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), total
 
 
-def _tell_of_lost_slopes(grad: Tensor) -> None:
-    warnings.warn(
-        "MaskedLinear: a backward came through masks that do not learn from it, only other parameters do. Take "
-        "MaskTrainer, MaskOptimizer, or in transformers' Trainer the callback MaskCallback. If masks are to stay as "
-        "they are, call requires_grad_(False) of their logits",
-        stacklevel=2,
-    )
+class _MaskedLinear(torch.autograd.Function):
+    """x [tokens, K] @ (weight * mask).T + bias, or with ``log_prob`` (that, log p of the drawn mask).
+
+    ``source`` is the mask's tensor, beside the mask because autograd sees plain arguments alone. Backward draws a mask
+    again: of the weight's size nothing is kept but weight and logits themselves.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, source, mask, log_prob, logits_backward, is_current):
+        y, total = ops.masked_linear(x, weight, bias, log_prob, mask.of(source, x.device))
+        return (y, total) if log_prob else y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, source, mask, log_prob, ctx.logits_backward, ctx.is_current = inputs
+        needs_x, needs_weight, needs_bias, needs_logits, *_ = ctx.needs_input_grad
+        slopes = needs_logits and ctx.logits_backward is not None
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        if not torch.compiler.is_compiling():
+            # dynamo fills in zeros, and refuses to be told not to
+            ctx.set_materialize_grads(False)
+        if log_prob and not (needs_x or needs_weight or needs_bias):
+            # logits alone: the loss needs no graph, only the log-probability does
+            ctx.mark_non_differentiable(output[0])
+        if mask.kind != "applied" and (needs_x or needs_weight or needs_logits):
+            mask = mask._replace(tensor=source)
+        # the weight as it is given, whatever autocast takes: FSDP2 frees it between forward and backward
+        operands = x if needs_weight or slopes else None, weight if needs_x or slopes else None
+        ops.save_mask(ctx, mask, *operands)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, log_prob_grad=None):
+        if ctx.is_current is not None and not ctx.is_current():
+            raise RuntimeError(
+                "weight: expected the mask of the forward in its backward, got another one: logits, seed, step, draw "
+                "or mode have changed in between"
+            )
+        mask, (x, weight) = ops.saved_mask(ctx)
+        source = mask.tensor
+        mask = mask.of(source, (log_prob_grad if grad is None else grad).device)
+        needs_x, needs_weight, needs_bias, needs_logits, *_ = ctx.needs_input_grad
+        x_grad = weight_grad = bias_grad = logits_grad = None
+        if grad is not None:
+            grad = grad.contiguous()
+            x_grad = ops.masked_linear_input_grad(grad, weight, mask) if needs_x else None
+            weight_grad = ops.masked_linear_weight_grad(grad, x, mask).to(ctx.dtypes[0]) if needs_weight else None
+            bias_grad = grad.sum(0).to(ctx.dtypes[1]) if needs_bias else None
+        if needs_logits and log_prob_grad is not None:
+            codes = ops.codes_under(mask)
+            each = log_prob_grad.expand(codes.shape).contiguous()
+            logits_grad = ops.mask_score(mask.tensor, codes, each, mask.n, mask.m, mask.inv_temperature)
+        if needs_logits and ctx.logits_backward is not None and grad is not None:
+            # last: logits that have moved would draw another mask
+            logits_grad = ctx.logits_backward(grad, x, weight, mask)
+        if logits_grad is not None:
+            logits_grad = logits_grad.to(source)
+        return x_grad, weight_grad, bias_grad, logits_grad, None, None, None, None

@@ -18,10 +18,7 @@ from .checks import (
     check_exactly_n,
     check_groups,
     check_int,
-    check_keywords,
-    check_layout,
     check_like,
-    check_own_memory,
     coefs_and_draws,
     counter_of,
     describe,
@@ -148,9 +145,8 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
         ValueError: if K is not divisible by M, or a group does not keep exactly N.
     """
     pattern = NMPattern(pattern)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
-    check_layout("mask", mask)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.layout is not torch.strided:
+        raise TypeError(f"mask: expected a dense bool tensor, got {describe(mask)}")
     check_groups("mask", mask, pattern)
     groups = mask.unflatten(-1, (-1, pattern.m))
     code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
@@ -232,14 +228,11 @@ def score_update_(
     """
     pattern = NMPattern(pattern)
     matrix = matrix_of("logits", logits, pattern).detach()
-    if not logits.is_contiguous():
-        check_own_memory("logits", logits)
     # dynamo does not trace the question, and refuses such a tensor itself
     if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")
     inverse = inverse_of(temperature)
     coefs, draws = coefs_and_draws(coef, draw, inverse)
-    check_keywords(counter)
     where = counter_of(matrix, pattern, **counter)._replace(draw=stacked(draws, torch.int64, logits.device))
     with torch.no_grad():
         factors = stacked(coefs, torch.float32, logits.device)

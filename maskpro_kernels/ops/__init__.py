@@ -1,27 +1,28 @@
 """The operations; all but products and what follows from them have the same bits on every route."""
 
-from .direct import direct_nm_linear
-from .gradient_updates import (
+from .registry import (
     adamw_,
+    best_swaps,
+    codes_under,
     column_squares,
     descend_,
-    mask_slope,
-    straight_through_grad,
-    straight_through_update_,
-    weight_gradient,
-)
-from .registry import (
-    best_swaps,
+    direct_nm_linear,
     mask_log_prob,
     mask_score,
+    mask_slope,
     masked_linear,
     masked_linear_input_grad,
     masked_linear_weight_grad,
     masked_weight,
     nm_linear,
     sample_mask,
+    save_mask,
+    saved_mask,
     score_update_,
+    straight_through_grad,
+    straight_through_update_,
     top_n_mask,
     unpack_nm,
     unpacked,
+    weight_gradient,
 )

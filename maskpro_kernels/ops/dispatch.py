@@ -7,7 +7,7 @@ CUDA tensors go to the kernels. CPU tensors go to the kernels under Triton's int
 to the reference: as machine code where LLVM compiles for the machine, else eager.
 
 A new device, neither CUDA nor ROCm, is added here. If Triton compiles for it: accept its tensors in ``uses_kernels``,
-name its type in ``quick_op``, and give it a target in ``triton.tiles`` and its current-device context in
+name its type in ``operation``, and give it a target in ``triton.tiles`` and its current-device context in
 ``triton.launch``. If not: write the functions of ``reference`` in a folder beside ``cpu``, and choose it in
 ``run_reference``.
 """
@@ -18,17 +18,23 @@ import contextlib
 import functools
 import importlib
 import logging
+import re
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .namespace import NAMESPACE
 from .reference import packing as reference_products
 from .triton import tiles
 
 logger = logging.getLogger(__name__)
+
+ROOT = __name__.removesuffix(".ops.dispatch")
+# Of torch's operations, of which a process has each once: a copy of the package under another name, as the hub of
+# kernels loads it, registers its own beside these
+NAMESPACE = "maskpro" if ROOT == "maskpro_kernels" else re.sub(r"\W", "_", ROOT)
 
 
 def interpreting() -> bool:
@@ -92,12 +98,18 @@ def _scalar(value: float, device: torch.device) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=device)
 
 
-def quick_op(name: str, schema: str):
-    """As ``torch.library.custom_op``, but without its wrapper, for what is called once or more a layer and step."""
+def operation(schema: str, fake: Callable):
+    """Register a function as the torch op of its name; ``fake`` gives what it would give, without content.
 
-    def register(function):
+    As ``torch.library.custom_op``, but without its wrapper, which takes long beside a small layer: an operation that
+    changes an argument increments its version itself.
+    """
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__.removeprefix("_")
         torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"))(function)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
@@ -108,3 +120,18 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     device = tensor.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+
+
+def in_onnx_export() -> bool:
+    """Tell whether ``torch.onnx.export`` traces: no ONNX runtime has the operations of this package."""
+    # the first of the two alone is quick, and imports nothing
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def refuse_in_onnx_export() -> None:
+    """Raise ValueError in the fake of an operation that ``torch.onnx.export`` has come to."""
+    if in_onnx_export():
+        raise ValueError(
+            "model: expected masks that ONNX can hold, those of the N largest logits in eval mode, got others: call "
+            "eval(), or export the dense model that finalize gives"
+        )

@@ -1,4 +1,4 @@
-"""The operations as torch custom ops, with their fakes and gradients.
+"""The operations as torch custom ops, with their fakes, and the gradients of those that have one.
 
 Arguments are checked in ``functional``, not here: matrices are contiguous and two-dimensional, tensors of a counter
 int64 on the same device. A ``Counter`` and a ``MaskSource`` are passed whole, and flattened only for torch.library,
@@ -8,14 +8,26 @@ whose schemas know no tuples of tensors and numbers.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from ..counter import NO_COUNTER, Counter, MaskSource
+from ..counter import Counter, MaskSource
 from ..pattern import code_dtype
 from . import reference
-from .dispatch import kernels, packed_products, quick_op, run_reference, scalar, uses_kernels, without_autocast
-from .namespace import NAMESPACE
-from .onnx_graph import refuse_in_onnx_export
+from .dispatch import (
+    NAMESPACE,
+    compiler_available,
+    interpreting,
+    kernels,
+    machine_code,
+    operation,
+    packed_products,
+    refuse_in_onnx_export,
+    run_reference,
+    scalar,
+    uses_kernels,
+    without_autocast,
+)
 
 COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
 MASK = (
@@ -24,23 +36,15 @@ MASK = (
 )
 
 
-def flat(mask: MaskSource) -> tuple:
-    """A mask's source as the ops take it."""
-    *source, counter, codes = mask
-    return *source, *(counter or NO_COUNTER), codes
+def _fake_codes(scores: Tensor, n: int, m: int, *_) -> Tensor:
+    return scores.new_empty((scores.shape[0], scores.shape[1] // m), dtype=code_dtype(m))
 
 
-def unflat(source: Tensor, kind: str, n: int, m: int, inv_temperature: float, *rest) -> MaskSource:
-    """``flat`` undone."""
-    *counter, codes = rest
-    return MaskSource(source, kind, n, m, inv_temperature, Counter(*counter) if kind == "drawn" else None, codes)
+def _fake_scalar(like: Tensor, *_) -> Tensor:
+    return like.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::sample_mask",
-    mutates_args=(),
-    schema=f"(Tensor logits, int n, int m, float inv_temperature, {COUNTER}) -> Tensor",
-)
+@operation(f"(Tensor logits, int n, int m, float inv_temperature, {COUNTER}) -> Tensor", _fake_codes)
 def _sample_mask(logits, n, m, inv_temperature, *counter):
     counter = Counter(*counter)
     if uses_kernels(logits):
@@ -48,205 +52,147 @@ def _sample_mask(logits, n, m, inv_temperature, *counter):
     return run_reference("sample_mask", logits, counter, scalar(inv_temperature, logits), n=n, m=m)
 
 
-@_sample_mask.register_fake
-def _(logits, n, m, *_):
-    return logits.new_empty((logits.shape[0], logits.shape[1] // m), dtype=code_dtype(m))
-
-
 def sample_mask(logits: Tensor, n: int, m: int, inv_temperature: float, counter: Counter) -> Tensor:
     """Group codes [rows, K / M] of a draw from logits [rows, K]."""
     return _sample_mask(logits, n, m, inv_temperature, *counter)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::top_n_mask", mutates_args=())
-def top_n_mask(scores: Tensor, n: int, m: int) -> Tensor:
+@operation("(Tensor scores, int n, int m) -> Tensor", _fake_codes)
+def top_n_mask(scores, n, m):
     """Group codes [rows, K / M] of the N largest scores [rows, K], ties to the lower index."""
     if uses_kernels(scores):
         return kernels("sampling").top_n_mask(scores, n, m)
     return run_reference("top_n_mask", scores, n=n, m=m)
 
 
-@top_n_mask.register_fake
-def _(scores, n, m):
-    return scores.new_empty((scores.shape[0], scores.shape[1] // m), dtype=code_dtype(m))
-
-
 def codes_under(mask: MaskSource) -> Tensor:
-    """Group codes [rows, K / M] of a mask of any kind."""
+    """Group codes [rows, K / M] of a mask that is drawn or given."""
     mask = mask.known
     if mask.kind == "drawn":
         return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
     return mask.tensor
 
 
-MASKED_WEIGHT = {"drawn": "sample_masked_weight", "codes": "code_masked_weight"}
-
-
 def _reference_masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
-    drawn = (mask.counter, scalar(mask.inv_temperature, weight)) if mask.kind == "drawn" else ()
-    return run_reference(MASKED_WEIGHT[mask.kind], weight, mask.tensor, *drawn, n=mask.n, m=mask.m)
+    if mask.kind == "codes":
+        return run_reference("code_masked_weight", weight, mask.tensor, n=mask.n, m=mask.m)
+    drawn = mask.counter, scalar(mask.inv_temperature, weight)
+    return run_reference("sample_masked_weight", weight, mask.tensor, *drawn, n=mask.n, m=mask.m)
 
 
-@quick_op("masked_weight", f"(Tensor weight, {MASK}) -> Tensor")
+@operation(f"(Tensor weight, {MASK}) -> Tensor", lambda weight, *_: torch.empty_like(weight))
 def _masked_weight(weight, *mask):
-    mask = unflat(*mask)
+    mask = MaskSource.unflat(*mask)
     if uses_kernels(weight):
         return kernels("sampling").masked_weight(weight, mask)
     return _reference_masked_weight(weight, mask)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::masked_weight")
-def _(weight, *_):
-    return torch.empty_like(weight)
-
-
 def masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
     """The weight [rows, K] under a mask, exact zeros elsewhere."""
-    return _masked_weight(weight, *flat(mask.known))
+    return _masked_weight(weight, *mask.known.flat())
 
 
-def _masked_weight_context(ctx, inputs, output):
-    _, *mask = inputs
-    _save_mask(ctx, mask)
+def save_mask(ctx, mask: MaskSource, *tensors: Tensor | None) -> None:
+    """Keep tensors and a mask's source for backward, where the mask is drawn again."""
+    parts = mask.flat()
+    ctx.constants = [None if isinstance(part, Tensor) else part for part in parts]
+    ctx.save_for_backward(*tensors, *(part if isinstance(part, Tensor) else None for part in parts))
 
 
-def _save_mask(ctx, mask, *tensors):
-    """Keep references to tensors and the mask's source for backward, where the mask is drawn again."""
-    source, kind, n, m, inv_temperature, *key, group_offset, group_row_stride, codes = mask
-    ctx.save_for_backward(source, *key, codes, *tensors)
-    ctx.constants = (kind, n, m, inv_temperature), (group_offset, group_row_stride)
+def saved_mask(ctx) -> tuple[MaskSource, list[Tensor | None]]:
+    """(the mask's source, the tensors that were saved with it)."""
+    # asked for once: checkpointed activations are computed anew at each question
+    saved = ctx.saved_tensors
+    first = len(saved) - len(ctx.constants)
+    tensors, parts = saved[:first], saved[first:]
+    return MaskSource.unflat(*(c if p is None else p for c, p in zip(ctx.constants, parts, strict=True))), tensors
 
 
-def _saved_mask(ctx):
-    """(the mask's source, the other tensors that were saved with it)."""
-    source, *saved = ctx.saved_tensors
-    key, codes, tensors = saved[:4], saved[4], saved[5:]
-    constants, shard = ctx.constants
-    return unflat(source, *constants, *key, *shard, codes), tensors
+def _save_source(ctx, inputs, output):
+    save_mask(ctx, MaskSource.unflat(*inputs[1:]))
 
 
 def _masked_weight_backward(ctx, grad):
-    mask, _ = _saved_mask(ctx)
+    mask, _ = saved_mask(ctx)
     # masking is linear in the weight
-    return masked_weight(grad.contiguous(), mask), *[None] * len(flat(mask))
+    return masked_weight(grad.contiguous(), mask), *[None] * len(ctx.constants)
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::masked_weight", _masked_weight_backward, setup_context=_masked_weight_context
-)
+torch.library.register_autograd(f"{NAMESPACE}::masked_weight", _masked_weight_backward, setup_context=_save_source)
 
 
-@quick_op("masked_linear", f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)")
+def _fake_masked_linear(x, weight, bias, log_prob, *_):
+    refuse_in_onnx_export()
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
+
+
+@operation(f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)", _fake_masked_linear)
 def _masked_linear(x, weight, bias, log_prob, *mask):
-    mask, total = unflat(*mask), None
+    mask, total = MaskSource.unflat(*mask), None
     with without_autocast(x):
         if uses_kernels(x):
             y, total = kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
         else:
             bias = None if bias is None else bias.to(x.dtype)
-            y = torch.nn.functional.linear(x, _reference_masked_weight(weight.to(x.dtype), mask), bias)
+            y = nn.functional.linear(x, _reference_masked_weight(weight.to(x.dtype), mask), bias)
             if log_prob:
                 total = mask_log_prob(mask.tensor, codes_under(mask), mask.n, mask.m, mask.inv_temperature).sum()
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
-@torch.library.register_fake(f"{NAMESPACE}::masked_linear")
-def _(x, weight, bias, log_prob, *_):
-    refuse_in_onnx_export()
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
-
-
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, log_prob: bool, mask: MaskSource
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
 
-    The product runs in the dtype of x.
+    The product runs in the dtype of x. Its gradients are those of ``functional.linear``.
     """
+    if mask.kind == "applied":
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
     # a log-probability takes the logits
-    return _masked_linear(x, weight, bias, log_prob, *flat(mask if log_prob else mask.known))
+    return _masked_linear(x, weight, bias, log_prob, *(mask if log_prob else mask.known).flat())
 
 
-def _masked_linear_context(ctx, inputs, output):
-    x, weight, bias, _, *mask = inputs
-    needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
-    ctx.set_materialize_grads(False)
-    if not (needs_x or needs_weight or needs_bias):
-        # logits alone: the loss needs no graph, only the log-probability does
-        ctx.mark_non_differentiable(output[0])
-    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-    if not (needs_x or needs_weight or needs_logits):
-        mask = [None if isinstance(part, Tensor) else part for part in mask]
-    _save_mask(ctx, mask, x if needs_weight else None, weight if needs_x else None)
-
-
-def _masked_linear_backward(ctx, grad, log_prob_grad):
-    mask, (x, weight) = _saved_mask(ctx)
-    needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
-    weight_dtype, bias_dtype = ctx.dtypes
-    x_grad = weight_grad = bias_grad = logits_grad = None
-    if grad is not None:
-        grad = grad.contiguous()
-        x_grad = masked_linear_input_grad(grad, weight, mask) if needs_x else None
-        weight_grad = masked_linear_weight_grad(grad, x, mask).to(weight_dtype) if needs_weight else None
-        bias_grad = grad.sum(0).to(bias_dtype) if needs_bias else None
-    if needs_logits and log_prob_grad is not None:
-        codes = codes_under(mask)
-        each = log_prob_grad.expand(codes.shape).contiguous()
-        score = mask_score(mask.tensor, codes, each, mask.n, mask.m, mask.inv_temperature)
-        logits_grad = score.to(mask.tensor.dtype)
-    return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(flat(mask)) - 1)
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::masked_linear", _masked_linear_backward, setup_context=_masked_linear_context
-)
-
-
-@torch.library.custom_op(
-    f"{NAMESPACE}::masked_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, Tensor weight, {MASK}) -> Tensor"
+@operation(
+    f"(Tensor grad, Tensor weight, {MASK}) -> Tensor",
+    lambda grad, weight, *_: grad.new_empty(grad.shape[0], weight.shape[1]),
 )
 def _masked_linear_input_grad(grad, weight, *mask):
-    mask = unflat(*mask)
+    mask = MaskSource.unflat(*mask)
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("masked_gemm").masked_linear_input_grad(grad, weight, mask)
         return grad @ _reference_masked_weight(weight.to(grad.dtype), mask)
 
 
-@_masked_linear_input_grad.register_fake
-def _(grad, weight, *_):
-    return grad.new_empty(grad.shape[0], weight.shape[1])
-
-
 def masked_linear_input_grad(grad: Tensor, weight: Tensor, mask: MaskSource) -> Tensor:
     """grad [tokens, rows] @ (weight [rows, K] * mask), in the dtype of grad."""
-    return _masked_linear_input_grad(grad, weight, *flat(mask.known))
+    if mask.kind == "applied":
+        with without_autocast(grad):
+            return grad @ weight.to(grad.dtype)
+    return _masked_linear_input_grad(grad, weight, *mask.known.flat())
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::masked_linear_weight_grad", mutates_args=(), schema=f"(Tensor grad, Tensor x, {MASK}) -> Tensor"
-)
+@operation(f"(Tensor grad, Tensor x, {MASK}) -> Tensor", lambda grad, x, *_: x.new_empty(grad.shape[1], x.shape[1]))
 def _masked_linear_weight_grad(grad, x, *mask):
-    mask = unflat(*mask)
+    mask = MaskSource.unflat(*mask)
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("masked_gemm").masked_linear_weight_grad(grad, x, mask)
         return _reference_masked_weight(grad.t() @ x, mask)
 
 
-@_masked_linear_weight_grad.register_fake
-def _(grad, x, *_):
-    return x.new_empty(grad.shape[1], x.shape[1])
-
-
 def masked_linear_weight_grad(grad: Tensor, x: Tensor, mask: MaskSource) -> Tensor:
     """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
-    return _masked_linear_weight_grad(grad, x, *flat(mask.known))
+    return _masked_linear_weight_grad(grad, x, *mask.known.flat())
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_score", mutates_args=())
-def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int, inv_temperature: float) -> Tensor:
+@operation(
+    "(Tensor logits, Tensor codes, Tensor grad, int n, int m, float inv_temperature) -> Tensor",
+    lambda logits, *_: torch.empty_like(logits, dtype=torch.float32),
+)
+def mask_score(logits, codes, grad, n, m, inv_temperature):
     """grad [rows, K / M] times the gradient of log p(S) in logits, float32 [rows, K]."""
     if uses_kernels(logits):
         return kernels("sampling").mask_score(logits, codes, grad, n, m, inv_temperature)
@@ -257,13 +203,11 @@ def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int, inv_
     return run_reference("mask_score", logits, codes, grad, inverse, n=n, m=m)
 
 
-@mask_score.register_fake
-def _(logits, *_):
-    return torch.empty_like(logits, dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::mask_log_prob", mutates_args=())
-def mask_log_prob(logits: Tensor, codes: Tensor, n: int, m: int, inv_temperature: float) -> Tensor:
+@operation(
+    "(Tensor logits, Tensor codes, int n, int m, float inv_temperature) -> Tensor",
+    lambda logits, codes, *_: torch.empty_like(codes, dtype=torch.float32),
+)
+def mask_log_prob(logits, codes, n, m, inv_temperature):
     """log p(S) of the masks with those codes, float32 [rows, K / M]."""
     if uses_kernels(logits):
         return kernels("sampling").mask_log_prob(logits, codes, n, m, inv_temperature)
@@ -271,11 +215,6 @@ def mask_log_prob(logits: Tensor, codes: Tensor, n: int, m: int, inv_temperature
     if n > reference.EXACT_SCORE_MAX_N:
         return reference.mask_log_prob(logits, codes, inverse, n=n, m=m)
     return run_reference("mask_log_prob", logits, codes, inverse, n=n, m=m)
-
-
-@mask_log_prob.register_fake
-def _(logits, codes, *_):
-    return torch.empty_like(codes, dtype=torch.float32)
 
 
 def _mask_log_prob_context(ctx, inputs, output):
@@ -288,10 +227,12 @@ def _mask_log_prob_backward(ctx, grad):
     return mask_score(logits, codes, grad.contiguous(), *ctx.constants).to(logits.dtype), *[None] * 4
 
 
-mask_log_prob.register_autograd(_mask_log_prob_backward, setup_context=_mask_log_prob_context)
+torch.library.register_autograd(
+    f"{NAMESPACE}::mask_log_prob", _mask_log_prob_backward, setup_context=_mask_log_prob_context
+)
 
 
-@quick_op("score_update_", f"(Tensor(a!) logits, Tensor coef, int n, int m, float inv_temperature, {COUNTER}) -> ()")
+@operation(f"(Tensor(a!) logits, Tensor coef, int n, int m, float inv_temperature, {COUNTER}) -> ()", lambda *_: None)
 def _score_update_(logits, coef, n, m, inv_temperature, *counter):
     counter = Counter(*counter)
     if uses_kernels(logits):
@@ -303,18 +244,171 @@ def _score_update_(logits, coef, n, m, inv_temperature, *counter):
         torch.autograd.graph.increment_version(logits)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::score_update_")
-def _(logits, *_):
-    return None
-
-
 def score_update_(logits: Tensor, coef: Tensor, n: int, m: int, inv_temperature: float, counter: Counter) -> None:
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw k); coef and the counter's draw [draws]."""
     _score_update_(logits, coef, n, m, inv_temperature, *counter)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::best_swaps", mutates_args=())
-def best_swaps(weight: Tensor, product: Tensor, codes: Tensor, blocks: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+def column_squares(x: Tensor) -> Tensor:
+    """Sum of squares of every column, float32."""
+    if x.device.type == "cpu":
+        # there the norm copies as well, and is ten times as slow
+        return x.float().square().sum(0)
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+
+
+def _factors(grad: Tensor, x: Tensor, curvature: float, grad_squares: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[rows] and [K], whose outer product is the second derivative of the loss in the masked weight."""
+    return curvature * (column_squares(grad) if grad_squares is None else grad_squares), column_squares(x)
+
+
+def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Tensor:
+    """Of the loss in the masked weight [rows, K]; into ``weight_grad`` as well."""
+    first = grad.t() @ x
+    if weight_grad is not None:
+        weight_grad.copy_(first)
+    return first
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [tokens, rows].T @ x [tokens, K], float32; where no kernel runs it was rounded to the operands' dtype."""
+    with without_autocast(grad):
+        if uses_kernels(grad):
+            return kernels("straight_through").weight_gradient(grad, x, None)
+        return _first_derivative(grad, x, None).float()
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::straight_through_grad",
+    mutates_args=("weight_grad",),
+    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, Tensor? grad_squares, "
+    f"{MASK}) -> Tensor",
+)
+def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask):
+    mask = MaskSource.unflat(*mask)
+    with without_autocast(grad):
+        factors = _factors(grad, x, curvature, grad_squares)
+        if uses_kernels(grad):
+            return kernels("straight_through").straight_through_grad(grad, x, weight, *factors, mask, weight_grad)
+        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), codes_under(mask))
+        return run_reference("straight_through_grad", *slope_of, m=mask.m)
+
+
+_straight_through_grad.register_fake(lambda grad, x, weight, *_: torch.empty_like(weight, dtype=torch.float32))
+
+
+def straight_through_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    curvature: float,
+    mask: MaskSource,
+    weight_grad: Tensor | None = None,
+    grad_squares: Tensor | None = None,
+) -> Tensor:
+    """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
+
+    G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
+    which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken
+    as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671). ``weight_grad`` float32 [rows, K] becomes G, of
+    kept and dropped weights. ``grad_squares`` float32 [rows] takes the place of the sum of grad^2, where another
+    gradient than this one gives the curvature.
+    """
+    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask.known.flat())
+
+
+def mask_slope(weight: Tensor, first: Tensor, second: Tensor, codes: Tensor, m: int) -> Tensor:
+    """``straight_through_grad`` of both derivatives in the masked weight, each float32 [rows, K]."""
+    return run_reference("straight_through_grad", weight, first, second, codes, m=m)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::straight_through_update_",
+    mutates_args=("weight_grad", "source"),
+    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float max_update, "
+    f"Tensor(a!)? weight_grad, Tensor? grad_squares, {MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
+)
+def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, grad_squares, *mask):
+    mask = MaskSource.unflat(*mask)
+    with without_autocast(grad):
+        factors = _factors(grad, x, curvature, grad_squares)
+        if uses_kernels(grad):
+            update_ = kernels("straight_through").straight_through_update_
+            return update_(grad, x, weight, *factors, rate, max_update, mask, weight_grad)
+        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), codes_under(mask))
+        step = (rate, mask.counter, scalar(max_update, weight))
+        return run_reference("straight_through_update_", mask.tensor, *slope_of, *step, m=mask.m)
+
+
+_straight_through_update_.register_fake(_fake_scalar)
+
+
+def straight_through_update_(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    curvature: float,
+    rate: Tensor,
+    max_update: float,
+    mask: MaskSource,
+    weight_grad: Tensor | None = None,
+    grad_squares: Tensor | None = None,
+) -> Tensor:
+    """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
+    more = weight_grad, grad_squares
+    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, *more, *mask.flat())
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::descend_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, Tensor gradient, Tensor rate, float max_update, int m, {COUNTER}) -> Tensor",
+)
+def _descend_(logits, gradient, rate, max_update, m, *counter):
+    counter = Counter(*counter)
+    if uses_kernels(logits):
+        return kernels("straight_through").descend_(logits, gradient, rate, max_update, m, counter)
+    return run_reference("descend_", logits, gradient, rate, counter, scalar(max_update, logits), m=m)
+
+
+_descend_.register_fake(_fake_scalar)
+
+
+def descend_(logits: Tensor, gradient: Tensor, rate: Tensor, max_update: float, m: int, counter: Counter) -> Tensor:
+    """logits [rows, K] -= rate * gradient within +-max_update; gives the mean square of the gradient, 0-dim float32."""
+    return _descend_(logits, gradient, rate, max_update, m, *counter)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::adamw_", mutates_args=("weight", "master", "first", "second"))
+def adamw_(
+    weight: Tensor,
+    master: Tensor,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    codes: Tensor,
+    scalars: Tensor,
+    m: int,
+) -> None:
+    """A step of AdamW in place, where the codes [rows, K / M] keep a weight.
+
+    ``master``, the moments ``first`` and ``second`` and the gradient are float32 [rows, K]; ``weight`` is rounded from
+    master. ``scalars`` are those of ``reference.adamw_scalars``.
+    """
+    if uses_kernels(master):
+        kernels("adamw_and_swaps").adamw_(weight, master, first, second, gradient, codes, scalars, m)
+    else:
+        run_reference("adamw_", weight, master, first, second, gradient, codes, scalars, m=m)
+
+
+adamw_.register_fake(lambda *_: None)
+
+
+@operation(
+    "(Tensor weight, Tensor product, Tensor codes, Tensor blocks, int n, int m) -> (Tensor, Tensor)",
+    lambda weight, product, codes, *_: (torch.empty_like(codes, dtype=torch.float32), torch.empty_like(codes)),
+)
+def best_swaps(weight, product, codes, blocks, n, m):
     """(change of the reconstruction error, code of the two weights) of the best swap of every group [rows, K / M].
 
     weight and product are [rows, M, K / M], see ``reference.best_swaps``.
@@ -324,43 +418,43 @@ def best_swaps(weight: Tensor, product: Tensor, codes: Tensor, blocks: Tensor, n
     return reference.best_swaps(weight, product, codes, blocks, m=m)
 
 
-@best_swaps.register_fake
-def _(weight, product, codes, *_):
-    return torch.empty_like(codes, dtype=torch.float32), torch.empty_like(codes)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::unpack_nm", mutates_args=())
-def unpack_nm(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
+@operation(
+    "(Tensor values, Tensor bitmask, int n, int m) -> Tensor",
+    lambda values, bitmask, n, m: values.new_empty(values.shape[0], values.shape[1] // n * m),
+)
+def unpack_nm(values, bitmask, n, m):
     """The weight [rows, K] of its values [rows, K N / M] and bitmask [rows, ceil(K / 8)], exact zeros elsewhere."""
     if uses_kernels(values):
         return kernels("packed").unpack_nm(values, bitmask, n, m)
     return run_reference("unpack_nm", values.contiguous(), bitmask.contiguous(), n=n, m=m)
 
 
-@unpack_nm.register_fake
-def _(values, bitmask, n, m):
-    return values.new_empty(values.shape[0], values.shape[1] // n * m)
+def _unpack_context(ctx, inputs, output):
+    _, bitmask, *ctx.pattern = inputs
+    ctx.save_for_backward(bitmask)
 
 
 def _packed_part(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
     return reference.packed_part(dense, bitmask, n=n, m=m)
 
 
-def _unpack_context(ctx, inputs, output):
-    _, bitmask, n, m = inputs
-    ctx.save_for_backward(bitmask)
-    ctx.pattern = n, m
-
-
 def _unpack_backward(ctx, grad):
     return _packed_part(grad, ctx.saved_tensors[0], *ctx.pattern), None, None, None
 
 
-unpack_nm.register_autograd(_unpack_backward, setup_context=_unpack_context)
+torch.library.register_autograd(f"{NAMESPACE}::unpack_nm", _unpack_backward, setup_context=_unpack_context)
 
 
-@quick_op(
-    "nm_linear", "(Tensor x, Tensor values, Tensor bitmask, Tensor? scales, Tensor? bias, int n, int m) -> Tensor"
+def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: int) -> Tensor:
+    """The weight [rows, K], of the dtype of values, or of scales beside int8 values."""
+    if scales is not None:
+        values = reference.dequantized(values, scales, scales.dtype)
+    return unpack_nm(values, bitmask, n, m)
+
+
+@operation(
+    "(Tensor x, Tensor values, Tensor bitmask, Tensor? scales, Tensor? bias, int n, int m) -> Tensor",
+    lambda x, values, *_: x.new_empty(x.shape[0], values.shape[0]),
 )
 def nm_linear(x, values, bitmask, scales, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x.
@@ -374,15 +468,9 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
         return packed_products(x).nm_linear(x.contiguous(), parts[:3], parts[3], n, m)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::nm_linear")
-def _(x, values, *_):
-    return x.new_empty(x.shape[0], values.shape[0])
-
-
 def _nm_linear_context(ctx, inputs, output):
-    x, values, bitmask, scales, _, n, m = inputs
+    x, values, bitmask, scales, _, *ctx.pattern = inputs
     ctx.save_for_backward(values, bitmask, scales, x if ctx.needs_input_grad[1] else None)
-    ctx.pattern = n, m
 
 
 def _nm_linear_backward(ctx, grad):
@@ -397,8 +485,9 @@ def _nm_linear_backward(ctx, grad):
 torch.library.register_autograd(f"{NAMESPACE}::nm_linear", _nm_linear_backward, setup_context=_nm_linear_context)
 
 
-@quick_op(
-    "nm_linear_input_grad", "(Tensor grad, Tensor values, Tensor bitmask, Tensor? scales, int n, int m) -> Tensor"
+@operation(
+    "(Tensor grad, Tensor values, Tensor bitmask, Tensor? scales, int n, int m) -> Tensor",
+    lambda grad, values, bitmask, scales, n, m: grad.new_empty(grad.shape[0], values.shape[1] // n * m),
 )
 def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
     """grad [tokens, rows] @ unpacked [rows, K], in the dtype of grad."""
@@ -407,11 +496,6 @@ def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
             return grad @ unpacked(values, bitmask, scales, n, m)
         parts = tuple(part if part is None else part.contiguous() for part in (values, bitmask, scales))
         return packed_products(grad).input_grad(grad.contiguous(), parts, n, m)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::nm_linear_input_grad")
-def _(grad, values, _bitmask, _scales, n, m):
-    return grad.new_empty(grad.shape[0], values.shape[1] // n * m)
 
 
 def _input_grad_context(ctx, inputs, output):
@@ -435,8 +519,47 @@ torch.library.register_autograd(
 )
 
 
-def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: int) -> Tensor:
-    """The weight [rows, K], of the dtype of values, or of scales beside int8 values."""
-    if scales is not None:
-        values = reference.dequantized(values, scales, scales.dtype)
-    return unpack_nm(values, bitmask, n, m)
+try:
+    _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    _transforms, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+    _derivatives = forward_ad._current_level < 0
+except AttributeError:
+    # none of these is a promise of torch's: where one is gone, all goes through the dispatcher
+    _derivatives = False
+
+PLAIN, DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16, torch.float16)
+
+_compiling, _grad_enabled, _autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
+
+
+def direct_nm_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> Tensor | None:
+    """``nm_linear`` of x [..., K] past torch's dispatcher, which takes longer than a small product on a CPU.
+
+    None where something else is asked for: a gradient, a graph, a mode, a transform, autocast, a tensor of another type
+    than Tensor, or a look at arguments that do not fit.
+    """
+    # dynamo has to see this first, and all else in the order of what is most often the case
+    if _compiling() or type(x) is not Tensor or not x.is_cpu or not _derivatives:
+        return None
+    if _grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    if _modes() or _function_modes() or forward_ad._current_level >= 0 or _autocast("cpu"):
+        return None
+    if _transforms() is not None or _tracer() is not None:
+        return None
+    # what is computed by address has to be plain memory
+    for part in (values, bitmask, scales, bias):
+        if part is not None and (type(part) not in PLAIN or not part.is_cpu or not part.is_contiguous()):
+            return None
+    dtype = x.dtype
+    if dtype not in DTYPES or (values if scales is None else scales).dtype != dtype or not x.is_contiguous():
+        return None
+    if x.is_neg() or not x.dim() or x.shape[-1] * n != values.shape[1] * m:
+        return None
+    if bias is not None and (bias.dtype != dtype or bias.shape != values.shape[:1]):
+        return None
+    if interpreting() or not compiler_available():
+        return None
+    return machine_code("packed.products").nm_linear(x, (values, bitmask, scales), bias, n, m)

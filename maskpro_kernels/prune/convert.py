@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..digests import digest_of_named
 from ..fsdp import check_no_flat_parameters, is_distributed, like_shards, resharded
-from ..functional.checks import LARGEST_GAP, check_gap, check_int, describe
-from ..functional.logits_device import device_of_logits
+from ..functional.checks import LARGEST_GAP, check_gap, check_int, describe, device_of_logits
 from ..learn.batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits, masked_layers
 from ..packed import SPARSE

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from ..dense_forward import dense
 from ..digests import digest
 from ..files import make_folder, write_whole
 from ..functional.checks import describe
-from ..modules import MaskedLinear, evaluating
+from ..modules import MaskedLinear, dense, evaluating
 from .perplexity import causal_lm_loss, check_input_ids
 from .samples import drawn_indices
 

@@ -94,5 +94,5 @@ def test_a_forward_mode_derivative_is_not_lost_but_refused(name):
         own = operands | {name: tensor}
         return mk.codes_linear(own["x"], own["weight"], codes, own["bias"], pattern="2:4")
 
-    with pytest.raises(ValueError, match=f"{name}: expected a tensor without a forward-mode derivative"):
+    with pytest.raises(RuntimeError, match="forward mode AD"):
         torch.func.jvp(product, (operands[name],), (torch.ones_like(operands[name]),))

@@ -8,7 +8,6 @@ import torch
 
 import maskpro_kernels as mk
 
-LINEAR = ["masked_linear", "codes_linear"]
 DRAWING = ["sample_mask", "sample_masked_weight", "score_update_", "masked_linear"]
 
 
@@ -41,10 +40,7 @@ def good_arguments(function: str) -> dict:
             "seed": 0,
         },
         "codes_linear": {"x": cpu_normal(3, 8, seed=3), "weight": weight, "codes": some_codes(2, 2), "pattern": "2:4"},
-    }[function]
-
-
-FUNCTIONS = [*DRAWING, "codes_linear", "top_n_mask", "pack_mask", "expand_mask", "mask_log_prob"]
+    }.get(function, {})
 
 
 def linear_arguments(shape: tuple[int, ...] = (2, 3, 8)) -> dict[str, torch.Tensor]:

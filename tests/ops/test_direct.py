@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskpro_kernels as mk
-from maskpro_kernels.ops import direct
+from maskpro_kernels.ops import registry
 from maskpro_kernels.ops.cpu.packed import products
 from maskpro_kernels.packed import packed_linear
 
@@ -34,7 +34,7 @@ def taken(monkeypatch) -> list:
         calls.append(args)
         return compute(*args)
 
-    monkeypatch.setattr(direct, "interpreting", lambda: False)
+    monkeypatch.setattr(registry, "interpreting", lambda: False)
     monkeypatch.setattr(products, "nm_linear", recorded)
     return calls
 
@@ -143,7 +143,7 @@ def test_memory_that_is_not_plain_is_never_read(name, layer, taken):
     part, change = ODD[name]
     parts = {"values": layer.values, "bitmask": layer.bitmask, "scales": None, "bias": layer.bias}
     parts[part] = change(parts[part])
-    assert direct.direct_nm_linear(torch.randn(1, 32), **parts, n=2, m=4) is None and not taken
+    assert registry.direct_nm_linear(torch.randn(1, 32), **parts, n=2, m=4) is None and not taken
 
 
 def test_parts_on_other_devices_are_named(layer, taken):
@@ -157,7 +157,7 @@ def test_parts_on_other_devices_are_named(layer, taken):
 def test_float64_is_refused_and_a_negation_is_heeded(layer, taken):
     x = torch.randn(2, 32)
     torch.testing.assert_close(layer(torch._neg_view(x)), layer(-x))
-    with pytest.raises(TypeError, match="values: expected float32, bfloat16 or float16"):
+    with pytest.raises(TypeError, match="values: expected a dense tensor of float32, bfloat16 or float16"):
         layer.double()(x.double())
 
 
@@ -171,7 +171,7 @@ def test_replicas_with_plain_attributes_multiply(layer, taken):
 
 
 def test_without_what_torch_does_not_promise_all_goes_by_the_dispatcher(layer, taken, monkeypatch):
-    monkeypatch.setattr(direct, "_derivatives", False)
+    monkeypatch.setattr(registry, "_derivatives", False)
     x = torch.randn(4, 32)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert not taken

@@ -18,7 +18,7 @@ from maskpro_kernels.ops.layer_groups import draw_layers_, kind_of, update_layer
 from maskpro_kernels.ops.triton import tiles
 
 ROUTES = ["kernels", "compiled", "eager"]
-PATTERNS = [(1, 2), (2, 4), (4, 8), (8, 16), (4, 32)]
+PATTERNS = [(1, 2), (2, 4), (4, 8), (8, 16)]
 KERNELS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers")
 
 

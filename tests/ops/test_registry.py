@@ -8,18 +8,17 @@ from helpers.arguments import cpu_normal, some_codes
 from helpers.cases import slow
 
 from maskpro_kernels.counter import MaskSource
-from maskpro_kernels.ops import registry
 
 
 def op_arguments(name: str, dtype: torch.dtype) -> tuple:
-    logits = cpu_normal(2, 8, dtype=dtype).requires_grad_(name in ("mask_log_prob", "masked_linear"))
-    weight = cpu_normal(2, 8, seed=1, dtype=dtype).requires_grad_()
+    logits = cpu_normal(2, 8, dtype=dtype).requires_grad_(name == "mask_log_prob")
+    weight = cpu_normal(2, 8, seed=1, dtype=dtype).requires_grad_(name.startswith("masked_weight"))
     codes = some_codes(2, 2)
     counter = (*(torch.tensor(value) for value in (7, 3, 5, 1)), 0, 2)
     drawn = (logits, "drawn", 2, 4, 1.0, *counter, None)
     held = (*drawn[:-1], codes)
-    given = registry.flat(MaskSource(codes, "codes", 2, 4))
-    x, bias = cpu_normal(3, 8, seed=2, dtype=dtype).requires_grad_(), cpu_normal(2, seed=3, dtype=dtype)
+    given = MaskSource(codes, "codes", 2, 4).flat()
+    x, bias = cpu_normal(3, 8, seed=2, dtype=dtype), cpu_normal(2, seed=3, dtype=dtype)
     grad = cpu_normal(3, 2, seed=4, dtype=dtype)
     return {
         "sample_mask": (logits, 2, 4, 1.0, *counter),
@@ -28,8 +27,8 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
         "masked_linear": (x, weight, bias, True, *drawn),
         "masked_linear of codes": (x, weight, None, False, *given),
         "masked_linear of a draw that is held": (x, weight, bias, True, *held),
-        "masked_linear_input_grad": (grad, weight.detach(), *drawn),
-        "masked_linear_weight_grad": (grad, x.detach(), *drawn),
+        "masked_linear_input_grad": (grad, weight, *drawn),
+        "masked_linear_weight_grad": (grad, x, *drawn),
         "top_n_mask": (logits, 2, 4),
         "mask_log_prob": (logits, codes, 2, 4, 0.5),
         "mask_score": (logits, codes, torch.ones(2, 2), 2, 4, 0.5),
