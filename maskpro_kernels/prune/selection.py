@@ -134,10 +134,10 @@ def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], targets: Seq
         if target in exact:
             matched.add(exact[target])
             continue
-        found = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
-        if not found:
+        matching = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
+        if not matching:
             raise ValueError(f"targets: expected each to match an nn.Linear, {target!r} matches none")
-        matched.update(found)
+        matched.update(matching)
     if not matched:
         raise ValueError(f"targets: expected at least one pattern, got {targets!r}")
     return {name: module for name, module in linears.items() if name in matched}
