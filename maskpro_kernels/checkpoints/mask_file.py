@@ -76,9 +76,11 @@ class MaskFile:
             )
         base = _fingerprint([name, digest([weights[name].detach().to(self.dtype)])] for name in names)
         if base != self.base:
+            dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
             raise ValueError(
-                f"model: expected the base that the masks were learned on, {self.model}, of fingerprint {self.base}, "
-                f"got weights of fingerprint {base}"
+                f"model: expected the base that the masks were learned on, {self.model}, of fingerprint {self.base} in "
+                f"{str(self.dtype).removeprefix('torch.')}, got {' and '.join(sorted(dtypes))} weights of fingerprint "
+                f"{base}"
             )
 
 

@@ -60,7 +60,10 @@ def test_masks_on_another_base_are_refused(tmp_path):
     other = save_masks(tmp_path / "other", [("up", *some_layers("2:4")[0][1:])], "2:4", model="tiny")
     assert other.base != mask.base
     for base, message in (
-        (weights | {"up": changed}, f"model: expected the base .*tiny, of fingerprint {mask.base}, got weights of"),
+        (
+            weights | {"up": changed},
+            f"model: expected the base .*tiny, of fingerprint {mask.base} in bfloat16, got bfloat16",
+        ),
         ({"up": weights["up"]}, "got down.0 of shape none where the masks have .16, 32."),
         (weights | {"x": changed}, "got x of shape .24, 64. where the masks have none"),
         (weights | {"up": changed[:-1]}, "got up of shape .23, 64. where the masks have .24, 64."),

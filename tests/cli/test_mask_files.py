@@ -46,7 +46,7 @@ def test_another_base_and_a_damaged_file_are_refused(inputs, exported, tmp_path,
     tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
     save_file(tensors, weights, {"format": "pt"})
     base, out = ["--model", str(tmp_path / "base")], ["--output", str(tmp_path / "out")]
-    told = f"of fingerprint {load_masks(exported[0]).base}, got weights of fingerprint"
+    told = f"of fingerprint {load_masks(exported[0]).base} in"
     refuses(capsys, tmp_path, ["import", str(exported[0]), *base, *out], told)
     content = exported[0].read_bytes()
     (tmp_path / "mask").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -39,11 +39,9 @@ from helpers.sweeps import write_small_sweep
 from helpers.tiny_llama import tiny_text, write_inputs
 
 import maskpro_kernels
-from maskpro_kernels import hf
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.parser import build_parser
 from maskpro_kernels.files import write_tensors
-from maskpro_kernels.hf.process_memory import resident
 from maskpro_kernels.learn import estimator
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.packed import pack_24
@@ -197,8 +195,6 @@ def folder(prepared, tmp_path, monkeypatch) -> Path:
     leave_blank(monkeypatch)
     # an example defines an estimator, which no other test is to know
     monkeypatch.setattr(estimator, "_registered", dict(estimator._registered))
-    # a fresh process takes seconds to begin
-    monkeypatch.setattr(hf, "peak_memory", resident)
     return copied
 
 

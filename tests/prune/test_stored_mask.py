@@ -48,7 +48,7 @@ def save(model, folder):
 def mask_file(folder, pattern="2:4"):
     codes, path = random_codes(pattern), folder / "mine.mask"
     triples = [(name, codes[name], layer.weight.detach()) for name, layer in dense_layers().items()]
-    save_masks(path, triples, pattern, model="tiny").close()
+    save_masks(path, triples, pattern, model="tiny")
     return path
 
 
@@ -109,9 +109,7 @@ def test_another_set_of_layers_is_refused(tmp_path, kind):
         if kind == "zeros" and wanted is fewer:
             # others may have zeros as well
             continue
-        with pytest.raises(
-            ValueError, match=f"14 layers differ, such as {named}|15 layers .*{named}|differ, such as .*{named}"
-        ):
+        with pytest.raises(ValueError, match=f"(1[345] layers|learned on).* {named}"):
             stored_mask(path, wanted, "2:4")
 
 
@@ -120,7 +118,7 @@ def test_another_base_is_refused(tmp_path, kind):
     model = tiny_model()
     model.get_submodule(FIRST).weight.data[3, 5] += 1
     told = {
-        "mask file": "of fingerprint .*, got one of fingerprint .*; 1 of 14 layers differ, such as model.layers.0",
+        "mask file": "of fingerprint .* in float32, got float32 weights of fingerprint [0-9a-f]{32}$",
         "run": "whose weights have the digest .* in float32, got weights of digest [0-9a-f]{32}$",
         "masked": f"got other weights in {FIRST}: another model, or this one in another dtype$",
     }[kind]
