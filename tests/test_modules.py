@@ -284,7 +284,8 @@ def test_logits_of_a_dtype_that_no_draw_takes_are_refused():
             layer.train(training)(torch.randn(2, 16))
 
 
-def test_a_forward_of_training_reaches_the_kernel_by_few_functions(monkeypatch):
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_a_forward_of_training_reaches_the_kernel_by_few_functions(tokens, monkeypatch):
     package, routes = str(Path(mk.__file__).parent), []
 
     def note(frame, event, _):
@@ -297,7 +298,7 @@ def test_a_forward_of_training_reaches_the_kernel_by_few_functions(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     sys.setprofile(note)
     try:
-        layer(torch.randn(3, 16))
+        layer(torch.randn(tokens, 16))
     finally:
         sys.setprofile(None)
     (route,) = routes

@@ -179,7 +179,11 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, source, mask, log_prob, logits_backward, is_current):
-        y, total = ops.masked_linear(x, weight, bias, log_prob, mask.of(source, x.device))
+        if mask.kind == "applied":
+            return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        mask = mask.of(source, x.device)
+        # a log-probability takes the logits
+        y, total = ops.masked_linear(x, weight, bias, log_prob, *(mask if log_prob else mask.known).flat())
         return (y, total) if log_prob else y
 
     @staticmethod

@@ -128,7 +128,11 @@ def _fake_masked_linear(x, weight, bias, log_prob, *_):
 
 
 @operation(f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)", _fake_masked_linear)
-def _masked_linear(x, weight, bias, log_prob, *mask):
+def masked_linear(x, weight, bias, log_prob, *mask):
+    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
+
+    The product runs in the dtype of x; the mask is flat. Its gradients are those of ``functional.linear``.
+    """
     mask, total = MaskSource.unflat(*mask), None
     with without_autocast(x):
         if uses_kernels(x):
@@ -139,19 +143,6 @@ def _masked_linear(x, weight, bias, log_prob, *mask):
             if log_prob:
                 total = mask_log_prob(mask.tensor, codes_under(mask), mask.n, mask.m, mask.inv_temperature).sum()
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
-
-
-def masked_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, log_prob: bool, mask: MaskSource
-) -> tuple[Tensor, Tensor | None]:
-    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
-
-    The product runs in the dtype of x. Its gradients are those of ``functional.linear``.
-    """
-    if mask.kind == "applied":
-        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
-    # a log-probability takes the logits
-    return _masked_linear(x, weight, bias, log_prob, *(mask if log_prob else mask.known).flat())
 
 
 @operation(

@@ -67,9 +67,9 @@ def test_products_of_many_rows(target, compiled_for, machine, monkeypatch):
     edge, k = ALL_ROWS % tile.out, GROUPS * NEAR.m
     weight, x = normal(LAST, k, dtype=torch.bfloat16), one_hot(16, k)
     machine.last = 1
-    y, _ = ops.masked_linear(x, far(weight), None, False, FAR.source(logits=far(NEAR.logits)))
+    y, _ = ops.masked_linear(x, far(weight), None, False, *FAR.source(logits=far(NEAR.logits)).flat())
     take_route(monkeypatch, "eager")
-    expected, _ = ops.masked_linear(x, weight, None, False, NEAR.source())
+    expected, _ = ops.masked_linear(x, weight, None, False, *NEAR.source().flat())
     assert_same_bits(y[:, -edge:] + 0.0, expected[:, -edge:] + 0.0)
 
 
@@ -89,7 +89,7 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeyp
     machine.last = columns = tiles % straight_through.SHARING.value
     logits, step = far(NEAR.logits), (torch.tensor(0.4), 2.0)
     ops.straight_through_update_(grad, x, far(weight), 1.0, *step, FAR.source(logits=logits), grad_squares=squares)
-    weight_grad = ops.masked_linear_weight_grad(grad, x, FAR.source(logits=far(NEAR.logits)))
+    weight_grad = ops.masked_linear_weight_grad(grad, x, *FAR.source(logits=far(NEAR.logits)).flat())
     take_route(monkeypatch, "eager")
     expected, near = NEAR.logits.clone(), (grad[:, -LAST:].contiguous(), x)
     ops.straight_through_update_(

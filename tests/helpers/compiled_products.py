@@ -122,7 +122,7 @@ def linear(of: Product, moved) -> None:
     source = of.matrix.source(of.kind)
     source = source._replace(tensor=moved(source.tensor))
     here = [None if tensor is None else moved(tensor) for tensor in (x, weight, bias)]
-    (found, total), (by_torch, expected) = by_both(lambda: ops.masked_linear(*here, of.log_prob, source))
+    (found, total), (by_torch, expected) = by_both(lambda: ops.masked_linear(*here, of.log_prob, *source.flat()))
     exact = x.double() @ masked(of, weight.to(of.operand)).double().t()
     assert_product(of, found, by_torch, exact if bias is None else exact + bias.double())
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
