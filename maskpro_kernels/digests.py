@@ -1,4 +1,4 @@
-"""Digests: by what files, tensors and records are known again, and what each digest covers.
+"""Digests: by what files, tensors and records are recognised, and what each digest covers.
 
 All are BLAKE2b without a key, of 16 bytes. They find damage and things that were mixed up. They do not find one who
 means to deceive: whoever can write a file can write its digest too.

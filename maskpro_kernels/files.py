@@ -136,7 +136,7 @@ def sync(path: Path) -> None:
 
 def check_takes_files(folder: Path) -> None:
     """Raise OSError unless a file can be made in a folder; leaves nothing behind."""
-    # permission bits alone do not tell: root, read-only and virtual file systems pass them; a file without a name is
+    # permission bits are not enough: root, read-only and virtual file systems pass them; a file without a name is
     # gone whenever the process is killed
     tempfile.TemporaryFile(dir=folder).close()
 

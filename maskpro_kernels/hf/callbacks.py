@@ -18,7 +18,7 @@ from ..replacement import adapter_modules
 
 # Slopes of so many root mean squares are rare
 LARGE_SLOPE = 30
-# Of each layer, to tell how far apart its logits are
+# Of each layer: its logits there show how far apart they are
 ROWS = 64
 
 
@@ -95,7 +95,7 @@ class MaskCallback(TrainerCallback):
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """In the place of a step of the Trainer's optimizer, which finds no gradient then."""
-        # a fused optimizer is called with gradients that are not finite too, and told so
+        # a fused optimizer is called with gradients that are not finite too, and has ``found_inf`` then
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
             # for checkpoints, and from them
@@ -105,9 +105,9 @@ class MaskCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and "loss" in logs:
-            found = {"mask_moved": self._masks.moved(), "mask_flip_rate": self._masks.flip_rate()}
-            logs.update(found)
-            state.log_history[-1].update(found)
+            moves = {"mask_moved": self._masks.moved(), "mask_flip_rate": self._masks.flip_rate()}
+            logs.update(moves)
+            state.log_history[-1].update(moves)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.release()
@@ -115,7 +115,7 @@ class MaskCallback(TrainerCallback):
     def release(self) -> None:
         """Let the model go: the parameters that were frozen require gradients again. Training that ends does it.
 
-        The Trainer does not tell its callbacks of an error.
+        The Trainer calls none of its callbacks after an error.
         """
         if self._hook is not None:
             self._hook.remove()

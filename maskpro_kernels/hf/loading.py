@@ -69,8 +69,8 @@ def load_model(
         except Exception as error:
             # each of transformers' parsers has errors of its own
             reason = " ".join(str(error).split()).partition(". ")[0]
-            told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
-            raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
+            message = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
+            raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
         lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
         if lacking:
             raise ValueError(

@@ -145,7 +145,7 @@ def model_card(
         stored += f"{bits_a_weight(packed):.2f} bits a weight."
     elif layers:
         stored = f"The checkpoint holds whole weights, and the logits of the masks of {len(layers)} layers."
-    # of a dense checkpoint the layers do not tell which of them have a mask
+    # in a dense checkpoint nothing marks the layers that have a mask
     left_dense = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear"] if layers else []
     on_hub = base_model is not None and base_model.count("/") == 1
     return ModelCard.from_template(

@@ -232,8 +232,8 @@ def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **how) -> Te
         how: more of what ``generate`` takes.
     """
     mask = torch.ones_like(prompt)
-    found = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **how)
-    return found[:, prompt.shape[1] :]
+    tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **how)
+    return tokens[:, prompt.shape[1] :]
 
 
 @contextmanager
@@ -258,16 +258,16 @@ def _agreement(
     differ, new_tokens = written != other, written.shape[1]
     if not differ.any():
         return Agreement(*names, differs_in, new_tokens, new_tokens)
-    places, found = [], []
+    places, gaps = [], []
     for row in differ.any(1).nonzero().flatten().tolist():
         place = int(differ[row].int().argmax())
         read = torch.cat([prompt[row], other[row, :place]])
         logits = other_model(read[None]).logits[0, -1].float()
         gap = float((logits[other[row, place]] - logits[written[row, place]]).abs())
         places.append(place)
-        found.append((gap, rounding_of(logits, other_model.dtype)))
+        gaps.append((gap, rounding_of(logits, other_model.dtype)))
     # what is no number is explained by no rounding
-    gap, rounding = max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] - pair[1])
+    gap, rounding = max(gaps, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] - pair[1])
     return Agreement(*names, differs_in, min(places), new_tokens, gap, rounding)
 
 
@@ -308,7 +308,7 @@ def first_difference(model: nn.Module, other: nn.Module) -> str | None:
 
 def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """How to get each weight and buffer of a model, by its name."""
-    found: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Callable[[], Tensor]] = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, CounterState):
@@ -316,9 +316,9 @@ def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         if isinstance(module, (NMLinear, MaskedLinear)):
             own = {} if module.bias is None else {"bias": module.bias}
-            found[f"{prefix}weight"] = module.packed.unpack if isinstance(module, NMLinear) else module.top_n_weight
-        found |= {f"{prefix}{part}": lambda tensor=tensor: tensor for part, tensor in own.items()}
-    return found
+            tensors[f"{prefix}weight"] = module.packed.unpack if isinstance(module, NMLinear) else module.top_n_weight
+        tensors |= {f"{prefix}{part}": lambda tensor=tensor: tensor for part, tensor in own.items()}
+    return tensors
 
 
 def stored_as(model: nn.Module) -> str:
