@@ -1,6 +1,6 @@
 """Fused kernels for learning and running N:M sparse language models."""
 
-from .checkpoint_shards import load_checkpoint_shards
+from .fsdp import load_checkpoint_shards
 from .functional.linear import (
     codes_linear,
     masked_linear,

@@ -2,7 +2,8 @@
 
 Each rank holds its own rows of weight and logits. FSDP2 gathers a layer's rows ahead of each use. What it then sends of
 a masked layer are the values that its mask keeps and their bitmask: each rank draws the masks of its own rows, which
-needs no other rank. Logits stay where they are, on the ranks of their weight's rows.
+needs no other rank. Logits stay where they are, on the ranks of their weight's rows. Checkpoints are read, and snapshots
+written and read, by rows as well: no rank holds a whole.
 
 The hooks are FSDP2's own: it calls ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a shard that has them.
 Which parameter has them, and that logits are none of its parameters, is set in its parameter groups, for which torch
@@ -11,20 +12,32 @@ has no public names.
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import ops
 from .counter import version_of, versions
+from .files import named_files, weight_files
 from .pattern import bitmask_of
+from .ranks import Ranks
 
 # FSDP2's (parameter, group) by the id of a sharded parameter
 Params = dict[int, tuple]
+# Of a tensor: where it begins in each dimension, and its sizes
+Part = tuple[torch.Size, torch.Size]
+# Names that one message holds
+NAMED = 3
+# Dtypes of which one may be stored and another loaded: no scale lies beside them
+PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Place(NamedTuple):
@@ -244,8 +257,12 @@ class RowShard:
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of an input [..., K], by the weight that is gathered."""
         layer = self._layer
-        if layer.training and layer.logits_backward is not None:
-            check_takes_shards(layer.logits_backward)
+        learns = layer.training and layer.logits_backward is not None
+        if learns and not getattr(layer.logits_backward, "takes_shards", False):
+            raise ValueError(
+                "logits_backward: expected one of MaskTrainer in a layer that fully_shard has cut, got "
+                f"{type(layer.logits_backward).__name__}"
+            )
         weight, key = self.gathered_weight(), self._gathered_key()
         return layer.gathered_product(input, weight, lambda: self._gathered == key)
 
@@ -313,7 +330,12 @@ class RowShard:
         layer, param = self._layer, self._param
         n, m = layer.pattern.n, layer.pattern.m
         codes = layer.drawn_codes() if layer.training else ops.top_n_mask(self.logits, n, m)
-        values = _kept(self.weight, codes, n, m).to(param.param_dtype or param.orig_dtype)
+        bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
+        kept = (codes.unsqueeze(-1) >> bits & 1).flatten()
+        rows, k = self.weight.shape
+        # how many there are is known, and needs no wait for the device
+        places = kept.nonzero_static(size=rows * k // m * n).squeeze(-1)
+        values = self.weight.flatten()[places].view(rows, k // m * n).to(param.param_dtype or param.orig_dtype)
         # one tensor: of several FSDP2 takes the first alone where a mesh has one rank
         sent = torch.cat([values.view(torch.uint8), bitmask_of(codes, m)], 1)
         # the last ranks may have fewer rows
@@ -337,25 +359,6 @@ class RowShard:
         with torch.autograd._unsafe_preserve_version_counter(out):
             out.copy_(weight)
         return None
-
-
-def _kept(weight: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
-    """The values [rows, K N / M] of a weight [rows, K] that group codes [rows, K / M] keep."""
-    bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
-    kept = (codes.unsqueeze(-1) >> bits & 1).flatten()
-    rows, k = weight.shape
-    # how many there are is known, and needs no wait for the device
-    places = kept.nonzero_static(size=rows * k // m * n).squeeze(-1)
-    return weight.flatten()[places].view(rows, k // m * n)
-
-
-def check_takes_shards(logits_backward: Callable) -> None:
-    """Raise ValueError unless its ``takes_shards`` is true: it then needs neither dense weight nor mask."""
-    if not getattr(logits_backward, "takes_shards", False):
-        raise ValueError(
-            "logits_backward: expected one of MaskTrainer in a layer that fully_shard has cut, got "
-            f"{type(logits_backward).__name__}"
-        )
 
 
 def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
@@ -390,15 +393,11 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
 
 def _check_logits(name: str, layer: nn.Module) -> None:
     """Raise ValueError unless the logits of a layer have the mesh and placements of its weight."""
-    if not is_distributed(layer.weight) or not is_distributed(layer.logits):
-        weight, logits = ("sharded" if is_distributed(x) else "plain" for x in (layer.weight, layer.logits))
+    layouts = [(x.device_mesh, x.placements) if is_distributed(x) else "none" for x in (layer.weight, layer.logits)]
+    if layouts[0] != layouts[1]:
         raise ValueError(
-            f"model: expected logits sharded as their weight is, got a {weight} weight and {logits} logits in {name}"
-        )
-    ways = [(x.device_mesh, x.placements) for x in (layer.weight, layer.logits)]
-    if ways[0] != ways[1]:
-        raise ValueError(
-            f"model: expected logits with the mesh and placements of their weight, {ways[0]}, got {ways[1]} in {name}"
+            f"model: expected logits with the mesh and placements of their weight, {layouts[0]}, got {layouts[1]} in "
+            f"{name}"
         )
 
 
@@ -472,15 +471,10 @@ def without_gradients(model: nn.Module) -> AbstractContextManager:
 
     What FSDP2 allocates in inference mode it could not write outside of it.
     """
-    return torch.no_grad() if is_shared(model) else torch.inference_mode()
-
-
-def is_shared(model: nn.Module) -> bool:
-    """Tell whether a parameter is a DTensor, or FSDP2 gathers parameters, which may stand gathered in the model now."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return any(map(is_distributed, model.parameters())) or (
-        fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
-    )
+    # parameters may stand gathered in the model now
+    gathers = fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+    return torch.no_grad() if gathers or any(map(is_distributed, model.parameters())) else torch.inference_mode()
 
 
 def gathers_within(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
@@ -492,3 +486,285 @@ def gathers_within(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
             if id(parameter) in params and not inside.issuperset(params[id(parameter)][1].modules):
                 return False
     return True
+
+
+def is_sharded(layers: Mapping[str, nn.Module]) -> bool:
+    """Tell whether ranks share layers: all of them, see ``check_sharding``."""
+    return any(layer.shard is not None for layer in layers.values())
+
+
+def check_sharding(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError unless all layers are whole, or fully_shard has cut all of them over one mesh."""
+    meshes = {name: None if layer.shard is None else layer.shard.mesh for name, layer in layers.items()}
+    cut = next((name for name, mesh in meshes.items() if mesh is not None), None)
+    for name, mesh in meshes.items():
+        if cut is not None and mesh != meshes[cut]:
+            raise ValueError(
+                f"model: expected fully_shard to cut all masked layers over one mesh or none, got {meshes[cut]} in "
+                f"{cut} and {mesh} in {name}"
+            )
+
+
+def check_finite(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError unless the logits that this rank has are finite."""
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.own_logits).all():
+            raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
+
+
+def agree_on_shards(ranks: Ranks, layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError on all ranks unless they have the same layers on meshes that fit, with finite logits.
+
+    All weights are shards then.
+    """
+    if not is_sharded(layers):
+        return
+    shards = {name: layer.shard for name, layer in layers.items()}
+    ranks.agree({name: shard.layout for name, shard in shards.items()})
+    ranks.all_of(lambda: check_finite(layers))
+    for shard in shards.values():
+        shard.reshard()
+
+
+def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> Callable[[], Path | None]:
+    """A function that writes this rank's part of tensors into a file of its own, and gives its path, None without one.
+
+    All ranks have to call this. Of what several of them have, one writes it. The function raises OSError where this
+    rank cannot write; it waits for no other rank. Plans come from torch.distributed.checkpoint, and are exchanged by
+    ``ranks``, since its own collectives give up a rank that writes for long. The files are safetensors, no pickles.
+
+    Args:
+        folder: exists, and all ranks see it.
+        tensors: by name, the same on all ranks: DTensors, and tensors that are alike on all of them.
+    """
+    from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter
+
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+
+    def own_plan():
+        first = ranks.rank == 0
+        planner.set_up_planner(dict(tensors), writer.storage_meta(), first)
+        writer.set_up_storage_writer(first)
+        own = planner.create_local_plan()
+        # without what has no elements, as of a rank that has no rows
+        own.items[:] = [item for item in own.items if item.tensor_data.chunk.sizes.numel()]
+        return writer.prepare_local_plan(own)
+
+    plans, _ = planner.create_global_plan(ranks.gather_objects(ranks.all_of(own_plan)))
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
+
+    def write() -> Path | None:
+        written = writer.write_data(plan, planner).wait()
+        return folder / written[0].storage_data.relative_path if written else None
+
+    return write
+
+
+def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[str, tuple[list[int], torch.dtype]]:
+    """(shape, dtype) of the tensors of which files hold parts or wholes, by name.
+
+    Files may lack the end of a tensor, which they do not tell: it is then of a smaller shape.
+
+    Args:
+        files: as for ``read_parts``; in one folder.
+        argument: what messages call them.
+
+    Raises:
+        ValueError: if they do not hold each element of a tensor once, or hold what torch does not read.
+        OSError, SafetensorError: if a file cannot be read.
+    """
+    try:
+        found = _reader_of(files).read_metadata().state_dict_metadata
+    except (KeyError, TypeError, ValueError) as error:
+        # a dtype that it does not know, or places of parts that are none
+        raise ValueError(
+            f"{argument}: expected safetensors that torch reads, got {error!r} in {str(files[0].parent)!r}"
+        ) from error
+    for name, of in found.items():
+        if not _fill([(part.offsets, part.sizes) for part in of.chunks], of.size):
+            raise ValueError(
+                f"{argument}: expected each element of {name} once, got parts that lack some or overlap in "
+                f"{str(files[0].parent)!r}"
+            )
+    return {name: (list(of.size), of.properties.dtype) for name, of in found.items()}
+
+
+def _fill(parts: Iterable[Part], size: torch.Size) -> bool:
+    """Tell whether parts hold each element of a tensor once: as many as it has, and no two of them the same."""
+    parts = sorted(parts)
+    if sum(math.prod(sizes) for _, sizes in parts) != size.numel():
+        return False
+    near: list[Part] = []
+    for begin, sizes in parts:
+        # of rows only the last part is compared, so that many ranks do not take the square of their number
+        near = [other for other in near if other[0][0] + other[1][0] > begin[0]]
+        if any(_overlap((begin, sizes), other) for other in near):
+            return False
+        near.append((begin, sizes))
+    return True
+
+
+def _overlap(one: Part, other: Part) -> bool:
+    return all(max(a, b) < min(a + size_a, b + size_b) for a, size_a, b, size_b in zip(*one, *other, strict=True))
+
+
+@torch.no_grad()
+def read_parts(files: Iterable[Path], tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors in place with what files hold of them, of a DTensor this rank's part; other ranks need not come.
+
+    Args:
+        files: safetensors with wholes, or with the parts of ``planned_parts``.
+        tensors: by their names there, of the same shapes.
+
+    Raises:
+        OSError, SafetensorError: if a file cannot be read.
+    """
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    reader = _reader_of(files)
+    metadata = reader.read_metadata()
+    planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    plans = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])
+    (plan,) = reader.prepare_global_plan(plans)
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+
+
+def _reader_of(files: Iterable[Path]):
+    """torch's reader of the safetensors files in a folder, for these alone."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class Listed(FileSystem):
+        def ls(self, path: str) -> Sequence[str]:
+            return [str(file) for file in files]
+
+    reader = HuggingFaceStorageReader(".")
+    reader.fs = Listed()
+    return reader
+
+
+class _Held(NamedTuple):
+    """A parameter or buffer, and all that hold it.
+
+    Attributes:
+        tensor: itself.
+        places: (dict of a module that holds it, its name there).
+        names: in the model; of a buffer that no checkpoint holds none.
+    """
+
+    tensor: Tensor
+    places: list[tuple[dict, str]]
+    names: list[str]
+
+
+def load_checkpoint_shards(
+    model: nn.Module, checkpoint: str | Path, *, device: torch.device | str | None = None
+) -> None:
+    """Load a safetensors checkpoint into a model on the meta device, whose parameters ``fully_shard`` has cut.
+
+    Each rank reads its own rows out of the files, by ``torch.distributed.checkpoint``: nothing is sent, and no rank
+    holds more of a parameter than its shard. ``convert`` comes behind it. What is not on meta keeps its memory and gets
+    the values of the checkpoint. Parameters that are one, such as tied embeddings or those of a shared module, stay
+    one; the checkpoint may hold them under any of their names. The dtypes are those of the model: float64, float32,
+    bfloat16 and float16 are converted to each other, any other has to be that of the checkpoint.
+
+    Transformers' own models have a loader that does the same and knows the older names of their weights, see
+    docs/large-models.md.
+
+    Args:
+        model: its parameters and buffers are on meta, or in memory; DTensors or plain ones, of which each rank gets
+            the whole.
+        checkpoint: folder with ``model.safetensors``, or with an index and the files that it names; else one with other
+            safetensors files, wholes or the parts that torch's ``HuggingFaceStorageWriter`` writes; or such a file.
+        device: of what is on meta. Default: the device of the meshes, of a model without any the CPU.
+
+    Warns:
+        UserWarning: if the checkpoint holds tensors that the model has not.
+
+    Raises:
+        ValueError: if there are no such files, they are damaged, some of them are missing, two hold the same, or they
+            hold no values, or values of another shape or kind of dtype, for what the model would have in a checkpoint,
+            or for what is on meta. The model is then as it was.
+        OSError: if a file cannot be read. What is on meta is then there still.
+    """
+    files = named_files(Path(checkpoint)) or weight_files(checkpoint)
+    held = list(_held_by(model))
+    stored = _checked(held, files, checkpoint)
+    device = _device_of(held) if device is None else torch.device(device)
+    new = {name: torch.empty_like(of.tensor, device=device) for name, of in stored.items() if of.tensor.is_meta}
+    with torch.no_grad():
+        old = {name: of.tensor.detach() for name, of in stored.items() if name not in new}
+        read_parts(files, new | old)
+    for name, tensor in new.items():
+        of = stored[name]
+        if isinstance(of.tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=of.tensor.requires_grad)
+        for place, key in of.places:
+            place[key] = tensor
+    # FSDP2 looks for its parameters where the old ones were
+    resharded(model)
+
+
+def _held_by(model: nn.Module) -> Iterator[_Held]:
+    """What the modules of a model hold: each tensor once."""
+    found: dict[int, _Held] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for place in (module._parameters, module._buffers):
+            for key, tensor in place.items():
+                if tensor is not None:
+                    of = found.setdefault(id(tensor), _Held(tensor, [], []))
+                    of.places.append((place, key))
+                    if key not in module._non_persistent_buffers_set:
+                        of.names.append(f"{prefix}.{key}" if prefix else key)
+    return iter(found.values())
+
+
+def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Mapping[str, _Held]:
+    """What is to be read, by the name under which it is stored.
+
+    Raises:
+        ValueError: if something lacks a value, or has one of another shape or kind of dtype.
+    """
+    try:
+        kinds = kinds_of_parts(files, "checkpoint")
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint: expected whole safetensors files, got {str(checkpoint)!r}: {error}") from error
+    stored, lacking = {}, []
+    for of in held:
+        name = next((name for name in of.names if name in kinds), None)
+        if name is not None:
+            stored[name] = of
+        elif of.names or of.tensor.is_meta:
+            lacking.append(of.names[0] if of.names else f"{of.places[0][1]}, a buffer that checkpoints leave out")
+    if lacking:
+        raise ValueError(
+            f"checkpoint: expected values for all of the model that is on meta or stored, got none for "
+            f"{_listed(lacking)} in {str(checkpoint)!r}; make in memory what is computed, or load by transformers"
+        )
+    for name, of in stored.items():
+        (shape, dtype), own = kinds[name], list(of.tensor.shape)
+        if dtype != of.tensor.dtype and not {dtype, of.tensor.dtype} <= PLAIN:
+            raise ValueError(
+                f"checkpoint: expected {name} as {of.tensor.dtype}, got {dtype} in {str(checkpoint)!r}: what is "
+                "quantized has to be dequantized first"
+            )
+        if shape != own:
+            raise ValueError(f"checkpoint: expected {name} of shape {own}, got {shape} in {str(checkpoint)!r}")
+    others = sorted(kinds.keys() - {name for of in held for name in of.names})
+    if others:
+        warnings.warn(f"{checkpoint}: it holds what the model has not, and is left out: {_listed(others)}", stacklevel=3)
+    return stored
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _device_of(held: list[_Held]) -> torch.device:
+    meshes = [of.tensor.device_mesh for of in held if is_distributed(of.tensor)]
+    kind = meshes[0].device_type if meshes else "cpu"
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

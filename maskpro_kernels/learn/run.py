@@ -37,15 +37,13 @@ from torch import Tensor
 
 from ..digests import SIZE, digest, digest_of_bytes
 from ..files import append_whole, discard, make_folder, sync, unfinished, write_whole
-from ..fsdp import is_distributed
+from ..fsdp import is_distributed, is_sharded, kinds_of_parts, planned_parts, read_parts
 from ..modules import MaskedLinear
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..sharded_files import kinds_of_parts, planned_parts, read_parts
 from .batches import content, tensors_of
 from .estimator import Estimator
 from .masks import ModelMasks, ReplayedLayer
-from .sharded_run import check_seen, is_sharded
 from .step import Draw, Entry, LossFn, replay
 
 # Of the folder and all that is in it; another number wherever one of these changes
@@ -733,7 +731,7 @@ def write_parts(
     """Add a snapshot of tensors whose rows ranks hold: each writes its own, and rank 0 publishes them once on disk."""
     aside = ranks.first(lambda: folder.folder_aside())
     try:
-        ranks.all_of(lambda: check_seen(aside))
+        ranks.all_of(lambda: _check_seen(aside))
         write = planned_parts(ranks, aside, tensors)
 
         def written() -> tuple[str, str] | None:
@@ -769,7 +767,7 @@ def restore(
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
     of_estimator = {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
     if is_sharded(layers):
-        ranks.all_of(lambda: check_seen(saved.tensors.path))
+        ranks.all_of(lambda: _check_seen(saved.tensors.path))
         ranks.all_of(lambda: saved.tensors.read_into(logits))
         spread = of_estimator
     else:
@@ -814,3 +812,12 @@ def replay_run(folder: str | Path, steps: int | None = None, device: torch.devic
     for entry in entries[:steps]:
         replay(masks, run["seed"], entry)
     return {name: layer.logits.cpu() for name, layer in layers.items()}
+
+
+def _check_seen(path: Path) -> None:
+    """Raise ValueError unless this rank sees what rank 0 has in ``output_dir``."""
+    if not path.exists():
+        raise ValueError(
+            f"output_dir: expected a folder on a disk that all ranks share, got {str(path.parent)!r}, in which this "
+            f"rank misses {path.name}"
+        )

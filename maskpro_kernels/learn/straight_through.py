@@ -17,9 +17,16 @@ from ..fsdp import check_not_sharded
 from ..functional.checks import describe
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from .backward import BackwardPass, LayerUpdater, WeightLearner, check_slope_settings, check_weights
+from .backward import (
+    BackwardPass,
+    LayerUpdater,
+    ShardedPass,
+    ShardUpdater,
+    WeightLearner,
+    check_slope_settings,
+    check_weights,
+)
 from .estimator import Estimator, Option, check_float, check_whole
-from .sharded_passes import ShardedPass, ShardUpdater
 from .step import Step, StepResult
 
 
@@ -327,7 +334,7 @@ class _Collector:
 
     Attributes:
         moves_logits: true, for what it keeps is of one pass, and of no compiled graph; see ``MaskedLinear``.
-        takes_shards: see ``check_takes_shards``.
+        takes_shards: true, for it needs neither dense weight nor mask, see ``RowShard``.
     """
 
     moves_logits = takes_shards = True

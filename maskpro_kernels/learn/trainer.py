@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..digests import digest
-from ..fsdp import check_no_flat_parameters, resetting, without_gradients
+from ..fsdp import (
+    agree_on_shards,
+    check_finite,
+    check_no_flat_parameters,
+    check_sharding,
+    is_sharded,
+    resetting,
+    without_gradients,
+)
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
@@ -26,7 +34,6 @@ from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Estimator, check_float, check_whole
 from .masks import ModelMasks, least_margin
 from .run import RunFolder, SavedRun, restore, settings_of, snapshot_of, write_parts
-from .sharded_run import agree_on_shards, check_finite, check_sharding, is_sharded
 from .step import Entry, LossFn, Step, StepRecord, StepResult, loss_under_top_n_masks
 
 

@@ -245,24 +245,20 @@ def test_a_shared_module_is_loaded_by_any_of_its_names(names, tmp_path):
 
 
 INDEX = "model.safetensors.index.json"
-BAD_INDEX = {
-    "{bad": f"got a damaged {INDEX}: JSONDecodeError(",
-    "[" * 100_000: f"got a damaged {INDEX}: ValueError('JSON that is nested too deeply')",
-    "[]": f"got a damaged {INDEX}: TypeError(",
-    "{}": f"got a damaged {INDEX}: KeyError('weight_map')",
-    '{"weight_map": {"weight": 1}}': f"got a damaged {INDEX}: TypeError(",
-    '{"weight_map": ["weight"]}': f"got a damaged {INDEX}: AttributeError(",
-    '{"weight_map": {"weight": "gone.safetensors"}}': "got one that names gone.safetensors, which is not there",
-}
+BAD_INDEX = [
+    "{",
+    '{"metadata": {}}',
+    '{"weight_map": {"weight": "gone.safetensors"}}',
+]
 
 
 def test_a_damaged_index_is_refused_in_a_line(tmp_path):
     save_file({"weight": torch.ones(6, 8)}, tmp_path / "whole.safetensors")
-    for content, told in BAD_INDEX.items():
+    for content in BAD_INDEX:
         (tmp_path / INDEX).write_text(content)
         with pytest.raises(ValueError) as error:
             mk.load_checkpoint_shards(a_layer(), tmp_path)
-        start = f"checkpoint: expected an index of the files in {str(tmp_path)!r}, {told}"
+        start = f"checkpoint: expected a sound {INDEX} in {str(tmp_path)!r}, got "
         assert str(error.value).startswith(start), error.value
         assert str(error.value).endswith("; copy or download it again")
         assert "\n" not in str(error.value)

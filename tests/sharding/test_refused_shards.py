@@ -176,8 +176,7 @@ REFUSED = {
     "logits of one rank": (with_nan_on_rank_1, NAN),
     "a part of the model": (
         sharded_in_part,
-        "model: expected fully_shard to cut all masked layers or none, got blocks.0.1, which it has cut, and "
-        "blocks.1.1, which it has not",
+        "model: expected fully_shard to cut all masked layers over one mesh or none, got DeviceMesh(",
     ),
     "meta": (on_the_meta_device, "model: expected weights and logits in memory, got some on meta in blocks.0.1"),
     "offloaded": (
