@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Counter(NamedTuple):
-    """What the random words of a draw are a function of, see ``ops.philox``.
+    """Arguments of the random words of a draw, see ``ops.philox``.
 
     Made once, by ``MaskedLinear`` or a public function, and passed whole. ``layer`` and ``draw`` are tensors as seed
     and step are, so that a compiled graph holds none of them: equal blocks and all draws of a step share one.
@@ -30,11 +30,11 @@ class Counter(NamedTuple):
 
     @property
     def key(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What all groups of a draw have in common: seed, step, layer and draw."""
+        """Seed, step, layer and draw, which all groups of a draw share."""
         return self[:4]
 
     def keywords(self) -> dict[str, Tensor | int]:
-        """As the public functions take it: ``score_update_(..., **layer.counter().keywords())``."""
+        """Keywords of the public functions: ``score_update_(..., **layer.counter().keywords())``."""
         return self._asdict()
 
 
@@ -90,7 +90,7 @@ class CachedMask:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor has been changed in place; None of those of inference mode, which are not counted."""
+    """Count of the changes of a tensor in place; None in inference mode, which counts none."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -126,7 +126,7 @@ class MaskSource(NamedTuple):
     codes: Tensor | None = None
 
     @property
-    def known(self) -> MaskSource:
+    def by_codes(self) -> MaskSource:
         """The mask by its codes where these are there."""
         return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m)
 

@@ -85,7 +85,7 @@ class MaskedLinear(nn.Module):
     Attributes:
         logits_backward: what takes the gradient that passes straight through a draw to the logits, see
             ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
-            at first: a gradient reaches them by ``log_prob`` alone. One that moves the logits itself has an attribute
+            at first: a gradient comes to them by ``log_prob`` alone. One that moves the logits itself has an attribute
             ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
         cached_mask: the current draw, where all layers have made it together, see ``ModelMasks``; None where each use
             draws by itself.
@@ -323,7 +323,7 @@ class MaskedLinear(nn.Module):
 
     @property
     def is_shard(self) -> bool:
-        """Whether the layer does not start at the first group, or its rows not end where the whole layer's do."""
+        """True where the layer starts behind the first group, or its rows end before those of the whole layer."""
         return (self.group_offset, self.group_row_stride) != (0, self.in_features // self.pattern.m)
 
     def counter(self) -> Counter:

@@ -71,12 +71,12 @@ class PackedNM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight: that of the scales beside int8 values, else that of the values."""
+        """dtype of the weight: that of the scales beside int8 values, else that of the values."""
         return (self.values if self.scales is None else self.scales).dtype
 
     @property
     def kind(self) -> str:
-        """How its values are stored: one of VALUE_KINDS."""
+        """Storage of its values: one of VALUE_KINDS."""
         return KEEP if self.scales is None else INT8
 
     @property
@@ -116,7 +116,7 @@ class PackedNM:
         return self if same else PackedNM(**moved, pattern=self.pattern)
 
     def stored_as(self, values: str) -> PackedNM:
-        """The same places with values as in ``pack_nm``: "keep" gives int8 values the weight's dtype again.
+        """The weight with values stored as in ``pack_nm``: "keep" gives int8 values the weight's dtype again.
 
         Raises:
             ValueError: if ``values`` is unknown, or a value that is to become an int8 is not finite.
@@ -191,7 +191,7 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
         weight: float32, bfloat16 or float16 [out, K], K divisible by M.
         pattern: "N:M" or NMPattern.
         values: "keep" stores them as they are. "int8" rounds them to integers from -127 to 127, times a scale of each
-            block of 128 values of a row, the least of the weight's dtype that reaches the largest one.
+            block of 128 values of a row, the least of the weight's dtype that the largest one fits in.
 
     Raises:
         TypeError, ValueError: an argument is not as above, more than N of a group are not zero, or a value that is to
@@ -231,7 +231,7 @@ def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
     blocks = nn.functional.pad(values.float(), (0, -kept % SCALED)).view(rows, -1, SCALED)
     largest = blocks.abs().amax(-1)
     scales = (largest / 127).to(values.dtype)
-    # rounded down it would not reach the largest; the integer of the next number is one more
+    # rounded down it is too small for the largest; the integer of the next number is one more
     short = scales.float() * 127 < largest
     scales = (scales.view(INTEGERS[scales.itemsize]) + short).view(values.dtype)
     numbers = (blocks / scales.float().unsqueeze(-1)).nan_to_num_(0.0).round_().to(torch.int8)
@@ -384,7 +384,7 @@ class NMLinear(nn.Module):
 
     @property
     def kind(self) -> str:
-        """How its values are stored: one of VALUE_KINDS."""
+        """Storage of its values: one of VALUE_KINDS."""
         return KEEP if self.scales is None else INT8
 
     @property
@@ -395,7 +395,7 @@ class NMLinear(nn.Module):
         """y [..., out] of input [..., K]."""
         pattern = self.pattern
         try:
-            # an attribute of a module is looked for in three places before it is found here
+            # torch looks for an attribute of a module in three other places first
             parameters, buffers = self._parameters, self._buffers
             scales = buffers["scales"]
             values = (parameters if scales is None else buffers)["values"]

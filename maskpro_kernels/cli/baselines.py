@@ -98,7 +98,7 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs, mask: StartMask) -> dic
         "skipped": dict(conversion.skipped),
         "dense_weights": dense_weights,
         "start_weights": digest_of_weights(model),
-        "initial_mask": mask.known_by,
+        "initial_mask": mask.by_codes_by,
     }
 
 

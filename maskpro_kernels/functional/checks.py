@@ -16,7 +16,7 @@ from ..pattern import NMPattern
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Between a kept and a dropped logit, as far as noise of 32 bits reaches
+# Between a kept and a dropped logit, the largest distance that noise of 32 bits crosses
 LARGEST_GAP = 26.0
 
 Scalar = int | Tensor
@@ -94,7 +94,7 @@ def check_not_distributed(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "to_local"):
         raise ValueError(
             f"{name}: expected a plain tensor, got a DTensor {list(tensor.shape)}; give its to_local() and the place "
-            "that shard_counter tells, or split the dense model that finalize gives"
+            "that shard_counter gives, or split the dense model that finalize gives"
         )
 
 
@@ -158,17 +158,17 @@ def check_int(name: str, value: int, limit: int, low: int = 0) -> None:
 
 
 def check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
-    """Raise unless this is an int in [low, high), or a 0-dim int64 tensor that is not known to lie elsewhere."""
+    """Raise unless this is an int in [low, high), or a 0-dim int64 tensor; its value is checked where it can be read."""
     if not isinstance(value, Tensor):
         return check_int(name, value, high, low)
     if value.dim() or value.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
-    known = known_value(value)
-    if known is not None and not low <= known < high:
-        raise ValueError(f"{name}: expected a value in [{low}, {high}), got {known}")
+    number = readable_value(value)
+    if number is not None and not low <= number < high:
+        raise ValueError(f"{name}: expected a value in [{low}, {high}), got {number}")
 
 
-def known_value(value: float | Tensor) -> float | int | None:
+def readable_value(value: float | Tensor) -> float | int | None:
     """A number, or that of a 0-dim tensor where it takes no wait for a device and no look out of a traced graph."""
     if not isinstance(value, Tensor):
         return value
@@ -283,7 +283,7 @@ def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[
         raise ValueError(
             f"coef: expected one for each draw, a sequence exactly where draw is one, got {coef!r} for draw {draw!r}"
         )
-    total = sum(abs(c) for c in map(known_value, coefs) if c is not None)
+    total = sum(abs(c) for c in map(readable_value, coefs) if c is not None)
     if not max(total, total * inverse_temperature) <= FLOAT32_MAX:
         raise ValueError(
             "coef: expected numbers whose absolute values sum up to a finite float32, also over the temperature, "
@@ -291,7 +291,7 @@ def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[
         )
     for i in draws:
         check_scalar("draw", i, 0, philox.MAX_DRAWS)
-    ids = [known_value(i) for i in draws]
+    ids = [readable_value(i) for i in draws]
     if None not in ids and len(set(ids)) != len(ids):
         raise ValueError(f"draw: expected distinct ids, got {ids}")
     return coefs, draws

@@ -161,7 +161,7 @@ def linear_under(
     tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
     if not log_prob and logits_backward is None and mask.kind != "applied":
         # its codes are all that the product needs, where they are there
-        mask = mask.known
+        mask = mask.by_codes
         mask = mask._replace(tensor=mask.tensor.detach())
     source, mask = mask.tensor, mask._replace(tensor=None)
     out = _MaskedLinear.apply(tokens, matrix, vector, source, mask, log_prob, logits_backward, is_current)
@@ -183,7 +183,7 @@ class _MaskedLinear(torch.autograd.Function):
             return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         mask = mask.of(source, x.device)
         # a log-probability takes the logits
-        y, total = ops.masked_linear(x, weight, bias, log_prob, *(mask if log_prob else mask.known).flat())
+        y, total = ops.masked_linear(x, weight, bias, log_prob, *(mask if log_prob else mask.by_codes).flat())
         return (y, total) if log_prob else y
 
     @staticmethod
@@ -193,7 +193,7 @@ class _MaskedLinear(torch.autograd.Function):
         slopes = needs_logits and ctx.logits_backward is not None
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         if not torch.compiler.is_compiling():
-            # dynamo fills in zeros, and refuses to be told not to
+            # dynamo has no such call, and fills in zeros
             ctx.set_materialize_grads(False)
         if log_prob and not (needs_x or needs_weight or needs_bias):
             # logits alone: the loss needs no graph, only the log-probability does

@@ -1,4 +1,4 @@
-"""Masks: drawn, found, packed, their log-probability, and the update of the logits."""
+"""Masks by draw or by scores, their codes, their log-probability, and the update of the logits."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
 
     Exact without cancellation: up to N = 4 by recursion over the subsets of S, above by quadrature over
     the first dropped arrival (150 to 300 nodes: slow, meant for checks rather than for training). A logit that lies
-    further below the largest of its group than float32 reaches counts as the lowest finite float32 below it, where
+    further below the largest of its group than float32 can hold counts as the lowest finite float32 below it, where
     log p(S) ends too: finite logits give finite results.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..counter import CachedMask, version_of
 from ..fsdp import Place
-from ..functional.checks import Scalar, check_scalar, coefs_and_draws, describe, known_value, on_device, stacked
+from ..functional.checks import Scalar, check_scalar, coefs_and_draws, describe, on_device, readable_value, stacked
 from ..functional.masks import score_update_, top_n_mask
 from ..modules import MaskedLinear, masked_layers
 from ..ops import sample_mask
@@ -326,7 +326,7 @@ def _can_be_grouped(layer: MaskedLinear | ReplayedLayer) -> bool:
 
 
 def _key_of(*key: Scalar) -> tuple[int | None, ...]:
-    return tuple(known_value(value) if isinstance(value, Tensor) else value for value in key)
+    return tuple(map(readable_value, key))
 
 
 def _versions_of(group: LayerGroup) -> list[int | None]:

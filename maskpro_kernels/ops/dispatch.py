@@ -38,13 +38,13 @@ NAMESPACE = "maskpro" if ROOT == "maskpro_kernels" else re.sub(r"\W", "_", ROOT)
 
 
 def interpreting() -> bool:
-    """Whether CPU tensors go to the kernels, as they do through Triton's interpreter."""
+    """True where CPU tensors go to the kernels, as they do through Triton's interpreter."""
     return tiles.ON_CPU is not None
 
 
 @functools.cache
 def compiler_available() -> bool:
-    """Whether LLVM compiles for this machine."""
+    """True where LLVM compiles for this machine."""
     try:
         importlib.import_module("llvmlite.binding").get_host_cpu_name()
     except (ImportError, OSError, RuntimeError) as error:
@@ -66,12 +66,12 @@ def machine_code(file: str) -> ModuleType:
 
 
 def uses_kernels(tensor: Tensor) -> bool:
-    """Whether operations on a tensor go to the Triton kernels."""
+    """True where operations on a tensor go to the Triton kernels."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
 
 
 def uses_machine_code(tensor: Tensor) -> bool:
-    """Whether operations on a tensor that no kernel takes run as machine code, rather than eagerly."""
+    """True where operations on a tensor that no kernel takes run as machine code, rather than eagerly."""
     return tensor.device.type == "cpu" and compiler_available()
 
 
@@ -82,7 +82,7 @@ def run_reference(name: str, *args, **constants: int):
 
 
 def packed_products(tensor: Tensor) -> ModuleType:
-    """What multiplies with packed weights where no Triton kernel does: compiled code, or torch on what is unpacked."""
+    """Products with packed weights where no Triton kernel has them: compiled code, or torch on what is unpacked."""
     return machine_code("packed.products") if uses_machine_code(tensor) else reference_products
 
 

@@ -67,7 +67,7 @@ def top_n_mask(scores, n, m):
 
 def codes_under(mask: MaskSource) -> Tensor:
     """Group codes [rows, K / M] of a mask that is drawn or given."""
-    mask = mask.known
+    mask = mask.by_codes
     if mask.kind == "drawn":
         return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
     return mask.tensor
@@ -90,7 +90,7 @@ def _masked_weight(weight, *mask):
 
 def masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
     """The weight [rows, K] under a mask, exact zeros elsewhere."""
-    return _masked_weight(weight, *mask.known.flat())
+    return _masked_weight(weight, *mask.by_codes.flat())
 
 
 def save_mask(ctx, mask: MaskSource, *tensors: Tensor | None) -> None:
@@ -162,7 +162,7 @@ def masked_linear_input_grad(grad: Tensor, weight: Tensor, mask: MaskSource) -> 
     if mask.kind == "applied":
         with without_autocast(grad):
             return grad @ weight.to(grad.dtype)
-    return _masked_linear_input_grad(grad, weight, *mask.known.flat())
+    return _masked_linear_input_grad(grad, weight, *mask.by_codes.flat())
 
 
 @operation(f"(Tensor grad, Tensor x, {MASK}) -> Tensor", lambda grad, x, *_: x.new_empty(grad.shape[1], x.shape[1]))
@@ -176,7 +176,7 @@ def _masked_linear_weight_grad(grad, x, *mask):
 
 def masked_linear_weight_grad(grad: Tensor, x: Tensor, mask: MaskSource) -> Tensor:
     """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
-    return _masked_linear_weight_grad(grad, x, *mask.known.flat())
+    return _masked_linear_weight_grad(grad, x, *mask.by_codes.flat())
 
 
 @operation(
@@ -254,7 +254,7 @@ def _factors(grad: Tensor, x: Tensor, curvature: float, grad_squares: Tensor | N
 
 
 def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Tensor:
-    """Of the loss in the masked weight [rows, K]; into ``weight_grad`` as well."""
+    """Derivative of the loss in the masked weight [rows, K]; into ``weight_grad`` as well."""
     first = grad.t() @ x
     if weight_grad is not None:
         weight_grad.copy_(first)
@@ -305,7 +305,7 @@ def straight_through_grad(
     kept and dropped weights. ``grad_squares`` float32 [rows] takes the place of the sum of grad^2, where another
     gradient than this one gives the curvature.
     """
-    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask.known.flat())
+    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask.by_codes.flat())
 
 
 def mask_slope(weight: Tensor, first: Tensor, second: Tensor, codes: Tensor, m: int) -> Tensor:
