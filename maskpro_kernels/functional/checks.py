@@ -158,7 +158,7 @@ def check_int(name: str, value: int, limit: int, low: int = 0) -> None:
 
 
 def check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
-    """Raise unless this is an int in [low, high), or a 0-dim int64 tensor; its value is checked where it can be read."""
+    """Raise unless this is an int in [low, high), or a 0-dim int64 tensor that may be one, where its value is read."""
     if not isinstance(value, Tensor):
         return check_int(name, value, high, low)
     if value.dim() or value.dtype != torch.int64:
