@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maskpro_kernels.ops.reference.quadrature import quadrature_grid
+from maskpro_kernels.ops.reference.plackett_luce import NODE_COUNT, NODE_STEP
 from maskpro_kernels.ops.triton import adamw_and_swaps, grouped, masked_gemm, packed, sampling, straight_through
 from maskpro_kernels.ops.triton.tiles import Rows, Tiles, configuration, scores_in_short
 
@@ -83,7 +83,6 @@ def build(
     draws. ``constants`` take the place of those that ``launch`` passes by default.
     """
     function = FUNCTIONS.get(kernel) or getattr(sampling, f"{kernel}_kernel")
-    nodes, step = quadrature_grid(n)
     code = "*u8" if m <= 8 else "*i32"
     types = (
         TYPES
@@ -107,8 +106,8 @@ def build(
         "N": n,
         "M": m,
         "BLOCK": config.block,
-        "NODES": nodes,
-        "STEP": step,
+        "NODES": NODE_COUNT,
+        "STEP": NODE_STEP,
         "KIND": "drawn",
         "WHOLE": True,
         "SEVERAL": kernel in ("score_updates", "score_updates_of_layers"),

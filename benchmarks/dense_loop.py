@@ -9,9 +9,8 @@ from llvmlite import ir
 from torch import Tensor
 
 from maskpro_kernels.ops.cpu import machine
-from maskpro_kernels.ops.cpu.packed import registers
-from maskpro_kernels.ops.cpu.packed.kind import RUN, Packed
-from maskpro_kernels.ops.cpu.packed.unpacking import available, threads
+from maskpro_kernels.ops.cpu.packed import RUN, Packed, rows
+from maskpro_kernels.ops.cpu.packed.products import available, threads
 from maskpro_kernels.ops.cpu.packed.weight import Weight
 
 
@@ -30,7 +29,7 @@ class _Dense(Weight):
         return self.b.gep(pointer, [ir.Constant(ir.IntType(64), values)], source_etype=self.element)
 
 
-class _Product(registers.Product):
+class _Product(rows.RegisterProduct):
     weight_class = _Dense
 
 
@@ -47,15 +46,15 @@ def dense_loop(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     kind = Packed(1, 1, dtype, dtype)
     # not kept on disk, where nothing would tell that this file has changed
     loop = machine.loaded_loop(machine.object_code(_Product(kind, use, 1, False).assembly()), 8)
-    pairs = registers.multiplies_pairs(kind, use)
+    pairs = rows.multiplies_pairs(kind, use)
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
-        (rows, k), given = weight.shape, x if pairs else x.float()
+        (out_features, k), given = weight.shape, x if pairs else x.float()
         if k % RUN:
             raise ValueError(f"weight: expected rows of a multiple of {RUN} values, got {k}")
-        out = x.new_empty(1, rows)
+        out = x.new_empty(1, out_features)
         places = weight.data_ptr(), 0, 0, given.data_ptr(), 0, out.data_ptr()
-        loop(rows, threads(rows * k), k, rows, *places)
+        loop(out_features, threads(out_features * k), k, out_features, *places)
         return out
 
     return linear

@@ -59,10 +59,10 @@ def poisoned(machine, monkeypatch):
 
     from maskpro_kernels.ops import triton as kernel_files
     from maskpro_kernels.ops.cpu import kernels
-    from maskpro_kernels.ops.cpu.packed import products, unpacking
+    from maskpro_kernels.ops.cpu.packed import products
 
     poisoned_torch = PoisonedTorch()
-    for module in (kernels, products, unpacking):
+    for module in (kernels, products):
         monkeypatch.setattr(module, "torch", poisoned_torch)
     for file in pkgutil.iter_modules(kernel_files.__path__):
         module = importlib.import_module(f"{kernel_files.__name__}.{file.name}")

@@ -309,7 +309,7 @@ def running_mean_square(mean_square: float | None, latest: float, decay: float) 
 
 
 class WeightLearner:
-    """AdamW on the weights of one layer that a step's mask keeps, see ``ops/reference/adamw.py``.
+    """AdamW on the weights of one layer that a step's mask keeps, see ``ops/reference/straight_through.py``.
 
     A weight that the mask drops does not move, since the loss does not depend on it, and its moments stay as they are.
     It goes on from there once it is kept again. Bias correction counts the steps of the layer.

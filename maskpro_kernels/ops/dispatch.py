@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import packing as reference_products
 from .triton import tiles
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ def run_reference(name: str, *args, **constants: int):
 
 def packed_products(tensor: Tensor) -> ModuleType:
     """Products with packed weights where no Triton kernel has them: compiled code, or torch on what is unpacked."""
-    return machine_code("packed.products") if uses_machine_code(tensor) else reference_products
+    return machine_code("packed.products") if uses_machine_code(tensor) else reference
 
 
 def scalar(value: float, like: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def draw_layers_(group: LayerGroup, inv_temperature: float, seed: Tensor, step: 
     inverse = scalar(inv_temperature, seed)
     if uses_kernels(seed):
         group.flips = kernels("grouped").draw_layers_(group, inv_temperature, seed, step, draw)
-    elif not (uses_machine_code(seed) and machine_code("layers").draw_layers_(group, inverse, seed, step, draw)):
+    elif not (uses_machine_code(seed) and machine_code("kernels").draw_layers_(group, inverse, seed, step, draw)):
         for layer, codes in zip(group.layers, group.codes, strict=True):
             where = group.counter_of(layer, seed, step, draw.view(()))
             codes.copy_(run_reference("sample_mask", layer.logits, where, inverse, n=group.n, m=group.m))
@@ -164,14 +164,14 @@ def scores_by_codes(n: int, draws: int) -> bool:
 
 
 def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draws, by_codes) -> bool:
-    if not machine_code("layers").updates(group, len(coef)):
+    if not machine_code("kernels").updates_layers(group, len(coef)):
         return False
     if not by_codes:
         # no loop of machine code for draws and updates at once: what is drawn takes less time than what is computed.
         # Codes of its own, for a while: those of the group are another draw's
         group = LayerGroup(group.layers, group.n, group.m)
         draw_layers_(group, inv_temperature, seed, step, draws)
-    return machine_code("layers").update_layers_(group, coef, scalar(inv_temperature, seed), seed, step, draws)
+    return machine_code("kernels").update_layers_(group, coef, scalar(inv_temperature, seed), seed, step, draws)
 
 
 def _update_each_(group: LayerGroup, coef, inv_temperature, seed, step, draws) -> None:

@@ -79,7 +79,7 @@ def other_kind(data: str) -> str | None:
 
 
 def resolved(data: str) -> str:
-    """The same list with absolute paths, which hold in every folder."""
+    """The list with absolute paths, which hold in every folder."""
     if is_path(data):
         return str(Path(data).resolve())
     sources = parse_sources(data)

@@ -93,7 +93,7 @@ class DistillationLoss:
         self.ce_weight, self.temperature, self.cache = ce_weight, temperature, cache
 
     def settings(self) -> dict:
-        """What distinguishes runs with this loss, as JSON gives it back; of a filled cache the teacher as well."""
+        """Settings that distinguish runs, as JSON gives them back; of a filled cache the teacher as well."""
         k, teacher = (None, None) if self.cache is None else (self.cache.k, self.cache.teacher)
         return {"ce_weight": self.ce_weight, "temperature": self.temperature, "k": k, "teacher": teacher}
 

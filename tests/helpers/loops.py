@@ -6,7 +6,7 @@ import torch
 
 from helpers.bits import assert_same_bits
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.cpu import compiled_loop
+from maskpro_kernels.ops.cpu.loops import CompiledLoop
 
 
 def scaled_sum(x, index, scale, *, power):
@@ -18,7 +18,7 @@ LIKE = (((torch.float32, 4),), ((torch.float32,),))
 
 
 def a_loop(power=3, groups=LIKE[0], rest=LIKE[1]):
-    return compiled_loop.CompiledLoop(scaled_sum, groups, rest, numbered=True, constants={"power": power})
+    return CompiledLoop(scaled_sum, groups, rest, numbered=True, constants={"power": power})
 
 
 def loop_tensors(groups):
@@ -53,7 +53,7 @@ def drawn_loop(in_place=0, function=by_bounds):
     """A loop of groups [2] with thresholds, which draws what lies below them."""
     like, scalar = (torch.float32, 2), (torch.float32,)
     how = False, like, in_place, oddness, draw_full, {"power": 3}
-    return compiled_loop.CompiledLoop(function, (like, scalar), (scalar,), *how)
+    return CompiledLoop(function, (like, scalar), (scalar,), *how)
 
 
 # Machine code of nothing, and what runs instead of it

@@ -13,7 +13,8 @@ from helpers.cases import cases, slow
 from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.cpu import compiled_loop, kernels
+from maskpro_kernels.ops.cpu import kernels, loops
+from maskpro_kernels.ops.cpu.loops import CompiledLoop
 from maskpro_kernels.ops.triton import sampling, tiles
 from maskpro_kernels.pattern import NMPattern
 
@@ -178,9 +179,9 @@ def test_kernel_and_reference_score_the_same_where_logits_of_determined_groups_a
 
 
 def test_the_compiled_route_runs_a_loop_for_each_operation_whatever_the_shape(monkeypatch):
-    fresh = functools.cache(kernels.compiled_loop.__wrapped__)
-    monkeypatch.setattr(kernels, "compiled_loop", fresh)
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_eager", None)
+    fresh = functools.cache(loops.compiled_loop.__wrapped__)
+    monkeypatch.setattr(loops, "compiled_loop", fresh)
+    monkeypatch.setattr(CompiledLoop, "_eager", None)
     logits = problem(4, torch.float32, 5_003)
     assert_same_bits(draw(kernels, 2, 4, logits), draw(reference, 2, 4, logits))
     assert_same_bits(update(kernels, 2, 4, logits), update(reference, 2, 4, logits), m=4)

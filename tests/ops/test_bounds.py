@@ -185,17 +185,6 @@ def test_groups_with_what_is_no_number_are_left_open(m):
     assert rows[-2:] == [1, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("gap", [slow(0.0), 4.0, slow(10.0)])
-def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
-    logits = sharp_logits(300_003, 2, 4, gap, dtype)
-    assert_same_bits(drawn(kernels, logits, 2, 4), drawn(reference, logits, 2, 4))
-    expected = updated(reference, logits, 2, 4)
-    integers = torch.int32 if dtype == torch.float32 else torch.int16
-    assert_same_bits(updated(kernels, logits, 2, 4).view(integers), expected.view(integers))
-    assert not torch.equal(expected, logits)
-
-
 @pytest.mark.parametrize(
     ("n", "m"),
     [(1, 2), (3, 4), (4, 8)] + [pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((4, 16), (8, 16), (15, 16))],

@@ -14,7 +14,8 @@ from llvmlite import binding
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import dispatch, reference
-from maskpro_kernels.ops.cpu import compiled_loop, kernels
+from maskpro_kernels.ops.cpu import kernels, loops
+from maskpro_kernels.ops.cpu.loops import CompiledLoop
 from maskpro_kernels.pattern import NMPattern
 
 
@@ -35,7 +36,7 @@ def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkey
 def compiled_route(monkeypatch):
     """CPU tensors go to the compiled reference, whose loops are made anew."""
     take_route(monkeypatch, "compiled")
-    monkeypatch.setattr(kernels, "compiled_loop", functools.cache(compiled_loop.compiled_loop.__wrapped__))
+    monkeypatch.setattr(loops, "compiled_loop", functools.cache(loops.compiled_loop.__wrapped__))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("cache"), RuntimeError("no compiled frames")], ids=repr)
@@ -46,7 +47,7 @@ def test_a_loop_that_cannot_be_compiled_runs_eagerly(compiled_route, error, monk
         tries.append(error)
         raise error
 
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_compiled", failing)
+    monkeypatch.setattr(CompiledLoop, "_compiled", failing)
     with pytest.warns(UserWarning, match=f"compilation failed .{error}"):
         codes = mk.top_n_mask(torch.tensor([3.0, 1.0, 2.0, 0.0]), "2:4")
     assert codes.tolist() == [0b0101]
@@ -62,7 +63,7 @@ def test_an_error_of_a_run_is_raised(compiled_route, monkeypatch):
     def failing(tensors, out):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_compiled", lambda *_: failing)
+    monkeypatch.setattr(CompiledLoop, "_compiled", lambda *_: failing)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of memory"):
             mk.top_n_mask(torch.zeros(1, 4), "2:4")

@@ -13,7 +13,7 @@ from helpers.layers import COEFS, DRAWS, ManyLayers, numbers
 from helpers.routes import take_route
 
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.cpu import layers as cpu_layers
+from maskpro_kernels.ops.cpu import kernels as cpu_kernels
 from maskpro_kernels.ops.layer_groups import draw_layers_, kind_of, update_layers_
 from maskpro_kernels.ops.triton import tiles
 
@@ -184,7 +184,7 @@ def test_addresses_that_no_vector_starts_from(route):
 def test_where_nothing_compiles_layers_come_one_by_one(monkeypatch):
     take_route(monkeypatch, "compiled")
     of = ManyLayers(2, 4)
-    monkeypatch.setattr(cpu_layers, "_run", lambda *_, **__: False)
+    monkeypatch.setattr(cpu_kernels, "_run_over_layers", lambda *_, **__: False)
     assert_same_bits(of.drawn(), of.drawn_alone())
     assert_same_bits(of.updated(), of.updated_alone())
     assert_same_bits(of.updated(by_codes=True), of.updated_alone())

@@ -68,12 +68,9 @@ def digest(made_of: object) -> str:
 
 
 def keep(path: Path, code: bytes, results: Likes) -> None:
-    """A loop's file: a digest of its name and the rest, a line that tells its results, and machine code."""
-    told = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
-    body = told + b"\n" + code
-    if path.is_dir() and not path.is_symlink():
-        # no file takes its place otherwise
-        shutil.rmtree(path)
+    """Write a loop's file: a digest of its name and the rest, a line of its results, and machine code."""
+    likes = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
+    body = likes + b"\n" + code
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         # whatever the umask lets others do
@@ -84,16 +81,13 @@ def keep(path: Path, code: bytes, results: Likes) -> None:
 
 
 def intact(path: Path) -> tuple[bytes, Likes] | None:
-    """(Machine code, results) of a loop's file, if it is there, whole, of that name and of this user alone."""
+    """(Machine code, results) of a loop's file that is whole, of that name and of this user alone; else None."""
     data = _own_content(path)
-    if data is None:
+    if data is None or _seal(path, data[32:]) != data[:32]:
         return None
-    seal, body = data[:32], data[32:]
-    if _seal(path, body) != seal:
-        return None
-    told, _, code = body.partition(b"\n")
+    likes, _, code = data[32:].partition(b"\n")
     try:
-        return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(told))
+        return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(likes))
     except (ValueError, TypeError, AttributeError):
         return None
 
@@ -103,7 +97,7 @@ def _seal(path: Path, body: bytes) -> bytes:
 
 
 def _own_content(path: Path) -> bytes | None:
-    """What a regular file holds that this user owns and nobody else may write to; None of any other."""
+    """The content of a regular file that this user owns and nobody else may write to; else None."""
     try:
         # neither through a link, nor waiting for who writes to a pipe
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -162,7 +156,7 @@ def _of_this_process() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def processor() -> str:
-    """What native code may use here: a cache may be shared by machines of several kinds."""
+    """This machine's processor and its features: a cache may be shared by machines of several kinds."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,10 +1,13 @@
-"""The CPU code generator: torch's operations on the columns of a group, one by one, as LLVM's.
+"""The CPU code generator: torch's operations on the columns of a group, one by one, as LLVM's, and loops over groups.
 
-Nothing is reassociated, contracted or approximated: bits are those of torch.
+Nothing is reassociated, contracted or approximated: bits are those of torch. A traced function is the body of a loop,
+which LLVM vectorises with interleaved columns. Where a function leaves groups undetermined, such a loop runs over a
+block of them, and another over what has been gathered of those groups, which are then put back.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -48,6 +51,20 @@ INTEGER_OPERATIONS = {
 }
 FLOAT_OPERATIONS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
 COMPARISONS = {"ge": ">=", "gt": ">", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
+
+ENTRY, SHARED = "loop", "shared"
+# Those over many layers
+LAYERS, SHARED_LAYERS = "layers", "shared_layers"
+# of OpenMP
+THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
+
+# Groups that the bounds are tried on before those left open are looked for, and how many of these are drawn at a time
+BLOCK = 1 << 11
+BATCH = 1 << 8
+# A multiple of what any CPU's vectors hold, unrolled as they may be
+VECTORS = 1 << 6
+
+LEVEL, NUMBER = (torch.uint8,), (torch.uint32,)
 
 
 class Columns(NamedTuple):
@@ -254,3 +271,335 @@ def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     nan = builder.fcmp_unordered("uno", value, value)
     rounded = builder.select(nan, builder.or_(bits, WORD(1 << 22)), carried)
     return builder.trunc(builder.lshr(rounded, WORD(16)), TYPES[torch.bfloat16])
+
+
+def lowered(
+    graph: fx.GraphModule,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None = None,
+    levels: fx.GraphModule | None = None,
+    full: fx.GraphModule | None = None,
+) -> tuple[str, tuple[tuple, ...]]:
+    """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
+
+    The addresses are those of tensors of groups, of the rest, of the shard where there is ``full``, and of results,
+    but not of a first one in place of a tensor of groups. All others are as in ``CompiledLoop``, traced. In the same
+    module ``layers(start, stop, count, table)`` runs over the groups of many layers, see ``_add_layers``.
+    """
+    module = ir.Module("maskpro_kernels")
+    if full is None:
+        function, results = _add_loop(module, ENTRY, graph, groups, rest, in_place)
+    else:
+        level, given = _add_loop(module, "level", levels, [NUMBER], rest, None)
+        if given != (LEVEL,):
+            raise ValueError(f"levels: expected {(LEVEL,)}, got {given}")
+        by_bounds, flagged = _add_loop(module, "by_bounds", graph, [*groups, LEVEL], rest, in_place)
+        draw, results = _add_loop(module, "draw", full, [*groups, NUMBER], rest, in_place)
+        if flagged != (*results, (torch.uint8,)):
+            raise ValueError(f"full: expected the results of the function but its flags {flagged}, got {results}")
+        function = _add_draws(module, level, by_bounds, draw, groups, rest, in_place, *results)
+    add_shared(module, function)
+    add_shared(module, _add_layers(module, function), SHARED_LAYERS)
+    return str(module), results
+
+
+def add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
+    """A function of so many arguments that gives nothing back, and a builder of its body."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[LONG] * longs, *[POINTER] * pointers]), name)
+    return function, ir.IRBuilder(function.append_basic_block())
+
+
+def use_whole_registers(function: ir.Function) -> None:
+    """Some CPUs are tuned for half of their widest ones, and gain from whole ones here."""
+    # llvmlite knows no attributes of a value
+    set.add(function.attributes, '"prefer-vector-width"="512"')
+
+
+def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, count: int, dtype: torch.dtype):
+    """Of the i-th of ``count`` columns of a group."""
+    index = builder.add(builder.mul(group, LONG(count)), LONG(i))
+    return builder.gep(pointer, [index], source_etype=TYPES[dtype])
+
+
+def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
+    """A loop over [start, stop), step by step; the builder goes on behind it."""
+    before, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
+    builder.position_at_end(loop)
+    i = builder.phi(LONG)
+    i.add_incoming(start, before)
+    body(i)
+    following = builder.add(i, LONG(by))
+    i.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
+    builder.position_at_end(done)
+
+
+def _add_loop(
+    module: ir.Module,
+    name: str,
+    graph: fx.GraphModule,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None,
+) -> tuple[ir.Function, tuple[tuple, ...]]:
+    """``loop`` of a function by itself, and its results, as ``lowered`` says."""
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
+    given = len(groups) + len(rest)
+    function, builder = add_function(module, name, 2, given + len(results) - (in_place is not None))
+    use_whole_registers(function)
+    # its arguments would no longer be known to lie apart
+    function.attributes.add("noinline")
+    start, stop, *pointers = function.args
+    for pointer in pointers:
+        pointer.add_attribute("noalias")
+    outputs = pointers[given:] if in_place is None else [pointers[in_place], *pointers[given:]]
+    shared = {}
+    for node, pointer, (dtype, *shape) in zip(nodes[len(groups) :], pointers[len(groups) : given], rest, strict=True):
+        addresses = [builder.gep(pointer, [LONG(i)], source_etype=TYPES[dtype]) for i in range(math.prod(shape))]
+        shared[node] = Columns([builder.load(x, typ=TYPES[dtype]) for x in addresses], dtype)
+
+    def body(group: ir.Value) -> None:
+        known = dict(shared)
+        for node, pointer, (dtype, *shape) in zip(nodes, pointers, groups, strict=False):
+            known[node] = Columns(_loaded(builder, pointer, group, dtype, math.prod(shape)), dtype)
+        operations = Body(graph, builder, group, known)
+        # all loads before all stores: a result may take the place of a tensor of groups
+        for pointer, (dtype, *shape), columns in zip(outputs, results, operations.run(), strict=True):
+            count = math.prod(shape)
+            _store(builder, columns.values * (count // len(columns.values)), pointer, group, dtype)
+
+    each(builder, start, stop, body)
+    builder.ret_void()
+    return function, results
+
+
+def _loaded(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, dtype: torch.dtype, count: int) -> list:
+    """The columns of a group."""
+    addresses = [_address(builder, pointer, group, i, count, dtype) for i in range(count)]
+    # where tensors are views of files or of other tensors, nothing is aligned
+    return [builder.load(x, typ=TYPES[dtype], align=1) for x in addresses]
+
+
+def _store(builder: ir.IRBuilder, values: Sequence, pointer: ir.Value, group: ir.Value, dtype: torch.dtype) -> None:
+    """The values of ``_loaded``."""
+    for i, value in enumerate(values):
+        builder.store(value, _address(builder, pointer, group, i, len(values), dtype), align=1)
+
+
+class _Numbers:
+    """The numbers in the whole layer of the groups of a shard, into memory of ``NUMBER``, by the shard's address."""
+
+    def __init__(self, builder: ir.IRBuilder, shard: ir.Value, memory: ir.Value):
+        self.builder, self.memory = builder, memory
+        first, self.columns, row_stride, self.offset = _loaded(builder, shard, LONG(0), torch.int64, 4)
+        self.shift, self.gap = builder.add(first, self.offset), builder.sub(row_stride, self.columns)
+
+    def put(self, i: ir.Value, group: ir.Value) -> None:
+        """The number of a group as the i-th one, as far as rows lie side by side."""
+        _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
+
+    def put_all(self, first: ir.Value, end: ir.Value) -> ir.Value:
+        """Those of consecutive groups; gives how many there are."""
+        size = self.builder.sub(end, first)
+        each(self.builder, LONG(0), size, lambda i: self.put(i, self.builder.add(first, i)))
+        self.set_apart(size)
+        return size
+
+    def set_apart(self, count: ir.Value) -> None:
+        """Correct so many of them where rows do not; those that do need no division."""
+        builder = self.builder
+
+        def correct(i: ir.Value) -> None:
+            (number,) = _loaded(builder, self.memory, i, *NUMBER, 1)
+            row = builder.sdiv(builder.sub(builder.zext(number, LONG), self.offset), self.columns)
+            skipped = builder.trunc(builder.mul(row, self.gap), WORD)
+            _store(builder, [builder.add(number, skipped)], self.memory, i, *NUMBER)
+
+        with builder.if_then(builder.icmp_signed("!=", self.gap, LONG(0))):
+            each(builder, LONG(0), count, correct)
+
+
+def _add_draws(
+    module: ir.Module,
+    level: ir.Function,
+    by_bounds: ir.Function,
+    draw: ir.Function,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None,
+    result: tuple,
+) -> ir.Function:
+    """``loop`` that determines BLOCK groups at a time, and draws what they leave open whenever BATCH groups are.
+
+    In place of nonzero, index_select and index_copy_ of torch this saves 0.08 s of a REINFORCE step of 1.01 s
+    (SmolLM2-135M at 2:4, 1,024 tokens, two cores of an AMD EPYC).
+    """
+    batch = _add_batch(module, draw, groups, rest, in_place, result)
+    given, own = len(groups) + len(rest), in_place is None
+    function, builder = add_function(module, ENTRY, 2, given + 1 + own)
+    start, stop, *pointers = function.args
+    of_groups, others, written = pointers[: len(groups)], pointers[len(groups) : given], pointers[given + 1 :]
+    byte = ir.IntType(8)
+    # read in words, of which the last one may go beyond what was determined
+    flags_type = ir.ArrayType(byte, BLOCK + 8)
+    flags, undrawn, filled = builder.alloca(flags_type), builder.alloca(LONG, BATCH), builder.alloca(LONG)
+    levels, memory = builder.alloca(byte, BLOCK), builder.alloca(WORD, BLOCK)
+    numbers = _Numbers(builder, pointers[given], memory)
+    builder.store(flags_type(None), flags)
+    builder.store(LONG(0), filled)
+
+    def draw_undrawn(size: ir.Value) -> None:
+        builder.call(batch, [size, undrawn, *pointers])
+        builder.store(LONG(0), filled)
+
+    def block(first: ir.Value) -> None:
+        end = smaller(builder, builder.add(first, LONG(BLOCK)), stop)
+        size = numbers.put_all(first, end)
+        builder.call(level, [LONG(0), size, memory, *others, levels])
+        here, levels_here = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
+        builder.call(by_bounds, [first, end, *of_groups, levels_here, *others, *written, here])
+
+        def collect(group: ir.Value) -> None:
+            size = builder.load(filled, typ=LONG)
+            builder.store(group, builder.gep(undrawn, [size], source_etype=LONG))
+            size = builder.add(size, builder.zext(_flag_of(builder, here, group, byte), LONG))
+            builder.store(size, filled)
+            with builder.if_then(builder.icmp_signed("==", size, LONG(BATCH)), likely=False):
+                draw_undrawn(size)
+
+        def word(group: ir.Value) -> None:
+            with builder.if_then(_some(builder, _flag_of(builder, here, group, LONG)), likely=False):
+                each(builder, group, smaller(builder, builder.add(group, LONG(8)), end), collect)
+
+        each(builder, first, end, word, by=8)
+
+    each(builder, start, stop, block, by=BLOCK)
+    size = builder.load(filled, typ=LONG)
+    with builder.if_then(_some(builder, size)):
+        draw_undrawn(size)
+    builder.ret_void()
+    return function
+
+
+def _some(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Say if it is not 0."""
+    return builder.icmp_signed("!=", value, LONG(0))
+
+
+def smaller(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed("<", one, other), one, other)
+
+
+def _flag_of(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, typ: ir.Type) -> ir.Value:
+    """That of a group; as a word those of the groups behind it, too."""
+    return builder.load(builder.gep(flags, [group], source_etype=ir.IntType(8)), typ=typ, align=1)
+
+
+def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorType) -> None:
+    """Copy a group, bytes of that vector; source and target are (pointer, number of the group)."""
+    # a vector as the step between groups would be rounded up to a power of two
+    read, written = (
+        builder.gep(pointer, [builder.mul(group, LONG(typ.count))], source_etype=ir.IntType(8))
+        for pointer, group in (source, target)
+    )
+    builder.store(builder.load(read, typ=typ, align=1), written, align=1)
+
+
+def _add_batch(
+    module: ir.Module,
+    draw: ir.Function,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None,
+    result: tuple,
+) -> ir.Function:
+    """``batch(size, open groups, *addresses)``: up to BATCH groups, drawn side by side and put back.
+
+    A part of what ``_add_draws`` saves.
+    """
+    given, own = len(groups) + len(rest), in_place is None
+    function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)
+    function.attributes.add("noinline")
+    size, undrawn, *pointers = function.args
+    # a group as a vector, or loops would be made of instructions that gather and scatter, and take longer
+    *types, result_type = (
+        ir.VectorType(ir.IntType(8), dtype.itemsize * math.prod(shape)) for dtype, *shape in (*groups, result)
+    )
+    gathered = [builder.alloca(group, BATCH) for group in types]
+    drawn = builder.alloca(result_type, BATCH) if own else gathered[in_place]
+    for place in (*gathered, drawn):
+        # of the vectors that are read and written there
+        place.align = 64
+    memory = builder.alloca(WORD, BATCH)
+    numbers = _Numbers(builder, pointers[given], memory)
+    out = pointers[given + 1] if own else pointers[in_place]
+    # whole vectors, with the last group again and again: what a vector leaves over is done one by one
+    padded = builder.and_(builder.add(size, LONG(VECTORS - 1)), LONG(-VECTORS))
+    last = builder.sub(size, LONG(1))
+
+    def undrawn_at(i: ir.Value) -> ir.Value:
+        return builder.load(builder.gep(undrawn, [i], source_etype=LONG), typ=LONG)
+
+    def gather(i: ir.Value) -> None:
+        group = undrawn_at(builder.select(builder.icmp_signed("<", i, last), i, last))
+        for source, target, typ in zip(pointers, gathered, types, strict=False):
+            _copy(builder, (source, group), (target, i), typ)
+        numbers.put(i, group)
+
+    def scatter(i: ir.Value) -> None:
+        _copy(builder, (drawn, i), (out, undrawn_at(i)), result_type)
+
+    each(builder, LONG(0), padded, gather)
+    numbers.set_apart(padded)
+    results = [drawn] if own else []
+    builder.call(draw, [LONG(0), padded, *gathered, memory, *pointers[len(groups) : given], *results])
+    each(builder, LONG(0), size, scatter)
+    builder.ret_void()
+    return function
+
+
+def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
+    """``layers(start, stop, count, table)``: the loop over groups [start, stop) of all layers, one behind the other.
+
+    A row of the table has the number of the layer's first group among them and the addresses that the loop takes. A
+    last row, behind those of ``count`` layers, has the number of all groups.
+    """
+    function, builder = add_function(module, LAYERS, 3, 1)
+    start, stop, count, table = function.args
+    width = LONG(len(loop.args) - 1)
+
+    def entry(row: ir.Value, i: int, type_: ir.Type) -> ir.Value:
+        index = builder.add(builder.mul(row, width), LONG(i))
+        return builder.load(builder.gep(table, [index], source_etype=LONG), typ=type_)
+
+    def layer(row: ir.Value) -> None:
+        first, end = entry(row, 0, LONG), entry(builder.add(row, LONG(1)), 0, LONG)
+        low = builder.select(builder.icmp_signed("<", first, start), start, first)
+        high = builder.select(builder.icmp_signed("<", end, stop), end, stop)
+        with builder.if_then(builder.icmp_signed("<", low, high)):
+            addresses = [entry(row, 1 + i, x.type) for i, x in enumerate(loop.args[2:])]
+            builder.call(loop, [builder.sub(low, first), builder.sub(high, first), *addresses])
+
+    each(builder, LONG(0), count, layer)
+    builder.ret_void()
+    return function
+
+
+def add_shared(module: ir.Module, loop: ir.Function, name: str = SHARED) -> None:
+    """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *other arguments]."""
+    number = ir.FunctionType(WORD, [])
+    thread, threads = (module.globals.get(x) or ir.Function(module, number, x) for x in (THREAD, THREADS))
+    function, builder = add_function(module, name, 0, 1)
+
+    def datum(i: int, type_):
+        return builder.load(builder.gep(function.args[0], [LONG(i)], source_etype=LONG), typ=type_)
+
+    own, all_ = (builder.sext(builder.call(f, []), LONG) for f in (thread, threads))
+    count = datum(0, LONG)
+    bounds = [builder.sdiv(builder.mul(count, x), all_) for x in (own, builder.add(own, LONG(1)))]
+    builder.call(loop, [*bounds, *(datum(1 + i, x.type) for i, x in enumerate(loop.args[2:]))])
+    builder.ret_void()

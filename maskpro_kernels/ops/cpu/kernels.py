@@ -8,56 +8,24 @@ same pass.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...counter import Counter
-from ...pattern import code_dtype, codes_of
+from ...pattern import code_dtype
 from .. import bounds, reference
-from .compiled_loop import compiled_loop
-from .packed.kind import RUN, Packed
-from .packed.unpacking import unpacker
+from .loops import compiled_loop, run
+from .packed import products
 
 # Most groups whose numbers, 8 bytes each, are made at a time
 PIECE = 1 << 18
 
 # Bytes of float32 that stand beside the logits at a time: copies of those of 16 bits, or terms of an update
 COPIED_BYTES = 1 << 21
-
-
-def _run(
-    function: Callable,
-    tensors: Sequence[Tensor],
-    rest: Sequence[Tensor] = (),
-    *,
-    out: Tensor,
-    first: Tensor | None = None,
-    shard: Tensor | None = None,
-    levels: Callable | None = None,
-    full: Callable | None = None,
-    **constants,
-) -> list[Tensor]:
-    """The results [groups, ...] of ``function`` on tensors [groups, ...], by a compiled loop; of no groups the first.
-
-    Args:
-        out: memory for the first result: of its own, or that of one of the tensors.
-        first: the number of the first group, where the function takes those of consecutive groups.
-        levels, full, shard: what draws the groups that the function leaves open, and where these lie, as
-            ``CompiledLoop`` says.
-    """
-    if not tensors[0].shape[0]:
-        return [out]
-    like_groups = tuple([(x.dtype, *x.shape[1:]) for x in tensors])
-    like_rest = tuple([(x.dtype, *x.shape) for x in rest])
-    like_out, address, in_place = (out.dtype, *out.shape[1:]), out.data_ptr(), None
-    for i, x in enumerate(tensors):
-        if x.data_ptr() == address:
-            in_place = i
-    how = first is not None, like_out, in_place, levels, full
-    made = compiled_loop(function, like_groups, like_rest, *how, **constants)
-    return made([*tensors, *rest, *(x for x in (first, shard) if x is not None)], out)
 
 
 def _pieces(count: int, size: int = PIECE) -> Iterator[slice]:
@@ -97,24 +65,24 @@ class _Groups:
         return _Groups(logits, columns, self.counter, start + which.start)
 
     def by_draw(self, draw: Tensor) -> _Groups:
-        """The same groups in another draw."""
+        """These groups in another draw."""
         start, columns, *_ = self.shard
         return _Groups(self.logits, columns, self.counter._replace(draw=draw), start)
 
     def run(
         self, function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor], out: Tensor, **constants
     ) -> None:
-        """``_run`` on (tensors, numbers in the whole layer) of all groups and (key, rest), into ``out``."""
+        """``run`` on (tensors, numbers in the whole layer) of all groups and (key, rest), into ``out``."""
         start, columns, row_stride, offset = self.shard
         rest = (*self.counter.key, *rest)
         if row_stride == columns:
             (first,) = integers(offset + start)
-            _run(function, tensors, rest, first=first, out=out, **constants)
+            run(function, tensors, rest, first=first, out=out, **constants)
             return
         for which in _pieces(len(out)):
             local = torch.arange(start + which.start, start + which.stop)
             number = local // columns * row_stride + local % columns + offset
-            _run(function, [*(x[which] for x in tensors), number], rest, out=out[which], **constants)
+            run(function, [*(x[which] for x in tensors), number], rest, out=out[which], **constants)
 
 
 def _draw_into(
@@ -133,7 +101,10 @@ def _draw_into(
     """
     rest = (*groups.counter.key, *rest)
     how = {"shard": integers(*groups.shard), "levels": spread_levels, "full": full}
-    _run(by_bounds, [groups.logits, *others], rest, out=out, **how, **constants)
+    run(by_bounds, [groups.logits, *others], rest, out=out, **how, **constants)
+
+
+unpack_nm = products.unpack_nm
 
 
 def _weight_words(weight: Tensor, m: int) -> Tensor:
@@ -233,54 +204,21 @@ def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
 def top_n_mask(scores, *, n, m):
     """``reference.top_n_mask``."""
     codes = torch.empty(scores.shape[0], scores.shape[1] // m, dtype=code_dtype(m))
-    _run(_top_n_mask, [scores.view(-1, m)], out=codes.view(-1), n=n)
+    run(_top_n_mask, [scores.view(-1, m)], out=codes.view(-1), n=n)
     return codes
 
 
 def top_n_masked_weight(weight, scores, *, n, m):
     """``reference.top_n_masked_weight``."""
     out = torch.empty_like(weight)
-    _run(_top_n_masked_weight, [scores.view(-1, m), _weight_words(weight, m)], out=_weight_words(out, m), n=n)
+    run(_top_n_masked_weight, [scores.view(-1, m), _weight_words(weight, m)], out=_weight_words(out, m), n=n)
     return out
 
 
 def code_masked_weight(weight, codes, *, n, m):
     """``reference.code_masked_weight``."""
     out = torch.empty_like(weight)
-    _run(_code_masked_weight, [codes.view(-1), _weight_words(weight, m)], out=_weight_words(out, m), m=m)
-    return out
-
-
-def _unpacked_bytes(words, byte):
-    """2:4 values of 16 bits, two in an int32 word [..., 2], at the places that a byte of the bitmask keeps.
-
-    A weight [1536, 576] is unpacked in 0.04 ms, by ``group_unpacked`` in 0.17 ms (two cores of an AMD EPYC).
-    """
-    kept, out = reference.decode(byte, 8), []
-    for group, word in enumerate(words.unbind(-1)):
-        k = kept[4 * group : 4 * group + 4]
-        low, high = word & 0xFFFF, word >> 16 & 0xFFFF
-        out.append(torch.where(k[0], low, 0) | torch.where(k[1], torch.where(k[0], high, low) << 16, 0))
-        out.append(torch.where(k[2], torch.where(k[3], low, high), 0) | torch.where(k[3], high << 16, 0))
-    return torch.stack(out, dim=-1)
-
-
-def unpack_nm(values, bitmask, *, n, m):
-    """``reference.unpack_nm``."""
-    unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
-    if unpacked is not None:
-        return unpacked(values, bitmask, 0, -(-(values.shape[1] // n * m) // RUN))
-    out = torch.empty(values.shape[0], values.shape[1] // n * m, dtype=values.dtype)
-    if (n, m, values.itemsize) == (2, 4, 2) and out.shape[1] % 8 == 0:
-        if values.storage_offset() % 2:
-            values = values.clone()
-        words, places = (x.view(-1).view(torch.int32).view(-1, size) for x, size in ((values, 2), (out, 4)))
-        _run(_unpacked_bytes, [words, bitmask.view(-1)], out=places)
-        return out
-    groups, flat = (x.view(reference.INTEGERS[x.itemsize]).view(-1, size) for x, size in ((values, n), (out, m)))
-    # those of a single group in a row would lie apart
-    codes = codes_of(bitmask, out.shape[1], m).contiguous().view(-1)
-    _run(reference.group_unpacked, [groups, codes], out=flat, m=m)
+    run(_code_masked_weight, [codes.view(-1), _weight_words(weight, m)], out=_weight_words(out, m), m=m)
     return out
 
 
@@ -288,7 +226,7 @@ def mask_log_prob(logits, codes, inv_temperature, *, n, m):
     """``reference.mask_log_prob``."""
     out = torch.empty(codes.shape, dtype=torch.float32)
     tensors = [logits.view(-1, m), codes.view(-1)]
-    _run(reference.group_mask_log_prob, tensors, (inv_temperature,), out=out.view(-1), n=n)
+    run(reference.group_mask_log_prob, tensors, (inv_temperature,), out=out.view(-1), n=n)
     return out
 
 
@@ -296,7 +234,7 @@ def mask_score(logits, codes, grad, inv_temperature, *, n, m):
     """``reference.mask_score``."""
     out = torch.empty(logits.shape, dtype=torch.float32)
     tensors = [logits.view(-1, m), codes.view(-1), grad.view(-1)]
-    _run(reference.group_mask_score, tensors, (inv_temperature,), out=out.view(-1, m), n=n)
+    run(reference.group_mask_score, tensors, (inv_temperature,), out=out.view(-1, m), n=n)
     return out
 
 
@@ -347,7 +285,7 @@ def straight_through_grad(weight, grad, square, codes, *, m):
     """``reference.straight_through_grad``."""
     out = torch.empty(weight.shape, dtype=torch.float32)
     tensors = [*(x.view(-1, m) for x in (weight, grad, square)), codes.view(-1)]
-    _run(reference.group_mask_slope, tensors, out=out.view(-1, m))
+    run(reference.group_mask_slope, tensors, out=out.view(-1, m))
     return out
 
 
@@ -370,7 +308,7 @@ def _descend(function, tensors, logits, rate, counter, max_update, m):
         given, out = [*(x[part] for x in tensors), flat[part]], flat[part]
         if logits.dtype != torch.float32:
             out = torch.empty(out.shape, dtype=torch.float32)
-        _, squares = _run(function, given, (rate, max_update), out=out)
+        _, squares = run(function, given, (rate, max_update), out=out)
         total += squares.sum()
         if logits.dtype != torch.float32:
             _round_into(flat[part], whole.part(part, out))
@@ -384,6 +322,122 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
     for part in _copied(groups[0]):
         given = [*(x[part] for x in groups), codes[part]]
         # the first result goes where the master is
-        _, *rest = _run(reference.group_adamw, given, scalars.unbind(), out=given[1], dtype=weight.dtype)
+        _, *rest = run(reference.group_adamw, given, scalars.unbind(), out=given[1], dtype=weight.dtype)
         for held, new in zip((given[2], given[3], rounded[part]), rest, strict=True):
             held.copy_(new)
+
+
+# Many layers by one call of machine code: loops are compiled for one layer, and a table says where each layer lies
+
+
+class _Given(NamedTuple):
+    """Arguments of a loop for one layer: tensors of groups, the rest, the last of all, and where results go."""
+
+    groups: Sequence[Tensor]
+    rest: Sequence[Tensor]
+    last: Tensor
+    out: Tensor
+
+
+def _run_over_layers(function: Callable, given: Sequence[_Given], *how, in_place: bool = False, **constants) -> bool:
+    """Run the loop of a function over layers; False, and nothing has changed, where there is no machine code.
+
+    Args:
+        given: of each layer.
+        how: what ``CompiledLoop`` takes behind ``in_place``; without it the groups are numbered.
+        in_place: whether results go where the first tensor of groups is.
+    """
+    which = max(range(len(given)), key=lambda i: len(given[i].out))
+    largest = given[which]
+    likes = [
+        tuple([(x.dtype, *x.shape[skipped:]) for x in tensors])
+        for tensors, skipped in ((largest.groups, 1), (largest.rest, 0))
+    ]
+    out = (largest.out.dtype, *largest.out.shape[1:])
+    loop = compiled_loop(function, *likes, not how, out, 0 if in_place else None, *how, **constants)
+    of = [[*one.groups, *one.rest, one.last] for one in given]
+    run = loop.over_layers(of[which])
+    if run is None:
+        return False
+    firsts = itertools.accumulate((len(one.out) for one in given), initial=0)
+    rows = [
+        [first, *(x.data_ptr() for x in (*tensors, *([] if in_place else [one.out])))]
+        for first, tensors, one in zip(firsts, of, given, strict=False)
+    ]
+    rows.append([sum(len(one.out) for one in given), *[0] * (len(rows[0]) - 1)])
+    run(torch.tensor(rows, device="cpu"))
+    return True
+
+
+def _key(group, i: int, seed: Tensor, step: Tensor, draw: Tensor) -> tuple[Tensor, ...]:
+    """Of the draws of the group's i-th layer."""
+    return seed, step, integers(group.layers[i].layer).view(()), draw
+
+
+def draw_layers_(group, inv_temperature: Tensor, seed: Tensor, step: Tensor, draw: Tensor) -> bool:
+    """Draw the codes of a ``LayerGroup``; False, and nothing has changed, where no machine code does it."""
+    given = []
+    for i, (logits, _, offset, row_stride) in enumerate(group.layers):
+        rest = *_key(group, i, seed, step, draw.view(())), inv_temperature
+        shard = integers(0, logits.shape[1] // group.m, row_stride, offset)
+        given.append(_Given([logits.view(-1, group.m)], rest, shard, group.codes[i].view(-1)))
+    return _run_over_layers(determined_mask, given, spread_levels, drawn_mask, n=group.n)
+
+
+def _no_level(number, *rest, m):
+    """Of what codes determine."""
+    return (number & 0).to(torch.uint8)
+
+
+def _expected_update(logits, codes, level, coef, inv_temperature, *, n):
+    """``reference.group_updated_logits`` where the codes keep the N largest, which takes less; others are left open."""
+    xs = [x.to(torch.float32) for x in reference.columns(logits)]
+    expected = bounds.Expected(xs, level, inv_temperature, n)
+    # of a tie more than N are kept
+    distinct = expected.descending[n] < expected.descending[n - 1]
+    same = expected.ordered & distinct & (reference.encode(expected.kept, codes.dtype) == codes)
+    scale = coef[0] * inv_temperature
+    new = [torch.where(same, x - s * scale, x) for x, s in zip(xs, expected.score(), strict=True)]
+    return reference.uncolumns(new), torch.where(same, 0, 1).to(torch.uint8)
+
+
+def _drawn_code_update(logits, codes, number, coef, inv_temperature, *, n):
+    return _code_update(logits, codes, coef, inv_temperature, n=n)
+
+
+def _code_update(logits, codes, coef, inv_temperature, *, n):
+    """``reference.group_updated_logits`` by the draw that has given the codes, N <= EXACT_SCORE_MAX_N."""
+    xs = [x.to(torch.float32) for x in reference.columns(logits)]
+    score = reference.exact_score(reference.scaled(xs, inv_temperature), reference.decode(codes, len(xs)), n)
+    scale = coef[0] * inv_temperature
+    return reference.uncolumns([x - s * scale for x, s in zip(xs, score, strict=True)])
+
+
+def _rounded_code_update(logits, codes, number, seed, step, layer, draw, coef, inv_temperature, *, n, dtype):
+    """``_code_update`` of logits of 16 bits."""
+    new = _code_update(logits, codes, coef, inv_temperature, n=n)
+    return reference.group_round_logits(new, number, (seed, step, layer, draw[0]), dtype=dtype)
+
+
+def updates_layers(group, draws: int) -> bool:
+    """Say if ``update_layers_`` takes a group and so many draws.
+
+    It goes by codes, which determine the score of one draw up to an N. The numbers by which 16 bits are rounded are
+    consecutive here.
+    """
+    by_codes = draws == 1 and group.n <= reference.EXACT_SCORE_MAX_N
+    return by_codes and (group.dtype == torch.float32 or group.whole)
+
+
+def update_layers_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, step: Tensor, draws: Tensor) -> bool:
+    """Update the logits of a ``LayerGroup`` by the codes of a draw; False, and nothing has changed, as above."""
+    given = []
+    for i, layer in enumerate(group.layers):
+        logits, rest = layer.logits.view(-1, group.m), (coef, inv_temperature)
+        first = integers(0, 1, 1, 0)
+        if group.dtype != torch.float32:
+            rest, first = (*_key(group, i, seed, step, draws), *rest), integers(layer.group_offset)
+        given.append(_Given([logits, group.codes[i].view(-1)], rest, first, logits))
+    if group.dtype == torch.float32:
+        return _run_over_layers(_expected_update, given, _no_level, _drawn_code_update, in_place=True, n=group.n)
+    return _run_over_layers(_rounded_code_update, given, in_place=True, n=group.n, dtype=group.dtype)

@@ -1,362 +1,318 @@
-"""Loops over groups as machine code: a traced function is the body, which LLVM vectorises with interleaved columns.
+"""Functions of groups as loops of machine code: compiled once, kept on disk, loaded by later processes.
 
-Where a function leaves groups undetermined, such a loop runs over a block of them, and another over what has been
-gathered of those groups, which are then put back.
+One loop serves any number of groups. A call costs microseconds, and a process that finds it on disk traces and
+compiles nothing.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
-from llvmlite import ir
-from torch import fx
+from torch import Tensor, nn
 
-from .codegen import LONG, POINTER, TYPES, WORD, Body, Columns
+from ..reference.groups import INTEGERS
+from . import cache
+from .cache import Likes
 
-ENTRY, SHARED = "loop", "shared"
-# The same for many layers
-LAYERS, SHARED_LAYERS = "layers", "shared_layers"
-# of OpenMP
-THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
+# Groups that a function is traced with: as many columns no group has
+TRACED = 7
 
-# Groups that the bounds are tried on before those left open are looked for, and how many of these are drawn at a time
-BLOCK = 1 << 11
-BATCH = 1 << 8
-# A multiple of what any CPU's vectors hold, unrolled as they may be
-VECTORS = 1 << 6
+# Groups that a loop is compared with its function on: more than are determined at a time, and no multiple of a vector
+SAMPLE = 5_003
 
-LEVEL, NUMBER = (torch.uint8,), (torch.uint32,)
+# Where they lie: in rows that the whole layer sets apart
+SAMPLE_SHARD = (3, 1_000, 1_777, 5)
+
+# Fewest groups that threads share
+LEAST_SHARED = 1 << 14
+
+# torch's tracer changes settings of the whole process while it runs
+_making = threading.Lock()
+
+# Of a group's number, and of those of many, which the compiled code holds in half the width: it fits more into a vector
+NUMBER, NUMBERS = (torch.int64,), (torch.uint32,)
+LEVELS = (torch.uint8,)
 
 
-def lowered(
-    graph: fx.GraphModule,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None = None,
-    levels: fx.GraphModule | None = None,
-    full: fx.GraphModule | None = None,
-) -> tuple[str, tuple[tuple, ...]]:
-    """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
+class _Bound(nn.Module):
+    """``function(*tensors, **constants)``, as a tuple.
 
-    The addresses are those of tensors of groups, of the rest, of the shard where there is ``full``, and of results,
-    but not of a first one in place of a tensor of groups. All others are as in ``CompiledLoop``, traced. In the same
-    module ``layers(start, stop, count, table)`` runs over the groups of many layers, see ``_add_layers``.
+    Where ``numbered``, the last tensor is the number of the first group, and the function gets the numbers of all
+    groups behind the first ``groups`` tensors. It gets all numbers in int64.
     """
-    module = ir.Module("maskpro_kernels")
-    if full is None:
-        function, results = _add_loop(module, ENTRY, graph, groups, rest, in_place)
-    else:
-        level, given = _add_loop(module, "level", levels, [NUMBER], rest, None)
-        if given != (LEVEL,):
-            raise ValueError(f"levels: expected {(LEVEL,)}, got {given}")
-        by_bounds, flagged = _add_loop(module, "by_bounds", graph, [*groups, LEVEL], rest, in_place)
-        draw, results = _add_loop(module, "draw", full, [*groups, NUMBER], rest, in_place)
-        if flagged != (*results, (torch.uint8,)):
-            raise ValueError(f"full: expected the results of the function but its flags {flagged}, got {results}")
-        function = _add_draws(module, level, by_bounds, draw, groups, rest, in_place, *results)
-    add_shared(module, function)
-    add_shared(module, _add_layers(module, function), SHARED_LAYERS)
-    return str(module), results
+
+    def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
+        super().__init__()
+        self.function, self.groups, self.numbered, self.constants = function, groups, numbered, constants
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups :])
+        if self.numbered:
+            groups.append(rest.pop() + torch.arange(groups[0].shape[0], device="cpu"))
+        groups = [x.to(torch.int64) if x.dtype == torch.uint32 else x for x in groups]
+        results = self.function(*groups, *rest, **self.constants)
+        return results if isinstance(results, tuple) else (results,)
 
 
-def add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
-    """A function of so many arguments that gives nothing back, and a builder of its body."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[LONG] * longs, *[POINTER] * pointers]), name)
-    return function, ir.IRBuilder(function.append_basic_block())
+class _Drawn(nn.Module):
+    """``by_bounds`` on all groups, and ``full`` on those that it leaves open, as ``CompiledLoop`` says."""
+
+    def __init__(self, levels: _Bound, by_bounds: _Bound, full: _Bound):
+        super().__init__()
+        self.levels, self.by_bounds, self.full = levels, by_bounds, full
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        *tensors, shard = tensors
+        groups, rest = tensors[: self.full.groups - 1], tensors[self.full.groups - 1 :]
+        start, columns, row_stride, offset = shard.tolist()
+        local = torch.arange(start, start + len(groups[0]), device="cpu")
+        number = local // columns * row_stride + local % columns + offset
+        result, undetermined = self.by_bounds(*groups, *self.levels(number, *rest), *rest)
+        (which,) = undetermined.nonzero(as_tuple=True)
+        (drawn,) = self.full(*(x[which] for x in groups), number[which], *rest)
+        return (result.index_put((which,), drawn),)
 
 
-def use_whole_registers(function: ir.Function) -> None:
-    """Some CPUs are tuned for half of their widest ones, and gain from whole ones here."""
-    # llvmlite knows no attributes of a value
-    set.add(function.attributes, '"prefer-vector-width"="512"')
+class CompiledLoop:
+    """``function(*groups, *rest, **constants)`` of tensors of groups [groups, ...], and of others.
 
+    It is called with a list of all these tensors, each contiguous, and the memory of the first result where that is to
+    be of the caller's. It gives a list of results [groups, ...], and is compiled or loaded at its first call. It checks
+    nothing: what its results depend on is in the key by which ``compiled_loop`` keeps it, and in its name on disk.
+    Where it cannot be compiled it runs eagerly.
 
-def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, count: int, dtype: torch.dtype):
-    """Of the i-th of ``count`` columns of a group."""
-    index = builder.add(builder.mul(group, LONG(count)), LONG(i))
-    return builder.gep(pointer, [index], source_etype=TYPES[dtype])
-
-
-def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
-    """A loop over [start, stop), step by step; the builder goes on behind it."""
-    before, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
-    builder.position_at_end(loop)
-    i = builder.phi(LONG)
-    i.add_incoming(start, before)
-    body(i)
-    following = builder.add(i, LONG(by))
-    i.add_incoming(following, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
-    builder.position_at_end(done)
-
-
-def _add_loop(
-    module: ir.Module,
-    name: str,
-    graph: fx.GraphModule,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None,
-) -> tuple[ir.Function, tuple[tuple, ...]]:
-    """``loop`` of a function by itself, and its results, as ``lowered`` tells."""
-    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
-    given = len(groups) + len(rest)
-    function, builder = add_function(module, name, 2, given + len(results) - (in_place is not None))
-    use_whole_registers(function)
-    # its arguments would no longer be known to lie apart
-    function.attributes.add("noinline")
-    start, stop, *pointers = function.args
-    for pointer in pointers:
-        pointer.add_attribute("noalias")
-    outputs = pointers[given:] if in_place is None else [pointers[in_place], *pointers[given:]]
-    shared = {}
-    for node, pointer, (dtype, *shape) in zip(nodes[len(groups) :], pointers[len(groups) : given], rest, strict=True):
-        addresses = [builder.gep(pointer, [LONG(i)], source_etype=TYPES[dtype]) for i in range(math.prod(shape))]
-        shared[node] = Columns([builder.load(x, typ=TYPES[dtype]) for x in addresses], dtype)
-
-    def body(group: ir.Value) -> None:
-        known = dict(shared)
-        for node, pointer, (dtype, *shape) in zip(nodes, pointers, groups, strict=False):
-            known[node] = Columns(_loaded(builder, pointer, group, dtype, math.prod(shape)), dtype)
-        operations = Body(graph, builder, group, known)
-        # all loads before all stores: a result may take the place of a tensor of groups
-        for pointer, (dtype, *shape), columns in zip(outputs, results, operations.run(), strict=True):
-            count = math.prod(shape)
-            _store(builder, columns.values * (count // len(columns.values)), pointer, group, dtype)
-
-    each(builder, start, stop, body)
-    builder.ret_void()
-    return function, results
-
-
-def _loaded(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, dtype: torch.dtype, count: int) -> list:
-    """The columns of a group."""
-    addresses = [_address(builder, pointer, group, i, count, dtype) for i in range(count)]
-    # where tensors are views of files or of other tensors, nothing is aligned
-    return [builder.load(x, typ=TYPES[dtype], align=1) for x in addresses]
-
-
-def _store(builder: ir.IRBuilder, values: Sequence, pointer: ir.Value, group: ir.Value, dtype: torch.dtype) -> None:
-    """The values of ``_loaded``."""
-    for i, value in enumerate(values):
-        builder.store(value, _address(builder, pointer, group, i, len(values), dtype), align=1)
-
-
-class _Numbers:
-    """The numbers in the whole layer of the groups of a shard, into memory of ``NUMBER``, by the shard's address."""
-
-    def __init__(self, builder: ir.IRBuilder, shard: ir.Value, memory: ir.Value):
-        self.builder, self.memory = builder, memory
-        first, self.columns, row_stride, self.offset = _loaded(builder, shard, LONG(0), torch.int64, 4)
-        self.shift, self.gap = builder.add(first, self.offset), builder.sub(row_stride, self.columns)
-
-    def put(self, i: ir.Value, group: ir.Value) -> None:
-        """The number of a group as the i-th one, as far as rows lie side by side."""
-        _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
-
-    def put_all(self, first: ir.Value, end: ir.Value) -> ir.Value:
-        """Those of consecutive groups; gives how many there are."""
-        size = self.builder.sub(end, first)
-        each(self.builder, LONG(0), size, lambda i: self.put(i, self.builder.add(first, i)))
-        self.set_apart(size)
-        return size
-
-    def set_apart(self, count: ir.Value) -> None:
-        """Correct so many of them where rows do not; those that do need no division."""
-        builder = self.builder
-
-        def correct(i: ir.Value) -> None:
-            (number,) = _loaded(builder, self.memory, i, *NUMBER, 1)
-            row = builder.sdiv(builder.sub(builder.zext(number, LONG), self.offset), self.columns)
-            skipped = builder.trunc(builder.mul(row, self.gap), WORD)
-            _store(builder, [builder.add(number, skipped)], self.memory, i, *NUMBER)
-
-        with builder.if_then(builder.icmp_signed("!=", self.gap, LONG(0))):
-            each(builder, LONG(0), count, correct)
-
-
-def _add_draws(
-    module: ir.Module,
-    level: ir.Function,
-    by_bounds: ir.Function,
-    draw: ir.Function,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None,
-    result: tuple,
-) -> ir.Function:
-    """``loop`` that determines BLOCK groups at a time, and draws what they leave open whenever BATCH groups are.
-
-    In place of nonzero, index_select and index_copy_ of torch this saves 0.08 s of a REINFORCE step of 1.01 s
-    (SmolLM2-135M at 2:4, 1,024 tokens, two cores of an AMD EPYC).
+    Args:
+        groups: (dtype, *shape of one group) of each tensor of groups.
+        rest: (dtype, *shape) of each of the others.
+        numbered: whether the groups are consecutive, so that the number of the first one, a 0-dim int64 tensor that
+            comes last, stands for the tensor of their numbers, which the function takes behind those of groups.
+        out: (dtype, *shape of one group) of memory that is given for the first result.
+        in_place: index of the tensor of groups whose memory that is; None where it is no tensor's.
+        levels, full: the results of the function are then one and uint8 1 for each group that this one leaves open.
+            Such a group gets the result of ``full``, which takes numbers in the whole layer behind the tensors of
+            groups. The function takes there what ``levels(numbers, *rest, m=...)`` gives, uint8, for m the last size of
+            the first tensor of groups. What comes last of all is a tensor int64 (start, columns, row_stride, offset):
+            group i has the number l // columns * row_stride + l % columns + offset, with l = start + i.
     """
-    batch = _add_batch(module, draw, groups, rest, in_place, result)
-    given, own = len(groups) + len(rest), in_place is None
-    function, builder = add_function(module, ENTRY, 2, given + 1 + own)
-    start, stop, *pointers = function.args
-    of_groups, others, written = pointers[: len(groups)], pointers[len(groups) : given], pointers[given + 1 :]
-    byte = ir.IntType(8)
-    # read in words, of which the last one may go beyond what was determined
-    flags_type = ir.ArrayType(byte, BLOCK + 8)
-    flags, found, filled = builder.alloca(flags_type), builder.alloca(LONG, BATCH), builder.alloca(LONG)
-    levels, memory = builder.alloca(byte, BLOCK), builder.alloca(WORD, BLOCK)
-    numbers = _Numbers(builder, pointers[given], memory)
-    builder.store(flags_type(None), flags)
-    builder.store(LONG(0), filled)
 
-    def draw_found(size: ir.Value) -> None:
-        builder.call(batch, [size, found, *pointers])
-        builder.store(LONG(0), filled)
+    def __init__(
+        self,
+        function: Callable,
+        groups: Likes,
+        rest: Likes,
+        numbered: bool = False,
+        out: tuple | None = None,
+        in_place: int | None = None,
+        levels: Callable | None = None,
+        full: Callable | None = None,
+        constants: Mapping = MappingProxyType({}),
+    ):
+        self.name = function.__name__.strip("_")
+        drawn = full is not None
+        self.function = _Bound(function, len(groups) + drawn, numbered, constants)
+        self.levels = _Bound(levels, 1, False, {"m": groups[0][-1]}) if drawn else None
+        self.full = _Bound(full, len(groups) + 1, False, constants) if drawn else None
+        self.whole = _Drawn(self.levels, self.function, self.full) if drawn else self.function
+        self.groups, self.rest, self.out, self.in_place = groups, (*rest, NUMBER) if numbered else rest, out, in_place
+        self.run: Callable[..., list[Tensor]] | None = None
+        self._over_layers: Callable[..., None] | None = None
 
-    def block(first: ir.Value) -> None:
-        end = _lesser(builder, builder.add(first, LONG(BLOCK)), stop)
-        size = numbers.put_all(first, end)
-        builder.call(level, [LONG(0), size, memory, *others, levels])
-        here, levels_here = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
-        builder.call(by_bounds, [first, end, *of_groups, levels_here, *others, *written, here])
+    def __call__(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        self._make(tensors)
+        return self.run(tensors, out)
 
-        def collect(group: ir.Value) -> None:
-            size = builder.load(filled, typ=LONG)
-            builder.store(group, builder.gep(found, [size], source_etype=LONG))
-            size = builder.add(size, builder.zext(_flag_of(builder, here, group, byte), LONG))
-            builder.store(size, filled)
-            with builder.if_then(builder.icmp_signed("==", size, LONG(BATCH)), likely=False):
-                draw_found(size)
+    def over_layers(self, tensors: list[Tensor]) -> Callable[[Tensor], None] | None:
+        """``run(table)``: the loop over the groups of many layers, in one call; None where it runs eagerly.
 
-        def word(group: ir.Value) -> None:
-            with builder.if_then(_some(builder, _flag_of(builder, here, group, LONG)), likely=False):
-                each(builder, group, _lesser(builder, builder.add(group, LONG(8)), end), collect)
+        A row of the table, int64 [layers + 1, 1 + addresses], has the number of groups in the layers before, and the
+        addresses of what is given for a layer: the tensors of a call, and behind them those that results are written
+        to, but for a first one in place of a tensor. Of the last row, behind the layers, the first number alone counts.
 
-        each(builder, first, end, word, by=8)
+        Args:
+            tensors: those of one layer, for the first call compiles the loop.
+        """
+        self._make(tensors)
+        return self._over_layers
 
-    each(builder, start, stop, block, by=BLOCK)
-    size = builder.load(filled, typ=LONG)
-    with builder.if_then(_some(builder, size)):
-        draw_found(size)
-    builder.ret_void()
-    return function
+    def _make(self, tensors: list[Tensor]) -> None:
+        if self.run is None:
+            with _making:
+                if self.run is None:
+                    self.run = self._made(tensors)
+
+    def _made(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+        try:
+            return self._compiled(tensors)
+        except Exception as error:
+            warn_of_failure(error, "maskpro_kernels runs eagerly on CPU")
+            return self._eager
+
+    def _eager(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        with torch.no_grad():
+            results = list(self.whole(*tensors))
+            if out is not None:
+                results[0] = out.copy_(results[0])
+        return results
+
+    def _compiled(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+        def make() -> tuple[bytes, Likes]:
+            # tracing takes no tensors of inference mode
+            with torch.inference_mode(False), torch.no_grad():
+                code, results = self._build()
+                self._check(self._loaded(code, results), tensors)
+            return code, results
+
+        return self._loaded(*cache.compiled(self.name, self.made_of, make))
+
+    @property
+    def made_of(self) -> tuple:
+        """All of this loop that its code depends on."""
+        functions = [bound.function for bound in (self.function, self.levels, self.full) if bound]
+        names = [(function.__module__, function.__qualname__) for function in functions]
+        constants = sorted(map(str, self.function.constants.items()))
+        return names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place
+
+    def _build(self) -> tuple[bytes, Likes]:
+        """(Machine code, (dtype, *shape of one group) of each result)."""
+        # here, for it brings all of LLVM
+        from . import codegen, machine
+
+        rest = [_zeros(*like) for like in self.rest]
+        of_function = (*self.groups, LEVELS) if self.full else self.groups
+        graph, levels, full = (
+            bound and codegen.traced(bound, [_zeros(dtype, TRACED, *shape) for dtype, *shape in groups] + rest)
+            for bound, groups in (
+                (self.function, of_function),
+                (self.levels, (NUMBERS,)),
+                (self.full, (*self.groups, NUMBERS)),
+            )
+        )
+        assembly, results = codegen.lowered(graph, self.groups, self.rest, self.in_place, levels, full)
+        if self.out not in (None, results[0]):
+            raise ValueError(f"out: expected {results[0]}, got {self.out}")
+        return machine.object_code(assembly), results
+
+    def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
+        from . import machine
+
+        # where the first result is a tensor's, its address is there already
+        written = results if self.in_place is None else results[1:]
+        made = results if self.out is None else results[1:]
+        addresses = len(self.groups) + len(self.rest) + (self.full is not None) + len(written)
+        loop, layers = machine.loaded_loop_and_layers(code, addresses)
+
+        def run(tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+            count = tensors[0].shape[0]
+            filled = [] if out is None else [out]
+            filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
+            addresses = [x.data_ptr() for x in tensors]
+            addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
+            loop(count, _threads(count), *addresses)
+            return filled
+
+        def over_layers(table: Tensor) -> None:
+            count = int(table[-1, 0])
+            layers(count, _threads(count), len(table) - 1, table.data_ptr())
+
+        self._over_layers = over_layers
+        return run
+
+    def _check(self, run: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
+        """Raise unless ``run`` does what the function does, bit for bit: translations and compilers may err."""
+        given, found_in = self._sample(tensors), self._sample(tensors)
+        expected = self._eager(given)
+        out = None
+        if self.in_place is not None:
+            out = found_in[self.in_place]
+            given[self.in_place] = expected[0]
+        elif self.out:
+            out = torch.empty_like(expected[0])
+        for one, other in zip([*expected, *given], [*run(found_in, out), *found_in], strict=True):
+            if not _same_bits(one, other):
+                raise RuntimeError(f"the loop of {self.name} differs from the function")
+
+    def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Few groups like ``tensors``: with their integers, for not all may be codes of groups, and any floats."""
+        generator = torch.Generator("cpu").manual_seed(0)
+
+        def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
+
+        # as far apart as determines some draws and leaves others open, and factors that keep them so
+        some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
+        groups, rest = tensors[: len(self.groups)], tensors[len(self.groups) :]
+        if self.full:
+            *rest, _ = rest
+            rest.append(torch.tensor(SAMPLE_SHARD, device="cpu"))
+        return [
+            *(16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some] for x in groups),
+            *(1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),
+        ]
 
 
-def _some(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """Whether it is not 0."""
-    return builder.icmp_signed("!=", value, LONG(0))
+def warn_of_failure(error: Exception, consequence: str) -> None:
+    """Warn that compilation has failed; what a compiler, its cache or its settings raise differs between releases."""
+    first_line = (str(error) or repr(error)).splitlines()[0]
+    warnings.warn(f"compilation failed ({first_line}); {consequence}", stacklevel=5)
 
 
-def _lesser(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
-    return builder.select(builder.icmp_signed("<", one, other), one, other)
+def _threads(groups: int) -> int:
+    # all or one: OpenMP starts threads anew where their number changes
+    return torch.get_num_threads() if groups >= LEAST_SHARED else 1
 
 
-def _flag_of(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, typ: ir.Type) -> ir.Value:
-    """That of a group; as a word those of the groups behind it, too."""
-    return builder.load(builder.gep(flags, [group], source_etype=ir.IntType(8)), typ=typ, align=1)
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Say if two tensors hold the same bits, but for those of a NaN, which no operation promises."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    nan = one.isnan()
+    bits = [x.masked_fill(nan, 0.0).view(INTEGERS[x.itemsize]) for x in (one, other)]
+    return torch.equal(nan, other.isnan()) and torch.equal(*bits)
 
 
-def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorType) -> None:
-    """Copy a group, bytes of that vector; source and target are (pointer, number of the group)."""
-    # a vector as the step between groups would be rounded up to a power of two
-    read, written = (
-        builder.gep(pointer, [builder.mul(group, LONG(typ.count))], source_etype=ir.IntType(8))
-        for pointer, group in (source, target)
-    )
-    builder.store(builder.load(read, typ=typ, align=1), written, align=1)
+def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
-def _add_batch(
-    module: ir.Module,
-    draw: ir.Function,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None,
-    result: tuple,
-) -> ir.Function:
-    """``batch(size, open groups, *addresses)``: up to BATCH groups, drawn side by side and put back.
+@functools.cache
+def compiled_loop(*given, **constants: int | torch.dtype) -> CompiledLoop:
+    """The ``CompiledLoop`` of what is given, with those constants."""
+    return CompiledLoop(*given, constants=constants)
 
-    A part of what ``_add_draws`` saves.
+
+def run(
+    function: Callable,
+    tensors: Sequence[Tensor],
+    rest: Sequence[Tensor] = (),
+    *,
+    out: Tensor,
+    first: Tensor | None = None,
+    shard: Tensor | None = None,
+    levels: Callable | None = None,
+    full: Callable | None = None,
+    **constants,
+) -> list[Tensor]:
+    """The results [groups, ...] of ``function`` on tensors [groups, ...], by a compiled loop; of no groups the first.
+
+    Args:
+        out: memory for the first result: of its own, or that of one of the tensors.
+        first: the number of the first group, where the function takes those of consecutive groups.
+        levels, full, shard: what draws the groups that the function leaves open, and where these lie, as
+            ``CompiledLoop`` says.
     """
-    given, own = len(groups) + len(rest), in_place is None
-    function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)
-    function.attributes.add("noinline")
-    size, found, *pointers = function.args
-    # a group as a vector, or loops would be made of instructions that gather and scatter, and take longer
-    *types, result_type = (
-        ir.VectorType(ir.IntType(8), dtype.itemsize * math.prod(shape)) for dtype, *shape in (*groups, result)
-    )
-    gathered = [builder.alloca(group, BATCH) for group in types]
-    drawn = builder.alloca(result_type, BATCH) if own else gathered[in_place]
-    for place in (*gathered, drawn):
-        # of the vectors that are read and written there
-        place.align = 64
-    memory = builder.alloca(WORD, BATCH)
-    numbers = _Numbers(builder, pointers[given], memory)
-    out = pointers[given + 1] if own else pointers[in_place]
-    # whole vectors, with the last group again and again: what a vector leaves over is done one by one
-    padded = builder.and_(builder.add(size, LONG(VECTORS - 1)), LONG(-VECTORS))
-    last = builder.sub(size, LONG(1))
-
-    def found_at(i: ir.Value) -> ir.Value:
-        return builder.load(builder.gep(found, [i], source_etype=LONG), typ=LONG)
-
-    def gather(i: ir.Value) -> None:
-        group = found_at(builder.select(builder.icmp_signed("<", i, last), i, last))
-        for source, target, typ in zip(pointers, gathered, types, strict=False):
-            _copy(builder, (source, group), (target, i), typ)
-        numbers.put(i, group)
-
-    def scatter(i: ir.Value) -> None:
-        _copy(builder, (drawn, i), (out, found_at(i)), result_type)
-
-    each(builder, LONG(0), padded, gather)
-    numbers.set_apart(padded)
-    results = [drawn] if own else []
-    builder.call(draw, [LONG(0), padded, *gathered, memory, *pointers[len(groups) : given], *results])
-    each(builder, LONG(0), size, scatter)
-    builder.ret_void()
-    return function
-
-
-def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
-    """``layers(start, stop, count, table)``: the loop over groups [start, stop) of all layers, one behind the other.
-
-    A row of the table has the number of the layer's first group among them and the addresses that the loop takes. A
-    last row, behind those of ``count`` layers, has the number of all groups.
-    """
-    function, builder = add_function(module, LAYERS, 3, 1)
-    start, stop, count, table = function.args
-    width = LONG(len(loop.args) - 1)
-
-    def entry(row: ir.Value, i: int, type_: ir.Type) -> ir.Value:
-        index = builder.add(builder.mul(row, width), LONG(i))
-        return builder.load(builder.gep(table, [index], source_etype=LONG), typ=type_)
-
-    def layer(row: ir.Value) -> None:
-        first, end = entry(row, 0, LONG), entry(builder.add(row, LONG(1)), 0, LONG)
-        low = builder.select(builder.icmp_signed("<", first, start), start, first)
-        high = builder.select(builder.icmp_signed("<", end, stop), end, stop)
-        with builder.if_then(builder.icmp_signed("<", low, high)):
-            addresses = [entry(row, 1 + i, x.type) for i, x in enumerate(loop.args[2:])]
-            builder.call(loop, [builder.sub(low, first), builder.sub(high, first), *addresses])
-
-    each(builder, LONG(0), count, layer)
-    builder.ret_void()
-    return function
-
-
-def add_shared(module: ir.Module, loop: ir.Function, name: str = SHARED) -> None:
-    """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *other arguments]."""
-    number = ir.FunctionType(WORD, [])
-    thread, threads = (module.globals.get(x) or ir.Function(module, number, x) for x in (THREAD, THREADS))
-    function, builder = add_function(module, name, 0, 1)
-
-    def datum(i: int, type_):
-        return builder.load(builder.gep(function.args[0], [LONG(i)], source_etype=LONG), typ=type_)
-
-    own, all_ = (builder.sext(builder.call(f, []), LONG) for f in (thread, threads))
-    count = datum(0, LONG)
-    bounds = [builder.sdiv(builder.mul(count, x), all_) for x in (own, builder.add(own, LONG(1)))]
-    builder.call(loop, [*bounds, *(datum(1 + i, x.type) for i, x in enumerate(loop.args[2:]))])
-    builder.ret_void()
+    if not tensors[0].shape[0]:
+        return [out]
+    like_groups = tuple([(x.dtype, *x.shape[1:]) for x in tensors])
+    like_rest = tuple([(x.dtype, *x.shape) for x in rest])
+    like_out, address, in_place = (out.dtype, *out.shape[1:]), out.data_ptr(), None
+    for i, x in enumerate(tensors):
+        if x.data_ptr() == address:
+            in_place = i
+    how = first is not None, like_out, in_place, levels, full
+    made = compiled_loop(function, like_groups, like_rest, *how, **constants)
+    return made([*tensors, *rest, *(x for x in (first, shard) if x is not None)], out)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import binding
 
-from .loops import ENTRY, LAYERS, SHARED, SHARED_LAYERS, THREAD, THREADS
+from .codegen import ENTRY, LAYERS, SHARED, SHARED_LAYERS, THREAD, THREADS
 
 
 @functools.cache
@@ -25,15 +25,15 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE = 158, 0x1023, 18
 
 @functools.cache
 def features() -> dict[str, bool]:
-    """What this machine's processor has, and the system lets a process use, by LLVM's names."""
-    found = dict(binding.get_host_cpu_features())
-    if found.get("amx-tile") and not _tiles_permitted():
-        found = {name: has and not name.startswith("amx") for name, has in found.items()}
-    return found
+    """Features that this machine's processor has and the system lets a process use, by LLVM's names."""
+    own = dict(binding.get_host_cpu_features())
+    if own.get("amx-tile") and not _tiles_permitted():
+        own = {name: has and not name.startswith("amx") for name, has in own.items()}
+    return own
 
 
 def _tiles_permitted() -> bool:
-    """Whether the system lets this process use tiles, which it asks for."""
+    """Ask the system to let this process use tiles, and say if it does."""
     call = ctypes.CDLL(None).syscall if sys.platform == "linux" else None
     return call is not None and call(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE) == 0
 

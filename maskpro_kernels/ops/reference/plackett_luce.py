@@ -1,13 +1,20 @@
-"""Plackett-Luce: probability and score of an unordered set that is drawn without replacement, N <= 4."""
+"""Plackett-Luce: log-probability and score of an unordered set that is drawn without replacement, and updates by it.
+
+Up to N = EXACT_SCORE_MAX_N both come from recursions over the subsets of the kept weights. For larger N those of a
+given mask come from quadrature over the first dropped arrival; an update takes the score of its draw as an exponential
+race, an unbiased estimate of linear cost.
+"""
 
 from __future__ import annotations
 
 import functools
+from math import factorial
 
 import torch
 
-from .arithmetic import exp, ln, saturated
-from .groups import fixed_sum
+from .arithmetic import exp, group_round_logits, ln, saturated
+from .groups import columns, decode, fixed_sum, group_index, grouped, uncolumns
+from .gumbel_top_k import drawn_keys, scaled, top_n
 
 # Kept weights further than this above the centre are drawn first all but surely
 EXPONENT_CLAMP = 20.0
@@ -17,6 +24,18 @@ RECIPROCAL_SCALE = 4096.0
 NEAR_CERTAIN = 0.25
 # Up to this N the score is the exact gradient of log p(S); above it, its unbiased estimate by arrival times
 EXACT_SCORE_MAX_N = 4
+# y / (e^y - 1) = -y/2 + 1 + y^2/12 - y^4/720 + ... (Bernoulli numbers); below y = 1 the first term left out is 2e-8
+BERNOULLI = (0.0833333358168602, -0.0013888889225199819, 3.306878113653511e-05, -8.267195881671796e-07)
+# e^4.4 = 81: an arrival that is not late by any float32
+LARGEST_LOG_ARRIVAL = 4.4
+# Trapezoid rule in u = ln t, t the first dropped arrival: 1e-14 lie below the first node, less beyond the last, u = 5.
+# The rule's error falls as |Gamma(N + 1 + 2 pi i / NODE_STEP)| / N!, below 1e-6 up to N = 16
+FIRST_NODE, NODE_COUNT, NODE_STEP = -32.0, 149, 0.25
+# Of a rate a below e^-256, 1 - exp(-a t) is a t at every node. How far below it lies does not touch the score, and
+# would leave no digits to the other weights.
+LOWEST_LOG_ARRIVAL = -256.0
+# (1 - e^-y) / y = 1 - y/2 + y^2/6 - ... ; below y = 1 the first term left out is 2.5e-8
+ONE_MINUS_EXP = tuple((-1.0) ** k / factorial(k + 1) for k in range(1, 10))
 
 
 def dropped_total(xs, kept):
@@ -79,7 +98,7 @@ def members(subset, n):
 
 
 def plackett_luce_terms(z, kept, n, centre=None):
-    """What the recursions over the subsets T of the kept weights need, T a bit set.
+    """Terms of the recursions over the subsets T of the kept weights, T a bit set.
 
     Returns (e, sum R of the dropped e, exponents ln e, kept e by slot, RECIPROCAL_SCALE / s(T) by T,
     positions), with e = exp(min(z - centre, EXPONENT_CLAMP)) and s(T) = R + e(T) >= 1. The centre is the largest
@@ -182,3 +201,211 @@ def exact_log_prob(z, kept, n):
         log_prob = log_prob + torch.where(k, x, 0.0)
     capped = torch.clamp(f[whole], max=NEAR_CERTAIN)
     return torch.where(f[whole] < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), saturated(log_prob))
+
+
+# The exponential race
+
+
+def arrival_ratio(y):
+    """y / (e^y - 1) for y >= 0."""
+    square = y * y
+    series = square * BERNOULLI[3] + BERNOULLI[2]
+    for coefficient in BERNOULLI[1::-1]:
+        series = series * square + coefficient
+    series = series * square + 1.0 - y * 0.5
+    capped = torch.clamp(y, 1.0, 87.0)
+    return torch.where(y < 1.0, series, capped / (exp(capped) - 1.0))
+
+
+def dropped_softmax(z, kept):
+    """(exp(z - largest dropped) where dropped and 0 where kept, columns; their sum)."""
+    largest, _ = extremes(z, kept)
+    e = [torch.where(k, 0.0, exp(torch.clamp(z_i - largest, max=0.0))) for z_i, k in zip(z, kept, strict=True)]
+    return e, fixed_sum(e)
+
+
+def exponential_race_score(z, keys, kept):
+    """Unbiased estimate of the gradient of log p(S) given the keys of the draw, any N, columns.
+
+    kappa is the largest dropped key, x_k = exp(z_k - kappa): kept x_k / (exp(x_k) - 1), dropped minus
+    their softmax share of the kept ones' sum. Its mean given S is the exact score. z and kappa saturate first.
+    """
+    z = [saturated(z_i) for z_i in z]
+    kappa = saturated(extremes(keys, kept)[0])
+    largest, _ = extremes(z, kept)
+    values = []
+    for z_i, k in zip(z, kept, strict=True):
+        # one exponential serves both: a weight is kept or dropped
+        kept_exponent = torch.clamp(z_i - kappa, max=LARGEST_LOG_ARRIVAL)
+        e = exp(torch.where(k, kept_exponent, torch.clamp(z_i - largest, max=0.0)))
+        values.append(torch.where(k, arrival_ratio(e), e))
+    total = fixed_sum([torch.where(k, v, 0.0) for v, k in zip(values, kept, strict=True)])
+    share = total / dropped_total(values, kept)
+    return [torch.where(k, v, 0.0 - v * share) for v, k in zip(values, kept, strict=True)]
+
+
+# Quadrature over the first dropped arrival
+
+
+def one_minus_exp_ratio(y):
+    """(1 - e^-y) / min(1, y) for y > 0."""
+    series = y * ONE_MINUS_EXP[8] + ONE_MINUS_EXP[7]
+    for coefficient in ONE_MINUS_EXP[6::-1]:
+        series = series * y + coefficient
+    series = series * y + 1.0
+    return torch.where(y < 1.0, series, 1.0 - exp(0.0 - y))
+
+
+def log_arrivals(z, kept):
+    """(z - ln(sum of dropped exp z), kept), each stacked to [rows, K / M, M].
+
+    That is the log of each weight's rate in units of all the dropped ones'.
+    """
+    largest, _ = extremes(z, kept)
+    _, dropped_sum = dropped_softmax(z, kept)
+    log_sum = ln(dropped_sum, dropped_sum - 1.0)
+    # in this order: groups far below the largest logit would lose the logarithm's digits
+    return torch.stack([z_i - largest - log_sum for z_i in z], dim=-1), torch.stack(kept, dim=-1)
+
+
+def nodes(device):
+    """The quadrature's nodes u = ln t, 0-dim float32 tensors."""
+    return [torch.tensor(FIRST_NODE + NODE_STEP * k, dtype=torch.float32, device=device) for k in range(NODE_COUNT)]
+
+
+def node_exponent(log_arrival, kept, u):
+    """ln of the integrand t e^-t prod(1 - exp(-a_i t)) without the factors that lie in [0.63, 1]; it saturates."""
+    total = u - exp(u)
+    for term in torch.where(kept, torch.clamp(log_arrival + u, max=0.0), 0.0).unbind(-1):
+        total = total + term
+    return saturated(total)
+
+
+def peak_exponent(log_arrival, kept):
+    """The largest node_exponent over the nodes."""
+    peak = torch.full_like(log_arrival[..., 0], -torch.inf)
+    for u in nodes(peak.device):
+        peak = torch.maximum(peak, node_exponent(log_arrival, kept, u))
+    return peak
+
+
+def node_weight(log_arrival, kept, u, peak):
+    """(the integrand over its e^peak, y = a_i t) at u = ln t."""
+    y = exp(torch.clamp(log_arrival + u, max=LARGEST_LOG_ARRIVAL))
+    weight = exp(node_exponent(log_arrival, kept, u) - peak)
+    for factor in torch.where(kept, one_minus_exp_ratio(y), 1.0).unbind(-1):
+        weight = weight * factor
+    return weight, y
+
+
+def quadrature_log_prob(z, kept):
+    """log p(S), any N: the integral over the first dropped arrival t of e^-t prod(1 - exp(-a_i t)).
+
+    a_i is a kept weight's rate in units of all the dropped ones'. Trapezoid rule in ln t. As in
+    ``exact_log_prob``, the complement is summed beside it for draws that are nearly certain. z saturates first, log
+    p(S) last.
+    """
+    z = [saturated(z_i) for z_i in z]
+    log_arrival, kept = log_arrivals(z, kept)
+    peak = peak_exponent(log_arrival, kept)
+    total = torch.zeros_like(peak)
+    missed = torch.zeros_like(peak)
+    for u in nodes(peak.device):
+        weight, y = node_weight(log_arrival, kept, u, peak)
+        late = torch.zeros_like(peak)
+        for x in torch.where(kept, exp(0.0 - y), 0.0).unbind(-1):
+            late = late + (1.0 - late) * x
+        total = total + weight
+        missed = missed + exp(u - exp(u)) * late
+    total = total * NODE_STEP
+    capped = torch.clamp(missed * NODE_STEP, max=NEAR_CERTAIN)
+    log_prob = saturated(peak + ln(total, total - 1.0))
+    return torch.where(capped < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), log_prob)
+
+
+def quadrature_score(z, kept):
+    """Gradient of log p(S) in the scaled logits by the same rule, any N, columns.
+
+    Kept: the integrand's mean of y / (e^y - 1), y = a_i t; dropped as in ``exact_score``. z saturates first.
+    """
+    z = [saturated(z_i) for z_i in z]
+    log_arrival, kept_tile = log_arrivals(z, kept)
+    log_arrival = torch.clamp(log_arrival, min=LOWEST_LOG_ARRIVAL)
+    peak = peak_exponent(log_arrival, kept_tile)
+    total = torch.zeros_like(peak)
+    sums = torch.zeros_like(log_arrival)
+    for u in nodes(peak.device):
+        weight, y = node_weight(log_arrival, kept_tile, u, peak)
+        total = total + weight
+        sums = sums + weight[..., None] * arrival_ratio(y)
+    e, dropped_sum = dropped_softmax(z, kept)
+    means = torch.where(kept_tile, sums / total[..., None], 0.0).unbind(-1)
+    share = fixed_sum(means) / dropped_sum
+    return [torch.where(k, mean, 0.0 - e_i * share) for mean, e_i, k in zip(means, e, kept, strict=True)]
+
+
+# Of logits and group codes
+
+
+def group_mask_log_prob(logits, codes, inv_temperature, *, n):
+    z = scaled(columns(logits), inv_temperature)
+    kept = decode(codes, len(z))
+    return exact_log_prob(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_log_prob(z, kept)
+
+
+def group_mask_score(logits, codes, grad, inv_temperature, *, n):
+    z = scaled(columns(logits), inv_temperature)
+    kept = decode(codes, len(z))
+    scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_score(z, kept)
+    scale = grad * inv_temperature
+    return uncolumns([s * scale for s in scores])
+
+
+def score_terms(z, group, coef, key, inv_temperature, n):
+    """Columns of coef * score(mask of a draw), the score in the logits, not in z."""
+    keys = drawn_keys(z, group, key)
+    kept = top_n(keys, n)
+    scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else exponential_race_score(z, keys, kept)
+    # d z / d logits is 1 / temperature
+    scale = coef * inv_temperature
+    return [s * scale for s in scores]
+
+
+def group_score_terms(logits, group, coef, key, inv_temperature, *, n):
+    z = scaled(columns(logits), inv_temperature)
+    return uncolumns(score_terms(z, group, coef, key, inv_temperature, n))
+
+
+def group_updated_logits(logits, group, coef, key, inv_temperature, *, n):
+    """float32 groups: logits less the sum over k of coef[k] * score(mask of draw draw[k])."""
+    xs = [x.to(torch.float32) for x in columns(logits)]
+    z = scaled(xs, inv_temperature)
+    seed, step, layer, draw = key
+    delta = None
+    for k in range(coef.shape[0]):
+        terms = score_terms(z, group, coef[k], (seed, step, layer, draw[k]), inv_temperature, n)
+        delta = terms if delta is None else [d + t for d, t in zip(delta, terms, strict=True)]
+    return uncolumns([x - d for x, d in zip(xs, delta, strict=True)])
+
+
+def mask_log_prob(logits, codes, inv_temperature, *, n, m):
+    """log p(S) of the masks with those codes, float32 [rows, K / M]."""
+    return group_mask_log_prob(grouped(logits, m), codes, inv_temperature, n=n)
+
+
+def mask_score(logits, codes, grad, inv_temperature, *, n, m):
+    """Gradient of sum(grad * log p(S)) in the logits, float32 [rows, K]; grad float32 [rows, K / M]."""
+    return group_mask_score(grouped(logits, m), codes, grad, inv_temperature, n=n).view(logits.shape)
+
+
+def score_update_(logits, coef, counter, inv_temperature, *, n, m):
+    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draw[k]), in place.
+
+    All scores are taken at the given logits; coef float32 [K], the counter's draw int64 [K]. 16-bit logits
+    are rounded stochastically, once, with words of the rounding stream under the first draw's id.
+    """
+    group = group_index(logits, counter, m)
+    new = group_updated_logits(grouped(logits, m), group, coef, counter.key, inv_temperature, n=n)
+    if logits.dtype != torch.float32:
+        new = group_round_logits(new, group, counter._replace(draw=counter.draw[0]).key, dtype=logits.dtype)
+    logits.copy_(new.view(logits.shape))

@@ -6,7 +6,7 @@ further apart (WHOLE false), offset + p // columns * row_stride + p % columns.
 
 Constants of the kernels: N and M of the pattern; BLOCK, the groups that a program takes at a time; KIND of the mask, as
 of a ``MaskSource``; SHORT, whether determined groups of 2:4 take the shorter way to their score; SEVERAL, whether there
-are several draws. NODES and STEP are those of ``quadrature_grid``.
+are several draws. NODES and STEP are those of the reference's quadrature.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...counter import NO_COUNTER
 from ...pattern import code_dtype
-from ..reference.quadrature import quadrature_grid
+from ..reference.plackett_luce import NODE_COUNT, NODE_STEP
 from . import device as d
 from .device.arithmetic import EXACT_SCORE_MAX_N
 from .launch import launch
@@ -289,19 +289,17 @@ def top_n_mask(scores, n, m):
 
 def mask_log_prob(logits, codes, n, m, inv_temperature):
     """``reference.mask_log_prob`` as one kernel."""
-    nodes, step = quadrature_grid(n)
     out = torch.empty(codes.shape, dtype=torch.float32, device=logits.device)
     launch(mask_log_prob_kernel, "mask_log_prob", m, codes.numel(), logits.device,
-           logits, codes, out, inv_temperature, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+           logits, codes, out, inv_temperature, codes.numel(), NODES=NODE_COUNT, STEP=NODE_STEP, N=n)  # fmt: skip
     return out
 
 
 def mask_score(logits, codes, grad, n, m, inv_temperature):
     """``reference.mask_score`` as one kernel."""
-    nodes, step = quadrature_grid(n)
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     launch(mask_score_kernel, "mask_score", m, codes.numel(), logits.device,
-           logits, codes, grad, out, inv_temperature, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+           logits, codes, grad, out, inv_temperature, codes.numel(), NODES=NODE_COUNT, STEP=NODE_STEP, N=n)  # fmt: skip
     return out
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers.loops import NOTHING
 
-from maskpro_kernels.ops.cpu import cache, compiled_loop
+from maskpro_kernels.ops.cpu import cache
+from maskpro_kernels.ops.cpu.loops import CompiledLoop
 
 
 @pytest.fixture
@@ -18,18 +19,18 @@ def folder(tmp_path, monkeypatch):
 def builds(monkeypatch):
     """How often something was compiled; nothing falls back to eager."""
     count = []
-    build = compiled_loop.CompiledLoop._build
+    build = CompiledLoop._build
 
     def counted(loop):
         count.append(loop)
         return build(loop)
 
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", counted)
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_made", compiled_loop.CompiledLoop._compiled)
+    monkeypatch.setattr(CompiledLoop, "_build", counted)
+    monkeypatch.setattr(CompiledLoop, "_made", CompiledLoop._compiled)
     return count
 
 
 @pytest.fixture
 def nothing(monkeypatch):
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", lambda loop: NOTHING)
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda loop, code, results: loop._eager)
+    monkeypatch.setattr(CompiledLoop, "_build", lambda loop: NOTHING)
+    monkeypatch.setattr(CompiledLoop, "_loaded", lambda loop, code, results: loop._eager)

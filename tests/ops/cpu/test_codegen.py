@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops, machine
+from maskpro_kernels.ops.cpu import codegen, machine
+from maskpro_kernels.ops.cpu.loops import LEAST_SHARED, CompiledLoop, _same_bits
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.25e-39, torch.inf, -torch.inf, torch.nan, 88.5, -3e38, 0.1, 7.0]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -18,7 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def loop_of(function, *tensors):
     """The results of ``function`` on tensors of groups, by a loop."""
-    loop = compiled_loop.CompiledLoop(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
+    loop = CompiledLoop(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
     run = loop._loaded(*loop._build())
     return run(list(tensors))
 
@@ -27,7 +28,7 @@ def check(function, *tensors):
     expected = function(*tensors)
     for one, other in zip(loop_of(function, *tensors), expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
-        assert compiled_loop._same_bits(one, other), (one, other)
+        assert _same_bits(one, other), (one, other)
 
 
 def pairs(dtype=torch.float32):
@@ -113,7 +114,7 @@ def test_columns_of_groups_are_taken_apart_and_put_together():
 def test_what_has_no_translation_is_named():
     graph = codegen.traced(lambda x: (x.sin(),), [torch.zeros(2)])
     with pytest.raises(NotImplementedError, match="aten.sin.default has no translation"):
-        loops.lowered(graph, ((torch.float32,),), ())
+        codegen.lowered(graph, ((torch.float32,),), ())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_what_has_no_translation_is_named():
 def test_what_is_not_taken_column_by_column_is_refused(function):
     graph = codegen.traced(lambda x: (function(x),), [torch.zeros(7, 4)])
     with pytest.raises(NotImplementedError):
-        loops.lowered(graph, ((torch.float32, 4),), ())
+        codegen.lowered(graph, ((torch.float32, 4),), ())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -133,9 +134,9 @@ def test_threads_share_the_groups(threads):
     try:
         for count in (
             1,
-            compiled_loop.LEAST_SHARED - 1,
-            compiled_loop.LEAST_SHARED,
-            5 * compiled_loop.LEAST_SHARED + 7,
+            LEAST_SHARED - 1,
+            LEAST_SHARED,
+            5 * LEAST_SHARED + 7,
         ):
             x = torch.arange(2 * count, dtype=torch.float32).view(count, 2)
             check(lambda x: (x + 1.0,), x)
@@ -145,7 +146,7 @@ def test_threads_share_the_groups(threads):
 
 def test_without_openmp_one_thread_does_all(monkeypatch):
     monkeypatch.setattr(machine, "_openmp", lambda: None)
-    x = torch.arange(10.0 * compiled_loop.LEAST_SHARED).view(-1, 2)
+    x = torch.arange(10.0 * LEAST_SHARED).view(-1, 2)
     check(lambda x: (x + 1.0,), x)
 
 

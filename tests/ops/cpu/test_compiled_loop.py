@@ -11,7 +11,8 @@ from helpers.cases import slow
 from helpers.loops import a_loop, check_loop, drawn_loop, loop_tensors
 
 from maskpro_kernels.ops import bounds
-from maskpro_kernels.ops.cpu import compiled_loop, loops
+from maskpro_kernels.ops.cpu import codegen
+from maskpro_kernels.ops.cpu.loops import LEAST_SHARED, CompiledLoop
 
 
 def test_a_loop_is_compiled_once_for_all_shapes_and_processes(folder, builds):
@@ -35,9 +36,7 @@ def add_numbers(x, index, *, factor):
 
 def number_adder(in_place):
     like = (torch.float32, 2)
-    return compiled_loop.CompiledLoop(
-        add_numbers, (like,), (), True, like, 0 if in_place else None, constants={"factor": 2}
-    )
+    return CompiledLoop(add_numbers, (like,), (), True, like, 0 if in_place else None, constants={"factor": 2})
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -69,7 +68,7 @@ def test_the_check_sees_what_is_drawn_wrongly(part, monkeypatch):
             shard = torch.tensor((shard[0], shard[1], shard[1], shard[3]))
         (result,) = loop._eager([x, threshold, scale, shard])
         if part == "carried over":
-            (last,) = (x[:, 0] < threshold)[: loops.BLOCK].nonzero()[-1]
+            (last,) = (x[:, 0] < threshold)[: codegen.BLOCK].nonzero()[-1]
             result[last] = x[last]
         return [out.copy_(result)]
 
@@ -88,9 +87,7 @@ def test_flags_of_another_kind_are_refused():
 
 
 def test_memory_of_another_kind_is_refused(folder):
-    loop = compiled_loop.CompiledLoop(
-        add_numbers, ((torch.float32, 2),), (), True, (torch.float32, 4), constants={"factor": 2}
-    )
+    loop = CompiledLoop(add_numbers, ((torch.float32, 2),), (), True, (torch.float32, 4), constants={"factor": 2})
     with pytest.raises(ValueError, match="out: expected .torch.float32, 2., got .torch.float32, 4."):
         loop._compiled([torch.ones(3, 2), torch.tensor(0)])
 
@@ -105,12 +102,12 @@ def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     loop = drawn_loop(0 if in_place else None)
     start, columns, row_stride, offset = SHARD
-    counts = [1, 7, 8, 9, loops.BATCH, loops.BLOCK - 1, loops.BLOCK, 2 * loops.BLOCK + 9]
-    for count in [*counts, compiled_loop.LEAST_SHARED, 3 * compiled_loop.LEAST_SHARED + 5]:
+    counts = [1, 7, 8, 9, codegen.BATCH, codegen.BLOCK - 1, codegen.BLOCK, 2 * codegen.BLOCK + 9]
+    for count in [*counts, LEAST_SHARED, 3 * LEAST_SHARED + 5]:
         generator = torch.Generator().manual_seed(count)
         x, chance = torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator)
         chance[[0, -1]] = 0.0
-        chance[[x for x in (loops.BLOCK - 1, loops.BLOCK, count // 2 - 1, count // 2) if 0 <= x < count]] = 0.0
+        chance[[x for x in (codegen.BLOCK - 1, codegen.BLOCK, count // 2 - 1, count // 2) if 0 <= x < count]] = 0.0
         is_open = chance < share
         local = torch.arange(start, start + count)
         number = local // columns * row_stride + local % columns + offset
@@ -129,7 +126,7 @@ def test_one_call_runs_over_many_layers(threads, folder, builds, monkeypatch):
     """Of all sizes, none among them, each with numbers of its own; threads begin and end in the midst of a layer."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     loop, scale = drawn_loop(), torch.tensor(2.0)
-    counts = [0, 5, loops.BLOCK + 3, 1, compiled_loop.LEAST_SHARED, 0, 777]
+    counts = [0, 5, codegen.BLOCK + 3, 1, LEAST_SHARED, 0, 777]
     layers, expected = [], []
     for seed, count in enumerate(counts):
         generator = torch.Generator().manual_seed(seed)
@@ -148,7 +145,7 @@ def test_one_call_runs_over_many_layers(threads, folder, builds, monkeypatch):
 
 
 def test_what_runs_eagerly_has_no_call_for_many_layers(monkeypatch):
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_compiled", lambda *_: 1 / 0)
+    monkeypatch.setattr(CompiledLoop, "_compiled", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="compilation failed"):
         assert a_loop().over_layers(loop_tensors(5)) is None
 
@@ -166,7 +163,7 @@ def test_a_loop_that_differs_from_its_function_is_not_kept(wrong, folder, monkey
             x[-1, -1] = x[-1, -1].nextafter(torch.tensor(torch.inf))
         return x, index
 
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda *_: miscompiled)
+    monkeypatch.setattr(CompiledLoop, "_loaded", lambda *_: miscompiled)
     x = torch.ones(300, 2)
     with pytest.warns(UserWarning, match="compilation failed .the loop of add_numbers differs from the function"):
         _, index = loop([x, torch.tensor(0)], x)
@@ -203,7 +200,7 @@ def zeros_negated(loop, tensors, out):
 def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch):
     """As by a loop that updates columns of logits before another one reads them."""
     like = (torch.float32, m)
-    loop = compiled_loop.CompiledLoop(
+    loop = CompiledLoop(
         bounds.group_expected_update,
         (like, (torch.uint8,)),
         ((torch.float32, 1), (torch.float32,)),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from llvmlite import binding
 
-from maskpro_kernels.ops.cpu.packed import blocks, instructions, octets, registers, tiles
-from maskpro_kernels.ops.cpu.packed.kind import Packed
+from maskpro_kernels.ops.cpu.packed import Packed, rows, tiles, weight
+from maskpro_kernels.ops.cpu.packed.instructions import Avx2, Avx512, Neon
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
 INT8 = Packed(2, 4, torch.int8, torch.bfloat16)
@@ -46,82 +46,48 @@ def innermost_loops(assembly: str, triple: str, features: str) -> list[list[str]
     return found
 
 
+ALL_AVX512, AVX512, AVX2_ALONE, NEON = Avx512(ALL), Avx512({}), Avx2({}), Neon({})
+ON_NEON = ARM, "+neon"
+
+
 @pytest.mark.parametrize(
-    ("assembly", "triple", "features", "expected"),
+    ("assembly", "target", "expected"),
     [
-        (
-            lambda: registers.product(BFLOAT16, instructions.Avx512(ALL), 1, False),
-            X86,
-            FULL,
-            {"vpexpandw": 4, "vdpbf16ps": 4, "kmovd": 4},
-        ),
-        (
-            lambda: registers.product(BFLOAT16, instructions.Avx512(ALL), 16, True),
-            X86,
-            FULL,
-            {"vpexpandw": 1, "vdpbf16ps": 16},
-        ),
-        (
-            lambda: registers.product(BFLOAT16, instructions.Avx512({}), 1, False),
-            X86,
-            BASIC,
-            {"vpexpandd": 8, "vfmadd": 8},
-        ),
-        (
-            lambda: registers.product(FLOAT32, instructions.Avx2({}), 1, False),
-            X86,
-            AVX2,
-            {"vpermd": 16, "vfmadd": 16},
-        ),
-        (
-            lambda: registers.product(FLOAT32, instructions.Neon({}), 1, False),
-            ARM,
-            "+neon",
-            {"tbl": 32, "fmla": 32},
-        ),
-        (
-            lambda: registers.product(BFLOAT16, instructions.Neon({}), 4, False),
-            ARM,
-            "+neon",
-            {"tbl": 8, "fmla": 32},
-        ),
-        (lambda: registers.product(INT8, instructions.Neon({}), 1, False), ARM, "+neon", {"fmla": 32}),
-        (lambda: blocks.unpack(BFLOAT16, instructions.Avx512(ALL)), X86, FULL, {"vpexpandw": 1}),
-        (lambda: blocks.unpack(BFLOAT16, instructions.Neon({})), ARM, "+neon", {"tbl": 8}),
-        (
-            lambda: octets.product(INT8, instructions.Avx512(ALL), 1, False),
-            X86,
-            FULL,
-            {"vpexpandb": 1, "vpdpbusd": 3},
-        ),
-        (
-            lambda: tiles.product(BFLOAT16, instructions.Avx512(ALL), False),
-            X86,
-            FULL,
-            {"tileloadd": 4, "tdpbf16ps": 4},
-        ),
+        (lambda: rows.product(BFLOAT16, ALL_AVX512, 1, False), (X86, FULL), "vpexpandw 4 vdpbf16ps 4 kmovd 4"),
+        (lambda: rows.product(BFLOAT16, ALL_AVX512, 16, True), (X86, FULL), "vpexpandw 1 vdpbf16ps 16"),
+        (lambda: rows.product(BFLOAT16, AVX512, 1, False), (X86, BASIC), "vpexpandd 8 vfmadd 8"),
+        (lambda: rows.product(FLOAT32, AVX2_ALONE, 1, False), (X86, AVX2), "vpermd 16 vfmadd 16"),
+        (lambda: rows.product(FLOAT32, NEON, 1, False), ON_NEON, "tbl 32 fmla 32"),
+        (lambda: rows.product(BFLOAT16, NEON, 4, False), ON_NEON, "tbl 8 fmla 32"),
+        (lambda: rows.product(INT8, NEON, 1, False), ON_NEON, "fmla 32"),
+        (lambda: weight.unpack(BFLOAT16, ALL_AVX512), (X86, FULL), "vpexpandw 1"),
+        (lambda: weight.unpack(BFLOAT16, NEON), ON_NEON, "tbl 8"),
+        (lambda: rows.octet_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 1 vpdpbusd 3"),
+        (lambda: tiles.product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
     ],
 )
-def test_each_kind_of_cpu_gets_its_instructions(assembly, triple, features, expected):
+def test_each_kind_of_cpu_gets_its_instructions(assembly, target, expected):
     """In the loop that does most of the work nothing else puts values at their places or multiplies them."""
-    loops = innermost_loops(assembly(), triple, features)
+    names, counts = expected.split()[::2], expected.split()[1::2]
+    expected = {name: int(count) for name, count in zip(names, counts, strict=True)}
+    loops = innermost_loops(assembly(), *target)
     counted = [{name: sum(other.startswith(name) for other in names) for name in expected} for names in loops]
     assert max(counted, key=lambda counts: sum(counts.values())) == expected
 
 
 def test_the_code_asks_for_nothing_that_a_process_may_lack():
     """No helpers of a compiler's run-time library, such as conversions of bfloat16: nobody would link them."""
-    avx512, half = instructions.Avx512(ALL), Packed(2, 4, torch.float16, torch.float16)
+    half = Packed(2, 4, torch.float16, torch.float16)
     for kind in (BFLOAT16, FLOAT32, half, INT8):
-        for use, features in ((avx512, FULL), (instructions.Avx512({}), BASIC), (instructions.Avx2({}), AVX2)):
-            assert not calls_of(registers.product(kind, use, 3, True), features)
+        for use, features in ((ALL_AVX512, FULL), (AVX512, BASIC), (AVX2_ALONE, AVX2)):
+            assert not calls_of(rows.product(kind, use, 3, True), features)
             if kind != INT8:
-                assert not calls_of(blocks.unpack(kind, use), features)
+                assert not calls_of(weight.unpack(kind, use), features)
     for assembly in (
-        octets.product(INT8, avx512, 2, True),
-        octets.as_integers(INT8),
-        tiles.product(INT8, avx512, True),
-        tiles.product(BFLOAT16, avx512, False),
+        rows.octet_product(INT8, ALL_AVX512, 2, True),
+        rows.as_integers(INT8),
+        tiles.product(INT8, ALL_AVX512, True),
+        tiles.product(BFLOAT16, ALL_AVX512, False),
         tiles.laid_out(),
     ):
         assert not calls_of(assembly, FULL)

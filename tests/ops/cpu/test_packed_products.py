@@ -18,9 +18,8 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import cache, kernels, machine
-from maskpro_kernels.ops.cpu.packed import products, unpacking
+from maskpro_kernels.ops.cpu.packed import Packed, products
 from maskpro_kernels.ops.cpu.packed.instructions import chosen
-from maskpro_kernels.ops.cpu.packed.kind import Packed
 from maskpro_kernels.packed import quantized
 from maskpro_kernels.pattern import NMPattern, bitmask_of
 
@@ -52,7 +51,7 @@ OFF = {
 @pytest.fixture
 def cpu(monkeypatch):
     """``cpu(kind)``: go on as if this CPU lacked what OFF names."""
-    caches = (products._chosen, products._runner, unpacking.available, unpacking.unpacker, machine.machine)
+    caches = (products._chosen, products._runner, products.available, products.unpacker, machine.machine)
 
     def clear() -> None:
         for each in caches:
@@ -319,13 +318,13 @@ def test_integers_hold_tokens_of_any_size():
 
 
 def test_what_unpacks_wrongly_is_not_used(cpu, monkeypatch):
-    made = unpacking._unpacked_by
+    made = products._unpacked_by
 
     def wrong(*args):
         unpacked = made(*args)
         return lambda *given: unpacked(*given).flip(0)
 
-    monkeypatch.setattr(unpacking, "_unpacked_by", wrong)
+    monkeypatch.setattr(products, "_unpacked_by", wrong)
     packed, weight, _ = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
     with pytest.warns(UserWarning, match="differs from the reference"):
         assert_same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=2, m=4), weight)

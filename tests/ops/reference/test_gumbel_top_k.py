@@ -12,6 +12,11 @@ from maskpro_kernels.ops import reference
 
 GOLDEN_WORDS = [0, 1, 255, 1 << 16, 1 << 31, (1 << 32) - 1]
 
+LN = pytest.mark.parametrize(
+    "ln", [reference.ln, lambda x, near_one: in_kernel(ln_kernel, x, near_one)], ids=["reference", "kernel"]
+)
+EXP = pytest.mark.parametrize("exp", [reference.exp, lambda x: in_kernel(exp_kernel, x)], ids=["reference", "kernel"])
+
 
 def float64_gumbel(words):
     u = (words.numpy().astype(np.float64) + 0.5) * 2.0**-32
@@ -24,22 +29,12 @@ ROUTES = pytest.mark.parametrize(
 
 
 @ROUTES
-def test_golden_values(gumbel):
-    words = torch.tensor(GOLDEN_WORDS)
-    assert (gumbel(words).double() - float64_gumbel(words)).abs().max() < 3e-6
-
-
-@ROUTES
-def test_random_words_agree_with_float64(gumbel):
-    words = torch.randint(0, 1 << 32, (1_000_000,), generator=torch.Generator().manual_seed(0))
-    assert (gumbel(words).double() - float64_gumbel(words)).abs().max() < 3e-6
-
-
-@ROUTES
-@pytest.mark.parametrize("exponent", [4, 10, 16, 22])
-def test_both_tails_agree_with_float64(gumbel, exponent):
-    near = torch.randint(0, 1 << exponent, (100_000,), generator=torch.Generator().manual_seed(exponent))
-    words = torch.cat([near, (1 << 32) - 1 - near])
+def test_noise_agrees_with_float64(gumbel):
+    """At golden words, at a million random ones, and in both tails."""
+    generator = torch.Generator().manual_seed(0)
+    near = [torch.randint(0, 1 << exponent, (100_000,), generator=generator) for exponent in (4, 10, 16, 22)]
+    words = [torch.tensor(GOLDEN_WORDS), torch.randint(0, 1 << 32, (1_000_000,), generator=generator)]
+    words = torch.cat([*words, *near, *((1 << 32) - 1 - x for x in near)])
     assert (gumbel(words).double() - float64_gumbel(words)).abs().max() < 3e-6
 
 
@@ -47,12 +42,6 @@ def test_both_tails_agree_with_float64(gumbel, exponent):
 def test_noise_falls_with_the_word_over_a_million_values(gumbel):
     words = torch.linspace(0, (1 << 32) - 1, 1_000_000, dtype=torch.float64).to(torch.int64)
     assert (gumbel(words).diff() <= 0).all()
-
-
-@ROUTES
-@pytest.mark.parametrize("first", [0, (1 << 32) - (1 << 16)])
-def test_noise_falls_from_word_to_word_in_the_tails(gumbel, first):
-    assert (gumbel(torch.arange(first, first + (1 << 16))).diff() <= 0).all()
 
 
 def seams():
@@ -63,9 +52,9 @@ def seams():
 
 
 @ROUTES
-@pytest.mark.parametrize("seam", seams())
-def test_noise_falls_from_word_to_word_across_the_seams_of_ln(gumbel, seam):
-    assert (gumbel(torch.arange(seam - (1 << 15), seam + (1 << 15))).diff() <= 0).all()
+@pytest.mark.parametrize("first", [0, (1 << 32) - (1 << 16), *(seam - (1 << 15) for seam in seams())])
+def test_noise_falls_from_word_to_word_in_the_tails_and_across_the_seams_of_ln(gumbel, first):
+    assert (gumbel(torch.arange(first, first + (1 << 16))).diff() <= 0).all()
 
 
 @ROUTES
@@ -88,18 +77,14 @@ def positives():
     return torch.cat([wide, narrow]).to(torch.float32)
 
 
-@pytest.mark.parametrize(
-    "ln", [reference.ln, lambda x, near_one: in_kernel(ln_kernel, x, near_one)], ids=["reference", "kernel"]
-)
+@LN
 def test_ln_agrees_with_float64(ln):
     x = positives()
     exact = torch.log(x.double())
     assert ((ln(x, x - 1.0).double() - exact).abs() <= 1e-6 + 1.2e-7 * exact.abs()).all()
 
 
-@pytest.mark.parametrize(
-    "ln", [reference.ln, lambda x, near_one: in_kernel(ln_kernel, x, near_one)], ids=["reference", "kernel"]
-)
+@LN
 def test_ln_keeps_the_digits_of_what_is_near_one(ln):
     t = torch.logspace(-30, -2, 2000, dtype=torch.float64).to(torch.float32)
     t = torch.cat([t, -t])
@@ -107,7 +92,7 @@ def test_ln_keeps_the_digits_of_what_is_near_one(ln):
     assert ((ln(1.0 + t, t).double() - exact).abs() <= 1e-6 * exact.abs()).all()
 
 
-@pytest.mark.parametrize("exp", [reference.exp, lambda x: in_kernel(exp_kernel, x)], ids=["reference", "kernel"])
+@EXP
 def test_exp_agrees_with_float64(exp):
     x = torch.empty(400_000).uniform_(-87, 88, generator=torch.Generator().manual_seed(3))
     x = torch.cat([x, torch.tensor([-87.0, -0.0, 0.0, 1.0, 88.0])])
@@ -115,7 +100,7 @@ def test_exp_agrees_with_float64(exp):
     assert ((exp(x).double() / exact - 1.0).abs() < 3e-7).all()
 
 
-@pytest.mark.parametrize("exp", [reference.exp, lambda x: in_kernel(exp_kernel, x)], ids=["reference", "kernel"])
+@EXP
 def test_exp_is_zero_below_its_range(exp):
     x = torch.tensor([-87.00001, -88.0, -200.0, -1e30, -torch.inf])
     assert exp(x).tolist() == [0.0] * 5

@@ -88,18 +88,6 @@ def test_mean_over_all_words_is_the_value(rounded, dtype):
 
 @ROUTES
 @BOTH
-def test_mean_over_random_words_is_the_value(rounded, dtype):
-    x = values(dtype)[60:80]
-    below, above = neighbours(x, dtype)
-    count = 1 << 16
-    mean = rounded(x[:, None], words(count)[None], dtype).double().mean(1)
-    p = (x.double() - below) / (above - below).clamp(min=1e-300)
-    error = (above - below) * (p * (1 - p) / count).sqrt()
-    assert ((mean - x.double()).abs() <= 4 * error + (above - below) * 2.0**-16).all()
-
-
-@ROUTES
-@BOTH
 def test_values_on_the_grid_stay(rounded, dtype):
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     grid = bits.view(dtype)
@@ -109,16 +97,6 @@ def test_values_on_the_grid_stay(rounded, dtype):
     for seed in range(3):
         assert_same_bits(rounded(grid, words(len(grid), seed), dtype), grid)
     assert_same_bits(rounded(grid, torch.full((len(grid),), (1 << 32) - 1), dtype), grid)
-
-
-@ROUTES
-@BOTH
-def test_zeros_keep_their_sign(rounded, dtype):
-    zeros = torch.tensor([0.0, -0.0])
-    for word in (0, 1 << 31, (1 << 32) - 1):
-        out = rounded(zeros, torch.tensor([word, word]), dtype)
-        assert out.tolist() == [0.0, 0.0]
-        assert torch.signbit(out).tolist() == [False, True]
 
 
 @ROUTES
@@ -159,11 +137,12 @@ def test_overflow_saturates_at_the_largest_finite_value(rounded, dtype):
 
 @ROUTES
 @BOTH
-def test_nan_and_infinity_pass(rounded, dtype):
-    x = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    for word in (0, (1 << 32) - 1):
-        out = rounded(x, torch.full((3,), word), dtype)
-        assert out[:2].tolist() == [torch.inf, -torch.inf] and out[2].isnan()
+def test_zeros_keep_their_sign_and_what_is_not_finite_passes(rounded, dtype):
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    for word in (0, 1 << 31, (1 << 32) - 1):
+        out = rounded(x, torch.full((5,), word), dtype)
+        assert out[:4].tolist() == [0.0, 0.0, torch.inf, -torch.inf] and out[4].isnan()
+        assert torch.signbit(out[:2]).tolist() == [False, True]
 
 
 @BOTH

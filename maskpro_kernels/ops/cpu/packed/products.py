@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ....pattern import bitmask_of
+from ....pattern import bitmask_of, codes_of
 from ... import reference
-from .. import kernels
-from .kind import RUN, Packed
-from .unpacking import available, compiled, threads, unpacker
+from .. import cache
+from ..loops import run, warn_of_failure
+from . import RUN, Packed
 
 if TYPE_CHECKING:
     from .instructions import Instructions
@@ -41,13 +40,101 @@ Parts = tuple[Tensor, Tensor, Tensor | None]
 # What computes a product, of (x, parts, bias)
 Runner = Callable[[Tensor, Parts, Tensor | None], Tensor]
 
+# Of (values, bitmask, first run, number of runs)
+Unpacked = Callable[[Tensor, Tensor, int, int], Tensor]
+
+# Fewest weights that threads share: handing over takes as long as a thread takes for so many
+SHARED_WEIGHTS = 1 << 16
+
+
+@functools.cache
+def available() -> Instructions | None:
+    """The best instructions of this CPU for packed weights, if it has any."""
+    # here and below, for it brings all of LLVM
+    from .. import machine
+    from . import instructions
+
+    return instructions.chosen(machine.features())
+
+
+def compiled(name: str, arguments: int, build: Callable[..., str], *made_of) -> Callable[..., None]:
+    """``loop(count, threads, *arguments)`` of the code that ``build(*made_of)`` gives."""
+    from .. import machine
+
+    features = sorted(feature for feature, has in machine.features().items() if has)
+    code, _ = cache.compiled(name, (made_of, features), lambda: (machine.object_code(build(*made_of)), ()))
+    return machine.loaded_loop(code, arguments)
+
+
+def threads(weights: int) -> int:
+    return torch.get_num_threads() if weights >= SHARED_WEIGHTS else 1
+
+
+@functools.cache
+def unpacker(kind: Packed) -> Unpacked | None:
+    """``unpacked(values, bitmask, first, count)``: of all rows ``count`` runs from ``first`` on, if code can do it."""
+    use = available()
+    if use is None:
+        return None
+    try:
+        from . import weight
+
+        unpacked = _unpacked_by(compiled("packed_unpack", 7, weight.unpack, kind, use), kind)
+        _check_unpacked(unpacked, kind)
+    except Exception as error:
+        warn_of_failure(error, "maskpro_kernels unpacks more slowly")
+        return None
+    return unpacked
+
+
+def _unpacked_by(loop: Callable[..., None], kind: Packed) -> Unpacked:
+    def unpacked(values: Tensor, bitmask: Tensor, first: int, count: int) -> Tensor:
+        rows, k = values.shape[0], values.shape[1] // kind.n * kind.m
+        columns = min(RUN * count, k - RUN * first)
+        out = torch.empty((rows, columns), dtype=values.dtype, device="cpu")
+        places = values.data_ptr(), bitmask.data_ptr(), out.data_ptr()
+        loop(rows, threads(rows * columns), k, first, count, columns, *places)
+        return out
+
+    return unpacked
+
+
+def _check_unpacked(unpacked: Unpacked, kind: Packed) -> None:
+    """Raise unless it unpacks a sample to the reference's bits."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows, groups = 5, 3 * RUN // kind.m + 1
+    scores = torch.rand((rows, groups, kind.m), generator=generator, device="cpu")
+    bitmask = bitmask_of(reference.group_top_n_mask(scores, n=kind.n), kind.m)
+    size, integers = kind.values.itemsize, reference.INTEGERS[kind.values.itemsize]
+    values = torch.randint(0, 256, (rows, groups * kind.n * size), generator=generator, dtype=torch.uint8, device="cpu")
+    values = values.view(kind.values)
+    expected = reference.unpack_nm(values, bitmask, n=kind.n, m=kind.m)
+    for first, count in ((0, 4), (1, 2)):
+        columns = slice(RUN * first, RUN * (first + count))
+        part = unpacked(values, bitmask, first, min(count, -(-groups * kind.m // RUN) - first))
+        if not torch.equal(part.view(integers), expected[:, columns].contiguous().view(integers)):
+            raise RuntimeError("what is unpacked differs from the reference")
+
+
+def unpack_nm(values, bitmask, *, n, m):
+    """``reference.unpack_nm``."""
+    unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
+    if unpacked is not None:
+        return unpacked(values, bitmask, 0, -(-(values.shape[1] // n * m) // RUN))
+    out = torch.empty(values.shape[0], values.shape[1] // n * m, dtype=values.dtype)
+    groups, flat = (x.view(reference.INTEGERS[x.itemsize]).view(-1, size) for x, size in ((values, n), (out, m)))
+    # those of a single group in a row would lie apart
+    codes = codes_of(bitmask, out.shape[1], m).contiguous().view(-1)
+    run(reference.group_unpacked, [groups, codes], out=flat, m=m)
+    return out
+
 
 def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     """How a CPU with those instructions computes a product with so many tokens.
 
-    "octets", "registers" and "tiles": the values are put at their places in registers, as the files of
-    these names tell. "blocks": blocks of rows are unpacked one after the other, and multiplied by torch.
-    "unpack": the whole weight is, as the CPU has no instructions for more.
+    "registers" and "octets": row by row, see ``rows``, in floats or in integers. "tiles": by AMX. "blocks": blocks of
+    rows are unpacked one after the other, and multiplied by torch. "unpack": the whole weight is, as the CPU has no
+    instructions for more.
     """
     if use is None:
         return "unpack"
@@ -87,7 +174,7 @@ def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
         values = reference.dequantized(values, scales, grad.dtype)
     unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
     if unpacked is None or not rows:
-        return grad @ kernels.unpack_nm(values, bitmask, n=n, m=m)
+        return grad @ unpack_nm(values, bitmask, n=n, m=m)
     out, runs = torch.empty((grad.shape[0], k), dtype=grad.dtype, device="cpu"), -(-k // RUN)
     at_once = max(1, CACHED_BYTES // (rows * RUN * values.itemsize))
     for first in range(0, runs, at_once):
@@ -102,17 +189,15 @@ def _pointer(tensor: Tensor | None) -> int:
 
 @functools.cache
 def _runner(how: str, kind: Packed, tokens: int, biased: bool) -> Runner:
-    """What computes a product that way, of FEW tokens or of more; whole weights unpacked where its code fails."""
+    """A function that computes a product that way, of FEW tokens or of more; by unpacking where its code fails."""
     if how == "unpack":
         return functools.partial(_by_unpacking, kind)
     try:
         made = {"registers": _registers, "octets": _octets, "tiles": _tiles, "blocks": _blocks}[how]
         runner = made(kind, tokens, biased)
-        _check(runner, kind, tokens, biased)
+        _check_product(runner, kind, tokens, biased)
     except Exception as error:
-        # what a compiler, its cache or its settings raise differs from release to release
-        first_line = (str(error) or repr(error)).splitlines()[0]
-        warnings.warn(f"compilation failed ({first_line}); packed weights are unpacked at each product", stacklevel=4)
+        warn_of_failure(error, "packed weights are unpacked at each product")
         return functools.partial(_by_unpacking, kind)
     return runner
 
@@ -121,10 +206,10 @@ def _by_unpacking(kind: Packed, x: Tensor, parts: Parts, bias: Tensor | None) ->
     values, bitmask, scales = parts
     if scales is not None:
         values = reference.dequantized(values, scales, x.dtype)
-    return linear(x, kernels.unpack_nm(values, bitmask, n=kind.n, m=kind.m), bias)
+    return linear(x, unpack_nm(values, bitmask, n=kind.n, m=kind.m), bias)
 
 
-def _check(run: Runner, kind: Packed, tokens: int, biased: bool) -> None:
+def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None:
     """Raise unless a small product is as near to that in float64 as torch's is: compilers may err."""
     generator = torch.Generator("cpu").manual_seed(0)
     # more rows than are placed at once, and a run that a row does not fill
@@ -155,14 +240,14 @@ def _pieces(tokens: int, most: int, make: Callable[[int], Callable]) -> list[tup
 
 
 def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
-    from . import registers
+    from . import rows
 
     use = available()
     most = use.tokens // 2 if kind.values == torch.int8 else use.tokens
     pieces = _pieces(
-        tokens, most, lambda count: compiled("packed_registers", 8, registers.product, kind, use, count, biased)
+        tokens, most, lambda count: compiled("packed_registers", 8, rows.product, kind, use, count, biased)
     )
-    pairs, quantized = registers.multiplies_pairs(kind, use), kind.values == torch.int8
+    pairs, quantized = rows.multiplies_pairs(kind, use), kind.values == torch.int8
     _, one = pieces[0]
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
@@ -185,19 +270,21 @@ def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
 
 
 def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
-    from . import octets
+    from . import rows as code
 
     use = available()
-    as_integers = compiled("packed_integers", 6, octets.as_integers, kind)
+    as_integers = compiled("packed_integers", 6, code.as_integers, kind)
     pieces = _pieces(
-        tokens, octets.TOKENS, lambda count: compiled("packed_octets", 10, octets.product, kind, use, count, biased)
+        tokens,
+        code.OCTET_TOKENS,
+        lambda count: compiled("packed_octets", 10, code.octet_product, kind, use, count, biased),
     )
     in_registers = _registers(kind, tokens, biased)
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
         rows, k, blocks = values.shape[0], x.shape[-1], scales.shape[1]
-        size = -(-k // octets.OCTETS) * octets.OCTETS
+        size = -(-k // code.OCTETS) * code.OCTETS
         numbers = torch.empty((2, tokens, size), dtype=torch.uint8, device="cpu")
         x_scales = torch.empty((tokens, blocks), dtype=torch.float32, device="cpu")
         refused = ctypes.c_int64(0)

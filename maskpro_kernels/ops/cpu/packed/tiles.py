@@ -11,12 +11,25 @@ from collections.abc import Sequence
 import torch
 from llvmlite import ir
 
-from ...reference.packing import SCALED
-from ..codegen import TYPES
-from ..loops import ENTRY, add_function, add_shared, each, use_whole_registers
-from .build import as_float32, at, buffer, copy, divided_up, prefetch, smaller
-from .instructions import BFLOAT, BYTE, FLOAT, HALF, LONG, WORD, Instructions, intrinsic, vector, zeros
-from .kind import RUN, Packed
+from ...reference.groups import SCALED
+from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, smaller, use_whole_registers
+from . import RUN, Packed
+from .instructions import (
+    BFLOAT,
+    BYTE,
+    FLOAT,
+    HALF,
+    Instructions,
+    as_float32,
+    at,
+    buffer,
+    copy,
+    divided_up,
+    intrinsic,
+    prefetch,
+    vector,
+    zeros,
+)
 from .weight import Weight
 
 # Rows, tokens and bytes of a row of a tile
@@ -102,7 +115,7 @@ def product(kind: Packed, use: Instructions, biased: bool) -> str:
     """``loop(start, stop, k, rows, first, tokens, values, bits, scales, x, bias, out)``: of strips start to stop.
 
     A strip is STRIP rows.
-    x is as ``laid_out`` leaves it; all else as in ``registers.product``. ``tokens`` of them from ``first`` on are
+    x is as ``laid_out`` leaves it; all else as in ``rows.product``. ``tokens`` of them from ``first`` on are
     multiplied, TOKENS at most; ``first`` is a multiple of TILE.
     """
     return _Product(kind, use, biased).assembly()

@@ -1,8 +1,9 @@
-"""Products of int8 values with a few tokens in integers: 64 weights are placed at once, and multiplied as bytes.
+"""Products with a few tokens, row by row: each run of weights is placed in registers once, and multiplied with all.
 
-What they are multiplied with becomes integers of 16 bits, with one scale for each block of columns whose weights share
-one. The error of each is 2^-16 of the largest number of its block. Where that number stands out, the product is made in
-registers as others are. The two bytes of an integer are multiplied one by one.
+Of int8 values 64 weights are placed at once where the CPU has the instructions, and multiplied as bytes. What they are
+multiplied with becomes integers of 16 bits, with one scale for each block of columns whose weights share one. The error
+of each is 2^-16 of the largest number of its block. Where that number stands out, the product is made in floats as
+others are. The two bytes of an integer are multiplied one by one.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ from collections.abc import Callable
 import torch
 from llvmlite import ir
 
-from ..codegen import TYPES
-from ..loops import ENTRY, add_function, add_shared, each, use_whole_registers
-from .build import (
+from ...reference.groups import SCALED
+from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, smaller, use_whole_registers
+from . import RUN, Packed
+from .instructions import (
+    BYTE,
+    FLOAT,
+    HALF,
+    LINE_BYTES,
+    Instructions,
     Variable,
     as_float32,
     at,
@@ -24,21 +31,25 @@ from .build import (
     divided_up,
     fma,
     horizontal_sum,
+    intrinsic,
     larger,
     prefetch,
-    smaller,
+    stored,
+    vector,
     widened,
+    zeros,
 )
-from .instructions import BYTE, FLOAT, LONG, WORD, Instructions, intrinsic, vector, zeros
-from .kind import RUN, Packed
-from .row_product import AHEAD_BYTES, RowProduct
+from .weight import Weight
+
+# How far ahead values are asked for: the CPU's own prefetcher stops at each page
+AHEAD_BYTES = 4096
 
 # Weights that are placed at once
 OCTETS = 2 * RUN
 LANES = 16
 
 # Most tokens that a row is multiplied with at a time: each has two sums
-TOKENS = 8
+OCTET_TOKENS = 8
 
 # Integers of 16 bits that stand for -LARGEST to LARGEST are stored with MIDDLE added, for their bytes have no sign
 LARGEST, MIDDLE = 32767, 32768
@@ -49,6 +60,167 @@ MOST_OVER_MEAN = 128.0
 
 # So that no reciprocal of a scale is infinite
 LEAST_SCALE = 1e-37
+
+
+class RowProduct:
+    """``loop(start, stop, k, rows, *pointers, bias, out)``: rows start to stop of x @ weight.T + bias.
+
+    Subclasses say what a row does, by ``add_row``.
+
+    Args:
+        kind: of which weight.
+        use: the CPU's instructions.
+        tokens: of x, and of out [tokens, rows].
+        biased: whether there is a bias [rows], of ``kind.x`` as out is.
+        pointers: how many others there are.
+    """
+
+    def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool, pointers: int):
+        self.kind, self.use, self.tokens, self.biased = kind, use, tokens, biased
+        self.module = ir.Module("maskpro_kernels")
+        self.function, self.b = add_function(self.module, ENTRY, 4, pointers + 2)
+        use_whole_registers(self.function)
+        self.start, self.stop, self.k, self.rows, *self.pointers, self.bias, self.out = self.function.args
+        self.row_values = self.b.mul(self.b.sdiv(self.k, LONG(kind.m)), LONG(kind.n))
+        # of a row
+        self.scales_count = divided_up(self.b, self.row_values, SCALED)
+
+    def add_row(self, row: ir.Value) -> None:
+        raise NotImplementedError
+
+    def assembly(self) -> str:
+        """Of the module."""
+        each(self.b, self.start, self.stop, self.add_row)
+        self.b.ret_void()
+        add_shared(self.module, self.function)
+        return str(self.module)
+
+    def scale(self, scales: ir.Value, row: ir.Value, block: ir.Value) -> ir.Value:
+        """The float32 scale of a block of a row."""
+        b, element = self.b, TYPES[self.kind.x]
+        index = b.add(b.mul(row, self.scales_count), block)
+        return as_float32(b, b.load(at(b, scales, index, element), typ=element, align=1), self.kind.x)
+
+    def store(self, row: ir.Value, token: int, total: ir.Value) -> None:
+        """Write the sum of a float32 vector, and the bias, to a token's place."""
+        b, dtype = self.b, self.kind.x
+        element, y = TYPES[dtype], horizontal_sum(self.b, total)
+        if self.biased:
+            bias = b.load(at(b, self.bias, row, element), typ=element, align=1)
+            y = b.fadd(y, as_float32(b, bias, dtype))
+        stored(b, y, at(b, self.out, b.add(b.mul(self.rows, LONG(token)), row), element), dtype)
+
+
+def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
+    """``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``: as ``RowProduct``.
+
+    x [tokens, k] is of ``kind.x`` where ``multiplies_pairs``, else float32; scales [rows, ceil(values of a row /
+    SCALED)] are of ``kind.x``.
+    """
+    return RegisterProduct(kind, use, tokens, biased).assembly()
+
+
+def multiplies_pairs(kind: Packed, use: Instructions) -> bool:
+    """Say if the products of bfloat16 are made by instructions of their own."""
+    return use.pairs and kind.x == torch.bfloat16
+
+
+class RegisterProduct(RowProduct):
+    """The function of ``product``, of a weight of ``weight_class``."""
+
+    weight_class = Weight
+
+    def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
+        super().__init__(kind, use, tokens, biased, pointers=4)
+        values, bits, self.scales, self.x = self.pointers
+        self.pairs = multiplies_pairs(kind, use)
+        self.weight = self.weight_class(self.b, kind, use, "halves" if self.pairs else "floats", values, bits, self.k)
+        self.lanes = use.lanes
+        # enough sums beside each other to hide how long one takes
+        self.beside = max(1, 4 // tokens)
+        self.x_element = HALF if self.pairs else FLOAT
+        self.x_aside = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
+
+    def add_row(self, row: ir.Value) -> None:
+        b, place = self.b, self.weight.row(row)
+        if self.kind.values != torch.int8:
+            totals = self._sums(place, LONG(0), self.weight.runs)
+        else:
+            sums = [Variable(b, zeros(vector(FLOAT, self.lanes))) for _ in range(self.tokens)]
+            in_block = LONG(self.kind.scaled_runs)
+
+            def add_block(block: ir.Value) -> None:
+                start = b.mul(block, in_block)
+                parts = self._sums(place, start, smaller(b, self.weight.runs, b.add(start, in_block)))
+                scale = broadcast(b, self.scale(self.scales, row, block), self.lanes)
+                for total, part in zip(sums, parts, strict=True):
+                    total.set(fma(b, part, scale, total.get()))
+
+            each(b, LONG(0), self.scales_count, add_block)
+            totals = [total.get() for total in sums]
+        for token, total in enumerate(totals):
+            self.store(row, token, total)
+
+    def _sums(self, place: tuple, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
+        """Vectors [lanes] for each token whose sums are the products over those runs of a row."""
+        b, weight, none = self.b, self.weight, zeros(vector(FLOAT, self.lanes))
+        sums = [[Variable(b, none) for _ in range(self.tokens)] for _ in range(self.beside)]
+        direct = weight.within(start, stop)
+        several = b.sub(direct, b.srem(b.sub(direct, start), LONG(self.beside)))
+        line = max(1, LINE_BYTES // (self.kind.kept * self.kind.values.itemsize))
+
+        def multiply(run: ir.Value, own: list) -> None:
+            self._multiply(weight.direct(place, run), [self._x_of(token, run) for token in range(self.tokens)], own)
+
+        def beside(run: ir.Value) -> None:
+            for i, own in enumerate(sums):
+                here = b.add(run, LONG(i))
+                if i % line == 0:
+                    ahead = at(b, weight.values_of(place, here), LONG(AHEAD_BYTES), BYTE)
+                    prefetch(b, ahead)
+                multiply(here, own)
+
+        def last(run: ir.Value) -> None:
+            weights = weight.copied(place, run)
+            self._multiply(weights, [self._x_copied(token, run) for token in range(self.tokens)], sums[0])
+
+        if self.beside > 1:
+            each(b, start, several, beside, by=self.beside)
+            each(b, several, direct, lambda run: multiply(run, sums[0]))
+        else:
+            each(b, start, direct, beside)
+        each(b, direct, stop, last)
+        totals = [x.get() for x in sums[0]]
+        for own in sums[1:]:
+            totals = [b.fadd(total, x.get()) for total, x in zip(totals, own, strict=True)]
+        return totals
+
+    def _x_of(self, token: int, run: ir.Value) -> ir.Value:
+        """Pointer to what a token has for a run."""
+        b = self.b
+        return at(b, self.x, b.add(b.mul(self.k, LONG(token)), b.mul(run, LONG(RUN))), self.x_element)
+
+    def _x_copied(self, token: int, run: ir.Value) -> ir.Value:
+        """``_x_of``, with zeros where the row has ended."""
+        b, aside = self.b, self.x_aside[token]
+        b.store(zeros(ir.ArrayType(self.x_element, RUN)), aside)
+        copy(b, self._x_of(token, run), aside, self.weight.weights_of(run), self.x_element)
+        return aside
+
+    def _multiply(self, weights: list[ir.Value], x: list[ir.Value], sums: list[Variable]) -> None:
+        """Add the products of a run's weights with each token's x to its sum."""
+        b, lanes = self.b, self.weight.lanes
+        for i, weight in enumerate(weights):
+            for pointer, total in zip(x, sums, strict=True):
+                here = at(b, pointer, LONG(i * lanes), self.x_element)
+                own = b.load(here, typ=vector(self.x_element, lanes), align=1)
+                if self.pairs:
+                    total.set(self.use.dot_pairs(b, total.get(), weight, own))
+                else:
+                    total.set(fma(b, weight, own, total.get()))
+
+
+# Of int8 values in integers
 
 
 def as_integers(kind: Packed) -> str:
@@ -150,13 +322,13 @@ def _bytes(b: ir.IRBuilder, values: ir.Value) -> tuple[ir.Value, ir.Value]:
     return b.trunc(b.lshr(number, ir.Constant(words, [8] * LANES)), octets), b.trunc(number, octets)
 
 
-def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
+def octet_product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
     """``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``: as ``RowProduct``."""
-    return _Product(kind, use, tokens, biased).assembly()
+    return _OctetProduct(kind, use, tokens, biased).assembly()
 
 
-class _Product(RowProduct):
-    """The function of ``product``."""
+class _OctetProduct(RowProduct):
+    """The function of ``octet_product``."""
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
         super().__init__(kind, use, tokens, biased, pointers=6)
