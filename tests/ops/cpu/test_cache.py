@@ -115,15 +115,6 @@ def test_what_nobody_loads_goes(folder):
     assert list(folder.iterdir()) == [kept]
 
 
-def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypatch):
-    """Or a process would run eagerly, though its loop has been built."""
-    (folder / "left").write_bytes(b"")
-    listed = list(folder.iterdir())
-    (folder / "left").unlink()
-    monkeypatch.setattr(type(folder), "iterdir", lambda _: iter(listed))
-    cache.remove_unused(folder)
-
-
 def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch, nothing):
     loop, lock = a_loop(), folder / "scaled_sum-x.lock"
     monkeypatch.setattr(cache, "digest", lambda _: "x")

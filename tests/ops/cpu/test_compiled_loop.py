@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import slow
 from helpers.loops import a_loop, check_loop, drawn_loop, loop_tensors
 
-from maskpro_kernels.ops import bounds
 from maskpro_kernels.ops.cpu import codegen
 from maskpro_kernels.ops.cpu.loops import LEAST_SHARED, CompiledLoop
 
@@ -170,57 +167,6 @@ def test_a_loop_that_differs_from_its_function_is_not_kept(wrong, folder, monkey
     assert_same_bits(index, torch.arange(300))
     assert_same_bits(x, 1.0 + 2 * torch.arange(300)[:, None].expand(-1, 2))
     assert not list(folder.glob("*.o"))
-
-
-def twice(loop, tensors, out):
-    loop._eager(tensors, out)
-    return loop._eager(tensors, out)
-
-
-def flags_of_what_is_updated(loop, tensors, out):
-    loop._eager(tensors, out)
-    return [out, loop.whole(*tensors)[1]]
-
-
-def first_column_ahead(loop, tensors, out):
-    out[:, 0] = loop.whole(*tensors)[0][:, 0]
-    return loop._eager(tensors, out)
-
-
-def zeros_negated(loop, tensors, out):
-    results = loop._eager(tensors, out)
-    out.sub_(0.0).masked_fill_(out == 0.0, -0.0)
-    return results
-
-
-@pytest.mark.parametrize(
-    "hazard", [twice, flags_of_what_is_updated, first_column_ahead, zeros_negated], ids=lambda hazard: hazard.__name__
-)
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (1, 8), (4, 8)])
-def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch):
-    """As by a loop that updates columns of logits before another one reads them."""
-    like = (torch.float32, m)
-    loop = CompiledLoop(
-        bounds.group_expected_update,
-        (like, (torch.uint8,)),
-        ((torch.float32, 1), (torch.float32,)),
-        False,
-        like,
-        0,
-        constants={"n": n},
-    )
-    # of a first step, which changes nothing
-    x, rest = torch.zeros(96, m), [torch.zeros(1), torch.tensor(1.0)]
-    levels = bounds.group_spread_levels(torch.arange(96), list(map(torch.tensor, (7, 0, 3, 0))), m=m)
-    given = [x, levels, *rest]
-    loop._check(loop._eager, given)
-    if hazard is zeros_negated:
-        sample = loop._sample(given)
-        # of groups that are determined and of others
-        sample[0][:64, 0] = 0.0
-        monkeypatch.setattr(loop, "_sample", lambda _: [tensor.clone() for tensor in sample])
-    with pytest.raises(RuntimeError, match="the loop of group_expected_update differs from the function"):
-        loop._check(functools.partial(hazard, loop), given)
 
 
 def test_inference_mode_and_default_dtype_do_not_reach_the_loop(folder, builds):
