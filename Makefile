@@ -6,10 +6,10 @@ OLDEST := .venv-oldest
 # wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/test_kills cli/test_mixed_data \
-	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks cli/test_datasets \
+LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/test_kills cli/test_learn \
+	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks \
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
-	benchmarks/test_characters learn/test_memory sharding/test_shards_of_layers cli/test_start_mask)
+	benchmarks/test_characters learn/test_memory sharding/test_shards_of_layers)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
@@ -38,9 +38,10 @@ demo: $(INSTALLED)
 	$(VENV)/bin/$(LEARN) --data pydoc --init wanda --estimator reinforce --steps 10 --output runs/demo/reinforce
 	$(VENV)/bin/$(LEARN) --data pydoc:0.5,self:0.5 --init reconstruction --estimator straight-through --steps 30 \
 		--output runs/demo/straight-through
+	$(VENV)/bin/maskpro eval runs/demo/reinforce runs/demo/straight-through
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8
-	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 2 --output runs/demo/speed
+	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 2 --output runs/demo/speed.json
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)

@@ -11,8 +11,8 @@ EXTRAS = {
     "demo": ("transformers", "matplotlib", "gguf", "accelerate"),
     "data": ("datasets",),
     "peft": ("peft",),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
+    "tensorboard": ("accelerate", "tensorboard"),
+    "wandb": ("accelerate", "wandb"),
 }
 
 

@@ -13,15 +13,13 @@ from helpers.source_tree import imports, modules_of
 
 from maskpro_kernels.cli import main
 from maskpro_kernels.extras import EXTRAS, missing, require
-from maskpro_kernels.report import plots
-from maskpro_kernels.report.tensorboard import TensorBoard
 
 PACKAGE = ROOT / "maskpro_kernels"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Packages by the names under which they are imported
 IMPORTED = {"torch", "triton", "numpy", "safetensors", "tqdm", "filelock", "llvmlite"}
 # What transformers brings, and what makes the hooks that it is imported for
-WITH_OTHERS = {"huggingface_hub", "accelerate"}
+WITH_OTHERS = {"huggingface_hub", "accelerate", "yaml"}
 
 
 def named(requirements):
@@ -98,22 +96,6 @@ def test_a_command_tells_what_it_lacks_before_anything_else(arguments, packages,
     assert line.startswith(f"maskpro: error: {arguments[0]}: expected the package")
     assert all(package in line for package in packages)
     assert line.endswith(f"(pip install 'maskpro-kernels[{extra}]')")
-
-
-@pytest.mark.parametrize(
-    ("package", "use", "extra"),
-    [
-        ("matplotlib", lambda path: plots.draw_perplexity({}, path), "cli"),
-        ("matplotlib", lambda path: plots.draw_residual([], path), "cli"),
-        ("tensorboard", lambda path: TensorBoard(path, 0), "tensorboard"),
-    ],
-)
-def test_a_report_tells_which_extra_it_lacks(package, use, extra, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, package, None)
-    message = rf"maskpro_kernels\.report needs the package {package}, .*maskpro-kernels\[{extra}\]"
-    with pytest.raises(ModuleNotFoundError, match=message):
-        use(tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_of_hugging_face_tell_which_extra_they_lack():

@@ -61,6 +61,9 @@ def test_no_module_imports_from_the_package_itself():
 def test_library_is_imported_in_one_place(library, place):
     users = [module for module in MODULES if library in {name.split(".")[0] for name in imports(module, MODULES)}]
     assert users
+    if library == "transformers":
+        # its parser reads the options of the command
+        users.remove(f"{NAME}.cli.config")
     strangers = [module for module in users if f"{module}.".removeprefix(f"{NAME}.{place}.") == f"{module}."]
     assert strangers == []
 

@@ -12,7 +12,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import maskpro_kernels as mk
-from maskpro_kernels.cli.run_files import PROGRESS
 from maskpro_kernels.learn import run
 from maskpro_kernels.learn.masks import ModelMasks
 from maskpro_kernels.learn.run import JOURNAL, settings_of
@@ -189,7 +188,7 @@ def test_a_state_goes_back_to_where_it_lay_and_nowhere_else():
 
 def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path):
     place, batches = PLACES["rows and columns"], list(torch.randn(3, 5, 16))
-    folder = tmp_path / PROGRESS
+    folder = tmp_path / "progress"
 
     def a_trainer(layer: mk.MaskedLinear, folder=None) -> mk.MaskTrainer:
         model = nn.Sequential(layer)

@@ -27,7 +27,8 @@ from rows import WITH_WEIGHTS, Rows, best, score, table
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from maskpro_kernels.cli.arguments import DTYPES, device_of
+from maskpro_kernels.cli.config import DTYPES
+from maskpro_kernels.cli.inputs import device_of
 from maskpro_kernels.digests import digest
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask

@@ -1,1 +1,1 @@
-"""What the commands of `maskpro` do."""
+"""The command `maskpro`."""

@@ -1,89 +1,101 @@
-"""`maskpro eval`."""
+"""`maskpro eval`: perplexities of runs and models in one table."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from ..files import write_whole
-from ..pattern import NMPattern
-from ..report import FROZEN
-from ..unfuse import in_linear_form
-from .arguments import DTYPE, check_least, device_of, new_file, telling
-from .models import load
-from .protocols import HeldOutText, ProtocolText, result_lines
-from .run_files import REPORT, check_not_going_on, read_report, stored_data
-from .shared_options import EVALUATION
+from ..text.batches import parse_sources, texts_of
+from ..text.perplexity import perplexity, word_perplexity
+from ..text.sources import load_documents, load_text
+from .config import DTYPE, EVAL_LENGTH, EVAL_WINDOWS, Evaluate
+from .inputs import (
+    REPORT,
+    check_least,
+    check_new_file,
+    device_of,
+    load,
+    naming,
+    print_table,
+    read_report,
+    wants_bars,
+    windows_of,
+)
+
+# Gives the figures of a model on a text by the ends of their names, "" for the perplexity
+Measure = Callable[[nn.Module, object], dict[str, float]]
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Print the perplexity of a run or a model; of a run also what follows its pattern."""
-    device, output = device_of(args.device), new_file(args, "output")
-    folder = Path(args.model)
-    check_not_going_on(args.model)
-    report = folder / REPORT
-    run = read_report(report) if report.is_file() else None
-    dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
-    text = _text(args, folder, run)
-    model, tokenizer = load(args.model, dtype, device, args)
-    found, lines = {"model": args.model, "dtype": dtype}, []
-    if run is not None:
-        lines.append(_follows(model, run))
-        if run["weights"] != FROZEN:
-            lines.append(f"not the dense model's weights under a mask: {run['weights']}")
-    found |= text.measure(model, tokenizer)
-    if run is not None and (dtype, found.get("windows_digest")) == (run["dtype"], run["eval_digest"]):
-        found["dense_perplexity"] = run["table"][0]["perplexity"]
-        lines.insert(0, f"the dense model there: {found['dense_perplexity']:.2f}, by the run's table")
-    lines = [*result_lines(found), *lines]
-    try:
-        if output is not None:
-            with telling("output"):
-                write_whole(output, json.dumps(found, indent=2, default=str).encode())
-    finally:
-        # also where the file could not be written: hours may be behind it
-        print("\n".join(lines))
+def evaluate(options: Evaluate, models: list[str]) -> None:
+    """Print a row for each model, and one for the dense model of each run above it; write them where asked for."""
+    check_least(options, eval_windows=1, eval_length=2, documents=1)
+    device = device_of(options.device)
+    if options.output is not None:
+        check_new_file(options.output)
+    runs = {name: read_report(Path(name)) for name in models if (Path(name) / REPORT).is_file()}
+    settings = next(iter(runs.values()))["settings"] if runs else {}
+    dtype = options.dtype or settings.get("dtype", DTYPE)
+    data = options.data or settings.get("data")
+    if data is None:
+        raise ValueError("data: expected --data, since only a run has a text of its own, got none")
+    names = [name for name, _ in texts_of(data)]
+    if not names:
+        raise ValueError(f"data: expected a text, got {data!r}, and samples are no test of a mask")
+    if len(names) < len(parse_sources(data)) and options.data is not None:
+        raise ValueError(f"data: expected texts alone, got {data!r}, and samples are no test of a mask")
+    with naming("data"):
+        measures = {name: _measure_of(options, name, settings) for name in names}
+    bases = dict.fromkeys(run["settings"]["model"] for run in runs.values())
+    rows = []
+    for name in dict.fromkeys([*bases, *models]):
+        model, tokenizer = load(name, dtype, device)
+        row = {"method": f"dense {name}" if name in bases else name}
+        for text, measure in measures.items():
+            row |= {f"{text}{end}": figure for end, figure in measure(model, tokenizer).items()}
+        rows.append(row)
+        # ahead of the next one
+        del model
+    if options.output is not None:
+        found = {"data": data, "protocol": options.protocol, "dtype": dtype, "rows": rows}
+        write_whole(Path(options.output), (json.dumps(found, indent=1) + "\n").encode())
+    titles = {name: (name, 4 if name.endswith("bits a byte") else 2) for name in rows[0] if name != "method"}
+    print_table(rows, titles, f"{options.protocol} perplexity, {dtype}")
 
 
-def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOutText | ProtocolText:
-    """What is evaluated: by a protocol that is named, else of ``--data`` or of the run.
+def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
+    """How a text is evaluated; it is read now."""
+    bars = wants_bars()
+    if options.protocol == "held-out":
+        text = load_text(name, options.text_column, options.documents)["test"]
+        count = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS)
 
-    Raises:
-        ValueError, OSError: if there is no text, or it cannot be read.
-    """
-    as_run = run is not None and not vars(args).keys() & {"data", "text_column", "documents"}
-    if hasattr(args, "protocol"):
-        return ProtocolText(args, None if run is None else run["data"])
-    if not hasattr(args, "data"):
-        if run is None:
-            found = "no run that has begun to learn" if folder.exists() else "no such folder"
-            raise ValueError(
-                f"data: expected --data or --protocol, since only a run has a text of its own, got none; at "
-                f"{args.model!r} there is {found}"
-            )
-        vars(args).update(stored_data(folder) | vars(args))
-    own = EVALUATION if run is None else {name: run[name] for name in EVALUATION}
-    vars(args).update(own | vars(args))
-    check_least(args, eval_windows=1, eval_length=2)
-    of_table = as_run and all(getattr(args, name) == run[name] for name in EVALUATION)
-    return HeldOutText(args, run["eval_digest"] if of_table else None)
+        def measure(model: nn.Module, tokenizer) -> dict[str, float]:
+            length = options.eval_length or _default_length(model)
+            found = windows_of(text, model, tokenizer, length, "data", "--eval-length")[:count]
+            return {"": perplexity(model, found, progress=bars)}
+
+        return measure
+    documents = load_documents(name, options.text_column)
+    if options.protocol == "word":
+
+        def measure(model: nn.Module, tokenizer) -> dict[str, float]:
+            found = word_perplexity(model, tokenizer, documents, options.eval_length, bars)
+            return {"": found.perplexity, ", bits a byte": found.bits_per_byte}
+
+        return measure
+    text = "\n\n".join(documents)
+
+    def measure(model: nn.Module, tokenizer) -> dict[str, float]:
+        length = options.eval_length or _default_length(model)
+        found = windows_of(text, model, tokenizer, length, "data", "--eval-length")
+        return {"": perplexity(model, found, batch_size=1, progress=bars)}
+
+    return measure
 
 
-def _follows(model: torch.nn.Module, run: Mapping) -> str:
-    pattern, follow, total = NMPattern(run["pattern"]), 0, 0
-    with in_linear_form(model):
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        for name in run["converted"]:
-            if name not in linears or linears[name].in_features % pattern.m:
-                raise ValueError(
-                    f"run: expected a linear layer {name!r} that {pattern} divides, as {REPORT} tells, got none in the "
-                    f"checkpoint; restore {REPORT} from a copy, or move it away"
-                )
-            kept = (linears[name].weight.reshape(-1, pattern.m) != 0).sum(1)
-            follow += int((kept <= pattern.n).sum())
-            total += len(kept)
-    return f"{pattern} {follow / total:.2%} of {total} groups have at most {pattern.n} nonzeros"
+def _default_length(model: nn.Module) -> int:
+    return min(EVAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or EVAL_LENGTH)

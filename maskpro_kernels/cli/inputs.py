@@ -1,203 +1,244 @@
-"""What a run learns from: texts and the model's own samples as windows of tokens, and the model."""
+"""What commands share: lines on stderr, devices, models, and windows of the texts that are evaluated."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..learn.estimator import Estimator
-from ..prune.selection import layers_to_convert
-from ..ranks import Ranks
-from ..text.batches import MixedBatches, batches, check_windows, in_a_batch, parse_sources, turns
-from ..text.sources import SELF
-from ..unfuse import as_linears
-from .arguments import device_of, telling
-from .models import (
-    check_positions,
-    checkpoint_activations,
-    device_of_inputs,
-    load,
-    load_spread,
-    tell_beyond_context,
-    windows_of,
-)
-from .progress import tell
-from .run_samples import run_samples
-from .texts import Texts, digest_to_learn, evaluation_parts, evaluation_windows
+from ..digests import digest
+from ..files import check_takes_files
+from ..modules import masked_layers
+from ..packed import INT8, NMLinear, bits_a_weight
+from ..ranks import rank_of_torchrun
+from ..text.batches import check_vocabulary, windows
+from .config import DTYPES
 
-# From so many times on it is told that a window is learned from again and again
-OFTEN = 3
-
-
-@dataclass
-class Inputs:
-    """A model, its tokenizer, windows of tokens by their use.
-
-    ``learned_texts`` has the digest of each text of ``--data``, in their order, see ``digest_to_learn``.
-    """
-
-    model: torch.nn.Module
-    tokenizer: object
-    tests: dict[str, torch.Tensor]
-    validation: torch.Tensor
-    initial_batches: Sequence[torch.Tensor]
-    calibration: Sequence[torch.Tensor]
-    learned_texts: Sequence[str] = ()
+# Lines of what takes long, where there is no bar
+LINES = 50
+# Of a run's folder
+SETTINGS, PROGRESS, REPORT = "settings.json", "progress", "report.json"
+# Of the files in it; those of earlier versions have none
+FORMAT = "maskpro-run 2"
+# Of the table of a run: titles, and digits of the figures
+COLUMNS = {
+    "perplexity": ("test perplexity", 2),
+    "other_perplexity": ("on the other text", 2),
+    "seconds": ("seconds from dense", 1),
+}
 
 
-def read_inputs(
-    args: argparse.Namespace,
-    ranks: Ranks,
-    estimator: Estimator,
-    read_mask: Callable[[torch.nn.Module], None] | None = None,
-) -> Inputs:
-    """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
+def report(line: str) -> None:
+    """Write a line to stderr, of several ranks on the first."""
+    if rank_of_torchrun() == 0:
+        print(line, file=sys.stderr)
+
+
+def report_as(kind: str, message: object) -> None:
+    """Report an error or a warning, whatever its lines, in one."""
+    report(" ".join(f"maskpro: {kind}: {message}".split()))
+
+
+def wants_bars() -> bool:
+    """Say if bars are drawn: on a terminal, on the first rank."""
+    return rank_of_torchrun() == 0 and sys.stderr.isatty()
+
+
+class Progress:
+    """A bar, or a line at every fiftieth part, of work of so many units."""
+
+    def __init__(self, work: str, unit: str):
+        self.work, self.unit, self.bar = work, unit, None
+        self.began = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that so many units are done of so many."""
+        if wants_bars():
+            self.bar = self.bar or tqdm(total=total, desc=self.work, unit=self.unit)
+            self.bar.update(done - self.bar.n)
+            if done == total:
+                self.bar.close()
+        elif done and (done % max(total // LINES, 1) == 0 or done == total):
+            left = (time.perf_counter() - self.began) / done * (total - done)
+            report(f"{self.work}: {self.unit} {done} of {total}, {tqdm.format_interval(left)} left")
+
+
+@contextmanager
+def naming(argument: str, cure: str | None = None) -> Iterator[None]:
+    """Errors begin with the name of an argument, and end with what to do."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if not message.startswith(f"{argument}: "):
+            message = f"{argument}: {message.removeprefix('source: ').removeprefix('text: ')}"
+        message += f"; {cure}" if cure else ""
+        raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
+
+
+def check_least(options: object, **least: int) -> None:
+    """Raise ValueError unless each option that is given is at least as large."""
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"{name}: expected at least {low}, got {value}")
+
+
+def check_new_file(path: str) -> None:
+    """Raise ValueError unless a new file can be written there."""
+    expected = f"output: expected a new file in a writable folder, got {path!r}"
+    if Path(path).exists():
+        raise ValueError(f"{expected}, which exists; give another name")
+    try:
+        check_takes_files(Path(path).absolute().parent)
+    except OSError as error:
+        raise ValueError(f"{expected}: {error}") from error
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one; ValueError where this machine has none."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it does not compute")
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected one of {there}, got {name!r}: {reason}") from error
+
+
+def load(name: str, dtype: str | None, device: torch.device | str):
+    """(model, tokenizer) on a device, or on "auto" spread over several; raises as ``hf.load_model``.
 
     Args:
-        args: of ``learn``, complete.
-        ranks: that learn together.
-        read_mask: reads a mask for the model; rank 0 calls it before anything takes long.
-
-    Raises:
-        ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
+        dtype: None: that of the checkpoint.
     """
-    inputs, windows = ranks.all_of(lambda: _read(args))
-    if read_mask is not None:
-        ranks.first(lambda: read_mask(inputs.model))
-    if SELF in dict(parse_sources(args.data)):
-        held_out = 0 if windows else args.eval_windows
-        wanted = _samples(args) + 2 * held_out
-        own = ranks.first(lambda: run_samples(args, inputs.model, inputs.tokenizer, wanted))
-        if held_out:
-            # without a text to look at: the first samples are not learned from
-            test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
-            inputs.tests = {"perplexity": test, **inputs.tests}
-        windows[SELF] = own.to(device_of_inputs(inputs.model))
-    # a loss for each draw tells too little to learn a text by heart
-    if not estimator.journaled:
-        _tell_of_repeats(args, windows)
-    found = _batches(args, windows)
-    inputs.initial_batches, inputs.calibration = found[: args.init_batches], found[: _learned_from(args)]
-    return inputs
+    from ..hf import load_model, show_bars
+
+    if (Path(name) / SETTINGS).is_file() and not (Path(name) / REPORT).is_file():
+        raise ValueError(f"model: expected a model or a run that has ended, got {name!r}; {how_to_go_on(name)}")
+    show_bars(wants_bars())
+    where = {"device_map": "auto"} if device == "auto" else {"device": device}
+    return load_model(name, dtype and DTYPES[dtype], **where)
 
 
-def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
-    """Inputs without batches, and the windows of each text that these are made of."""
-    loaded = Texts(args)
-    texts, other = loaded.of(args.data), None
-    if hasattr(args, "other_data"):
-        with telling("other_data"):
-            other = loaded.source(args.other_data)
-    model, tokenizer = _model(args)
-    # samples are drawn in windows too, which no text checks
-    check_positions(model, seq_len=args.seq_len, eval_length=args.eval_length)
-    tests, validation = {}, torch.empty(0)
-    if texts:
-        held_out = {split: evaluation_parts(args, texts, split) for split in ("test", "validation")}
-        tests["perplexity"] = evaluation_windows(args, held_out["test"], "test", model, tokenizer)
-        validation = evaluation_windows(args, held_out["validation"], "validation", model, tokenizer)
-    if other is not None:
-        found = windows_of(other["test"], model, tokenizer, args.eval_length, "other_data", "--eval-length")
-        tests["other_perplexity"] = found[: args.eval_windows]
-    device = device_of_inputs(model)
-    windows = {
-        name: windows_of(text["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len").to(device)
-        for name, text in texts.items()
-    }
-    with _telling_windows():
-        # before minutes of drawing samples
-        check_windows(parse_sources(args.data), windows, args.batch_size)
-    for name in ("seq_len", "eval_length"):
-        tell_beyond_context(model, name, getattr(args, name))
-    learned_texts = list(map(digest_to_learn, texts.values()))
-    return Inputs(model, tokenizer, tests, validation, (), (), learned_texts), windows
+def save(
+    model: nn.Module, tokenizer, folder: str | Path, base: str, pattern: str, table: Sequence[Mapping] = ()
+) -> None:
+    """Write a checkpoint with its model card, which shows the table of a run."""
+    from ..hf import save_model
+
+    titles = {"method": ("mask", 0), **COLUMNS}
+    rows = [{title: row[name] for name, (title, _) in titles.items() if name in row} for row in table]
+    with naming("output"):
+        save_model(model, tokenizer, folder, base_model=base_name(base), pattern=pattern, table=rows)
 
 
-def _tell_of_repeats(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> None:
-    """Tell of each source whose windows come round often, on average, and what is too short."""
-    batches_taken, sources = _learned_from(args), parse_sources(args.data)
-    whose = turns([source.share for source in sources], args.batch_size * batches_taken)
-    for index, (name, _) in enumerate(sources):
-        held, taken = len(windows[name]), whose.count(index)
-        if _one_text(args):
-            # what does not fill a batch is left out
-            held = held // args.batch_size * args.batch_size
-        distinct = min(held, taken)
-        times = taken * args.steps * args.accumulate / batches_taken / max(distinct, 1)
-        if times >= OFTEN and taken:
-            more = "--calibration-batches" if distinct == taken else "--samples" if name == SELF else ""
-            tell(
-                f"{name!r}: {distinct} windows of {args.seq_len} tokens are learned from about {times:.0f} times each, "
-                f"and a mask may learn them by heart; give {f'a higher {more}' if more else 'more text'}, or take "
-                "fewer --steps"
-            )
+def base_name(model: str) -> str:
+    """The name of a base model on the hub, or that of its folder without those above it."""
+    from ..hf import SMOLLM2
+
+    if model == SMOLLM2:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
-def _model(args: argparse.Namespace):
-    """(model, tokenizer) on the devices of a run."""
-    if hasattr(args, "device_map"):
-        model, tokenizer = load_spread(args.model, args.dtype, args.device_map, args)
-        offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-        if offloaded is not None:
-            raise ValueError(
-                f"device_map: expected a device that computes for each weight, got {offloaded} offloaded, where no "
-                "mask can be learned; give another map, or a machine with more memory"
-            )
-    else:
-        model, tokenizer = load(args.model, args.dtype, device_of(args.device), args)
-    with telling("model", "take another --pattern, --dtype or model"):
-        # told now, not after the evaluation of the dense model
-        as_linears(model)
-        layers_to_convert(model, args.pattern)
-    if args.gradient_checkpointing:
-        checkpoint_activations(model)
-    return model, tokenizer
+def how_to_go_on(run: str | Path) -> str:
+    """The command that goes on with a run."""
+    return f"continue with: maskpro learn --resume {shlex.quote(str(run))}"
 
 
-def _telling_windows() -> AbstractContextManager:
-    return telling("data", "give a longer text, or a smaller --batch-size or --seq-len")
+def digest_of_weights(model: nn.Module) -> str:
+    return digest(layer.weight for layer in masked_layers(model).values())
 
 
-def _batches(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-    """All batches: of one text its own, of several sources as many as the run takes."""
-    sources = parse_sources(args.data)
-    with _telling_windows():
-        if _one_text(args):
-            return batches(windows[sources[0].name], args.batch_size, args.seed)
-        for name, count in _windows_taken(args).items():
-            if not count:
-                tell(f"no window of {name!r} is learned from: its share of so few batches is less than one")
-        return MixedBatches(windows, sources, args.batch_size, _taken(args), args.seed)
+def read_json(path: Path) -> dict:
+    """What a run of this version wrote; ValueError otherwise."""
+    try:
+        content = json.loads(path.read_bytes())
+        found = content.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"run: expected what `maskpro learn` wrote in {str(path)!r}, got {error}") from error
+    if found != FORMAT:
+        raise ValueError(
+            f"run: expected a run of this version ({FORMAT}) in {str(path)!r}, got one of another; use that version"
+        )
+    return content
 
 
-def _one_text(args: argparse.Namespace) -> bool:
-    names = [name for name, _ in parse_sources(args.data)]
-    return len(names) == 1 and names != [SELF]
+def read_report(run: Path) -> dict:
+    """The report of a run that has ended; ValueError if it has not, or is of another version."""
+    if not (run / REPORT).is_file():
+        ended = f"its run has not ended, {how_to_go_on(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
+        raise ValueError(f"run: expected a folder written by `maskpro learn`, got {str(run)!r}; {ended}")
+    return read_json(run / REPORT)
 
 
-def _learned_from(args: argparse.Namespace) -> int:
-    """How many distinct batches the steps take at most: of a text no more, for initial losses are found of each."""
-    all_steps = args.steps * args.accumulate
-    return all_steps if args.calibration_batches is None else min(args.calibration_batches, all_steps)
+def packed_size(model: nn.Module) -> str:
+    """What the packed layers of a model take, beside what they would take dense."""
+    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    weights, bits = sum(layer.packed.shape.numel() for layer in layers), bits_a_weight(layers)
+    dtype = layers[0].packed.dtype
+    dense = 8 * dtype.itemsize
+    integers = sum(layer.kind == INT8 for layer in layers)
+    return (
+        f"{len(layers)} packed layers take {bits:.2f} bits a weight, {bits * weights / 8e6:.2f} MB, where dense "
+        f"{str(dtype).removeprefix('torch.')} takes {dense} bits, {dense * weights / 8e6:.2f} MB"
+        + (f", values of {integers} rounded to int8" if integers else "")
+    )
 
 
-def _taken(args: argparse.Namespace) -> int:
-    """How many distinct batches of several sources a run takes."""
-    return max(_learned_from(args), args.init_batches)
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens a model has embeddings of positions for; None where positions are computed."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = [
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    # some have two more, by which they count padding
+    return most if most is not None and any(most <= count <= most + 2 for count in tables) else None
 
 
-def _samples(args: argparse.Namespace) -> int:
-    """How many windows of its own samples a run takes, at most ``--samples``, and at least as many as a batch may."""
-    most = in_a_batch(dict(parse_sources(args.data))[SELF], args.batch_size)
-    return max(most, min(args.samples, _windows_taken(args)[SELF]))
+def windows_of(text: str, model: nn.Module, tokenizer, length: int, argument: str, option: str | None = None) -> Tensor:
+    """int64 [windows, length] of a text; ValueError if it is too short or not for this model.
+
+    Args:
+        argument, option: what the text and the length come from, for errors.
+    """
+    positions = positions_of(model)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{option or argument}: expected windows of at most {positions} tokens, which the model has positions for, "
+            f"got {length}"
+        )
+    with naming(argument, f"give a longer text, or a smaller {option}" if option else "give a longer text"):
+        found = windows(text, tokenizer, length)
+    check_vocabulary(found, model.get_input_embeddings().num_embeddings)
+    return found
 
 
-def _windows_taken(args: argparse.Namespace) -> dict[str, int]:
-    """How many windows of each of several sources a run takes, those included that come round again."""
-    sources = parse_sources(args.data)
-    whose = turns([source.share for source in sources], args.batch_size * _taken(args))
-    return {name: whose.count(index) for index, (name, _) in enumerate(sources)}
+def print_table(rows: Sequence[Mapping], titles: Mapping[str, tuple[str, int]], first: str) -> None:
+    """Print rows of figures.
+
+    Args:
+        rows: a name, under "method", and figures.
+        titles: of the columns that all rows have, and digits of their figures, by their names.
+        first: title of the names.
+    """
+    width = max(16, *(len(row["method"]) for row in rows))
+    columns = {name: column for name, column in titles.items() if all(name in row for row in rows)}
+    print(f"{first:<{width}}" + "".join(f"  {title}" for title, _ in columns.values()))
+    for row in rows:
+        figures = (f"{row[name]:>{len(title) + 2}.{digits}f}" for name, (title, digits) in columns.items())
+        print(f"{row['method']:<{width}}" + "".join(figures))

@@ -1,94 +1,287 @@
-"""`maskpro learn`: learn a mask, or continue an interrupted run."""
+"""`maskpro learn`: learn a mask of a language model, or go on with a run.
+
+The folder of a run holds:
+
+- ``settings.json``: the options as they were given, by which it goes on;
+- ``progress/``: snapshots, metrics and journal of the trainer (``learn/run.py``); ``start.json``, what precedes the
+  first step; ``validation.json``; and where they are learned from, samples of the dense model and what it says;
+- at the end ``logits.safetensors``, the checkpoint with its model card, ``report.json`` and ``perplexity.png``.
+"""
 
 from __future__ import annotations
 
-import argparse
-import warnings
-from contextlib import suppress
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..files import check_output
+from ..checkpoints.logits import LOGITS_FILE, Logits, changed_weights, load_logits, save_logits, write_logits
+from ..digests import digest
+from ..extras import missing
+from ..files import check_output, discard, make_folder, sync, write_tensors, write_whole
+from ..functional.checks import LARGEST_GAP, check_gap
+from ..functional.masks import top_n_mask
 from ..learn.estimator import Estimator
+from ..learn.reinforce import Reinforce
+from ..learn.run import newest_snapshot, snapshots_in
+from ..learn.step import LossFn, StepRecord
+from ..learn.straight_through import StraightThrough
+from ..learn.trainer import MaskTrainer
+from ..modules import MaskedLinear, initial_logits, masked_layers
+from ..pattern import NMPattern
 from ..prune.convert import convert
-from ..ranks import Ranks
-from .arguments import DTYPES, telling
-from .baselines import initial_masks
-from .changed_weights import put_back_start_weights
-from .config_file import given_beside_resume
-from .inputs import read_inputs
-from .learning_run import LearningRun
-from .losses import fill_teacher, loss_of
-from .progress import tell, tell_as
-from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
-from .run_settings import check_process, complete, logits_of
-from .start_mask import StartMask
+from ..prune.finalize import finalize
+from ..prune.initial_masks import INITIAL_MASKS, initial_codes, refitted_masks
+from ..prune.refit import put_weights
+from ..prune.selection import layers_to_convert
+from ..ranks import Ranks, rank_of_torchrun
+from ..text.batches import (
+    MixedBatches,
+    batches,
+    check_windows,
+    in_a_batch,
+    other_kind,
+    parse_sources,
+    resolved,
+    shared_out,
+    texts_of,
+    turns,
+)
+from ..text.losses import TeacherCache, distillation_loss
+from ..text.perplexity import perplexity
+from ..text.samples import sample_windows, start_token
+from ..text.sources import SELF, load_text
+from .config import EVAL_LENGTH, Learn
+from .inputs import (
+    COLUMNS,
+    FORMAT,
+    LINES,
+    PROGRESS,
+    REPORT,
+    SETTINGS,
+    Progress,
+    check_least,
+    device_of,
+    digest_of_weights,
+    how_to_go_on,
+    load,
+    naming,
+    print_table,
+    read_json,
+    report,
+    report_as,
+    save,
+    wants_bars,
+    windows_of,
+)
+
+START, VALIDATION, SAMPLES, TEACHER = "start.json", "validation.json", "samples.safetensors", "teacher"
+# The weights that a run begins with, where they were refitted
+START_WEIGHTS = "start-weights.safetensors"
+# Options of a run that may be others where it goes on
+BESIDE_RESUME = ("device", "gradient_checkpointing", "report_to")
+# By estimator, of options that are not given; None: all batches
+DEFAULTS = {
+    "straight-through": {"init": "reconstruction", "gap": 15.0, "calibration_batches": None, "steps": 200, "lr": 0.3},
+    "reinforce": {"init": "wanda", "gap": 10.0, "calibration_batches": 16, "steps": 1000, "lr": 50.0},
+}
+# Batches for the initial mask, and windows that the dense model draws, at most
+INIT_BATCHES, MOST_SAMPLES = 16, 2048
+# The initial masks that the table shows, whichever learning starts from
+BASELINES = ("magnitude", "wanda")
+# Learning stops where the validation perplexity exceeds the initial mask's by this factor twice in a row
+DIVERGED = 1.1
+# Steps in a row whose loss or gradient may not be finite
+MAX_SKIPPED = 9
 
 
-def learn(args: argparse.Namespace) -> None:
-    """Learn a mask and write what a run leaves; ``--resume`` goes on with one.
+def learn(options: Learn) -> None:
+    """Learn a mask and write what a run leaves; ``resume`` goes on with one.
 
-    Several ranks do so together: rank 0 alone evaluates, writes and tells, and what is wrong on one ends all.
+    Several ranks do so together: rank 0 alone evaluates, writes and reports, and an error on one ends all.
     """
-    # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
     ranks = Ranks()
     ranks.connect()
-    run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks)
-    try:
+    resuming = options.resume is not None
+    if resuming:
+        options = ranks.first(lambda: read_options(options))
+    given, options = options, ranks.all_of(lambda: complete(options, ranks.world))
+    output, progress = Path(options.output), Path(options.output) / PROGRESS
+    begun = ranks.first(lambda: (progress / START).is_file())
+    if not resuming:
+        ranks.first(lambda: _check_output(output))
+
+    # load
+    texts = ranks.all_of(lambda: _load_texts(options))
+    device = options.device if options.device == "auto" else device_of(options.device)
+    model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
+    layers, skipped = ranks.all_of(lambda: layers_to_convert(model, options.pattern))
+    if options.gradient_checkpointing:
+        from ..hf import checkpoint_activations
+
+        checkpoint_activations(model)
+    tests, validation, windows = ranks.all_of(lambda: _windows(options, texts, model, tokenizer))
+    init = options.init
+    if init not in INITIAL_MASKS and not begun:
+        init = ranks.first(lambda: initial_codes(layers, options.pattern, init))
+
+    # batches
+    if not begun:
+        ranks.first(lambda: _write_settings(given, output))
+    sources = parse_sources(options.data)
+    if SELF in windows:
+        own = ranks.first(lambda: _samples(progress, model, tokenizer, windows[SELF], options))
+        if not tests.keys() - {"other_perplexity"}:
+            # without a text to look at: the first samples are not learned from
+            test, validation, own = own.tensor_split([options.eval_windows, 2 * options.eval_windows])
+            tests = {"perplexity": test, **tests}
+        windows[SELF] = own.to(model.get_input_embeddings().weight.device)
+    learned_from = _learned_from(options)
+    if len(sources) == 1 and SELF not in windows:
+        every = batches(windows[sources[0].name], options.batch_size, options.seed)
+    else:
+        every = MixedBatches(windows, sources, options.batch_size, max(learned_from, INIT_BATCHES), options.seed)
+    calibration = every[:learned_from]
+
+    # convert
+    loss_fn = _loss_of(options, progress)
+    if begun:
+        ranks.all_of(lambda: convert(model, options.pattern, init="magnitude", gap=options.gap))
+        start = ranks.first(lambda: read_json(progress / START))
+        if options.refit != "none":
+            ranks.first(lambda: _put_back_start_weights(model, progress, start))
+            _spread_weights(model, ranks)
+    else:
+        if getattr(loss_fn, "cache", None) is not None:
+            report(f"asking the dense model about {len(calibration)} batches, for it changes")
+            ranks.all_of(lambda: loss_fn.fill(model, calibration[ranks.rank :: ranks.world], progress=wants_bars()))
+        for name, reason in skipped.items():
+            report(f"left dense: {name} ({reason})")
+        start = ranks.first(lambda: _evaluate_initial_masks(options, model, layers, init, tests, every[:INIT_BATCHES]))
+        if ranks.world > 1:
+            _spread_initial_mask(options, model, ranks)
+
+    # train
+    how = {"seed": options.seed, "accumulate": options.accumulate, "max_skipped": MAX_SKIPPED}
+    trainer = MaskTrainer(model, loss_fn, calibration, estimator_of(options), output_dir=progress, **how)
+    run = _Run(options, ranks, trainer, validation, start)
+    with closing(trainer):
+        if begun:
+            run.go_on()
+        else:
+            run.begin({**start, "skipped": dict(skipped)})
+        # save
         if run.take_steps():
-            run.end()
-    except BaseException:
-        # the error that ended the run is the one told
-        with suppress(OSError, RuntimeError):
-            run.close()
-        raise
-    run.close()
+            run.end(tokenizer, tests)
     ranks.close()
 
 
-def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
-    """A run that has taken all that stands before its first step."""
+def read_options(given: Learn) -> Learn:
+    """The options of the run in the folder of ``resume``, with what may be given beside it.
 
-    def check() -> Estimator:
-        estimator = complete(args)
-        check_process(args, ranks)
-        return estimator
-
-    estimator = ranks.all_of(check)
-    _tell_ahead(args, estimator)
-    mask = ranks.all_of(lambda: StartMask(args))
-    ranks.first(lambda: _check_output(Path(args.output)))
-    inputs = read_inputs(args, ranks, estimator, mask.read)
-    loss_fn = loss_of(args)
-    fill_teacher(args, inputs, loss_fn, ranks)
-    start = initial_masks(args, inputs, mask, ranks)
-    with warnings.catch_warnings():
-        # told ahead
-        warnings.filterwarnings("ignore", "no mask will change")
-        run = LearningRun(args, ranks, inputs, estimator, loss_fn, start)
-    run.begin()
-    return run
-
-
-def _tell_ahead(args: argparse.Namespace, estimator: Estimator) -> None:
-    """Tell, before anything takes long, what the options leave out."""
-    # as the logits hold it
-    gap = float(torch.tensor(args.gap, dtype=DTYPES[args.logits_dtype]))
-    if gap > estimator.max_logit_travel:
-        names = {option.name for option in estimator.options}
-        other = " or a greater --max-update" if "max_update" in names else ""
-        tell_as(
-            "warning",
-            f"no mask will change: kept and dropped logits begin {gap:g} apart, and all steps together bring them "
-            f"at most {estimator.max_logit_travel:g} nearer; give more --steps, a smaller --gap{other}",
+    Raises:
+        ValueError: if the folder is no run of this version that can go on, or another option is given.
+    """
+    folder = Path(given.resume)
+    fields = {field.name: field.default for field in dataclasses.fields(Learn)}
+    others = [
+        name for name in fields if name not in ("resume", *BESIDE_RESUME) and getattr(given, name) != fields[name]
+    ]
+    if others:
+        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in BESIDE_RESUME)
+        raise ValueError(f"resume: expected no other option but {allowed}, got {', '.join(others)}")
+    if (folder / REPORT).is_file():
+        raise ValueError(
+            f"resume: expected a run that has not ended, got {str(folder)!r}; `maskpro eval` and `export` take it"
         )
-    if not hasattr(args, "other_data"):
-        tell("no text of another kind will be looked at: name one by --other-data")
+    if not (folder / SETTINGS).is_file():
+        raise ValueError(f"resume: expected the folder of `maskpro learn`, got {str(folder)!r}, without {SETTINGS}")
+    stored = read_json(folder / SETTINGS)["options"]
+    stored |= {name: getattr(given, name) for name in BESIDE_RESUME if getattr(given, name) != fields[name]}
+    return Learn(**stored, output=str(folder))
+
+
+def complete(options: Learn, world: int = 1) -> Learn:
+    """Options with the defaults of their estimator, once all that can be checked without a model is.
+
+    Raises:
+        ValueError, TypeError: if one is missing, out of its range, or does not go with another.
+    """
+    for name in ("model", "output"):
+        if getattr(options, name) is None:
+            raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
+    pattern = NMPattern(options.pattern)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    options = dataclasses.replace(options, **DEFAULTS[options.estimator] | given)
+    if options.eval_every is None:
+        options.eval_every = max(options.steps // 5, 1)
+    check_least(options, steps=1, batch_size=1, accumulate=1, seq_len=2, calibration_batches=1)
+    check_least(options, eval_windows=1, eval_every=1, seed=0, documents=1)
+    if options.seed >= 1 << 63:
+        raise ValueError(f"seed: expected an int below 2**63, got {options.seed}")
+    check_gap(options.gap)
+    if options.estimator == "reinforce":
+        if options.gap > LARGEST_GAP:
+            raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, as far as noise reaches, got {options.gap}")
+        for name in ("train_weights", "gradient_checkpointing"):
+            if getattr(options, name):
+                raise ValueError(f"{name}: expected none with --estimator reinforce, which takes no gradients")
+    if options.init not in INITIAL_MASKS and not Path(options.init).exists():
+        raise ValueError(
+            f"init: expected one of {', '.join(INITIAL_MASKS)}, or the path of a mask file, a run or a sparse "
+            f"checkpoint, got {options.init!r}"
+        )
+    with naming("eval_windows"):
+        shared_out(texts_of(options.data), options.eval_windows)
+    if options.accumulate % world:
+        raise ValueError(f"accumulate: expected a multiple of the {world} ranks, got {options.accumulate}")
+    if world > 1 and options.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, of which each rank takes its own, got {options.device!r}")
+    if options.device != "auto":
+        device_of(options.device)
+    for name in _trackers_of(options):
+        if missing("accelerate", name):
+            raise ValueError(f"report_to: expected {missing('accelerate', name)}")
+    # out of its range it is refused now
+    estimator_of(options)
+    return dataclasses.replace(options, pattern=str(pattern))
+
+
+def estimator_of(options: Learn) -> Estimator:
+    """The estimator of complete options; ValueError or TypeError if one is out of its range."""
+    if options.estimator == "reinforce":
+        return Reinforce(lr=options.lr)
+    return StraightThrough(steps=options.steps, lr=options.lr, train_weights=options.train_weights)
+
+
+def _loss_of(options: Learn, progress: Path) -> LossFn:
+    """The loss; where weights will change, with a cache of what the dense model says."""
+    if options.loss == "ce":
+        return distillation_loss("ce")
+    changes = options.refit != "none" or options.train_weights is not None
+    return distillation_loss(options.loss, cache=TeacherCache(folder=progress / TEACHER) if changes else None)
 
 
 def _check_output(output: Path) -> None:
-    if goes_on(output):
+    """Raise unless the folder takes a new run: new, empty, or with one that has not begun to learn."""
+    left = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if (output / SETTINGS).is_file() and left <= {SETTINGS, PROGRESS}:
+        read_json(output / SETTINGS)
+        if not (output / PROGRESS / START).is_file():
+            return
         raise ValueError(
             f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
             f"{how_to_go_on(output)}"
@@ -96,37 +289,445 @@ def _check_output(output: Path) -> None:
     check_output(output)
 
 
-def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
-    """The run in the folder of ``--resume``, as it stood when it was broken off."""
-    output = Path(args.resume)
+def _write_settings(options: Learn, output: Path) -> None:
+    """Write options by which a run goes on from whatever folder; remove what one left that has not begun."""
+    stored = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
+    if Path(options.model).exists():
+        stored["model"] = str(Path(options.model).resolve())
+    if options.init not in (None, *INITIAL_MASKS):
+        stored["init"] = str(Path(options.init).resolve())
+    stored["data"] = resolved(options.data)
+    make_folder(output / PROGRESS)
+    for path in (output / PROGRESS).iterdir():
+        if path.name not in (SAMPLES, TEACHER):
+            discard(path)
+    write_whole(output / SETTINGS, json.dumps({"format": FORMAT, "options": stored}, indent=1).encode())
 
-    def read() -> dict:
-        start = read_start(output)
-        check_free(output)
-        return start
 
-    start = ranks.first(read)
-    settings = given_beside_resume(args, start["settings"])
-    args = argparse.Namespace(**settings | {"output": str(output), "bars": args.bars})
+def _load_texts(options: Learn) -> dict[str, dict[str, str]]:
+    """The texts of the data by name, and one of another kind, by which forgetting shows, under ""."""
+    with naming("data"):
+        texts = {name: load_text(name, documents=options.documents) for name, _ in texts_of(options.data)}
+    other = other_kind(options.data)
+    return texts | ({"": load_text(other)} if other else {})
 
-    def prepare() -> Estimator:
+
+def _windows(
+    options: Learn, texts: Mapping[str, Mapping[str, str]], model: nn.Module, tokenizer
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor | int]]:
+    """(test windows by column of the table, validation windows, windows to learn from by source).
+
+    Of the model's own samples it is how many windows have to be drawn.
+    """
+    length = min(EVAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or EVAL_LENGTH)
+    sources = texts_of(options.data)
+    counts = shared_out(sources, options.eval_windows)
+
+    def evaluated(split: str) -> Tensor:
+        parts = [
+            windows_of(texts[name][split], model, tokenizer, length, "data")[:count]
+            for (name, _), count in zip(sources, counts, strict=True)
+        ]
+        return torch.cat(parts)
+
+    tests = {"perplexity": evaluated("test")} if sources else {}
+    validation = evaluated("validation") if sources else torch.empty(0)
+    if "" in texts:
+        other = windows_of(texts[""]["test"], model, tokenizer, length, "other text")
+        tests["other_perplexity"] = other[: options.eval_windows]
+    device = model.get_input_embeddings().weight.device
+    windows = {
+        name: windows_of(texts[name]["calibration"], model, tokenizer, options.seq_len, "data", "--seq-len").to(device)
+        for name, _ in sources
+    }
+    every = parse_sources(options.data)
+    with naming("data", "give a longer text, or a smaller --batch-size or --seq-len"):
+        check_windows(every, windows, options.batch_size)
+    if SELF in dict(every):
+        whose = turns([share for _, share in every], options.batch_size * max(_learned_from(options), INIT_BATCHES))
+        wanted = min(MOST_SAMPLES, whose.count([name for name, _ in every].index(SELF)))
+        held_out = 0 if sources else 2 * options.eval_windows
+        windows[SELF] = max(in_a_batch(dict(every)[SELF], options.batch_size), wanted) + held_out
+    return tests, validation, windows
+
+
+def _learned_from(options: Learn) -> int:
+    """How many distinct batches the steps take at most."""
+    all_steps = options.steps * options.accumulate
+    return all_steps if options.calibration_batches is None else min(options.calibration_batches, all_steps)
+
+
+def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: Learn) -> Tensor:
+    """int64 [windows, seq_len], drawn from the dense model; those of the same settings in the folder are taken."""
+    path, start = progress / SAMPLES, start_token(tokenizer)
+    weights = digest(parameter for _, parameter in sorted(model.named_parameters()))
+    settings = json.dumps([start, count, options.seq_len, options.seed, weights])
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            tokens, metadata = file.get_tensor("tokens"), file.metadata()
+        if metadata == {"settings": settings, "digest": digest([tokens])}:
+            return tokens
+    report(f"drawing {count} windows of {options.seq_len} tokens from the dense model; they are kept in {path}")
+    bar = Progress("samples", "step")
+    tokens = sample_windows(model, start, count, options.seq_len, seed=options.seed, progress=bar)
+    write_tensors({"tokens": tokens}, path, {"settings": settings, "digest": digest([tokens])})
+    return tokens
+
+
+def _evaluate_initial_masks(
+    options: Learn,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    init: str | Mapping[str, Tensor],
+    tests: Mapping[str, Tensor],
+    initial: Sequence[Tensor],
+) -> dict:
+    """Convert the model and evaluate the initial masks; that of ``--init`` stays, with its weights.
+
+    Returns:
+        What is known before the first step: the table, the seconds from the dense model to that mask, names, digests.
+    """
+    pattern, rows, masks, seconds = NMPattern(options.pattern), {}, {}, {}
+
+    def add_row(method: str, seconds: float) -> dict:
+        row = _table_row(method, model, tests, seconds)
+        if method == "dense" and math.isnan(row["perplexity"]):
+            raise ValueError(f"model: expected a finite loss, got nan in {options.dtype}; take --dtype float32")
+        if not wants_bars():
+            report(f"{method}: test perplexity {row['perplexity']:.2f}, {seconds:.1f} seconds from the dense model")
+        return row
+
+    dense = add_row("dense", 0.0)
+    start = _name_of(options.init if options.init in INITIAL_MASKS else f"mask of {Path(options.init).name}", options)
+    for name, mask, refit in [*((name, name, "none") for name in BASELINES), (start, init, options.refit)]:
+        if name not in masks:
+            began = time.perf_counter()
+            bar = Progress(name, "layer")
+            masks[name] = refitted_masks(layers, pattern, mask, refit, model, initial, bar, options.seed)
+            seconds[name] = time.perf_counter() - began
+    conversion = convert(model, pattern, init=masks[start].codes, gap=options.gap)
+    masked = masked_layers(model)
+    dense_weights = digest_of_weights(model)
+    # the mask that learning starts from goes last, so that its logits stay, and its weights
+    for name in sorted(masks, key=lambda name: name == start):
+        _set_logits(masked, masks[name].codes, options)
+        put_weights(masked, masks[name].weights)
+        rows[name] = add_row(name, seconds[name])
+    return {
+        "table": [dense, *(rows[name] for name in dict.fromkeys((*INITIAL_MASKS, start)) if name in rows)],
+        "seconds": seconds[start],
+        "converted": list(conversion.converted),
+        "dense_weights": dense_weights,
+        "start_weights": digest_of_weights(model),
+    }
+
+
+def _table_row(method: str, model: nn.Module, tests: Mapping[str, Tensor], seconds: float) -> dict:
+    figures = {name: perplexity(model, test, progress=wants_bars()) for name, test in tests.items()}
+    return {"method": method, **figures, "seconds": seconds}
+
+
+def _name_of(method: str, options: Learn, trained: bool = False) -> str:
+    """What a mask is called in the table, with what became of the weights."""
+    changes = ([f"{options.refit} refitted"] if options.refit != "none" else []) + ["weights trained"] * trained
+    return ", ".join([method, *changes])
+
+
+@torch.no_grad()
+def _set_logits(layers: Mapping[str, MaskedLinear], codes: Mapping[str, Tensor], options: Learn) -> None:
+    for name, layer in layers.items():
+        layer.logits.copy_(initial_logits(codes[name], NMPattern(options.pattern), options.gap))
+
+
+def _spread_initial_mask(options: Learn, model: nn.Module, ranks: Ranks) -> None:
+    """Give all ranks the mask and the weights of rank 0: another processor may find others."""
+    pattern = NMPattern(options.pattern)
+    ranks.all_of(lambda: ranks.rank == 0 or convert(model, pattern, init="magnitude", gap=options.gap))
+    masked = masked_layers(model)
+    codes = {name: top_n_mask(layer.logits.detach(), pattern) for name, layer in masked.items()}
+    for code in codes.values():
+        ranks.spread_(code)
+    _set_logits(masked, codes, options)
+    if options.refit != "none":
+        _spread_weights(model, ranks)
+
+
+def _spread_weights(model: nn.Module, ranks: Ranks) -> None:
+    if ranks.world > 1:
+        for layer in masked_layers(model).values():
+            weight = layer.weight.detach().clone()
+            ranks.spread_(weight)
+            layer.weight.data, layer.weight_changed = weight, True
+
+
+def _put_back_start_weights(model: nn.Module, progress: Path, start: Mapping) -> None:
+    if digest_of_weights(model) != start["dense_weights"]:
+        raise ValueError("resume: expected the model whose weights were refitted, got other weights; put it back")
+    with naming("resume", "restore it from a copy"):
+        put_weights(masked_layers(model), load_logits(progress / START_WEIGHTS).weights)
+    if digest_of_weights(model) != start["start_weights"]:
+        raise ValueError(f"resume: expected the refitted weights in {str(progress / START_WEIGHTS)!r}, got others")
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run from its first step to its last: ``begin`` or ``go_on``, then ``take_steps``; ``end`` if that says so."""
+
+    options: Learn
+    ranks: Ranks
+    trainer: MaskTrainer
+    validation: Tensor
+    # what is known before the first step
+    start: dict
+    # validation perplexities by step, and the seconds that these took
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    evaluating: float = 0.0
+
+    def __post_init__(self):
+        self.model, self.output = self.trainer.model, Path(self.options.output)
+        self.progress, self.seconds = self.output / PROGRESS, self.start["seconds"]
+
+    def begin(self, start: dict) -> None:
+        """Do what precedes the first step; from the end of this on the run goes on by ``--resume``."""
+        self.trainer.begin(progress=wants_bars())
+        self.start = {"format": FORMAT, **start, "run": self.trainer.run_id}
+
+        def write() -> None:
+            changed = changed_weights(masked_layers(self.model))
+            if changed:
+                write_logits(Logits({}, changed, {}), self.progress / START_WEIGHTS)
+            self._evaluate()
+            write_whole(self.progress / START, json.dumps(self.start, indent=1).encode())
+
+        self.ranks.first(write)
+
+    def go_on(self) -> None:
+        """Put logits and rows back to where the folder stands."""
+        with naming("resume", "put back the model, the text and what the folder held when the run was broken off"):
+            self.trainer.resume(progress=wants_bars())
+            if self.ranks.rank == 0 and self.start["run"] != self.trainer.run_id:
+                raise ValueError(f"expected the {START} of this run, got another run's")
+        done = self.trainer.steps_done
+        if self.ranks.rank == 0:
+            self.rows = [row for row in read_json(self.progress / VALIDATION)["rows"] if row["step"] <= done]
+        self.seconds += sum(record["seconds"] for record in self.trainer.metrics)
+        report(f"{done} steps were taken before")
+
+    def take_steps(self) -> bool:
+        """Take the steps that are left, until the run ends or a signal comes; gives true where it has ended."""
+        options, trainer = self.options, self.trainer
+
+        def has_more() -> bool:
+            if self._is_due(trainer.steps_done):
+                self._evaluate()
+            return trainer.steps_done < options.steps and not self._has_diverged()
+
+        more = self.ranks.first(has_more)
+        began, evaluating = time.perf_counter(), self.evaluating
+        with _signals() as signals, ExitStack() as stack:
+            if more and self.ranks.rank > 0:
+                trainer.run(options.steps - trainer.steps_done, progress=False, after_step=lambda _: bool(signals))
+            elif more:
+                # of where the run was stopped: if it is killed now, they would pass for what it has learned
+                (self.output / LOGITS_FILE).unlink(missing_ok=True)
+                track = stack.enter_context(self._trackers())
+                before, started = trainer.steps_done, time.perf_counter()
+
+                def after_step(record: StepRecord) -> bool:
+                    done, value = record.step + 1, self._evaluate() if self._is_due(record.step + 1) else None
+                    shown = value is not None or done % max(options.steps // LINES, 1) == 0
+                    if shown and not wants_bars():
+                        left = (time.perf_counter() - started) / (done - before) * (options.steps - done)
+                        report(
+                            f"step {done} of {options.steps}: loss {record.loss:.4f}, "
+                            + (f"validation perplexity {value:.2f}, " if value is not None else "")
+                            + f"{record.tokens / record.seconds:.0f} tokens a second, {tqdm.format_interval(left)} left"
+                        )
+                    track(record, value)
+                    return self._has_diverged() or bool(signals)
+
+                try:
+                    trainer.run(options.steps - trainer.steps_done, progress=wants_bars(), after_step=after_step)
+                except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, ValueError):
+                    if not trainer.broken:
+                        self._save_logits()
+                    report(f"stopped after {trainer.steps_done} steps; {how_to_go_on(self.output)}")
+                    raise
+        if self.ranks.rank > 0:
+            return False
+        self.seconds += time.perf_counter() - began - (self.evaluating - evaluating)
+        if trainer.steps_done == options.steps:
+            return True
+        if not signals and self._has_diverged():
+            report(
+                f"stopped after {trainer.steps_done} steps: the validation perplexity was NaN, or over 10% above the "
+                "initial mask's, at two evaluations in a row"
+            )
+            return True
+        self._save_logits()
+        report(f"stopped after {trainer.steps_done} steps; {how_to_go_on(self.output)}")
+        return False
+
+    def end(self, tokenizer, tests: Mapping[str, Tensor]) -> None:
+        """Write checkpoint, logits, picture and report, and print the table."""
+        options, output, pattern = self.options, self.output, NMPattern(self.options.pattern)
+        trained = digest_of_weights(self.model) != self.start["start_weights"]
+        learned = _name_of(options.estimator, options, trained)
+        table = [*self.start["table"], _table_row(learned, self.model, tests, self.seconds)]
+        self._save_logits()
+        masked = masked_layers(self.model)
+        codes = {name: top_n_mask(layer.logits.detach(), pattern) for name, layer in masked.items()}
+        flipped = None
+        # not known where the first snapshot is damaged
+        with suppress(ValueError):
+            _, initial, _, _ = newest_snapshot(self.progress, at_most=0)
+            flipped = sum(int((codes[name].cpu() != top_n_mask(initial[name], pattern)).sum()) for name in codes)
+        logits = digest(masked[name].logits for name in sorted(masked))
+        save(finalize(self.model), tokenizer, output, options.model, str(pattern), table)
+        # it takes a second to import
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([row["step"] for row in self.rows], [row["perplexity"] for row in self.rows], "o-")
+        axes.set(title=learned, xlabel="steps", ylabel="validation perplexity")
+        figure.savefig(output / "perplexity.png", dpi=120)
+        found = {
+            "format": FORMAT,
+            "settings": vars(options),
+            "table": table,
+            "validation": self.rows,
+            "weights": _name_of("", options, trained).removeprefix(", ") or "weights frozen",
+            "groups": sum(code.numel() for code in codes.values()),
+            "flipped_groups": flipped,
+            "logits": logits,
+            "converted": self.start["converted"],
+            "skipped": self.start["skipped"],
+            "steps": self.trainer.metrics,
+        }
+        # last, and behind all else on the disk too: a folder with a report is a run that has ended
+        for written in (*filter(Path.is_file, output.iterdir()), output):
+            sync(written)
+        write_whole(output / REPORT, (json.dumps(found, indent=1) + "\n").encode())
+        # what is learned is in the logits; what a replay starts from stays
+        journaled = self.trainer.estimator.journaled
+        for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
+            discard(old)
+        shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
+        best, last = min(self.rows, key=lambda row: row["perplexity"]), self.rows[-1]["perplexity"]
+        if not last <= 1.01 * best["perplexity"]:
+            report_as(
+                "warning",
+                f"the validation perplexity was lowest at step {best['step']}, {best['perplexity']:.2f}, and is "
+                f"{last:.2f} at the end; fewer --steps, more text or a lower --lr may end lower",
+            )
+        print_table(table, COLUMNS, "method")
+        moved = f"{flipped} of {found['groups']} groups differ from the initial mask"
+        print(f"{moved}; {found['weights']}; written to {output}")
+
+    def _is_due(self, step: int) -> bool:
+        known = bool(self.rows) and self.rows[-1]["step"] == step
+        return not known and (step % self.options.eval_every == 0 or step >= self.options.steps)
+
+    def _evaluate(self) -> float:
+        """Find the validation perplexity where the run stands, and write it down."""
+        began, step = time.perf_counter(), self.trainer.steps_done
+        value = perplexity(self.model, self.validation, progress=wants_bars())
+        if not self.rows and not math.isfinite(value):
+            raise FloatingPointError(
+                f"validation perplexity at step {step}: expected a finite number, got {value}; take another --dtype, "
+                "--init or --data"
+            )
+        tokens = sum(record["tokens"] for record in self.trainer.metrics)
+        self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
+        write_whole(self.progress / VALIDATION, json.dumps({"format": FORMAT, "rows": self.rows}).encode())
+        self.evaluating += time.perf_counter() - began
+        if step == 0 and not wants_bars():
+            report(f"step 0 of {self.options.steps}: validation perplexity {value:.2f}")
+        return value
+
+    def _has_diverged(self) -> bool:
+        """Say if the last two validation perplexities are NaN or over 10% above the initial mask's."""
+        most = DIVERGED * self.rows[0]["perplexity"] if self.rows else math.inf
+        return len(self.rows) > 2 and not any(row["perplexity"] <= most for row in self.rows[-2:])
+
+    def _save_logits(self) -> None:
+        """Write the logits, with the weights where they have changed, and what an export takes besides."""
+        name = self.options.model
+        metadata = {
+            "model": str(Path(name).resolve()) if Path(name).exists() else name,
+            "pattern": self.options.pattern,
+            "dtype": self.options.dtype,
+            "weights": digest_of_weights(self.model),
+            "dense_weights": self.start["dense_weights"],
+            "run": self.start["run"],
+        }
+        save_logits(self.model, self.output / LOGITS_FILE, metadata)
+
+    @contextmanager
+    def _trackers(self) -> Iterator[Callable[[StepRecord, float | None], None]]:
+        """Give what reports a step, and the perplexity behind it, to the trackers of ``--report-to``."""
+        trackers = []
+        for name in _trackers_of(self.options):
+            from accelerate.state import PartialState
+            from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+            PartialState()
+            if name == "tensorboard":
+                tracker = TensorBoardTracker("tensorboard", logging_dir=self.output)
+            else:
+                project = os.environ.get("WANDB_PROJECT", "huggingface")
+                known = {"id": self.start["run"], "resume": "allow", "dir": str(self.output)}
+                tracker = WandBTracker(project, config=vars(self.options), **known)
+            tracker.start()
+            trackers.append(tracker)
+
+        def track(record: StepRecord, value: float | None) -> None:
+            figures = {f"train/{name}": getattr(record, name) for name in TRACKED if getattr(record, name) is not None}
+            figures["train/tokens_per_second"] = record.tokens / record.seconds
+            if value is not None:
+                figures["eval/perplexity"] = value
+            for tracker in trackers:
+                tracker.log(figures, step=record.step)
+
         try:
-            estimator = complete(args)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"resume: expected the settings of a run, got others in {str(output / SETTINGS)!r}: {error}; restore "
-                "the file from a copy"
-            ) from error
-        check_process(args, ranks)
-        return estimator
+            yield track
+        finally:
+            for tracker in trackers:
+                tracker.finish()
 
-    estimator = ranks.all_of(prepare)
-    inputs = read_inputs(args, ranks, estimator)
-    # the masks come from a snapshot
-    ranks.all_of(lambda: convert(inputs.model, args.pattern, init="magnitude", **logits_of(args)))
-    if args.refit != "none":
-        with telling("resume", f"restore {PROGRESS} from a copy, or begin anew with another --output"):
-            put_back_start_weights(inputs.model, output / PROGRESS, start, ranks)
-    run = LearningRun(args, ranks, inputs, estimator, loss_of(args), start)
-    run.go_on()
-    return run
+
+# Fields of the record of a step
+TRACKED = ("loss", "residual", "advantage", "tracker", "flip_rate")
+
+
+def _trackers_of(options: Learn) -> tuple[str, ...]:
+    return {"none": (), "all": ("tensorboard", "wandb")}.get(options.report_to, (options.report_to,))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list to which SIGINT and SIGTERM are added, so that a step can end first; a second one takes its usual way."""
+    came, before = [], {}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame) -> None:
+        came.append(number)
+        if rank_of_torchrun() == 0 and sys.__stderr__ is not None:
+            # beside its buffer: the handler may have come into a write of the same thread, which holds it
+            line = f"{signal.Signals(number).name}: the run stops after this step\n"
+            os.write(sys.__stderr__.fileno(), line.encode())
+        put_back()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # a job in the background is not to end by what is meant for the foreground
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        put_back()

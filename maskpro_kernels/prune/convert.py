@@ -140,15 +140,15 @@ def convert(
         how = {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
         replace_layers(model, _masked_linears(model, layers, masks.codes, masks.weights, pattern, **how))
     skipped = reasons_by_name(model, skipped | left_out)
-    covered = coverage(model, skipped)
-    if targets is None and covered.share < MOST_OF_A_MODEL:
-        largest, reason = next(iter(covered.unmasked.items()))
+    found = coverage(model, skipped)
+    if targets is None and found.share < MOST_OF_A_MODEL:
+        largest, reason = next(iter(found.unmasked.items()))
         warnings.warn(
-            f"model: {covered.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
-            f"{len(covered.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
+            f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
+            f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
             stacklevel=2,
         )
-    return Conversion(list(layers), skipped, gap, covered.share, covered.unmasked)
+    return Conversion(list(layers), skipped, gap, found.share, found.unmasked)
 
 
 def _masked_linears(
@@ -226,9 +226,9 @@ def _agreed_calibration(calibration: Iterable | None) -> list | None:
 
     with closing(Ranks()) as ranks:
         ranks.connect()
-        own = ranks.all_of(batches)
-        ranks.agree({"calibration": own and [content(batch, index) for index, batch in enumerate(own)]})
-    return own
+        found = ranks.all_of(batches)
+        ranks.agree({"calibration": found and [content(batch, index) for index, batch in enumerate(found)]})
+    return found
 
 
 def _masks_of_shards(

@@ -102,8 +102,8 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
         replace_layers(model, replacements)
     hold_in_huge_pages(model)
     skipped = reasons_by_name(model, skipped | left_out)
-    covered = coverage(model, skipped)
-    return Conversion(packed, skipped, masked_share=covered.share, unmasked=covered.unmasked)
+    found = coverage(model, skipped)
+    return Conversion(packed, skipped, masked_share=found.share, unmasked=found.unmasked)
 
 
 def repack(model: nn.Module, values: str) -> int:

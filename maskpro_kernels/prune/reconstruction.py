@@ -105,14 +105,14 @@ def reconstruct(
 
         for name in names:
             weight, refitted = masks.dense(name), None
-            better, _ = masks.by_rows(swapped, weight, masks.whole_codes(name))
+            found, _ = masks.by_rows(swapped, weight, masks.whole_codes(name))
             if refit == "weights":
-                blocks = conditional_blocks(better, ordered, pattern)
+                blocks = conditional_blocks(found, ordered, pattern)
                 both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern)
-                better, refitted, _ = masks.by_rows(both, weight, better)
+                found, refitted, _ = masks.by_rows(both, weight, found)
             elif refit != "none":
-                (refitted,) = masks.by_rows(fitted, weight, better)
-            masks.put(name, better, refitted)
+                (refitted,) = masks.by_rows(fitted, weight, found)
+            masks.put(name, found, refitted)
             yield
 
     layer_by_layer(model, layers, calls, masks, visit, "keep their masks and weights", progress)
@@ -304,8 +304,8 @@ def _swap_and_refit(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor,
     rows = len(codes)
     ordered = to_places(weight, pattern.m)
     dense = ordered.float()
-    swapped, fitted = _descend_refitted(dense, codes, gram, blocks, pattern, sweeps)
-    kept = kept_of(swapped, pattern.m).view(rows, -1)
+    found, fitted = _descend_refitted(dense, codes, gram, blocks, pattern, sweeps)
+    kept = kept_of(found, pattern.m).view(rows, -1)
     fitted, _ = conjugate_gradients(dense, fitted, kept, gram)
     fitted = fitted.to(weight.dtype)
     before = row_errors(dense - dense * kept_of(codes, pattern.m).view(rows, -1), gram)
@@ -314,7 +314,7 @@ def _swap_and_refit(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor,
     better = (after < before)[:, None]
     refitted = torch.where(better & (kept > 0), fitted, ordered)
     errors = torch.stack([before, torch.where(better[:, 0], after, before)], 1)
-    return torch.where(better, swapped, codes), from_places(refitted, pattern.m), errors
+    return torch.where(better, found, codes), from_places(refitted, pattern.m), errors
 
 
 def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
@@ -341,13 +341,13 @@ def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor
         if not swap.any():
             break
         swapped = kept_of(codes ^ swap, m).view(rows, -1)
-        *after, fallen = refitted(values * swapped, swapped)
+        *found, fallen = refitted(values * swapped, swapped)
         accepted = fallen < (1 - LEAST_FALL) * error
         count = torch.where(accepted, count, count // 2)
         error = torch.where(accepted, fallen, error)
         accepted = accepted[:, None]
         codes = torch.where(accepted, codes ^ swap, codes)
         kept, fitted, product = (
-            torch.where(accepted, new, old) for new, old in zip((swapped, *after), (kept, fitted, product), strict=True)
+            torch.where(accepted, new, old) for new, old in zip((swapped, *found), (kept, fitted, product), strict=True)
         )
     return codes, fitted

@@ -120,9 +120,9 @@ def refit_layers(
             def fitted(weight: Tensor, codes: Tensor, pattern: NMPattern = patterns[name]) -> tuple[Tensor, Tensor]:
                 return refit_rows(weight, expand_mask(codes, pattern), gram, FITS[to])
 
-            kept = masks.whole_codes(name)
-            refitted, errors = masks.by_rows(fitted, masks.dense(name), kept)
-            masks.put(name, kept, refitted)
+            found = masks.whole_codes(name)
+            refitted, errors = masks.by_rows(fitted, masks.dense(name), found)
+            masks.put(name, found, refitted)
             before, after = errors.double().sum(0).tolist()
             shares[name] = after / before if before > 0 else 1.0
             yield

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain, islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,23 +84,12 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
         for name, module in everything.items()
         if name not in linears and name not in adapters
     }
-    bypassed = _bypassed(model)
     if targets is None:
-        skipped = _reasons_by_default(model, linears, pattern, bypassed)
-        layers = {name: layer for name, layer in linears.items() if name not in skipped}
-        if not layers:
-            raise _none_fits(model, pattern, skipped)
+        layers, skipped = _by_default(model, linears, pattern)
     else:
-        layers = _by_targets(model, linears, targets)
-        skipped = {name: "matches no target" for name in linears if name not in layers}
-        for name, layer in layers.items():
-            if name in bypassed:
-                raise ValueError(f"targets: expected layers that run as modules, got {name}: {bypassed[name]}")
-            if layer.in_features % pattern.m:
-                raise ValueError(
-                    f"targets: expected in_features divisible by {pattern.m}, got {layer.in_features} in {name}"
-                )
-    attention = {name: reason for name, reason in bypassed.items() if reason == ATTENTION}
+        _check_targets(targets)
+        layers, skipped = _by_targets(model, linears, pattern, targets)
+    attention = {name: reason for name, reason in _bypassed(model).items() if reason == ATTENTION}
     return layers, skipped | subclasses | attention | adapters
 
 
@@ -114,33 +103,61 @@ def _why_none(model: nn.Module) -> str:
     return ""
 
 
+def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern) -> Selection:
+    bypassed, heads, owners = _bypassed(model), output_heads(model), _owners(model)
+    reasons = {
+        name: bypassed.get(name) or (HEAD if module in heads else _reason_against(module, pattern, owners))
+        for name, module in linears.items()
+    }
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    chosen = {name: module for name, module in linears.items() if name not in skipped}
+    if not chosen:
+        raise _none_fits(model, pattern, skipped)
+    return chosen, skipped
+
+
 def _none_fits(model: nn.Module, pattern: NMPattern, skipped: Mapping[str, str]) -> ValueError:
     reasons = ", ".join(sorted({*coverage(model, skipped).unmasked.values(), *skipped.values()})) + _why_none(model)
     return ValueError(f"model: expected an nn.Linear that {pattern} fits, all matrices were left out: {reasons}")
 
 
-def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], targets: Sequence[str]) -> dict[str, nn.Linear]:
-    expected = "targets: expected a sequence of fnmatch patterns"
-    if isinstance(targets, str) or not isinstance(targets, Sequence):
-        raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")
+def _by_targets(
+    model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern, targets: Sequence[str]
+) -> Selection:
     # a layer that stands in several places answers to each of its names
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     matched, exact = set(), {name: own for own, module in linears.items() for name in names[id(module)]}
     for target in targets:
-        if not isinstance(target, str):
-            raise TypeError(f"{expected}, got {type(target).__name__} {target!r} in it")
         if target in exact:
             matched.add(exact[target])
             continue
-        matching = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
-        if not matching:
+        found = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
+        if not found:
             raise ValueError(f"targets: expected each to match an nn.Linear, {target!r} matches none")
-        matched.update(matching)
+        matched.update(found)
     if not matched:
         raise ValueError(f"targets: expected at least one pattern, got {targets!r}")
-    return {name: module for name, module in linears.items() if name in matched}
+    chosen = {name: module for name, module in linears.items() if name in matched}
+    bypassed = _bypassed(model)
+    for name, module in chosen.items():
+        if name in bypassed:
+            raise ValueError(f"targets: expected layers that run as modules, got {name}: {bypassed[name]}")
+        if module.in_features % pattern.m:
+            raise ValueError(
+                f"targets: expected in_features divisible by {pattern.m}, got {module.in_features} in {name}"
+            )
+    return chosen, {name: "matches no target" for name in linears if name not in chosen}
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    expected = "targets: expected a sequence of fnmatch patterns"
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")
+    for target in targets:
+        if not isinstance(target, str):
+            raise TypeError(f"{expected}, got {type(target).__name__} {target!r} in it")
 
 
 def _bypassed(model: nn.Module) -> dict[str, str]:
@@ -155,33 +172,29 @@ def _bypassed(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def _reasons_by_default(
-    model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern, bypassed: Mapping[str, str]
-) -> dict[str, str]:
-    """The layers that are not converted by default, each with the reason."""
-    heads, reasons = output_heads(model), {}
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The embeddings and nn.Linear layers of each weight, by its id."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.Linear)):
             owners.setdefault(id(module.weight), []).append(module)
-    for name, layer in linears.items():
-        shared = owners[id(layer.weight)]
-        if name in bypassed:
-            reasons[name] = bypassed[name]
-        elif layer in heads:
-            reasons[name] = HEAD
-        elif any(isinstance(module, nn.Embedding) for module in shared):
-            reasons[name] = "weight tied to an embedding"
-        elif len(shared) > 1:
-            reasons[name] = "weight tied to another layer"
-        elif layer.in_features % pattern.m:
-            reasons[name] = f"in_features {layer.in_features} not divisible by {pattern.m}"
-        elif lost := lost_with(layer):
-            reasons[name] = lost
-    return reasons
+    return owners
 
 
-class Coverage(NamedTuple):
+def _reason_against(linear: nn.Linear, pattern: NMPattern, owners: Mapping[int, list[nn.Module]]) -> str | None:
+    """Why a layer is not converted by default."""
+    shared = owners[id(linear.weight)]
+    if any(isinstance(module, nn.Embedding) for module in shared):
+        return "weight tied to an embedding"
+    if len(shared) > 1:
+        return "weight tied to another layer"
+    if linear.in_features % pattern.m:
+        return f"in_features {linear.in_features} not divisible by {pattern.m}"
+    return lost_with(linear)
+
+
+@dataclass(frozen=True)
+class Coverage:
     """Share of the matrices of a model, its parameters of two or more dimensions, that follows an N:M pattern.
 
     Attributes:
@@ -310,7 +323,7 @@ def _dummy_call(model: nn.Module) -> Call | None:
 
 
 class _Reads(TorchFunctionMode):
-    """Weights that go into operations while no layer that owns them runs.
+    """Which weights go into operations while no layer that owns them runs.
 
     Args:
         weights: the name of the layer by the id of its weight.
@@ -330,20 +343,20 @@ class _Reads(TorchFunctionMode):
             own = {self.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in self.weights}
             if own:
                 handles.append(module.register_forward_pre_hook(lambda *_, own=own: self._running.append(own)))
-                handles.append(module.register_forward_hook(self._end))
+                handles.append(module.register_forward_hook(lambda *_: self._end()))
             if hasattr(module, "reshard"):
                 # FSDP2 has put gathered weights in the place of the shards by then
-                handles.append(module.register_forward_pre_hook(self._look))
+                handles.append(module.register_forward_pre_hook(lambda *_: self._look()))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _look(self, *_) -> None:
+    def _look(self) -> None:
         self.weights |= {id(layer.weight): name for name, layer in self.layers.items()}
 
-    def _end(self, *_) -> None:
+    def _end(self) -> None:
         self._running.pop()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -83,8 +83,8 @@ class ShardedMasks(LayerMasks):
         """As by one process; each rank works on a share of the rows, whatever its own part of the layer."""
         sizes = self._rows_each(len(tensors[0]))
         own = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors] if sizes else tensors
-        results = self._ranks.all_of(lambda: function(*own))
-        return [self._joined(rows, sizes) for rows in results] if sizes else results
+        found = self._ranks.all_of(lambda: function(*own))
+        return [self._joined(rows, sizes) for rows in found] if sizes else found
 
     def _rows_each(self, out: int) -> list[int]:
         """How many of so many rows each rank works on; none where they are fewer than ranks, which all work on all."""

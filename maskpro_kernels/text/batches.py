@@ -73,9 +73,9 @@ def texts_of(data: str) -> tuple[Source, ...]:
 
 
 def other_kind(data: str) -> str | None:
-    """A built-in text that is not in a list: stdlib, or else pydoc; None where both are."""
+    """A built-in text that is not in a list: pydoc, or else stdlib; None where both are."""
     names = [name for name, _ in parse_sources(data)]
-    return next((name for name in BUILT_IN if name not in names), None)
+    return next((name for name in ("pydoc", "stdlib") if name not in names), None)
 
 
 def resolved(data: str) -> str:

@@ -5,11 +5,19 @@ all experts of a mixture in one parameter (``experts.py``). Here they are taken 
 nn.Linear knows them, and put together again for a dense checkpoint, whose names and shapes are then those that the
 model's authors gave it.
 
-A new form is a class of ``Form`` in ``form.py``, and an entry in ``FORMS`` of ``rewriting.py``.
+A new form is a class like those, and an entry in ``FORMS`` of ``rewriting.py``.
 """
 
 from .experts import expert_groups
-from .rewriting import Matrix, as_built, as_linears, in_linear_form, lost_with, matrices, taken_apart
+from .rewriting import (
+    Matrix,
+    as_built,
+    as_linears,
+    in_linear_form,
+    lost_with,
+    matrices,
+    taken_apart,
+)
 
 __all__ = [
     "Matrix",

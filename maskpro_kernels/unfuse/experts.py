@@ -222,6 +222,6 @@ def _layers_of(parameter: nn.Parameter, how: Fusion, views: Views, training: boo
 
 def expert_groups(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
     """For each layer of an expert, those of all experts of the same parameter: none of them feeds another."""
-    experts = [module for module in model.modules() if isinstance(module, ExpertLinears)]
-    groups = (tuple(chain(*linears.of(name))) for linears in experts for name in linears.sources)
+    found = [module for module in model.modules() if isinstance(module, ExpertLinears)]
+    groups = (tuple(chain(*linears.of(name))) for linears in found for name in linears.sources)
     return {layer: layers for layers in groups for layer in layers}

@@ -45,21 +45,21 @@ Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
 
 
 def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
-    built = {name: (form, module) for name, module in model.named_modules() if name for form in _built(module)}
+    found = {name: (form, module) for name, module in model.named_modules() if name for form in _built(module)}
     beside = set(base_layers(model))
     # of what FSDP2 has cut, the parameters are DTensors then
     resharded(model)
-    reasons = {name: _reason_against(form, module, beside) for name, (form, module) in built.items()}
+    reasons = {name: _reason_against(form, module, beside) for name, (form, module) in found.items()}
     against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
-        if name not in built or name in against:
+        if name not in found or name in against:
             raise ValueError(
                 f"names: expected modules that can be taken apart, got {name!r}: {against.get(name, 'it is none')}"
             )
     done: list[Done] = []
     views = Views()
     try:
-        for name, (form, module) in built.items():
+        for name, (form, module) in found.items():
             if name not in against and (names is None or name in names):
                 after, undo = form.take_apart(module, views)
                 done.append((form, module, after, undo))
@@ -121,14 +121,14 @@ class Matrix(NamedTuple):
 
 def matrices(model: nn.Module) -> dict[str, Matrix]:
     """Those of nn.Linear layers, and of modules that can be taken apart, by the names of the parameters."""
-    by_name = {}
+    found = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, nn.Linear):
-            by_name[f"{prefix}weight"] = Matrix(module, partial(getattr, module, "weight"))
+            found[f"{prefix}weight"] = Matrix(module, partial(getattr, module, "weight"))
         for form in _built(module):
-            by_name |= {f"{prefix}{own}": Matrix(module, get) for own, get in form.matrices(module).items()}
-    return by_name
+            found |= {f"{prefix}{own}": Matrix(module, get) for own, get in form.matrices(module).items()}
+    return found
 
 
 def taken_apart(model: nn.Module) -> list[str]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 from helpers.command import learn
-from helpers.pictures import leave_blank
 from helpers.routes import route_to_the_eager_reference
 from helpers.tiny_llama import write_inputs
 
@@ -17,21 +14,13 @@ from maskpro_kernels.cli import main
 def blank_pictures(request, monkeypatch):
     """Only tests marked `pictures` have them drawn."""
     if not request.node.get_closest_marker("pictures"):
-        leave_blank(monkeypatch)
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: open(path, "wb").close())
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """Folder with a tiny model, `model`, and a text, `text.txt`."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def frozen(inputs):
-    """What is there by now is passed over by the collection behind each run of a sweep, a quarter of a small one."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,131 +1,130 @@
-"""`maskpro export`."""
+"""`maskpro export` and `maskpro import` of mask files: the checkpoints of a run from its logits."""
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.command import refuses, report, reseal
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers.command import learn, nonzeros, refuses, report
+from helpers.tiny_llama import tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from maskpro_kernels.checkpoints.logits import Logits, load_logits, write_logits
+from maskpro_kernels.checkpoints.logits import load_logits, write_logits
+from maskpro_kernels.checkpoints.mask_file import load_masks
 from maskpro_kernels.cli import main
+from maskpro_kernels.packed import NMLinear
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-
-def test_export_rebuilds_the_checkpoint(run, tmp_path):
-    """In the dtype of the run where none is given."""
-    assert main.main(["export", str(run), str(tmp_path / "float32")]) == 0
-    assert main.main(["export", str(run), str(tmp_path / "bfloat16"), "--dtype", "bfloat16"]) == 0
-    learned, exported, short = map(
-        AutoModelForCausalLM.from_pretrained, (run, tmp_path / "float32", tmp_path / "bfloat16")
-    )
-    assert short.dtype == torch.bfloat16
-    state = exported.state_dict()
-    assert state.keys() == learned.state_dict().keys()
-    for name, tensor in learned.state_dict().items():
-        assert_same_bits(tensor, state[name])
-        assert_same_bits(tensor.bfloat16(), short.state_dict()[name])
+LAYER = "model.layers.1.mlp.down_proj"
 
 
-def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
-    """Whatever the dtype to be written; replayed logits tell which they were too."""
-    assert main.main(["replay", str(run), "--output", str(tmp_path / "replayed"), "--device", "cpu"]) == 0
-    logits, metadata = load_logits(run / "logits.safetensors")
-    assert load_logits(tmp_path / "replayed")[1] == metadata
-    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
-    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(tmp_path / "model")
-    (tmp_path / "run").mkdir()
-    metadata["model"] = str(tmp_path / "model")
-    write_logits(Logits(logits, {}, metadata), tmp_path / "run" / "logits.safetensors")
-    export = ["export", str(tmp_path / "run"), str(tmp_path / "out")]
-    told = "that its masks were learned on, got others; put back the base model as it was"
-    for more in ([], ["--dtype", "bfloat16"]):
-        refuses(capsys, tmp_path, [*export, *more], f"run: expected the weights of {metadata['model']!r}", told)
+@pytest.fixture(scope="module")
+def refitted(inputs, tmp_path_factory):
+    from helpers.routes import route_to_the_eager_reference
+
+    folder = tmp_path_factory.mktemp("refitted") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        route_to_the_eager_reference(monkeypatch)
+        assert main.main(learn(inputs, folder, "--refit", "weights")) == 0
+    return folder
 
 
-@pytest.fixture
-def moved(inputs, run, tmp_path):
-    """(Folder of a run whose base model is gone, where that is now)."""
-    gone, now, copy = tmp_path / "gone", tmp_path / "now", tmp_path / "run"
-    shutil.copytree(inputs / "model", now)
+@pytest.fixture(params=["run", "refitted"])
+def learned(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_dense_checkpoints_are_those_of_the_run(learned, tmp_path, capsys):
+    assert main.main(["export", str(learned), str(tmp_path / "dense")]) == 0
+    assert capsys.readouterr().out.startswith("dense 2:4 checkpoint of ")
+    expected = load_file(learned / "model.safetensors")
+    assert_same_bits(load_file(tmp_path / "dense" / "model.safetensors"), expected)
+    assert main.main(["export", str(learned), str(tmp_path / "short"), "--dtype", "bfloat16"]) == 0
+    for name, tensor in load_file(tmp_path / "short" / "model.safetensors").items():
+        assert_same_bits(tensor, expected[name].bfloat16())
+    # the card shows what the run has found
+    card = (tmp_path / "dense" / "README.md").read_text(encoding="utf-8")
+    assert f"{report(learned)['table'][-1]['perplexity']:.2f}" in card and "2:4" in card
+
+
+def test_packed_checkpoints_give_the_logits_of_the_run(learned, tmp_path, capsys):
+    tokens = torch.arange(12).view(1, 12)
+    assert main.main(["export", str(learned), str(tmp_path / "packed"), "--to", "packed"]) == 0
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert_same_bits(packed(tokens).logits, AutoModelForCausalLM.from_pretrained(learned)(tokens).logits)
+    told = capsys.readouterr().out
+    assert "14 packed layers take 17.00 bits a weight" in told or "14 packed layers take" in told
+    int8 = ["export", str(learned), str(tmp_path / "int8"), "--to", "packed", "--values", "int8"]
+    assert main.main(int8) == 0
+    assert "values of 14 rounded to int8" in capsys.readouterr().out
+    layer = AutoModelForCausalLM.from_pretrained(tmp_path / "int8").get_submodule(LAYER)
+    assert isinstance(layer, NMLinear) and layer.kind == "int8"
+
+
+def test_a_mask_travels_without_its_weights(inputs, run, refitted, tmp_path, capsys):
+    mask = tmp_path / "mask"
+    assert main.main(["export", str(run), str(mask), "--to", "mask"]) == 0
+    assert capsys.readouterr().out.startswith(f"2:4 mask of {inputs / 'model'} written to {mask}")
+    assert load_masks(mask).model == "model" and mask.stat().st_size < 20_000
+    expected = load_file(run / "model.safetensors")
+    for name, more in {"dense": ["--to", "dense"], "packed": []}.items():
+        arguments = ["import", str(mask), "--model", str(inputs / "model"), "--output", str(tmp_path / name), *more]
+        assert main.main(arguments) == 0
+    assert_same_bits(load_file(tmp_path / "dense" / "model.safetensors"), expected)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").get_submodule(LAYER)
+    assert_same_bits(packed.packed.unpack(), expected[f"{LAYER}.weight"])
+    out = ["--output", str(tmp_path / "out")]
+    refuses(capsys, tmp_path, ["import", str(mask), *out], "model: expected the base model of the mask file")
+    other = tiny_model()
+    other.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
+    shutil.copytree(inputs / "model", tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    arguments = ["import", str(mask), "--model", str(tmp_path / "other"), *out]
+    refuses(capsys, tmp_path, arguments, "expected the base that the masks were learned on, model, of fingerprint")
+    refuses(capsys, tmp_path, ["export", str(refitted), str(tmp_path / "new"), "--to", "mask"], "got changed weights")
+    content = bytearray(mask.read_bytes())
+    content[-1] ^= 1
+    mask.write_bytes(content)
+    arguments = ["import", str(mask), "--model", str(inputs / "model"), *out]
+    refuses(capsys, tmp_path, arguments, "mask: expected what was written", "damaged or changed since")
+
+
+def test_packed_checkpoints_are_imported_dense_and_packed_otherwise(run, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    assert main.main(["import", str(run), "--output", str(packed)]) == 0
+    assert "left dense: lm_head" in capsys.readouterr().err
+    assert main.main(["import", str(packed), "--output", str(tmp_path / "dense"), "--to", "dense"]) == 0
+    expected = load_file(run / "model.safetensors")
+    assert_same_bits(load_file(tmp_path / "dense" / "model.safetensors"), expected)
+    assert main.main(["import", str(packed), "--output", str(tmp_path / "int8"), "--values", "int8"]) == 0
+    refuses(capsys, tmp_path, ["import", str(packed), "--output", str(tmp_path / "new")], "which is packed already")
+    arguments = ["import", str(run), "--output", str(tmp_path / "new"), "--pattern", "1:4"]
+    assert main.main(arguments) == 2
+    assert "pattern: " in capsys.readouterr().err.splitlines()[-1]
+    assert (nonzeros(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), LAYER) == 2).all()
+
+
+def test_another_base_model_or_logits_are_refused(inputs, run, tmp_path, capsys):
+    copy, out = tmp_path / "run", str(tmp_path / "out")
     shutil.copytree(run, copy)
     learned = load_logits(run / "logits.safetensors")
-    learned.metadata["model"] = str(gone)
-    logits_file = write_logits(learned, copy / "logits.safetensors")
-    reseal(copy / "report.json", lambda told: told.update(logits_file=logits_file))
-    return copy, now
-
-
-def test_a_base_model_that_has_moved_is_named(inputs, run, moved, tmp_path, capsys):
-    folder, now = moved
-    export = ["export", str(folder), str(tmp_path / "out")]
-    refuses(capsys, tmp_path, export, "put back the base model of the run, or name its new place by --model")
-    assert main.main([*export, "--model", str(now)]) == 0
-    assert f"checkpoint of {now} written" in capsys.readouterr().out
-    assert_same_bits(
-        *(dict(AutoModelForCausalLM.from_pretrained(path).state_dict()) for path in (run, tmp_path / "out"))
-    )
-    assert "`now`" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_another_model_in_its_place_is_refused(moved, tmp_path, capsys):
-    folder, now = moved
-    model = AutoModelForCausalLM.from_pretrained(now)
+    model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
-    model.save_pretrained(now)
-    export = ["export", str(folder), str(tmp_path / "out"), "--model"]
-    refuses(capsys, tmp_path, [*export, str(now)], f"expected the weights of {str(now)!r}", "got others")
-    refuses(capsys, tmp_path, [*export, str(tmp_path / "none")], "model: expected", "no such folder")
-
-
-def test_replayed_logits_are_taken_where_the_model_has_moved(run, moved, tmp_path, capsys):
-    """Their metadata, and so the digest of their file, are others than those in the report."""
-    folder, now = moved
-    settings = json.loads((folder / "settings.json").read_text())
-    settings["settings"]["model"] = str(now)
-    (folder / "settings.json").write_text(json.dumps(settings))
-    logits = folder / "logits.safetensors"
-    export = ["export", str(folder), str(tmp_path / "out")]
-    logits.unlink()
-    assert main.main(["replay", str(folder), "--output", str(logits), "--device", "cpu"]) == 0
-    assert load_logits(logits)[1]["model"] == str(now)
-    assert main.main(export) == 0
-    (folder / "settings.json").rename(tmp_path / "settings.json")
-    other = [*export[:2], str(tmp_path / "other")]
-    refuses(capsys, tmp_path, other, "the logits that report.json tells of")
-    (tmp_path / "settings.json").rename(folder / "settings.json")
-    learned = load_logits(logits)
-    next(iter(learned.logits.values()))[0, 0] += 1
-    write_logits(learned, logits)
-    assert main.main(other) == 2
-    assert "the logits that report.json tells of, got others" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_export_packs(run, tmp_path, inputs, capsys):
-    assert main.main(["export", str(run), str(tmp_path / "packed"), "--to", "packed"]) == 0
-    assert f"packed 2:4 checkpoint of {inputs / 'model'} written to" in capsys.readouterr().out
-    learned, packed = map(AutoModelForCausalLM.from_pretrained, (run, tmp_path / "packed"))
-    tokens = torch.arange(12).view(1, 12)
-    assert_same_bits(packed(tokens).logits, learned(tokens).logits)
-    data = ["--data", str(inputs / "text.txt"), "--device", "cpu", "--eval-windows", "5", "--eval-length", "24"]
-    assert main.main(["eval", str(tmp_path / "packed"), *data, "--dtype", "float32"]) == 0
-    assert f"perplexity {report(run)['table'][-1]['perplexity']:.2f} over" in capsys.readouterr().out
-
-
-def test_export_refuses_what_is_no_run(inputs, run, tmp_path, capsys):
-    output = str(tmp_path / "output")
-    refuses(capsys, tmp_path, ["export", str(inputs / "model"), output], "logits.safetensors")
-    refuses(capsys, tmp_path, ["export", str(run), str(run)], "output: expected a new or empty folder")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "logits.safetensors").write_text("nothing")
-    refuses(capsys, tmp_path, ["export", str(broken), output], "path: expected a safetensors file")
-    write_logits(Logits({"linear": torch.zeros(2, 4)}, {}, {"model": "x"}), broken / "logits.safetensors")
-    refuses(capsys, tmp_path, ["export", str(broken), output], "run: expected logits of `maskpro learn`")
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    told = "that its masks were learned on, got others; name the base model as it was by --model"
+    refuses(capsys, tmp_path, ["export", str(copy), out, "--model", str(tmp_path / "model")], told)
+    moved = learned._replace(metadata=learned.metadata | {"model": str(tmp_path / "gone")})
+    write_logits(moved, copy / "logits.safetensors")
+    refuses(capsys, tmp_path, ["export", str(copy), out], "run: ", "or name its new place by --model")
+    assert main.main(["export", str(copy), str(tmp_path / "found"), "--model", str(inputs / "model")]) == 0
+    nan = {name: tensor * torch.nan for name, tensor in learned.logits.items()}
+    for wrong in (learned._replace(metadata={}), learned._replace(logits=nan), learned._replace(logits={})):
+        write_logits(wrong, copy / "logits.safetensors")
+        refuses(capsys, tmp_path, ["export", str(copy), out], "run: expected ")
+    (copy / "logits.safetensors").unlink()
+    refuses(capsys, tmp_path, ["export", str(copy), out], "run: expected logits.safetensors in", "from a copy")

@@ -9,10 +9,10 @@ from helpers.children import Child
 from helpers.command import report
 
 STEPS = 20
-SIZES = "--batch-size 4 --seq-len 16 --init-batches 2 --calibration-batches 4 --eval-windows 2 --eval-length 24"
+SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 4 --eval-windows 2"
 COMMON = f"{SIZES} --init magnitude --eval-every 10 --dtype float32 --device cpu --accumulate 2".split()
 WAYS = {
-    "several draws": "--estimator reinforce --draws 2".split(),
+    "reinforce": "--estimator reinforce".split(),
     "straight-through": "--estimator straight-through --lr 1".split(),
 }
 
@@ -35,13 +35,13 @@ tell(killed.moments)
 
 
 def learn(inputs, how: str, *more: str) -> list[str]:
-    sources = ["--model", str(inputs / "model"), "--data", str(inputs / "text.txt"), "--other-data", "pydoc"]
+    sources = ["--model", str(inputs / "model"), "--data", str(inputs / "text.txt")]
     return ["learn", *sources, *COMMON, *WAYS[how], *more]
 
 
 @pytest.fixture(scope="module")
 def child(inputs, tmp_path_factory):
-    warm = learn(inputs, "several draws", "--quiet", "--steps", "1", "--output", str(tmp_path_factory.mktemp("warm")))
+    warm = learn(inputs, "reinforce", "--steps", "1", "--output", str(tmp_path_factory.mktemp("warm")))
     with Child() as child:
         child(WARMING, *warm)
         yield child

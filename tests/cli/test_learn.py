@@ -1,324 +1,238 @@
-"""`maskpro learn`: what it writes and prints, and when it stops."""
+"""`maskpro learn`: what it writes and prints, from which texts and masks it learns, and when it stops."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.command import contents, learn, nonzeros, report
-from helpers.damage import edit
-from helpers.tiny_llama import tiny_model, tiny_text
+from helpers.command import learn, nonzeros, report
+from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import maskpro_kernels as mk
 from maskpro_kernels.checkpoints.logits import load_logits
-from maskpro_kernels.cli import learn as learn_module
-from maskpro_kernels.cli import main, perplexities
-from maskpro_kernels.cli.mask_files import mask_of_step
-from maskpro_kernels.cli.perplexities import ValidationPerplexities
-from maskpro_kernels.cli.run_files import BEST_MASK
+from maskpro_kernels.cli import learn as learning
+from maskpro_kernels.cli import main
+from maskpro_kernels.hf import save_model
+from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.perplexity import perplexity
 from maskpro_kernels.text.sources import load_text
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
+STRAIGHT = "--estimator straight-through --lr 1 --gap 2".split()
 
-def test_learn_writes_a_checkpoint_that_has_the_perplexity_it_reports(inputs, run):
+
+def logits_of(folder):
+    return load_logits(folder / "logits.safetensors").logits
+
+
+def methods(folder):
+    return [row["method"] for row in report(folder)["table"]]
+
+
+def test_the_checkpoint_has_the_perplexity_that_is_reported(inputs, run):
     written = report(run)
-    model = AutoModelForCausalLM.from_pretrained(run)
-    tokenizer = AutoTokenizer.from_pretrained(run)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
     assert len(written["converted"]) == 14 and "lm_head" not in written["converted"]
     dense = tiny_model()
     for name in written["converted"]:
         assert (nonzeros(model, name) == 2).all()
         weight, kept = dense.get_submodule(name).weight, model.get_submodule(name).weight
         assert_same_bits(kept, torch.where(kept != 0, weight, 0.0))
-    test = windows(load_text(str(inputs / "text.txt"))["test"], tokenizer, 24)[:5]
+    # as long as the context of the model
+    test = windows(load_text(str(inputs / "text.txt"))["test"], tokenizer, 64)[:5]
     table = {row["method"]: row for row in written["table"]}
     assert list(table) == ["dense", "magnitude", "wanda", "reinforce"]
     assert table["reinforce"]["perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
     assert table["dense"]["perplexity"] == pytest.approx(perplexity(dense, test), rel=1e-6)
-    assert all(row["seconds"] >= 0 for row in table.values())
+    other = windows(load_text("pydoc")["test"], tokenizer, 64)[:5]
+    assert table["dense"]["other_perplexity"] == pytest.approx(perplexity(dense, other), rel=1e-6)
 
 
 @pytest.mark.pictures
-def test_learn_writes_the_whole_record(run):
-    written = report(run)
+def test_a_run_leaves_its_record_and_prints_its_table(inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main.main(learn(inputs, run, *STRAIGHT, "--steps", "6", "--eval-every", "2", "--pattern", "1:4")) == 0
+    captured, written = capsys.readouterr(), report(run)
     assert sorted(os.listdir(run)) == sorted(
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        + ["logits.safetensors", "report.json", "report.html", "residual.png", "perplexity.png"]
-        + ["settings.json", "progress", "README.md"]
+        + ["logits.safetensors", "report.json", "perplexity.png", "settings.json", "progress", "README.md"]
     )
-    assert written["pattern"] == "2:4" and written["settings"]["seed"] == 0 and written["gap"] == 10
-    assert {"python", "torch", "transformers"} <= set(written["versions"])
-    assert len(written["steps"]) == 3
-    assert {"step", "loss", "residual", "advantage", "tracker", "flip_rate"} <= set(written["steps"][0])
-    assert written["flipped_groups"] == sum(written["flipped_groups_by_layer"].values())
-    assert (run / "residual.png").read_bytes().startswith(b"\x89PNG")
-    logits, metadata = load_logits(run / "logits.safetensors")
-    assert logits.keys() == set(written["converted"]) and metadata["pattern"] == "2:4"
-    assert written["groups"] == sum(tensor.numel() for tensor in logits.values()) // 4
-
-
-@pytest.mark.parametrize("estimator, gap, lr", [("reinforce", 10.0, 50.0), ("straight-through", 15.0, 0.3)])
-def test_learn_tells_of_a_run_that_was_too_short_for_any_group_to_move(inputs, tmp_path, capsys, estimator, gap, lr):
-    assert main.main(learn(inputs, tmp_path, "--estimator", estimator, "--gap", str(gap), "--lr", str(lr))) == 0
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "no group has left" in line]
-    assert report(tmp_path)["flipped_groups"] == 0
-    nearest = float(told.partition("still ")[2].split()[0])
-    assert told.startswith("maskpro: warning: ") and f"with a gap of {gap:g}; take more --steps" in told
-    logits = torch.cat([own.view(-1, 4) for own in load_logits(tmp_path / "logits.safetensors")[0].values()])
-    kept, dropped = logits.topk(3).values[:, 1:].unbind(1)
-    assert 0 < nearest <= gap and nearest == pytest.approx((kept - dropped).min().item(), rel=5e-3)
-
-
-def test_learn_prints_the_table(inputs, tmp_path, capsys):
-    assert main.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
-    captured = capsys.readouterr()
-    lines = captured.out.splitlines()
-    assert lines[0].split() == "method test perplexity on the other text seconds from dense".split()
-    assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "reinforce"]
-    assert "groups differ from the magnitude mask" in lines[5]
-    assert lines[6].startswith("a step took ") and "forward " in lines[6]
-    assert lines[7].startswith("perplexity over the dense model's: ") and "other text (pydoc)" in lines[7]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert (nonzeros(model, "model.layers.1.mlp.down_proj") == 1).all()
-    assert report(tmp_path)["settings"]["flip_rate"] == 0.05
-
-
-@pytest.mark.pictures
-def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, capsys):
-    options = "--init reconstruction --estimator straight-through --steps 6 --eval-every 2 --lr 1".split()
-    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
-    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:6]]
-    assert rows == ["dense", "magnitude", "wanda", "reconstruction", "straight-through"]
-    written = report(tmp_path / "run")
-    assert written["gap"] == 15 and written["settings"]["lr"] == 1
+    assert (run / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert written["settings"]["seed"] == 0 and written["settings"]["gap"] == 2 and written["settings"]["lr"] == 1
     assert [row["step"] for row in written["validation"]] == [0, 2, 4, 6]
     # batches of 4 windows of 16 tokens
     assert [row["tokens"] for row in written["validation"]] == [0, 128, 256, 384]
-    assert all(step["residual"] is None and step["loss"] > 0 for step in written["steps"])
-    assert not (tmp_path / "run" / "residual.png").exists()
-    assert (tmp_path / "run" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["step"] for row in written["steps"]] == list(range(6))
+    assert logits_of(run).keys() == set(written["converted"])
+    assert written["groups"] == sum(tensor.numel() for tensor in logits_of(run).values()) // 4
     assert written["flipped_groups"] > 0
+    lines = captured.out.splitlines()
+    assert lines[0].split() == "method test perplexity on the other text seconds from dense".split()
+    assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "straight-through"]
+    moved = f"{written['flipped_groups']} of {written['groups']} groups differ from the initial mask"
+    assert lines[5] == f"{moved}; weights frozen; written to {run}"
+    assert (nonzeros(AutoModelForCausalLM.from_pretrained(run), "model.layers.1.mlp.down_proj") == 1).all()
+    told = captured.err.splitlines()
+    assert "left dense: lm_head (output head)" in told
+    assert [line.split(":")[0] for line in told if line.startswith("step")] == [
+        f"step {step} of 6" for step in range(7)
+    ]
+    assert sum("validation perplexity" in line for line in told) == 4
 
 
-class Killed(BaseException):
-    pass
-
-
-def applied(told: str, output: Path) -> list[str]:
-    """The command that a run tells, by which its better mask is had."""
-    command = told.partition("this command makes a checkpoint of the better mask: maskpro ")[2].splitlines()[0]
-    return command.replace("OUT", str(output)).split()
+def test_the_defaults_of_an_estimator_hold_where_nothing_is_given(inputs):
+    options = learning.Learn(model=str(inputs / "model"), output="out")
+    found = learning.complete(options)
+    assert (found.init, found.gap, found.steps, found.lr, found.eval_every) == ("reconstruction", 15.0, 200, 0.3, 40)
+    options.estimator, options.gap = "reinforce", 5.0
+    found = learning.complete(options)
+    assert (found.init, found.gap, found.steps, found.calibration_batches) == ("wanda", 5.0, 1000, 16)
 
 
 def looked_at(monkeypatch, *validation: float) -> None:
     """These are the perplexities of the validation text, step by step; those of both test texts are others."""
     values = iter([10.0] * 6 + [*validation] + [9.0] * 2)
-    monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
+    monkeypatch.setattr(learning, "perplexity", lambda *args, **options: next(values))
 
 
-def test_a_run_that_ends_higher_tells_how_to_have_the_best_mask(inputs, tmp_path, capsys, monkeypatch):
-    options = ["--eval-every", "1", "--flip-rate", "0.3", "--lr", "500"]
-    looked_at(monkeypatch, 10.0, 9.0, 8.0, 8.5, 8.1)
-    assert main.main(learn(inputs, tmp_path / "run", "--steps", "4", *options)) == 0
-    told = capsys.readouterr().err
-    assert "warning: the validation perplexity was lowest at step 2, 8.00, and is 8.10 at the end; fewer" in told
-    better = {"step": 2, "perplexity": 8.0, "last": 8.1, "file": f"progress/{BEST_MASK}"}
-    assert report(tmp_path / "run")["better_mask"] == better
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "was lowest at step 2, 8.00, and is 8.10 at the end" in page and f"<code>progress/{BEST_MASK}</code>" in page
-    monkeypatch.undo()
-    assert main.main(applied(told, tmp_path / "best")) == 0
-    assert main.main(learn(inputs, tmp_path / "two", "--steps", "2", *options)) == 0
-    best, two, last = (
-        dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()) for name in ("best", "two", "run")
-    )
-    assert_same_bits(best, two)
-    assert any(not torch.equal(last[name], weight) for name, weight in best.items())
-
-
-@pytest.mark.parametrize(("last", "kept"), [(8.07, False), (8.09, True)])
-def test_a_run_that_ends_within_one_percent_of_its_lowest_keeps_no_other_mask(
-    inputs, tmp_path, capsys, monkeypatch, last, kept
-):
-    looked_at(monkeypatch, 10.0, 8.0, last)
-    assert main.main(learn(inputs, tmp_path / "run", "--steps", "2", "--eval-every", "1")) == 0
-    assert ("was lowest" in capsys.readouterr().err) == kept
-    assert (report(tmp_path / "run")["better_mask"] is not None) == kept
-    assert ("was lowest" in (tmp_path / "run" / "report.html").read_text()) == kept
-    assert (tmp_path / "run" / "progress" / BEST_MASK).exists() == kept
-
-
-def test_a_mask_over_weights_that_learn_is_not_offered(inputs, tmp_path, capsys, monkeypatch):
-    looked_at(monkeypatch, 10.0, 8.0, 9.0)
-    options = "--steps 2 --eval-every 1 --estimator straight-through --init wanda --train-weights 1e-4".split()
-    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
-    told = capsys.readouterr().err
-    assert "the validation perplexity was lowest at step 1, 8.00, and is 9.00 at the end" in told
-    assert told.rstrip().endswith("the better mask was not kept")
-    assert report(tmp_path / "run")["better_mask"]["file"] is None
-    assert "holds the better mask" not in (tmp_path / "run" / "report.html").read_text()
-    assert not (tmp_path / "run" / "progress" / BEST_MASK).exists()
-
-
-@pytest.mark.parametrize("estimator", ["reinforce", "straight-through"])
-def test_the_best_mask_is_there_behind_a_kill_between_it_and_its_perplexity(
-    inputs, tmp_path, capsys, monkeypatch, estimator
-):
-    looked_at(monkeypatch, 10.0, 8.0, 8.0, 9.0)
-    add, kills = ValidationPerplexities.add, iter([True])
-
-    def killed(self, step, *args):
-        if step == 1 and next(kills, False):
-            raise Killed
-        add(self, step, *args)
-
-    monkeypatch.setattr(ValidationPerplexities, "add", killed)
-    options = ["--steps", "2", "--eval-every", "1", "--init", "magnitude", "--estimator", estimator]
-    with pytest.raises(Killed):
-        main.main(learn(inputs, tmp_path / "run", *options))
-    assert (tmp_path / "run" / "progress" / BEST_MASK).exists()
-    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
-    told = capsys.readouterr().err
-    assert "lowest at step 1, 8.00, and is 9.00 at the end" in told
-    assert main.main(applied(told, tmp_path / "best")) == 0
-
-
-def test_a_best_mask_of_another_evaluation_or_a_damaged_one_is_not_offered(inputs, tmp_path, capsys, monkeypatch):
-    looked_at(monkeypatch, 10.0, 8.0, 9.0)
-    assert main.main(learn(inputs, tmp_path / "run", "--steps", "2", "--eval-every", "1")) == 0
-    progress, args = tmp_path / "run" / "progress", Namespace(init="wanda")
-    run = json.loads((tmp_path / "run" / "settings.json").read_text())["run"]
-    assert mask_of_step(args, progress, 1, 8.0, run) == progress / BEST_MASK
-    for other in ((2, 8.0, run), (1, 8.5, run), (1, 8.0, "another")):
-        assert mask_of_step(args, progress, *other) is None
-    (progress / BEST_MASK).write_bytes(b"half of one")
-    assert mask_of_step(args, progress, 1, 8.0, run) is None
-
-
-def test_what_options_leave_out_is_told_before_anything_takes_long(inputs, tmp_path, capsys, monkeypatch):
-    def stop(*args):
-        raise Killed
-
-    monkeypatch.setattr(learn_module, "read_inputs", stop)
-    given = [*learn(inputs, tmp_path / "run", "--estimator", "straight-through", "--steps", "2")]
-    given[given.index("--data") : given.index("--other-data") + 2] = ["--data", "pydoc,stdlib"]
-    pytest.raises(Killed, main.main, given)
-    far, other = capsys.readouterr().err.splitlines()
-    assert far == (
-        "maskpro: warning: no mask will change: kept and dropped logits begin 15 apart, and all steps together bring "
-        "them at most 8 nearer; give more --steps, a smaller --gap or a greater --max-update"
-    )
-    assert other == "no text of another kind will be looked at: name one by --other-data"
-
-
-def test_steps_that_reach_no_mask_are_told_once(inputs, tmp_path, capsys):
-    options = "--estimator straight-through --steps 1 --eval-every 1 --init magnitude".split()
-    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
-    assert capsys.readouterr().err.count("no mask will change") == 1
-
-
-def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
-    looked_at(monkeypatch, 10.0, 12.0, 10.5, 11.5, 11.2)
+@pytest.mark.parametrize("rows", [(10.0, 12.0, 10.5, 11.5, 11.2), (10.0, float("nan"), 10.5, float("nan"), 12.0)])
+def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, capsys, monkeypatch, rows):
+    looked_at(monkeypatch, *rows)
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     told = capsys.readouterr().err
     assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in told
-    written = report(tmp_path / "run")
-    assert "worse than the initial one: its validation perplexity is 11.20, that of the initial one 10.00; " in told
-    assert main.main(applied(told, tmp_path / "initial")) == 0
-    wanda = tmp_path / "one"
-    monkeypatch.undo()
-    assert main.main(learn(inputs, wanda, "--steps", "1", "--gap", "26")) == 0
-    models = [AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "initial", wanda)]
-    assert_same_bits(*(dict(model.state_dict()) for model in models))
-    assert [row["perplexity"] for row in written["validation"]] == [10.0, 12.0, 10.5, 11.5, 11.2]
-    assert len(written["steps"]) == 4
+    assert "maskpro: warning: the validation perplexity was lowest at step 0, 10.00" in told
+    assert len(report(tmp_path / "run")["steps"]) == 4
 
 
-def test_learning_stops_where_the_validation_perplexity_is_no_number(inputs, tmp_path, capsys, monkeypatch):
-    looked_at(monkeypatch, 10.0, float("nan"), 10.5, float("nan"), float("nan"))
-    assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
-    assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("found", [float("nan"), float("inf")])
-def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch, found):
-    looked_at(monkeypatch, found)
-    assert main.main(learn(inputs, tmp_path / "deep" / "run")) == 2
-    told = f"validation perplexity at step 0: expected a finite number, got {found}; take another --dtype"
+def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch):
+    looked_at(monkeypatch, float("inf"))
+    assert main.main(learn(inputs, tmp_path / "run")) == 2
+    told = "validation perplexity at step 0: expected a finite number, got inf; take another --dtype"
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {told}")
-    assert contents(tmp_path) == {}
+    # the folder may be given again
+    monkeypatch.undo()
+    assert main.main(learn(inputs, tmp_path / "run")) == 0
 
 
-def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
-    """It neither moves a mask nor is the text that learning stops by; compare shows it where it is the same."""
-    other = tmp_path / "other.txt"
-    other.write_text(tiny_text(seed=1), encoding="utf-8")
-    assert main.main(learn(inputs, tmp_path / "run", "--other-data", str(other))) == 0
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
-    assert table[0] == "method test perplexity on the other text seconds from dense".split()
-    plain, both = report(run), report(tmp_path / "run")
-    assert plain["settings"]["other_data"] == "pydoc"
-    assert both["settings"]["other_data"] == str(other) and both["validation"] == plain["validation"]
+def test_several_texts_and_samples_of_the_model_are_mixed(inputs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "two.txt").write_text(tiny_text(seed=1), encoding="utf-8")
+    seen, step = [], learning.MaskTrainer.__init__
+
+    def noting(trainer, model, loss_fn, batches, estimator, **how):
+        seen.append(torch.stack(list(batches)))
+        step(trainer, model, loss_fn, batches, estimator, **how)
+
+    monkeypatch.setattr(learning.MaskTrainer, "__init__", noting)
+    data = f"{inputs / 'text.txt'}:1,{tmp_path / 'two.txt'}:1,self:2"
+    assert main.main(learn(inputs, tmp_path / "run", "--data", data)) == 0
+    with safe_open(tmp_path / "run" / "progress" / "samples.safetensors", framework="pt") as file:
+        drawn = file.get_tensor("tokens")
+    tokens = [
+        windows(load_text(str(path))["calibration"], tiny_tokenizer(), 16)
+        for path in (inputs / "text.txt", tmp_path / "two.txt")
+    ]
+    rows = seen[0].flatten(0, 1)
+    counts = [sum(bool((row == source).all(1).any()) for row in rows) for source in (*tokens, drawn)]
+    assert counts == [2, 2, 4] and len(drawn) == 32
+    # five windows, three of the first text by its turns
+    assert "drawing 32 windows of 16 tokens" in capsys.readouterr().err
+
+
+def test_samples_alone_are_evaluated_as_well(inputs, tmp_path):
+    assert main.main(learn(inputs, tmp_path / "run", "--data", "self")) == 0
+    written = report(tmp_path / "run")
+    assert written["validation"][0]["perplexity"] > 1 and written["table"][0]["perplexity"] > 1
+
+
+def test_a_dataset_is_read_as_far_as_it_is_asked_for(inputs, tmp_path, datasets_cache, monkeypatch):
+    rows = "".join(f'{{"text": "{paragraph}"}}\n' for paragraph in tiny_text().split("\n\n"))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    asked, load = [], learning.load_text
+    monkeypatch.setattr(learning, "load_text", lambda name, **how: (asked.append((name, how)), load(name, **how))[1])
+    data = str(tmp_path / "rows.jsonl")
+    assert main.main(learn(inputs, tmp_path / "run", "--data", data, "--documents", "40")) == 0
+    assert asked[0] == (data, {"documents": 40})
+
+
+def test_masks_by_name_and_by_path_are_begun_with(inputs, run, tmp_path, monkeypatch):
+    """A mask file, a run and a packed checkpoint give the mask of the run."""
+    assert main.main(["export", str(run), str(tmp_path / "mine.mask"), "--to", "mask"]) == 0
+    assert main.main(["export", str(run), str(tmp_path / "packed"), "--to", "packed"]) == 0
+    perplexities = {row["method"]: row["perplexity"] for row in report(run)["table"]}
+    monkeypatch.chdir(tmp_path)
+    for number, source in enumerate(("mine.mask", str(run), "packed")):
+        folder = tmp_path / str(number)
+        assert main.main(learn(inputs, folder, "--init", source, "--steps", "1")) == 0
+        table = {row["method"]: row["perplexity"] for row in report(folder)["table"]}
+        assert table[f"mask of {os.path.basename(source)}"] == perplexities["reinforce"]
+    for name in ("sparsegpt", "random"):
+        folder = tmp_path / name
+        assert main.main(learn(inputs, folder, "--init", name, "--seed", "3", "--steps", "1", "--gap", "26")) == 0
+        assert methods(folder) == ["dense", "magnitude", "wanda", name, "reinforce"]
+    layers = {name: tiny_model().get_submodule(name) for name in report(tmp_path / "random")["converted"]}
+    codes = {name: mk.top_n_mask(tensor, "2:4") for name, tensor in logits_of(tmp_path / "random").items()}
+    assert_same_bits(codes, initial_codes(layers, "2:4", "random", seed=3))
+
+
+def test_a_checkpoint_with_other_kept_weights_is_warned_of(inputs, tmp_path, capsys):
+    model = tiny_model()
+    mk.convert(model, "2:4", init="random")
+    mk.finalize(model)
+    model.get_submodule("model.layers.0.self_attn.q_proj").weight.data *= 2
+    save_model(model, tiny_tokenizer(), tmp_path / "pruned")
+    assert main.main(learn(inputs, tmp_path / "run", "--init", str(tmp_path / "pruned"), "--steps", "1")) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maskpro: warning: ")]
+    assert any("model.layers.0.self_attn.q_proj" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--refit", "scales"], ["wanda, scales refitted", "reinforce, scales refitted"]),
+        (
+            [*STRAIGHT, "--refit", "weights", "--loss", "kl"],
+            ["wanda, weights refitted", "straight-through, weights refitted"],
+        ),
+        (
+            [*STRAIGHT, "--train-weights", "1e-3", "--loss", "ce+kl"],
+            ["straight-through, weights trained"],
+        ),
+    ],
+)
+def test_weights_that_change_are_named_and_kept_with_the_logits(inputs, tmp_path, options, names):
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    assert methods(tmp_path / "run")[-len(names) :] == names
+    learned = load_logits(tmp_path / "run" / "logits.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    test = windows(load_text(str(other))["test"], AutoTokenizer.from_pretrained(tmp_path / "run"), 24)[:5]
-    for row, same, printed in zip(both["table"], plain["table"], table[1:], strict=True):
-        assert row["perplexity"] == same["perplexity"] and row["other_perplexity"] != same["other_perplexity"]
-        assert printed[1:3] == [f"{row['perplexity']:.2f}", f"{row['other_perplexity']:.2f}"]
-    assert both["table"][-1]["other_perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
-    copy, changed = tmp_path / "copy", tmp_path / "changed"
-    shutil.copytree(tmp_path / "run", copy)
-    shutil.copytree(tmp_path / "run", changed)
-    both["table"][0]["other_perplexity"] += 1
-    edit(changed / "report.json", table=both["table"])
-    for another, shown in (copy, True), (run, False), (changed, False):
-        assert main.main(["compare", str(tmp_path / "run"), str(another)]) == 0
-        printed = capsys.readouterr().out
-        assert ("on the other text" in printed) == shown and len(printed.splitlines()) == 6, printed
+    dense, changed = tiny_model(), 0
+    for name, logits in learned.logits.items():
+        kept = mk.expand_mask(mk.top_n_mask(logits, "2:4"), "2:4")
+        weight = learned.weights.get(name, dense.get_submodule(name).weight)
+        assert_same_bits(model.get_submodule(name).weight, torch.where(kept, weight, 0.0))
+        changed += int(not torch.equal(weight, dense.get_submodule(name).weight))
+    assert changed == 14
+    assert not (tmp_path / "run" / "progress" / "teacher").exists()
 
 
-def test_seconds_count_from_the_dense_model(run):
-    table = {row["method"]: row["seconds"] for row in report(run)["table"]}
-    assert table["reinforce"] > table["wanda"] > 0
+def test_what_only_saves_memory_changes_no_bit(inputs, tmp_path):
+    options = {"plain": [], "checkpointed": ["--gradient-checkpointing"], "off": ["--gradient-checkpointing", "false"]}
+    for name, more in options.items():
+        assert main.main(learn(inputs, tmp_path / name, *STRAIGHT, *more)) == 0
+    plain, *others = (logits_of(tmp_path / name) for name in options)
+    for other in others:
+        assert_same_bits(other, plain)
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
-    assert main.main(learn(inputs, tmp_path / "again")) == 0
-    assert main.main(learn(inputs, tmp_path / "other", "--seed", "1")) == 0
-    first, again, other = (
-        load_logits(folder / "logits.safetensors")[0] for folder in (run, tmp_path / "again", tmp_path / "other")
-    )
-    assert_same_bits(again, first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-def test_all_that_a_run_leaves_is_on_disk_before_its_report(inputs, tmp_path, monkeypatch):
-    sync, replace, done = os.fsync, os.replace, []
-
-    def synced(descriptor):
-        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-        sync(descriptor)
-
-    def replaced(source, target):
-        replace(source, target)
-        done.append(("replaced", Path(target)))
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", replaced)
-    output = tmp_path / "deep" / "run"
-    assert main.main(learn(inputs, output)) == 0
-    before = done[: done.index(("replaced", output / "report.json"))]
-    files = {path for path in output.iterdir() if path.is_file()} - {output / "report.json"}
-    assert files <= set(before)
-    # their names too, and those of the folders
-    assert max(map(before.index, files)) < len(before) - 1 - before[::-1].index(output)
-    assert {tmp_path, tmp_path / "deep"} <= set(before)
+def test_a_model_of_learned_positions_and_one_in_bfloat16(inputs, tmp_path):
+    options = ["--dtype", "bfloat16", "--accumulate", "2", *STRAIGHT]
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    weight = AutoModelForCausalLM.from_pretrained(tmp_path / "run").get_submodule("model.layers.0.mlp.up_proj").weight
+    assert weight.dtype == torch.bfloat16
+    assert report(tmp_path / "run")["validation"][-1]["tokens"] == 3 * 2 * 4 * 16

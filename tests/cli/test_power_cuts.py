@@ -14,14 +14,14 @@ from helpers.disk_model import put
 from helpers.power_cuts import NOTHING, Failing, Watched
 from helpers.watched_runs import thinned, told
 
+from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
-from maskpro_kernels.cli.learning_run import LearningRun
 from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 WAYS = {
-    "reinforce": ["--draws", "2"],
+    "reinforce": [],
     "straight-through": ["--estimator", "straight-through", "--lr", "1", "--refit", "weights"],
 }
 
@@ -70,7 +70,7 @@ def test_a_power_cut_loses_nothing_that_the_command_has_told(
 ):
     root, command = tmp_path / "whole", Command(inputs, how)
     root.mkdir()
-    with Watched(root, unseen=True) as watched, told(watched, monkeypatch, of=LearningRun):
+    with Watched(root, unseen=True) as watched, told(watched, monkeypatch, of=learning._Run):
         assert command.begin(root / "run") == 0
         watched.acknowledge(math.inf)
     whole = command.learned(root / "run")

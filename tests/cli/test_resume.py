@@ -1,186 +1,226 @@
-"""`maskpro learn --resume` and `maskpro replay`."""
+"""`maskpro learn --resume`: a run goes on to the bits of one that was never broken off, or is refused in a line."""
 
 from __future__ import annotations
 
-import functools
-import itertools
+import json
 import os
 import shutil
 import signal
 
 import pytest
+import torch
 from helpers.bits import assert_same_bits
-from helpers.cases import cases, slow
 from helpers.command import broken_off, learn, refuses, report
+from helpers.tiny_llama import tiny_model, write_inputs
 from safetensors.torch import load_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
+from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
-from maskpro_kernels.digests import digest
+from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-
+COMMON = "--steps 6 --eval-every 2".split()
 WAYS = {
-    "reinforce": [],
-    "several draws": ["--draws", "2"],
-    "straight-through": ["--estimator", "straight-through", "--lr", "1"],
+    "reinforce": ["--gap", "2"],
+    "straight-through": "--estimator straight-through --lr 1 --gap 2 --data self,pydoc".split(),
+    "weights that change": "--refit weights --estimator straight-through --lr 1 --loss kl --train-weights 1e-3".split(),
+    "scales": "--refit scales --gap 2".split(),
 }
 
 
-# before the first step, between two of them, and before the last one
-ORDINARY_KILLS = [("reinforce", 0), ("reinforce", 2), ("straight-through", 5)]
+class Killed(BaseException):
+    pass
+
+
+def kill():
+    raise Killed
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
-def whole_run(inputs, tmp_path_factory):
-    """Gives the folder of a run that nothing has broken off; one with the same options serves several tests."""
+def wholes(inputs, tmp_path_factory):
+    """Folders of whole runs by their way, each learned once."""
+    folder, known = tmp_path_factory.mktemp("whole"), {}
 
-    @functools.cache
-    def whole(*options):
-        folder = tmp_path_factory.mktemp("whole") / "run"
-        assert main.main(learn(inputs, folder, *options)) == 0
-        return folder
+    def whole(way: str):
+        if way not in known:
+            assert main.main(learn(inputs, folder / way, *COMMON, *WAYS[way])) == 0
+            known[way] = folder / way
+        return known[way]
 
     return whole
 
 
-def learned_logits(folder):
-    logits, _ = load_logits(folder / "logits.safetensors")
-    return logits
+def assert_ends_as(run, whole):
+    for name in ("validation", "weights", "flipped_groups", "logits", "converted"):
+        assert report(run)[name] == report(whole)[name], name
+    assert [row["perplexity"] for row in report(run)["table"]] == [row["perplexity"] for row in report(whole)["table"]]
+    found, expected = (load_logits(folder / "logits.safetensors") for folder in (run, whole))
+    assert_same_bits(found.logits, expected.logits)
+    assert_same_bits(found.weights, expected.weights)
+    assert_same_bits(load_file(run / "model.safetensors"), load_file(whole / "model.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("number", "how"),
-    [
-        (signal.SIGINT, "reinforce"),
-        (signal.SIGTERM, "straight-through"),
-        slow(signal.SIGINT, "several draws"),
-        slow(signal.SIGINT, "straight-through"),
-    ],
-)
-def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, whole_run, tmp_path, capsys, monkeypatch, number, how):
-    options = [*WAYS[how], "--steps", "6", "--eval-every", "2"]
-    uninterrupted = whole_run(*options)
-    capsys.readouterr()
+@pytest.mark.parametrize(("way", "step", "how"), [
+    ("reinforce", 3, kill),
+    ("straight-through", 3, interrupt),
+    ("weights that change", 4, interrupt),
+    ("scales", 1, kill),
+])  # fmt: skip
+def test_a_run_that_was_broken_off_ends_as_a_whole_one(inputs, wholes, tmp_path, monkeypatch, capsys, way, step, how):
+    run, whole = tmp_path / "run", wholes(way)
+    if how is kill:
+        with pytest.raises(Killed):
+            broken_off(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how)
+        assert not (run / "logits.safetensors").exists()
+    else:
+        assert broken_off(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how) == 130
+        told = capsys.readouterr().err.splitlines()
+        assert told[-2] == f"stopped after {step} steps; continue with: maskpro learn --resume {run}"
+        assert (run / "logits.safetensors").exists()
+    # from another folder, and with what does not change the result
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["learn", "--resume", "run", "--device", "cpu"]) == 0
+    assert f"{step} steps were taken before" in capsys.readouterr().err
+    assert_ends_as(run, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_behind_its_step(inputs, wholes, tmp_path, monkeypatch, capfd, number):
     run = tmp_path / "run"
-    assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), number)) == 0
-    assert f"stopped after 4 steps; continue with: maskpro learn --resume {run}" in capsys.readouterr().err
-    assert not (run / "report.json").exists()
-    assert main.main(["learn", "--resume", str(run), "--device", "cpu"]) == 0
-    assert "4 steps were taken before" in capsys.readouterr().err
-    whole, resumed = report(uninterrupted), report(run)
-    for name in ("validation", "flipped_groups", "settings", "gap", "converted"):
-        different = {"output"} if name == "settings" else set()
-        one, other = ({k: v for k, v in x.items() if k not in different} if isinstance(x, dict) else x
-                      for x in (whole[name], resumed[name]))  # fmt: skip
-        assert one == other, name
-    assert [row["loss"] for row in whole["steps"]] == [row["loss"] for row in resumed["steps"]]
-    assert_same_bits(learned_logits(run), learned_logits(uninterrupted))
-    assert [row["perplexity"] for row in whole["table"]] == [row["perplexity"] for row in resumed["table"]]
+    assert (
+        broken_off(inputs, run, monkeypatch, 2, [*COMMON, *WAYS["reinforce"]], lambda: os.kill(os.getpid(), number))
+        == 0
+    )
+    told = capfd.readouterr().err.splitlines()
+    assert f"{number.name}: the run stops after this step" in told
+    assert told[-1] == f"stopped after 3 steps; continue with: maskpro learn --resume {run}"
+    # what has been learned by then can be exported
+    assert main.main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert main.main(["learn", "--resume", str(run)]) == 0
+    assert_ends_as(run, wholes("reinforce"))
 
 
-@pytest.mark.parametrize(
-    ("how", "step"),
-    cases(itertools.product(WAYS, [0, 2, 5]), slow=lambda *case: case not in ORDINARY_KILLS),
-)
-def test_a_run_that_was_killed_goes_on(inputs, whole_run, tmp_path, monkeypatch, how, step):
-    class Killed(BaseException):
-        pass
+@pytest.mark.parametrize("where", ["_evaluate_initial_masks", "write_whole"])
+def test_a_run_that_was_killed_before_its_first_step_begins_again(inputs, wholes, tmp_path, monkeypatch, capsys, where):
+    """With the samples that it has drawn; by ``--resume`` and by the same command."""
+    arguments, before = [*COMMON, *WAYS["straight-through"]], getattr(learning, where)
 
-    def kill():
+    def killed(*given):
+        # of what is written the settings alone
+        if where == "write_whole" and given[0].name == "settings.json":
+            return before(*given)
         raise Killed
 
-    options = [*WAYS[how], "--steps", "6", "--eval-every", "3"]
-    whole = whole_run(*options)
+    for name in ("resumed", "again"):
+        with monkeypatch.context() as patched:
+            patched.setattr(learning, where, killed)
+            with pytest.raises(Killed):
+                main.main(learn(inputs, tmp_path / name, *arguments))
+    capsys.readouterr()
+    assert main.main(["learn", "--resume", str(tmp_path / "resumed")]) == 0
+    assert main.main(learn(inputs, tmp_path / "again", *arguments)) == 0
+    assert "drawing" not in capsys.readouterr().err
+    for name in ("resumed", "again"):
+        assert_ends_as(tmp_path / name, wholes("straight-through"))
+
+
+def test_a_run_goes_on_without_the_mask_that_it_began_with(inputs, run, tmp_path, monkeypatch):
+    assert main.main(["export", str(run), str(tmp_path / "mask"), "--to", "mask"]) == 0
+    options = [*COMMON, "--init", str(tmp_path / "mask")]
     with pytest.raises(Killed):
-        broken_off(inputs, tmp_path / "run", monkeypatch, step, options, kill)
+        broken_off(inputs, tmp_path / "run", monkeypatch, 3, options, kill)
+    (tmp_path / "mask").unlink()
+    # ``complete`` looks for it
+    (tmp_path / "mask").touch()
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
-    assert_same_bits(learned_logits(tmp_path / "run"), learned_logits(whole))
-    assert report(tmp_path / "run")["validation"] == report(whole)["validation"]
+    assert report(tmp_path / "run")["table"][3]["method"] == "mask of mask"
 
 
-def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
-    file = tmp_path / "logits.safetensors"
-    assert main.main(["replay", str(run), "--output", str(file), "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
-    replayed, learned = load_file(file), learned_logits(run)
-    assert_same_bits(replayed, learned)
-    assert out == f"3 steps of 3, logits {digest(learned[name] for name in sorted(learned))}\n"
-    assert report(run)["logits"] in out
-    assert main.main(["replay", str(run), "--steps", "0", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("0 steps of 3, logits ")
+@pytest.fixture
+def broken(inputs, tmp_path, monkeypatch):
+    """A run that was killed behind three steps."""
+    with pytest.raises(Killed):
+        broken_off(inputs, tmp_path / "run", monkeypatch, 3, [*COMMON, *WAYS["scales"]], kill)
+    return tmp_path / "run"
 
 
-def test_a_count_that_is_not_known_is_told_as_such(inputs, tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    assert broken_off(inputs, run, monkeypatch, 1, [], lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
-    first = sorted(run.glob("progress/snapshot-*"))[0]
-    first.write_bytes(first.read_bytes()[:-1])
-    capsys.readouterr()
-    assert main.main(["learn", "--resume", str(run)]) == 0
-    written = report(run)
-    assert written["flipped_groups"] is None and written["flipped_groups_by_layer"] == {}
-    told = f"how many of {written['groups']} groups differ from the wanda mask is not known; weights frozen; written to"
-    assert told in capsys.readouterr().out
-    assert "groups differ from the initial mask is not known" in (run / "report.html").read_text()
+def test_what_does_not_go_on_is_refused_in_a_line(inputs, run, broken, tmp_path, capsys):
+    resume = ["learn", "--resume", str(broken)]
+    refuses(capsys, tmp_path, [*resume, "--steps", "9"], "resume: expected no other option but --device", "got steps")
+    refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended, got")
+    refuses(capsys, tmp_path, ["learn", "--resume", str(inputs)], "without settings.json")
+    refuses(capsys, tmp_path, learn(inputs, broken), "which holds a run that has not ended; continue with")
+    refuses(capsys, tmp_path, ["eval", str(broken)], "data: expected --data, since only a run has a text of its own")
+    refuses(capsys, tmp_path, ["export", str(broken), str(tmp_path / "out")], "its run has not ended, continue with")
+    settings = (broken / "settings.json").read_text()
+    for content in ("{", "[]", "{}", settings.replace("maskpro-run 2", "maskpro-run 1")):
+        (broken / "settings.json").write_text(content)
+        refuses(capsys, tmp_path, resume, "run: expected ", "settings.json")
+    (broken / "settings.json").write_text(settings)
+    assert main.main(resume) == 0
 
 
-@pytest.mark.slow
-def test_a_damaged_first_snapshot_does_not_keep_a_run_from_its_end(inputs, tmp_path, capsys, monkeypatch):
-    options = ["--steps", "6", "--eval-every", "3"]
-    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
-    run = tmp_path / "run"
-    assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
-    first = sorted(run.glob("progress/snapshot-*"))[0]
-    first.write_bytes(first.read_bytes()[:-1])
-    assert main.main(["learn", "--resume", str(run)]) == 0
-    assert "how many groups differ from the initial mask is not known" in capsys.readouterr().err
-    expected = learned_logits(tmp_path / "whole")
-    assert_same_bits(learned_logits(run), expected)
-    assert (
-        report(run)["flipped_groups_by_layer"] == {} and report(run)["logits"] == report(tmp_path / "whole")["logits"]
-    )
+def test_a_folder_of_an_earlier_version_is_refused_in_a_line(run, broken, tmp_path, capsys):
+    """Their settings and reports named no format."""
+    told = "run: expected a run of this version (maskpro-run 2) in"
+    earlier = {"settings": {"model": "m", "data": "pydoc"}, "table": [], "digests": {}}
+    (broken / "settings.json").write_text(json.dumps(earlier))
+    refuses(capsys, tmp_path, ["learn", "--resume", str(broken)], told, "got one of another; use that version")
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    (old / "report.json").write_text(json.dumps(earlier))
+    refuses(capsys, tmp_path, ["eval", str(old)], told)
+    refuses(capsys, tmp_path, ["export", str(old), str(tmp_path / "out")], told)
 
 
-def test_a_run_without_its_progress_is_not_begun_anew(inputs, tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    assert broken_off(inputs, run, monkeypatch, 1, [], lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
-    shutil.rmtree(run / "progress")
-    capsys.readouterr()
-    assert main.main(["learn", "--resume", str(run)]) == 2
-    assert "output_dir: expected a folder with a journal" in capsys.readouterr().err
+def test_another_model_or_text_or_lost_weights_are_refused(inputs, broken, tmp_path, capsys):
+    resume = ["learn", "--resume", str(broken)]
+    other = write_inputs(tmp_path / "other")
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
+    model.save_pretrained(other / "model")
+    (other / "text.txt").write_text((inputs / "text.txt").read_text().replace("w3", "w4"), encoding="utf-8")
+    content = (broken / "settings.json").read_text()
+    for name, told in (("model", "got other weights"), ("text.txt", "expected a run with batches")):
+        (broken / "settings.json").write_text(content.replace(str(inputs / name), str(other / name)))
+        assert main.main(resume) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+    (broken / "settings.json").write_text(content)
+    start = broken / "progress" / "start-weights.safetensors"
+    sound = start.read_bytes()
+    for damaged in (sound[:-1] + bytes([sound[-1] ^ 1]), sound[: len(sound) // 2], None):
+        start.unlink() if damaged is None else start.write_bytes(damaged)
+        assert main.main(resume) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("maskpro: error: resume: ")
+    start.write_bytes(sound)
+    assert main.main(resume) == 0
 
 
-def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
-    refuses(capsys, tmp_path, ["learn", "--resume", str(tmp_path)], "resume: expected a folder in which")
-    refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended")
-    refuses(
-        capsys,
-        tmp_path,
-        ["learn", "--resume", str(run), "--steps", "9"],
-        "but --device, --device-map, --logits-device",
-    )
-    refuses(capsys, tmp_path, ["learn", "--data", "pydoc"], "model: expected --model, or --resume alone, got none")
-    refuses(capsys, tmp_path, ["replay", str(tmp_path)], "run: expected the folder of a run with a journal")
-    refuses(
-        capsys, tmp_path, ["replay", str(run), "--steps", "4"], "steps: expected 0 to 3, those of the journal, got 4"
-    )
-    refuses(capsys, tmp_path, ["replay", str(run), "--output", str(run)], "output: expected a new file")
-    shutil.copytree(run, tmp_path / "copy")
-    journal = tmp_path / "copy" / "progress" / "journal"
-    content = journal.read_bytes()
-    journal.write_bytes(content[:-70] + b"?" + content[-69:])
-    refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "journal: expected the record of step 1 of this run")
-    journal.write_bytes(content[:-1])
-    assert main.main(["replay", str(tmp_path / "copy")]) == 0
-    captured = capsys.readouterr()
-    assert "the last record is cut short by a crash: 58 bytes are left out" in captured.err
-    assert captured.out.startswith("2 steps of 2")
-    nowhere = str(tmp_path / "none" / "file")
-    refuses(capsys, tmp_path, ["replay", str(run), "--output", nowhere], "output: expected a new file in a folder that")
-    both = learn(inputs, tmp_path / "new", "--draws", "2", "--alpha", "0.5")
-    refuses(capsys, tmp_path, both, "alpha: expected none beside several draws")
-    (snapshot,) = journal.parent.glob("snapshot-*")
-    snapshot.write_bytes(snapshot.read_bytes()[:-1])
-    refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "snapshot: expected a sound one")
+def test_a_full_disk_and_a_loss_that_is_not_finite_end_a_run_that_can_go_on(inputs, tmp_path, monkeypatch, capsys):
+    take = MaskTrainer.step
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            raise error
+        return take(trainer)
+
+    errors = {
+        "full": OSError("No space left"),
+        "loss": FloatingPointError("loss"),
+        "memory": torch.OutOfMemoryError("x"),
+    }
+    for name, error in errors.items():
+        run = tmp_path / name
+        with monkeypatch.context() as patched:
+            patched.setattr(MaskTrainer, "step", failing)
+            assert main.main(learn(inputs, run, *COMMON)) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert told[-2] == f"stopped after 2 steps; continue with: maskpro learn --resume {run}"
+        assert told[-1].startswith("maskpro: error: ") and str(error) in told[-1]
+    assert main.main(["learn", "--resume", str(tmp_path / "full")]) == 0

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 
 GOLDENS = Path(__file__).with_name("whole_runs.json")
 EXPECTED = json.loads(GOLDENS.read_text()) if GOLDENS.is_file() else {}
-SIZES = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 3 --eval-windows 4 --eval-length 24 --seed 3"
+SIZES = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 3 --eval-windows 4 --seed 3"
 WAYS = {
     "straight-through": "--estimator straight-through --init reconstruction --gap 2 --lr 1",
     "straight-through, refitted and trained": "--estimator straight-through --init reconstruction --gap 2 --lr 1 "
@@ -65,7 +65,7 @@ def sources(tmp_path_factory):
 
 
 def command(sources: Path, way: str, output: Path) -> list[str]:
-    given = ["--model", str(sources / "model"), "--data", str(sources / "text.txt"), "--other-data", "pydoc"]
+    given = ["--model", str(sources / "model"), "--data", str(sources / "text.txt")]
     options = f"--device cpu --dtype float32 {SIZES} {WAYS[way]}".split()
     return ["learn", *given, *options, "--output", str(output)]
 

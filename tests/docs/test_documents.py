@@ -40,7 +40,8 @@ from helpers.tiny_llama import tiny_text, write_inputs
 
 import maskpro_kernels
 from maskpro_kernels.cli import main
-from maskpro_kernels.cli.parser import build_parser
+from maskpro_kernels.cli.config import COMMANDS as COMMANDS_OF_MASKPRO
+from maskpro_kernels.cli.config import parser_of
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.learn import estimator
 from maskpro_kernels.learn.trainer import MaskTrainer
@@ -61,10 +62,9 @@ INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 PROGRAMS = ("maskpro", "make", "pip", "python", "pytest", "torchrun", "git")
 
 SMALL = {
-    "learn": "--steps 2 --batch-size 4 --seq-len 16 --init-batches 2 --calibration-batches 2 --eval-every 2 "
-    "--eval-windows 2 --eval-length 24 --device cpu --other-data other.txt",
+    "learn": "--steps 2 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-every 2 --eval-windows 2 "
+    "--device cpu",
     "eval": "--eval-windows 2 --eval-length 24 --device cpu",
-    "replay": "--device cpu",
     "speed": "--prompt-tokens 8 --new-tokens 4 --rounds 1 --device cpu",
 }
 TINY_IN_PYTHON = {
@@ -79,7 +79,7 @@ TINY_IN_PYTHON = {
     "calibration[:16]": "calibration[:2]",
     "batches_of_both[:16]": "batches_of_both[:2]",
 }
-TINY = {"--model": "model", "--data": "text.txt", "--other-data": "other.txt"}
+TINY = {"--model": "model", "--data": "text.txt"}
 TINY_DATASETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl", "articles.jsonl")}
 
 
@@ -123,8 +123,7 @@ def inline_of(document: Path) -> list[str]:
 
 
 def subparsers() -> dict:
-    (found,) = (action for action in build_parser()._actions if hasattr(action, "choices") and action.choices)
-    return found.choices
+    return {command: parser_of(command) for command in COMMANDS_OF_MASKPRO}
 
 
 # What runs
@@ -202,8 +201,7 @@ def run_command(words: list[str]) -> None:
     """A ``maskpro`` line, on tiny inputs."""
     _, *argv = words
     if argv[0] == "--version":
-        with pytest.raises(SystemExit, match="^0$|^None$"):
-            main.main(argv)
+        assert main.main(argv) == 0
         return
     for at, word in enumerate(argv):
         if word in TINY:

@@ -37,7 +37,7 @@ def test_other_patterns_learn(pattern, tmp_path):
 
 
 def test_reconstruction_and_then_straight_through(tmp_path):
-    options = "--init reconstruction --init-batches 32 --estimator straight-through --steps 60 --eval-every 60".split()
+    options = "--init reconstruction --estimator straight-through --steps 60 --eval-every 60".split()
     table, _ = learn(tmp_path, *options)
     assert 12 < table["dense"]["perplexity"] < 17
     assert 60 < table["wanda"]["perplexity"] < 90

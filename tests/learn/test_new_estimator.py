@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.command import learn, report
 from helpers.small_trainer import a_model, a_trainer, logits_of
-from helpers.tiny_llama import write_inputs
 
-from maskpro_kernels.cli import main
 from maskpro_kernels.learn.estimator import Estimator, Option, StepResult
 
 
@@ -44,15 +41,10 @@ class Momentum(Estimator):
 
 
 @pytest.mark.usefixtures("eager_reference")
-def test_a_new_estimator_runs_resumes_and_is_known_to_the_command(tmp_path, capsys):
+def test_a_new_estimator_runs_and_resumes(tmp_path):
     whole, part, again = (a_trainer(a_model(), estimator=Momentum(0.5), output_dir=tmp_path / of) for of in "abb")
     losses = [record.loss for record in whole.run(6, progress=False) + part.run(4, progress=False)]
     part.close()
     assert again.resume() == 4
     assert losses[:6] == losses[6:] + [record.loss for record in again.run(2, progress=False)]
     assert_same_bits(logits_of(again.model), logits_of(whole.model))
-    options = ["--estimator", "momentum", "--speed", "0.25"]
-    assert main.main(learn(write_inputs(tmp_path / "inputs"), tmp_path / "run", *options)) == 0
-    assert report(tmp_path / "run")["settings"]["speed"] == 0.25
-    pytest.raises(SystemExit, main.main, ["learn", "--help"])
-    assert "momentum: for tests alone" in " ".join(capsys.readouterr().out.split())

@@ -17,6 +17,8 @@ from maskpro_kernels.prune.convert import flip_rate, gap_for_flip_rate
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
 
 def test_language_model_keeps_its_head():
     model = tiny_model()
@@ -94,6 +96,14 @@ def test_targets_are_patterns_on_names(targets, converted):
     assert conversion.skipped.pop("quantizable").startswith("subclass of nn.Linear")
     assert conversion.skipped == dict.fromkeys(left, "matches no target")
     assert [getattr(model, name).layer for name in converted] == list(range(len(converted)))
+
+
+def test_targets_by_projection_in_a_language_model():
+    model = tiny_model()
+    conversion = mk.convert(model, "2:4", [f"*.{name}" for name in PROJECTIONS])
+    assert len(conversion.converted) == 2 * len(PROJECTIONS)
+    assert {name.rsplit(".")[-1] for name in conversion.converted} == set(PROJECTIONS)
+    assert len({module.layer for module in model.modules() if isinstance(module, mk.MaskedLinear)}) == 8
 
 
 @pytest.mark.parametrize(
@@ -209,6 +219,12 @@ def test_a_linear_under_two_names_answers_to_both():
     mk.convert(model, "2:4", targets=["2.0"])
     assert isinstance(model[2][0], mk.MaskedLinear)
     assert model[2][0] is model[0]
+
+
+def test_converting_twice_finds_nothing_left():
+    model = nn.Sequential(nn.Linear(8, 8))
+    mk.convert(model, "2:4")
+    refused(model, ValueError, "^model: ")
 
 
 def test_attention_of_torch_and_its_encoder_are_left_out_with_the_reason():

@@ -6,6 +6,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from helpers.allocated import allocated
 from helpers.bits import assert_same_bits
 from helpers.mask_toy import inputs, learned_mask, toy
 from helpers.tiny_llama import tiny_model
@@ -127,6 +128,14 @@ def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was(monkeypatc
         assert torch.equal(pruned_by(before[name], x.T @ x, "2:4")[0], codes[name])
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.slow
+def test_five_matrices_of_a_layer_are_held():
+    """As docs/large-models.md tells; of few rows and inputs all else is small."""
+    layer, x = nn.Linear(512, 4), torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    held = allocated(lambda: sparsegpt(nn.Sequential(layer), {"0": layer}, "2:4", [x])).peak
+    assert held == pytest.approx(5 * 4 * 512**2, rel=0.01)
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.checkpoints.logits import LOGITS_FILE, save_logits
 from maskpro_kernels.checkpoints.mask_file import load_masks, save_masks
-from maskpro_kernels.cli.run_files import digest_of_weights
+from maskpro_kernels.cli.inputs import digest_of_weights
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.finalize import finalize
 from maskpro_kernels.prune.initial_masks import initial_codes

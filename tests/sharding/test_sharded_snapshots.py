@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.damage import a_flipped_byte
 from helpers.in_ranks import all_in_ranks, in_ranks
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import a_sharded_model, learn_sharded, whole_logits
@@ -170,6 +169,10 @@ def test_a_sharded_run_is_replayed(tmp_path, eager_reference):
     model, _ = all_in_ranks(2, learn_in_progress, folder=tmp_path)
     assert_same_bits(list(replay_run(tmp_path / "progress").values()), model)
     assert len(snapshots_in(tmp_path / "progress")) == 2
+
+
+def a_flipped_byte(content):
+    return content[:-60] + bytes([content[-60] ^ 1]) + content[-59:]
 
 
 def learn_in_progress(rank: int, folder: Path) -> list[torch.Tensor]:

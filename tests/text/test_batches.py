@@ -86,7 +86,12 @@ def test_lists_that_are_refused(data, message):
 def test_texts_of_a_list_and_a_text_of_another_kind():
     assert texts_of("pydoc:1,stdlib:3,self:4") == (("pydoc", Fraction(1, 4)), ("stdlib", Fraction(3, 4)))
     assert texts_of("self") == ()
-    for data, expected in (("pydoc,self", "stdlib"), ("stdlib:1,self:1", "pydoc"), ("stdlib,pydoc", None)):
+    for data, expected in (
+        ("pydoc,self", "stdlib"),
+        ("stdlib:1,self:1", "pydoc"),
+        ("self", "pydoc"),
+        ("stdlib,pydoc", None),
+    ):
         assert other_kind(data) == expected
 
 

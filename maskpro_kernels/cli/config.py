@@ -1,0 +1,278 @@
+"""The options of each command: dataclasses, which transformers' HfArgumentParser fills from words and option files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+
+from ..packed import KEEP, VALUE_KINDS
+from ..text.losses import KINDS
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPE = "bfloat16"
+# What a run learns from by default, and how much of a text is evaluated
+DATA, EVAL_WINDOWS, EVAL_LENGTH = "stdlib:0.5,self:0.5", 24, 512
+OPTION_FILES = (".yaml", ".yml", ".json")
+SOURCES = (
+    "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or one of the hub as NAME or "
+    "NAME:CONFIG; or several with a comma between them"
+)
+MODEL = "a local folder, a model id on the hub, or smollm2-135m"
+DEVICE = "where it computes, such as cuda:0 (default: cuda where there is a GPU, else cpu)"
+
+Dtype = Literal[*DTYPES]
+
+
+def _option(default: object, help: str, metavar: str | None = None):
+    return field(default=default, metadata={"help": help} | ({"metavar": metavar} if metavar else {}))
+
+
+@dataclass
+class Learn:
+    """Learn an N:M mask of a causal language model and write a sparse checkpoint.
+
+    The weights stay frozen unless --refit or --train-weights is given. Prints test perplexities of the dense model, of
+    the initial masks and of the learned one, and writes a Hugging Face checkpoint with exact zeros, the logits, a
+    report and a picture.
+    """
+
+    model: str | None = _option(None, MODEL)
+    data: str = _option(
+        DATA, f"what to learn from: {SOURCES}, each with its share behind a colon; self: samples of the dense model"
+    )
+    documents: int | None = _option(
+        None, "read the first D documents of each split of a dataset, as a stream (default: all)", "D"
+    )
+    output: str | None = _option(None, "folder to write; must be new or empty", "DIR")
+    resume: str | None = _option(
+        None,
+        "continue the interrupted run in DIR with its options; beside it may stand what does not change the result: "
+        "--device, --gradient-checkpointing, --report-to",
+        "DIR",
+    )
+    pattern: str = _option("2:4", "keep N of every M consecutive weights", "N:M")
+    init: str | None = _option(
+        None,
+        "initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; reconstruction: "
+        "swaps from there that lower the error of each layer's outputs; sparsegpt; random; or the path of a mask file, "
+        "a run or a sparse checkpoint (default: reconstruction; wanda for reinforce)",
+        "MASK",
+    )
+    refit: Literal["none", "scales", "weights"] = _option(
+        "none",
+        "refit the weights under the initial mask layer by layer: a factor a row (scales) or the kept values (weights)",
+    )
+    train_weights: float | None = _option(
+        None, "straight-through: let the kept weights learn too, at this rate, which falls as --lr does", "LR"
+    )
+    estimator: Literal["straight-through", "reinforce"] = _option(
+        "straight-through",
+        "how to learn: by gradients through the drawn mask, or by losses of drawn masks alone, as the paper does",
+    )
+    lr: float | None = _option(
+        None, "learning rate of the logits (default: 0.3, falling to 0 over the steps; 50 for reinforce)", "LR"
+    )
+    steps: int | None = _option(None, "training steps (default: 200; 1000 for reinforce)", "S")
+    gap: float | None = _option(
+        None,
+        "initial logit of a kept weight over a dropped one; larger explores less (default: 15; 10 for reinforce)",
+        "G",
+    )
+    loss: Literal[*KINDS] = _option(
+        "ce", "ce: cross-entropy with the text; kl: divergence from the dense model; ce+kl: the mean of the two"
+    )
+    batch_size: int = _option(32, "windows in a batch", "B")
+    seq_len: int = _option(128, "tokens in a window", "L")
+    calibration_batches: int | None = _option(
+        None, "distinct batches to cycle through, at most (default: all; 16 for reinforce)", "C"
+    )
+    accumulate: int = _option(1, "batches a step; ranks of torchrun share them", "A")
+    gradient_checkpointing: bool = _option(
+        False, "compute activations anew in backward: less memory, more time, the same bits"
+    )
+    seed: int = _option(0, "seed of the batches and of all draws", "S")
+    dtype: Dtype = _option(DTYPE, "dtype of the weights and activations")
+    device: str | None = _option(
+        None, f"{DEVICE}; auto spreads the model over several, as transformers does with accelerate"
+    )
+    eval_every: int | None = _option(None, "steps between validation perplexities (default: a fifth of the steps)", "E")
+    eval_windows: int = _option(EVAL_WINDOWS, f"windows of {EVAL_LENGTH} tokens to evaluate, at most", "W")
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = _option(
+        "none",
+        "where steps are reported: tensorboard, into that folder of the output; wandb, by its environment variables; "
+        "or to both",
+    )
+
+
+@dataclass
+class Evaluate:
+    """Print the perplexity of runs and models, dense, packed or still with masks, in one table.
+
+    A run stands below its dense model, on the test texts of the first run unless --data names others.
+    """
+
+    data: str | None = _option(None, f"texts to evaluate on: {SOURCES} (default: those of the first run)")
+    protocol: Literal["held-out", "tokens", "word"] = _option(
+        "held-out",
+        "held-out: windows of the part of a text that runs do not learn from; tokens: windows of the whole text, as "
+        "SparseGPT, Wanda and MaskLLM evaluate WikiText-2; word: perplexity by word, as lm-eval's task wikitext",
+    )
+    documents: int | None = _option(
+        None, "read the first D documents of each split of a dataset, as a stream (default: all)", "D"
+    )
+    text_column: str = _option("text", "column of a dataset that holds its documents", "NAME")
+    eval_windows: int | None = _option(
+        None, f"held-out: windows of each text, at most (default: those of the first run, else {EVAL_WINDOWS})", "W"
+    )
+    eval_length: int | None = _option(
+        None, f"tokens in a window (default: {EVAL_LENGTH}; for word as many as the model takes)", "T"
+    )
+    device: str | None = _option(None, DEVICE)
+    dtype: Dtype | None = _option(
+        None, f"dtype of the weights and activations (default: that of the first run, else {DTYPE})"
+    )
+    output: str | None = _option(None, "JSON file of all figures to write; must not exist", "FILE")
+
+
+@dataclass
+class Export:
+    """Write the checkpoint of a run again from its base model and its logits, or its mask alone as a small file.
+
+    Any program loads a dense checkpoint; this package loads a packed one.
+    """
+
+    to: Literal["dense", "packed", "mask"] = _option(
+        "dense", "exact zeros, packed weights, or the mask alone, which `maskpro import` puts on its base model"
+    )
+    values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8")
+    model: str | None = _option(None, f"the base model where it is now: {MODEL} (default: that of the run)")
+    dtype: Dtype | None = _option(None, "dtype of the weights (default: that of the run)")
+
+
+@dataclass
+class Import:
+    """Write a checkpoint from what another program or `maskpro export --to mask` has stored.
+
+    SOURCE is a folder in compressed-tensors' format sparse-24-bitmask or dense, or whose weights hold zeros in the
+    pattern; or, with --model, masks: a mask file of this package, an .npz file of MaskLLM, or a .pt file or a folder of
+    them, as MaskLLM and MaskPro write. It may also be an id on the hub.
+    """
+
+    output: str | None = _option(None, "folder to write; must be new or empty", "DIR")
+    model: str | None = _option(None, f"for masks: the model that they belong to, {MODEL}")
+    pattern: str = _option("2:4", "pattern of the weights or masks", "N:M")
+    to: Literal["dense", "packed"] = _option("packed", "how the weights are stored")
+    values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8")
+    dtype: Dtype | None = _option(
+        None, f"dtype of the weights (default: that of the source or the model, else {DTYPE})"
+    )
+
+
+@dataclass
+class Speed:
+    """Compare how fast models read and write, and whether models with the same weights write the same tokens.
+
+    The prompt is the documentation of Python. The exit code is 1 where models with the same weights differ by more than
+    rounding.
+    """
+
+    prompt_tokens: int = _option(512, "tokens of each prompt", "T")
+    new_tokens: int = _option(128, "tokens written behind each prompt", "T")
+    batch_size: int = _option(1, "prompts at once", "B")
+    rounds: int = _option(5, "rounds of all models in turn that count", "R")
+    device: str | None = _option(None, DEVICE)
+    dtype: Dtype = _option(DTYPE, "dtype of the weights and activations of all models")
+    output: str | None = _option(None, "JSON file of all figures to write; must not exist", "FILE")
+
+
+# Options and positional arguments, each with its number and its help
+COMMANDS: dict[str, tuple[type, tuple[tuple[str, str | None, str], ...]]] = {
+    "learn": (Learn, ()),
+    "eval": (Evaluate, (("models", "+", f"a run's folder, or {MODEL}"),)),
+    "export": (
+        Export,
+        (
+            ("source", None, "folder written by `maskpro learn`"),
+            ("output", None, "folder to write, new or empty; with --to mask a new file"),
+        ),
+    ),
+    "import": (Import, (("source", None, "folder or file to read, or an id on the hub, owner/name"),)),
+    "speed": (Speed, (("models", "+", f"a run's folder, or {MODEL}"),)),
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are; some depend on other options, and their help says how."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of a command; a wrong word is a ValueError."""
+    # it takes a second to import
+    from transformers import HfArgumentParser
+
+    options, positional = COMMANDS[command]
+    parser = HfArgumentParser(
+        options,
+        prog=f"maskpro {command}",
+        description=options.__doc__,
+        epilog="A first word that ends in .yaml or .json is a file of options by name; words behind it win.",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    for name, number, help in positional:
+        parser.add_argument(name, nargs=number, metavar=name.upper(), help=help)
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{parser.prog} --help` lists the options")
+
+    parser.error = refuse
+    return parser
+
+
+def parse(command: str, words: list[str]) -> tuple[object, dict[str, object]]:
+    """(options, positional arguments) of a command line behind the command.
+
+    Raises:
+        ValueError: if a word or an option in a file is unknown or of another kind.
+        OSError: if the file cannot be read.
+        SystemExit: after --help.
+    """
+    parser, (options, positional) = parser_of(command), COMMANDS[command]
+    if words and Path(words[0]).suffix in OPTION_FILES:
+        words = [*_words_of(Path(words[0]), parser), *words[1:]]
+    parsed = vars(parser.parse_args(words))
+    arguments = {name: parsed.pop(name) for name, *_ in positional}
+    return options(**parsed), arguments
+
+
+def _words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """The options in a file as words, so that both are checked alike; ``settings.json`` of a run is such a file."""
+    import yaml
+
+    try:
+        content = path.read_text(encoding="utf-8")
+        # by the base loader all values stay text: others take 2:4 for a number of base 60
+        options = json.loads(content) if path.suffix == ".json" else yaml.load(content, yaml.BaseLoader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"options: expected a YAML or JSON file, got {str(path)!r}: {error}") from error
+    if isinstance(options, dict) and isinstance(options.get("options"), dict):
+        options = options["options"]
+    if not isinstance(options, dict):
+        raise ValueError(f"options: expected options by name in {str(path)!r}, got {type(options).__name__}")
+    words = []
+    for name, value in options.items():
+        if f"--{name}" not in parser._option_string_actions or name in ("help", "resume"):
+            raise ValueError(f"options: expected names of options of `{parser.prog}` in {str(path)!r}, got {name!r}")
+        if isinstance(value, (dict, list)):
+            raise ValueError(f"{name}: expected one value in {str(path)!r}, got {value!r}")
+        if value not in (None, "", "null"):
+            words.append(f"--{name}={value}")
+    return words
