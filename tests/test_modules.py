@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import maskpro_kernels as mk
@@ -62,18 +61,6 @@ def test_shares_the_weight_and_keeps_logits_in_float32():
     assert layer.logits.dtype == torch.float32
     kept = mk.expand_mask(mk.top_n_mask(linear.weight.detach().abs(), "2:4"), "2:4")
     assert_same_bits(layer.logits, torch.where(kept, 7.0, 0.0))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_takes_the_mode_of_the_linear(training):
-    assert mk.MaskedLinear.from_linear(a_linear().train(training), "2:4").training is training
-
-
-def test_codes_may_be_given():
-    codes = torch.full((6, 4), 0b1100, dtype=torch.uint8)
-    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", init=codes).eval()
-    assert_same_bits(mk.top_n_mask(layer.logits.detach(), "2:4"), codes)
-    assert_same_bits(layer.masked_weight(), torch.where(mk.expand_mask(codes, "2:4"), layer.weight, 0.0))
 
 
 def test_training_draws_at_the_step_of_the_counter():
@@ -155,16 +142,6 @@ def test_a_state_dict_tells_whether_kept_weights_have_changed():
         fresh.load_state_dict(other)
 
 
-def test_state_dict_can_be_saved_as_safetensors(tmp_path):
-    model, fresh = two_layers(), two_layers()
-    model[0].counter_state.seed.fill_(11)
-    mk.advance(model)
-    save_file(model.state_dict(), tmp_path / "state.safetensors")
-    fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    assert_same_bits(state(fresh), state(model))
-    assert_same_bits(model[0].drawn_codes(), fresh[0].drawn_codes())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_logits_of_the_dtype_asked_for(dtype):
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=7.5, logits_dtype=dtype)
@@ -202,12 +179,6 @@ def test_counter_state_stays_shared(move):
     mk.advance(model)
     if move != "to_meta":
         assert int(first.counter_state.step) == int(second.counter_state.step) == 1
-
-
-def test_copy_has_a_counter_state_of_its_own():
-    model = two_layers()
-    mk.advance(copy.deepcopy(model))
-    assert int(model[0].counter_state.step) == 0
 
 
 def test_layers_with_different_ids_draw_different_masks():
@@ -262,11 +233,6 @@ def test_a_layer_made_on_meta_draws_as_the_saved_one(load):
     assert layer.layer == 7 and int(layer.layer_id) == 7
     assert_same_bits(layer.drawn_codes(), saved.drawn_codes())
     assert_same_bits(layer.train().masked_weight(), saved.train().masked_weight())
-
-
-def test_the_id_of_a_layer_survives_to_empty():
-    layer = mk.MaskedLinear.from_linear(nn.Linear(16, 4), "2:4", layer=7).to_empty(device="cpu")
-    assert int(layer.layer_id) == layer.layer == 7
 
 
 def test_a_counter_without_values_is_refused():

@@ -131,17 +131,6 @@ def test_numbers_are_read_where_they_stand(route):
     assert group._table is table and [codes.data_ptr() for codes in group.codes] == addresses
 
 
-def test_a_table_stays_where_it_is_when_codes_come():
-    """A graph may have been captured of an update that takes none."""
-    of = ManyLayers(2, 4)
-    group = of.group()
-    table = group.table()
-    assert not table[:, 1].any()
-    group.allocate_codes()
-    assert group.table() is table
-    assert table[:, 1].tolist() == [codes.data_ptr() for codes in group.codes]
-
-
 def test_what_autograd_has_saved_of_them_is_known_to_have_changed(route):
     group = ManyLayers(2, 4).group()
 
@@ -153,16 +142,6 @@ def test_what_autograd_has_saved_of_them_is_known_to_have_changed(route):
     draw_layers_(group, 1.0, *numbers(), torch.tensor(1))
     update_layers_(group, torch.tensor(COEFS[:1]), 1.0, *numbers(), torch.tensor([1]), by_codes=True)
     assert all(new > old for new, old in zip(versions(), before, strict=True))
-
-
-def test_codes_of_a_draw_take_a_byte_a_group():
-    of = ManyLayers(2, 4)
-    group = of.group()
-    assert group.codes is None
-    group.allocate_codes()
-    assert sum(codes.nbytes for codes in group.codes) == sum(layer.logits.numel() // 4 for layer in of.layers)
-    # where vectors may be written
-    assert all(codes.data_ptr() % 16 == 0 for codes in group.codes)
 
 
 def test_layers_that_a_kernel_is_compiled_for_apart_are_of_different_kinds():
