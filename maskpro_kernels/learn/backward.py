@@ -419,7 +419,7 @@ class ShardUpdater(LayerUpdater):
         self.factors: list[tuple[Tensor, Tensor]] = []
         self.own_slopes: Tensor | None = None
 
-    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: None) -> None:
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         squares = ops.column_squares(grad) if self.fisher is None else self.fisher / max(len(x), 1)
         self.slopes = self._added(self.slopes, ops.weight_gradient(grad, x))
         self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
