@@ -246,7 +246,7 @@ def test_logits_of_a_dtype_that_no_draw_takes_are_refused():
     layer = mk.MaskedLinear.from_linear(nn.Linear(16, 4), "2:4")
     layer.logits.data = layer.logits.data.double()
     for training in (True, False):
-        with pytest.raises(TypeError, match="logits: expected float32, bfloat16 or float16"):
+        with pytest.raises(TypeError, match="logits: expected a dense tensor of float32, bfloat16 or float16"):
             layer.train(training)(torch.randn(2, 16))
 
 
