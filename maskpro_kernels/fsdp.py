@@ -693,7 +693,9 @@ def load_checkpoint_shards(
     files = named_files(Path(checkpoint)) or weight_files(checkpoint)
     held = list(_held_by(model))
     stored = _checked(held, files, checkpoint)
-    device = _device_of(held) if device is None else torch.device(device)
+    if device is None:
+        kind = next((of.tensor.device_mesh.device_type for of in held if is_distributed(of.tensor)), "cpu")
+        device = kind if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
     new = {name: torch.empty_like(of.tensor, device=device) for name, of in stored.items() if of.tensor.is_meta}
     with torch.no_grad():
         old = {name: of.tensor.detach() for name, of in stored.items() if name not in new}
@@ -709,7 +711,7 @@ def load_checkpoint_shards(
 
 
 def _held_by(model: nn.Module) -> Iterator[_Held]:
-    """What the modules of a model hold: each tensor once."""
+    """The parameters and buffers of a model: each tensor once."""
     found: dict[int, _Held] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for place in (module._parameters, module._buffers):
@@ -723,7 +725,7 @@ def _held_by(model: nn.Module) -> Iterator[_Held]:
 
 
 def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Mapping[str, _Held]:
-    """What is to be read, by the name under which it is stored.
+    """The tensors to read, by the names under which they are stored.
 
     Raises:
         ValueError: if something lacks a value, or has one of another shape or kind of dtype.
@@ -762,9 +764,3 @@ def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Ma
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _device_of(held: list[_Held]) -> torch.device:
-    meshes = [of.tensor.device_mesh for of in held if is_distributed(of.tensor)]
-    kind = meshes[0].device_type if meshes else "cpu"
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

@@ -12,18 +12,17 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks, in_ranks
 from helpers.rank_jobs import rank_trainer
-from helpers.sharded_jobs import a_sharded_model, learn_sharded, whole_logits
+from helpers.sharded_jobs import a_sharded_model, learn_sharded
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from maskpro_kernels.fsdp import planned_parts, read_parts
+from maskpro_kernels.fsdp import planned_parts
 from maskpro_kernels.learn.run import (
     MANIFEST,
     digest_of_file,
     newest_snapshot,
     publish_snapshot,
-    replay_run,
     save_snapshot,
     snapshots_in,
 )
@@ -164,44 +163,8 @@ def test_disks_that_ranks_do_not_share_are_refused(tmp_path):
         shutil.rmtree(tmp_path / "0" / "run")
 
 
-@pytest.mark.slow
-def test_a_sharded_run_is_replayed(tmp_path, eager_reference):
-    model, _ = all_in_ranks(2, learn_in_progress, folder=tmp_path)
-    assert_same_bits(list(replay_run(tmp_path / "progress").values()), model)
-    assert len(snapshots_in(tmp_path / "progress")) == 2
-
-
-def a_flipped_byte(content):
+def a_flipped_byte(content: bytes) -> bytes:
     return content[:-60] + bytes([content[-60] ^ 1]) + content[-59:]
-
-
-def learn_in_progress(rank: int, folder: Path) -> list[torch.Tensor]:
-    return learn_sharded(rank, [2], how="reinforce", steps=2, accumulate=2, output_dir=folder / "progress")[0]
-
-
-def part_and_read(rank: int, mesh: list[int], folder: Path) -> None:
-    """Wholes and parts of what ranks have written, where one has no rows of a layer."""
-    model, ranks = a_sharded_model(mesh, outputs=1), Ranks()
-    ranks.connect()
-    tensors = {name: layer.logits.detach() for name, layer in masked_layers(model).items()}
-    tensors["count"] = torch.tensor(3)
-    planned_parts(ranks, folder, tensors)()
-    ranks.gather([0.0])
-    files, logits = list(folder.glob("*.safetensors")), whole_logits(model)
-    wholes = [torch.zeros_like(whole) for whole in logits]
-    read_parts(files, dict(zip(tensors, wholes, strict=False)))
-    assert_same_bits(wholes, logits)
-    for tensor in tensors.values():
-        tensor.zero_()
-    read_parts(files, tensors)
-    assert_same_bits(whole_logits(model), logits)
-    assert tensors["count"] == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [[3], [2, 2]], ids=str)
-def test_parts_of_any_mesh_are_read(mesh, tmp_path):
-    all_in_ranks(3 if mesh == [3] else 4, part_and_read, mesh=mesh, folder=tmp_path)
 
 
 def go_on(rank: int, mesh: list[int] | None, how: str, steps: int, folder: Path) -> list[torch.Tensor]:
