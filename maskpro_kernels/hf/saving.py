@@ -142,7 +142,7 @@ def model_card(
     if packed:
         int8 = " rounded to int8" if any(layer.kind == INT8 for layer in packed) else ""
         stored = f"{len(packed)} layers are packed: kept values{int8} and a bitmask, "
-        stored += f"{bits_a_weight(packed):.2f} bits a weight."
+        stored += f"{bits_a_weight(packed):.2f} bits a weight, where dense takes {8 * packed[0].packed.dtype.itemsize}."
     elif layers:
         stored = f"The checkpoint holds whole weights, and the logits of the masks of {len(layers)} layers."
     # in a dense checkpoint nothing marks the layers that have a mask
