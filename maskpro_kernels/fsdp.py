@@ -18,17 +18,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import ops
 from .counter import version_of, versions
-from .files import named_files, weight_files
 from .pattern import bitmask_of
-from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 # FSDP2's (parameter, group) by the id of a sharded parameter
 Params = dict[int, tuple]
@@ -690,6 +690,9 @@ def load_checkpoint_shards(
             or for what is on meta. The model is then as it was.
         OSError: if a file cannot be read. What is on meta is then there still.
     """
+    # late: layers alone, as the hub of kernels has them, read no checkpoints
+    from .files import named_files, weight_files
+
     files = named_files(Path(checkpoint)) or weight_files(checkpoint)
     held = list(_held_by(model))
     stored = _checked(held, files, checkpoint)
@@ -730,6 +733,8 @@ def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Ma
     Raises:
         ValueError: if something lacks a value, or has one of another shape or kind of dtype.
     """
+    from safetensors import SafetensorError
+
     try:
         kinds = kinds_of_parts(files, "checkpoint")
     except SafetensorError as error:
