@@ -9,13 +9,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 SIZE = 16
-LINE = re.compile(rb'(\{.+), "digest": "([0-9a-f]{32})"\}')
 
 
 def digest_of_bytes(*parts: bytes) -> bytes:
@@ -53,29 +51,3 @@ def digest_of_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] |
     parts = [[name, digest([tensors[name]])] for name in sorted(tensors)]
     # JSON marks where a name ends
     return digest_of_bytes(json.dumps([parts, sorted((metadata or {}).items())]).encode()).hex()
-
-
-def sealed_line(row: Mapping, run: str) -> bytes:
-    """A line of JSON that ends in its digest.
-
-    Args:
-        row: at least one entry; JSON can hold it.
-        run: the id of the run. In another run the line does not count.
-    """
-    body = json.dumps(row)[:-1].encode()
-    return body + f', "digest": "{_seal(body, run)}"}}\n'.encode()
-
-
-def rows_of(content: bytes, run: str) -> tuple[list[dict], int]:
-    """(what the sound lines of a run hold, how many lines are damaged, cut short, or of another run)."""
-    lines = content.split(b"\n")
-    # behind the end of the last line
-    if not lines[-1]:
-        lines.pop()
-    found = map(LINE.fullmatch, lines)
-    bodies = [line[1] for line in found if line is not None and line[2].decode() == _seal(line[1], run)]
-    return [json.loads(body + b"}") for body in bodies], len(lines) - len(bodies)
-
-
-def _seal(body: bytes, run: str) -> str:
-    return digest_of_bytes(run.encode(), b"\n", body).hex()

@@ -1,12 +1,10 @@
-"""What a digest covers, and lines that carry one."""
+"""What a digest covers."""
 
 from __future__ import annotations
 
-import json
-
 import torch
 
-from maskpro_kernels.digests import SIZE, digest, digest_of_bytes, digest_of_named, rows_of, sealed_line
+from maskpro_kernels.digests import SIZE, digest, digest_of_bytes, digest_of_named
 
 
 def named(**changes):
@@ -49,16 +47,3 @@ def test_known_answers():
     assert digest(tensors) == "2f4ac1e68e560915bdc160ac809ca691"
     # of BLAKE2b itself
     assert digest_of_bytes(b"abc").hex() == digest_of_bytes(b"a", b"bc").hex() == "cf4ab791c62b8d2b2109c90275287816"
-
-
-def test_lines_count_in_their_own_run_alone():
-    rows = [{"step": step, "loss": 0.1 * step, "name": 'x", "digest": "'} for step in range(3)]
-    content = b"".join(sealed_line(row, "run") for row in rows)
-    assert rows_of(content, "run") == (rows, 0)
-    assert rows_of(content, "other") == ([], 3)
-    assert rows_of(content[:-1], "run") == (rows, 0)
-    assert rows_of(content[:-2], "run") == (rows[:2], 1)
-    assert rows_of(b"\0" * 40 + b"\n" + content, "run") == (rows, 1)
-    assert rows_of(b"", "run") == ([], 0)
-    # anyone reads it
-    assert json.loads(content.splitlines()[1])["loss"] == 0.1
