@@ -76,16 +76,6 @@ def poisoned(machine, monkeypatch):
     poisoned_torch.check_margins()
 
 
-@pytest.fixture(autouse=True)
-def estimators_of_this_file(request, monkeypatch):
-    """What other files of tests define as an estimator, the command does not know."""
-    from maskpro_kernels.learn import estimator
-
-    here = ("maskpro_kernels.", request.module.__name__)
-    known = {name: kind for name, kind in estimator._registered.items() if kind.__module__.startswith(here)}
-    monkeypatch.setattr(estimator, "_registered", known)
-
-
 @pytest.fixture
 def launched():
     """The launch counter, cleared: proof that a kernel ran."""

@@ -18,10 +18,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from compare import Comparison, checked, options
-from methods import ONE_SHOT, Learner
+from methods import OF_REINFORCE, OF_STRAIGHT_THROUGH, ONE_SHOT, Learner
 from rows import best, settings_text, spread
 
-from maskpro_kernels.learn.estimator import Estimator, Option
+from maskpro_kernels.learn.estimator import Estimator
 from maskpro_kernels.learn.reinforce import Reinforce
 from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.prune.convert import gap_for_flip_rate
@@ -31,7 +31,6 @@ class FlipRate(Reinforce):
     """REINFORCE whose first draws leave the initial mask in a share ``flips`` of the groups."""
 
     name = "reinforce, tuned"
-    options = (*Reinforce.options, Option("flips", float, 1e-2, "share of the groups that a first draw flips", "R"))
 
     def __init__(self, *args, flips: float = 1e-2, **settings):
         super().__init__(*args, **settings)
@@ -47,7 +46,14 @@ SEARCH = [
     for flips, rates in {2e-4: (150, 500), 1e-3: (30, 100), 1e-2: (3, 10)}.items()
     for lr in rates
 ]
-LEARNERS = {kind.name: Learner(kind) for kind in (StraightThrough, Reinforce, FlipRate)}
+LEARNERS = {
+    learner.kind.name: learner
+    for learner in (
+        Learner(StraightThrough, OF_STRAIGHT_THROUGH),
+        Learner(Reinforce, OF_REINFORCE, gap=10.0),
+        Learner(FlipRate, {**OF_REINFORCE, "flips": 1e-2}),
+    )
+}
 
 
 class Claims(Comparison):
@@ -69,7 +75,7 @@ class Claims(Comparison):
 
     def tuned(self, steps: int) -> Mapping:
         """The settings of ``FlipRate`` that end lowest on validation text after so many steps."""
-        candidates = [FlipRate.complete(given) for given in SEARCH]
+        candidates = [{**LEARNERS[FlipRate.name].options, **given} for given in SEARCH]
         rows = self.rows_of([(FlipRate.name, settings, steps) for settings in candidates])
         return best(rows, FlipRate.name, steps)["settings"]
 
@@ -109,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             claims.without_steps()
             if not by_seed:
                 tuned = claims.tuned(search_steps)
-                learners = {kind: kind.complete({}) for kind in (StraightThrough, Reinforce)} | {FlipRate: tuned}
+                learners = {kind: LEARNERS[kind.name].options for kind in (StraightThrough, Reinforce)} | {
+                    FlipRate: tuned
+                }
                 asked_for += [(kind.name, settings, steps) for kind, settings in learners.items()]
             by_seed.append(claims.rows_of(asked_for))
     except (ValueError, OSError) as error:

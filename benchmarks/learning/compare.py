@@ -213,7 +213,7 @@ class Comparison:
 
     def gap_of(self, estimator: Estimator) -> float:
         """Initial logit of a kept weight over a dropped one."""
-        return estimator.run_defaults.gap
+        return self.learners[estimator.name].gap
 
     def learn(self, name: str, settings: Mapping, steps: int) -> None:
         """The rows of a learner with these settings and as many steps, if there are none yet."""
@@ -222,7 +222,7 @@ class Comparison:
         codes, _ = self.initial(self.args.init)
         began_with = self._began_with(codes)
         batches, layers = self.batches_of(name, steps), self.masked
-        estimator = self.learners[name].kind.for_run(len(batches), settings)
+        estimator = self.learners[name].kind(steps=len(batches), **settings)
         with torch.no_grad():
             for layer, module in layers.items():
                 module.logits.copy_(initial_logits(codes[layer], self.pattern, self.gap_of(estimator)))

@@ -18,7 +18,7 @@ from relaxed import RelaxedMask, generator, gumbel
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, pack_mask, top_n_mask
-from maskpro_kernels.learn.estimator import Option, check_float
+from maskpro_kernels.learn.estimator import check_float
 from maskpro_kernels.modules import MaskedLinear
 from maskpro_kernels.pattern import NMPattern
 
@@ -63,12 +63,7 @@ class MaskLLM(RelaxedMask):
     """
 
     name = "maskllm"
-    summary = "by Gumbel-softmax over all masks of a group, with a backward pass"
-    options = (
-        Option("lr", float, 5e-4, "learning rate of AdamW, falling to a tenth by a cosine", "LR"),
-        Option("strength", float, 3.0, "of the initial mask in the logits", "S"),
-        Option("regularization", float, 1e-5, "factor of the squared norm of the masked weights", "R"),
-    )
+    options = {"lr": 5e-4, "strength": 3.0, "regularization": 1e-5}
     betas, eps, weight_decay, clip = (0.9, 0.95), 1e-5, 0.1, 1.0
 
     def __init__(self, steps: int, lr: float = 5e-4, strength: float = 3.0, regularization: float = 1e-5):

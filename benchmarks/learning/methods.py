@@ -21,30 +21,41 @@ class Learner:
     """A method that takes training steps from the initial mask.
 
     Attributes:
-        kind: its estimator, whose options are at the paper's settings by default; those of straight-through, and of
-            relaxed top-k, are of this package.
+        kind: its estimator.
+        options: its settings by default, those of the paper; of straight-through, and of relaxed top-k, this package's.
         search: other settings that are tried, each beside the defaults, and judged on validation text.
+        gap: initial logit of a kept weight over a dropped one.
     """
 
     kind: type[Estimator]
+    options: Mapping[str, float | None]
     search: tuple[Mapping[str, float | str], ...] = field(default=())
+    gap: float = 15.0
 
     def candidates(self) -> list[dict[str, object]]:
         """All settings in full, the defaults first."""
-        return [self.kind.complete(given) for given in ({}, *self.search)]
+        return [{**self.options, **given} for given in ({}, *self.search)]
+
+
+OF_STRAIGHT_THROUGH = {"lr": 0.3, "max_update": 2.0, "train_weights": None}
+OF_REINFORCE = {"lr": 50.0, "alpha": 0.99, "draws": 1}
 
 
 LEARNERS = {
     learner.kind.name: learner
     for learner in (
-        Learner(StraightThrough, ({"lr": 0.1}, {"lr": 0.5}, {"lr": 0.8})),
+        Learner(StraightThrough, OF_STRAIGHT_THROUGH, ({"lr": 0.1}, {"lr": 0.5}, {"lr": 0.8})),
         # the squared weights of SmolLM2 are 90 times as large as those of LLaMA-2-7B
-        Learner(MaskLLM, ({"lr": 1.5e-4}, {"lr": 2e-3}, {"lr": 1e-2}, {"regularization": 1e-7})),
-        Learner(RelaxedTopK, ({"lr": 0.03}, {"lr": 0.17}, {"lr": 0.3})),
+        Learner(MaskLLM, MaskLLM.options, ({"lr": 1.5e-4}, {"lr": 2e-3}, {"lr": 1e-2}, {"regularization": 1e-7})),
+        Learner(RelaxedTopK, RelaxedTopK.options, ({"lr": 0.03}, {"lr": 0.17}, {"lr": 0.3})),
         # for weights ten times as large as those of LLaMA-2-7B, which its settings are for: SmolLM2's have a root mean
         # square of 0.19
-        Learner(ProxSparse, ({"strength": 0.025}, {"strength": 0.025, "lr": 1e-3}, {"strength": 0.025, "lr": 3e-3})),
-        Learner(Reinforce, ({"lr": 5.0}, {"lr": 500.0}, {"lr": 5000.0})),
+        Learner(
+            ProxSparse,
+            ProxSparse.options,
+            ({"strength": 0.025}, {"strength": 0.025, "lr": 1e-3}, {"strength": 0.025, "lr": 3e-3}),
+        ),
+        Learner(Reinforce, OF_REINFORCE, ({"lr": 5.0}, {"lr": 500.0}, {"lr": 5000.0}), gap=10.0),
     )
 }
 # Masks in one pass, of the package; of SparseGPT the weights are shown as well

@@ -14,7 +14,7 @@ from relaxed import RelaxedMask
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
-from maskpro_kernels.learn.estimator import Option, check_float
+from maskpro_kernels.learn.estimator import check_float
 from maskpro_kernels.modules import MaskedLinear
 
 EPSILON = 0.1
@@ -105,12 +105,7 @@ class ProxSparse(RelaxedMask):
     """
 
     name = "proxsparse"
-    summary = "by a proximal N:M regularizer on the weights, with a backward pass"
-    options = (
-        Option("lr", float, 1e-4, "learning rate of AdamW, rising at first and falling to 0 over the steps", "LR"),
-        Option("strength", float, 0.25, "of the N:M regularizer", "S"),
-        Option("frozen", float, 0.0, "of the regularizer that holds weights near the dense ones", "F"),
-    )
+    options = {"lr": 1e-4, "strength": 0.25, "frozen": 0.0}
 
     def __init__(self, steps: int, lr: float = 1e-4, strength: float = 0.25, frozen: float = 0.0):
         super().__init__(steps, lr)

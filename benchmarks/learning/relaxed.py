@@ -12,6 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,10 @@ class RelaxedMask(Estimator):
         TypeError, ValueError: an argument is not as above.
     """
 
+    name = "relaxed"
     needs_gradients = True
+    # Defaults of the settings beside the steps
+    options: ClassVar[dict[str, float]] = {}
     betas = (0.9, 0.999)
     eps = 1e-8
     weight_decay = 0.0
@@ -53,10 +57,6 @@ class RelaxedMask(Estimator):
         check_float("lr", lr, 0.0, strict=True)
         self.steps, self.lr = steps, float(lr)
         self.learned: dict[str, Tensor] = {}
-
-    @classmethod
-    def for_run(cls, steps: int, options: Mapping[str, object]) -> RelaxedMask:
-        return cls(steps=steps, **options)
 
     @abstractmethod
     def start(self, layer: MaskedLinear) -> Tensor:
@@ -85,7 +85,7 @@ class RelaxedMask(Estimator):
         return step / max(self.steps - 1, 1)
 
     def settings(self) -> dict:
-        return {"steps": self.steps} | {option.name: getattr(self, option.name) for option in self.options}
+        return {"steps": self.steps} | {name: getattr(self, name) for name in self.options}
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         with torch.no_grad():

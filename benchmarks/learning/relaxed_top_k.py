@@ -12,7 +12,7 @@ from relaxed import RelaxedMask, gumbel
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
-from maskpro_kernels.learn.estimator import Option, check_float
+from maskpro_kernels.learn.estimator import check_float
 from maskpro_kernels.modules import MaskedLinear
 
 
@@ -45,13 +45,7 @@ class RelaxedTopK(RelaxedMask):
     """
 
     name = "relaxed-top-k"
-    summary = "by a relaxation of the draw, one logit a weight, with a backward pass"
-    options = (
-        Option("lr", float, 0.1, "learning rate of AdamW, falling to 0 over the steps", "LR"),
-        Option("prior", float, 3.0, "initial logit of a kept weight over a dropped one", "P"),
-        Option("warmest", float, 1.0, "temperature of the first step", "T"),
-        Option("coldest", float, 0.1, "temperature of the last step", "T"),
-    )
+    options = {"lr": 0.1, "prior": 3.0, "warmest": 1.0, "coldest": 0.1}
 
     def __init__(self, steps: int, lr: float = 0.1, prior: float = 3.0, warmest: float = 1.0, coldest: float = 0.1):
         super().__init__(steps, lr)

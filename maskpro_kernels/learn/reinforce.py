@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ..functional.checks import FLOAT32_MAX
 from ..ops.philox import MAX_DRAWS
-from .estimator import Estimator, Option, RunDefaults, check_float, check_whole
+from .estimator import Estimator, check_float, check_whole
 from .step import Draw, Entry, Step, StepResult, replay
 
 # A normalized advantage beyond it is an outlier
@@ -43,13 +43,6 @@ class Reinforce(Estimator):
     """
 
     name = "reinforce"
-    summary = "from losses of forward passes alone, as the paper does"
-    options = (
-        Option("lr", float, 50.0, "learning rate of the logits", "LR"),
-        Option("alpha", float, 0.99, "decay of the tracker, in [0, 1]", "A"),
-        Option("draws", int, 1, "masks that a step draws, a forward pass each; a single one has a tracker", "K"),
-    )
-    run_defaults = RunDefaults(init="wanda", gap=10.0, calibration_batches=16, steps=1000)
     needs_flips = True
     journaled = True
 
@@ -87,18 +80,6 @@ class Reinforce(Estimator):
         self.normalize = normalize
         self.delta = 0.0
         self.mean_square: float | None = None
-
-    @classmethod
-    def complete(cls, given: Mapping[str, object]) -> dict[str, object]:
-        options = super().complete(given)
-        if options["draws"] == 1:
-            return options
-        if "alpha" in given:
-            raise ValueError(
-                f"alpha: expected none beside several draws, which need no tracker, got {given['alpha']}; leave it out"
-            )
-        del options["alpha"]
-        return options
 
     def settings(self) -> dict:
         return {name: getattr(self, name) for name in ("lr", "alpha", "tracker", "normalize", "draws", "refresh")}

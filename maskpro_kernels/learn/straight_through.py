@@ -26,7 +26,7 @@ from .backward import (
     check_slope_settings,
     check_weights,
 )
-from .estimator import Estimator, Option, check_float, check_whole
+from .estimator import Estimator, check_float, check_whole
 from .step import Step, StepResult
 
 
@@ -64,14 +64,6 @@ class StraightThrough(Estimator):
     """
 
     name = "straight-through"
-    summary = "by the gradient of the masked weights, with a backward pass"
-    options = (
-        Option("lr", float, 0.3, "learning rate of the logits, falling to 0 over the steps", "LR"),
-        Option("max_update", float, 2.0, "most that a step moves a logit", "L"),
-        Option(
-            "train_weights", float, None, "let the kept weights learn too, at this rate, falling as --lr does", "LR"
-        ),
-    )
     needs_gradients = True
 
     def __init__(
@@ -107,10 +99,6 @@ class StraightThrough(Estimator):
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
         self._fisher = FisherSquares({}, self.decay)
-
-    @classmethod
-    def for_run(cls, steps: int, options: Mapping[str, object]) -> StraightThrough:
-        return cls(steps=steps, **options)
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         if self.train_weights is not None:

@@ -252,5 +252,5 @@ def test_methods_that_are_there():
     assert METHODS == (*ONE_SHOT, *LEARNERS)
     for learner in LEARNERS.values():
         default, *others = learner.candidates()
-        assert learner.kind.for_run(3, default) and all(settings.keys() == default.keys() for settings in others)
+        assert learner.kind(steps=3, **default) and all(settings.keys() == default.keys() for settings in others)
         assert default not in others

@@ -32,7 +32,7 @@ FAST = {"maskllm": {"lr": 0.02}, "relaxed-top-k": {"lr": 1.0}, "proxsparse": {"l
 
 
 def a_peer(name: str, steps: int) -> relaxed.RelaxedMask:
-    return PEERS[name].for_run(steps, PEERS[name].complete(FAST[name]))
+    return PEERS[name](steps=steps, **{**PEERS[name].options, **FAST[name]})
 
 
 @pytest.mark.parametrize(("name", "pattern"), list(product(PEERS, ["1:4", "2:4", "4:8"])))

@@ -43,7 +43,6 @@ from maskpro_kernels.cli import main
 from maskpro_kernels.cli.config import COMMANDS as COMMANDS_OF_MASKPRO
 from maskpro_kernels.cli.config import parser_of
 from maskpro_kernels.files import write_tensors
-from maskpro_kernels.learn import estimator
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.packed import pack_24
 
@@ -192,8 +191,6 @@ def folder(prepared, tmp_path, monkeypatch) -> Path:
     shutil.copytree(prepared, copied)
     monkeypatch.chdir(copied)
     leave_blank(monkeypatch)
-    # an example defines an estimator, which no other test is to know
-    monkeypatch.setattr(estimator, "_registered", dict(estimator._registered))
     return copied
 
 

@@ -1,4 +1,4 @@
-"""Estimators that break their protocol: refused before a run is harmed."""
+"""What a new way to learn takes: a class, and no other file. One that breaks the protocol is refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,44 @@ from maskpro_kernels.learn.estimator import Estimator
 from maskpro_kernels.learn.step import StepResult
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+class Momentum(Estimator):
+    """Logits follow a running mean of noise, as far as losses have differed from those of the initial masks."""
+
+    name, needs_initial_losses = "momentum", True
+
+    def __init__(self, speed):
+        self.speed = speed
+
+    def begin(self, layers):
+        self.held = {name: torch.zeros_like(layer.logits.detach()) for name, layer in layers.items()}
+        self.held["total"] = torch.zeros(())
+
+    def step(self, step):
+        loss, noise = step.losses()[0], torch.Generator().manual_seed(step.index)
+        self.held["total"] += abs(loss - step.initial_loss())
+        step.begin_update()
+        for name, layer in step.layers.items():
+            with layer.moving_logits() as logits:
+                mean = self.held[name].mul_(0.9).add_(torch.randn(logits.shape, generator=noise))
+                logits.add_(mean * self.held["total"], alpha=self.speed)
+        return StepResult(loss)
+
+    def settings(self):
+        return {"speed": self.speed}
+
+    def tensors(self):
+        return self.held
+
+
+def test_a_new_estimator_runs_and_resumes(tmp_path):
+    whole, part, again = (a_trainer(a_model(), estimator=Momentum(0.5), output_dir=tmp_path / of) for of in "abb")
+    losses = [record.loss for record in whole.run(6, progress=False) + part.run(4, progress=False)]
+    part.close()
+    assert again.resume() == 4
+    assert losses[:6] == losses[6:] + [record.loss for record in again.run(2, progress=False)]
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 class Faulty(mk.Reinforce):
