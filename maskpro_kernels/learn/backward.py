@@ -283,7 +283,6 @@ def descend_by_rms(
 
     Args:
         descend: moves them by -rate * slope and gives the mean square of the slopes, see ``ops.descend_``.
-        lr: at least 0.
         mean_square: running one of the slopes; None: that of these.
         device: of the layer's weight.
 
@@ -347,8 +346,7 @@ class WeightLearner:
             gradient: float32 [out, K], derivative of the loss in the masked weight.
             codes: of the mask of the step [out, K / M].
             rate: learning rate.
-            slope_square: mean square of the slope of the step. Where it or the norm of the gradient is not finite, the
-                layer stays as it is.
+            slope_square: of the step. Where it or the norm of the gradient is not finite, the layer stays as it is.
         """
         usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient))
         scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)

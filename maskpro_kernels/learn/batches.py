@@ -32,7 +32,7 @@ def tensors_of(batch) -> Iterator[Tensor]:
 
 
 def content(batch, index: int) -> str:
-    """A digest of what is in a batch; of what cannot be compared its index.
+    """A digest of what is in a batch; of one with objects that cannot be compared that of its tensors, and its index.
 
     Compared are tensors, arrays of numpy, None, strings, bytes and numbers, in mappings with strings or ints as keys,
     in tuples and in lists.
@@ -56,7 +56,7 @@ def content(batch, index: int) -> str:
         return part is None or isinstance(part, (Tensor, str, bytes, int, float))
 
     if not plain(batch):
-        return f"batch {index}"
+        return f"batch {index} {parts[0]}"
     return hashlib.blake2b(" ".join(parts).encode(), digest_size=SIZE).hexdigest()
 
 

@@ -41,7 +41,7 @@ from ..fsdp import is_distributed, is_sharded, kinds_of_parts, planned_parts, re
 from ..modules import MaskedLinear
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from .batches import content, tensors_of
+from .batches import content
 from .estimator import Estimator
 from .masks import ModelMasks, ReplayedLayer
 from .step import Draw, Entry, LossFn, replay
@@ -85,22 +85,16 @@ def unpack_entry(record: bytes, chain: bytes) -> Entry | None:
 
 
 class Records(NamedTuple):
-    """The content of a journal.
-
-    Attributes:
-        header: as given to ``Journal.create``.
-        entries: of the steps.
-        torn: bytes of a last record that was cut short.
-        draws: draws a step.
-        chain: digests at which the journal stood before the first step and after each one.
-        end: where the entries end, in bytes.
-    """
+    """The content of a journal."""
 
     header: dict
     entries: list[Entry]
+    # bytes of a last record that was cut short
     torn: int
     draws: int
+    # digests at which the journal stood before the first step and after each one
     chain: list[bytes]
+    # of the entries, in bytes
     end: int
 
 
@@ -144,8 +138,6 @@ class Journal:
         """Write a record and wait until it is on disk.
 
         Raises:
-            ValueError: if it is not the next step, or has another number of draws, or the file does not end where the
-                last record did.
             OSError: if it cannot be written. The part that was written is taken back. Where it was the sync that
                 failed, or nothing can be taken back, no further record is taken: ``resume`` goes on.
         """
@@ -217,12 +209,7 @@ def read_journal(path: str | Path) -> Records:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a snapshot by name. Each is read, as a whole and onto the CPU, when it is asked for.
-
-    Attributes:
-        path: of the snapshot.
-        kinds: (shape, dtype) by name.
-    """
+    """The tensors of a snapshot by name, and their ``kinds`` (shape, dtype). Each is read when it is asked for."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -258,14 +245,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
-    """Write the snapshot behind a step; of those up to that step all but the first and the two newest are removed.
-
-    Args:
-        state: JSON can hold it.
-
-    Raises:
-        OSError: if it cannot be written; the others are then as they were.
-    """
+    """Write the snapshot behind a step; of those up to that step all but the first and the two newest are removed."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
     path = folder / f"snapshot-{step:010}-{digest_of_bytes(content).hex()}.safetensors"
@@ -275,12 +255,7 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state:
 
 
 def publish_snapshot(aside: Path, step: int, digests: Mapping[str, str], state: Mapping) -> Path:
-    """Make a snapshot of a folder that ranks have written their files into; arguments as for ``save_snapshot``.
-
-    Args:
-        aside: the folder, which gets the snapshot's name.
-        digests: those of the files by their names.
-    """
+    """Make a snapshot of the folder ``aside``, into which ranks have written files with these digests by name."""
     manifest = json.dumps({"step": step, "state": state, "files": digests}).encode()
     path = aside.with_name(f"snapshot-{step:010}-{digest_of_bytes(manifest).hex()}")
     write_whole(aside / MANIFEST, manifest)
@@ -308,14 +283,11 @@ def _remove_old_snapshots(folder: Path, step: int) -> None:
 def newest_snapshot(
     folder: Path, at_most: int | None = None, run: Mapping | None = None
 ) -> tuple[int, StoredTensors, dict, list[Path]]:
-    """(step, tensors, state, snapshots that were passed over) of the newest sound snapshot.
+    """(step, tensors, state, snapshots that were passed over) of the newest sound snapshot; ValueError if none is.
 
     Args:
         at_most: of at most that many steps.
         run: of a state whose "run" is this.
-
-    Raises:
-        ValueError: if there is none.
     """
     passed = []
     for path in reversed(snapshots_in(folder)):
@@ -382,15 +354,10 @@ def settings_of(
     accumulate: int,
     loss_fn: LossFn,
 ) -> dict:
-    """The settings that a run goes on with, as JSON.
+    """The settings that a run goes on with, as JSON; of a loss its ``settings()`` where it has them.
 
-    Of a batch with objects that ``content`` cannot compare, the tensors alone; of batches that are no sequence, None,
-    nothing: snapshots hold a digest of those that were taken. Of a loss its ``settings()`` where it has them.
+    Of batches that are no sequence, None, there is nothing: snapshots hold a digest of those that were taken.
     """
-    of_batches = None
-    if batches is not None:
-        # one after the other: a sequence may read them from disk
-        of_batches = [(digest(tensors_of(batch)), content(batch, index)) for index, batch in enumerate(batches)]
     of_layers = {}
     for name, layer in layers.items():
         of_layers[name] = [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
@@ -404,8 +371,8 @@ def settings_of(
         "layers": of_layers,
         "device": sorted({layer.weight.device.type for layer in layers.values()}),
         "weights": digest(layer.weight for layer in layers.values()),
-        "batches": of_batches and [tensors for tensors, _ in of_batches],
-        "batch_contents": of_batches and [contents for _, contents in of_batches],
+        # one after the other: a sequence may read them from disk
+        "batches": None if batches is None else [content(batch, index) for index, batch in enumerate(batches)],
         "accumulate": accumulate,
         "loss": loss_fn.settings() if hasattr(loss_fn, "settings") else None,
     }
@@ -438,17 +405,10 @@ class SavedRun(NamedTuple):
 
 
 class RunFolder:
-    """The folder of a run, for one trainer at a time.
+    """The folder of a run, for one trainer at a time. Errors name the trainer's argument ``output_dir``.
 
     A new run begins by ``start``, and ``start_journal`` where it has a journal; one that was broken off goes on by
-    ``resume``. Errors name the trainer's argument ``output_dir``.
-
-    Args:
-        path: of the folder; ``start`` makes it.
-        estimator: of the run.
-
-    Attributes:
-        rows: the fields of ``StepRecord`` of each step that was taken.
+    ``resume``. ``rows`` are the fields of ``StepRecord`` of each step that was taken.
     """
 
     def __init__(self, path: Path, estimator: Estimator):
@@ -466,11 +426,7 @@ class RunFolder:
         return None if self._run is None else self._run["id"]
 
     def start(self, settings: Mapping) -> None:
-        """Make the folder for a run with these ``settings_of`` and keep other trainers out of it.
-
-        Raises:
-            ValueError: if the folder holds a run, or another trainer has it.
-        """
+        """Make the folder for a run with these ``settings_of`` and keep other trainers out of it."""
         self._check_new()
         make_folder(self.path)
         self._acquire()
@@ -507,18 +463,14 @@ class RunFolder:
     ) -> SavedRun:
         """Take the folder of a run that was broken off, and leave it as the last step would have.
 
-        The estimator goes through the journal by its ``recall``: its state is that of the last step then.
+        The estimator goes through the journal by its ``recall``: its state is that of the last step then. What raises
+        leaves it, and the folder, as they were.
 
         Args:
             settings: that the run has to have, see ``settings_of``.
             check_batches: called with the steps that were taken and the digest of their batches; raises ValueError if
                 the run cannot go on with those there are.
             check_run: likewise called with the id of the run.
-
-        Raises:
-            ValueError: if there is no run, another trainer has the folder, the run has other settings or tensors, its
-                journal or all its snapshots are damaged, or they contradict each other.
-            OSError: if the folder cannot be read or written. Nothing has changed then but what was damaged.
         """
         if self.estimator.journaled and not (self.path / JOURNAL).exists():
             raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.path)!r}")
@@ -597,7 +549,7 @@ class RunFolder:
                 key = next(key for key in {**own, **other} if own.get(key) != other.get(key))
                 name, own, other = f"{name} {key}", own.get(key), other.get(key)
             # the digests of batches say nothing
-            values = "of this trainer, got others" if name.startswith("batch") else f"{own!r}, got {other!r}"
+            values = "of this trainer, got others" if name == "batches" else f"{own!r}, got {other!r}"
             raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
 
     def _check_tensors(self, stored: StoredTensors) -> None:
@@ -624,12 +576,7 @@ class RunFolder:
         return rows
 
     def add_entry(self, entry: Entry | None) -> None:
-        """Add the record of a step to the journal, where the run has one, ahead of its update.
-
-        Raises:
-            RuntimeError: in a process that was forked while the trainer had the folder.
-            OSError: if it cannot be written.
-        """
+        """Add the record of a step to the journal, where the run has one, ahead of its update."""
         self._check_process()
         if self._journal is not None and entry is not None:
             self._journal.append(entry)

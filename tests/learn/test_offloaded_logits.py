@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import weakref
 
 import pytest
@@ -96,18 +95,6 @@ def test_the_next_copy_is_on_its_way_while_a_layer_computes(late):
     assert_same_bits([layer.logits.detach() for layer in layers], expected)
 
 
-def test_copies_that_are_read_are_not_written_back(late):
-    layers = some_layers(4)
-    expected = [layer.logits.detach().clone() for layer in layers]
-    with OffloadedLogits(layers) as copies:
-        for layer, own in zip(layers, expected, strict=True):
-            with copies.reading(layer) as logits:
-                assert_same_bits(logits, own)
-    ahead = [told for i in range(1, 4) for told in (("fetch", i), "used")]
-    assert late.told == [("fetch", 0), *ahead, "used"]
-    assert late.most == 3
-
-
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 3, 0, 2), (0, 0, 1, 0, 3, 3, 2)], ids=str)
 def test_layers_may_come_in_another_order_and_again(late, order):
     layers = some_layers(4)
@@ -193,44 +180,3 @@ def test_an_optimizer_moves_the_same(request):
             optimizer.zero_grad()
         moved.append(logits_of(model))
     assert_same_bits(*moved)
-
-
-class HeldTransfers(Transfers):
-    """Copies that are let go only where something waits for their end; their bytes are counted."""
-
-    def __init__(self):
-        super().__init__(torch.device("cpu"))
-        self.live = self.peak = 0
-
-    def _free(self, size):
-        self.live -= size
-
-    def fetch(self, source):
-        copy = source.clone()
-        self.live += copy.nbytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(copy, self._free, copy.nbytes)
-        return Fetched(copy, lambda: None)
-
-    def used(self, logits):
-        return lambda: logits.numel()
-
-    def put_back(self, logits, target):
-        return lambda: target.copy_(logits)
-
-
-@pytest.mark.parametrize("estimator", [mk.StraightThrough, mk.Reinforce])
-@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
-def test_at_most_three_copies_are_there_at_once(monkeypatch, eager_reference, estimator, logits_dtype):
-    """Three layers that follow each other, of widths that tell which."""
-    transfers = HeldTransfers()
-    monkeypatch.setattr(offload, "transfers_of", lambda device: transfers)
-    for module in (offload, masks):
-        monkeypatch.setattr(module, "offloaded", lambda layer: isinstance(layer, mk.MaskedLinear))
-    widths = [8, 16, 64, 32, 48, 8, 24]
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(k, rows) for k, rows in itertools.pairwise(widths)))
-    mk.convert(model, "2:4", gap=1.0, logits_dtype=logits_dtype)
-    batches = [torch.randn(4, 8) for _ in range(2)]
-    mk.MaskTrainer(model, lambda model, x: model(x).square().mean(), batches, estimator(lr=0.1), seed=0).run(2)
-    assert transfers.peak == (16 * 64 + 64 * 32 + 32 * 48) * logits_dtype.itemsize

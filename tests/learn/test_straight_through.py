@@ -58,21 +58,6 @@ def test_steps_are_those_of_the_formula(eager_reference):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_few_batches_do_not_change_a_mask(eager_reference):
-    """Whatever their slopes: a bound of 2 takes at least 4 steps over a gap of 15."""
-    model = masked_llama(gap=15.0)
-
-    def masks():
-        return [mk.top_n_mask(logits, "2:4") for logits in logits_by_name(model).values()]
-
-    before = masks()
-    trainer = mk.MaskTrainer(model, causal_lm_loss, batches_of_tokens(), mk.StraightThrough(lr=1e6), seed=3)
-    trainer.run(3, progress=False)
-    assert_same_bits(masks(), before)
-    trainer.run(7, progress=False)
-    assert first_difference(masks(), before)
-
-
 def test_the_learning_rate_falls_to_nothing(eager_reference):
     estimator = mk.StraightThrough(lr=0.5, steps=4)
     assert [estimator.lr_at(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]

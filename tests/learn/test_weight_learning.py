@@ -178,25 +178,6 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, dtype):
     assert_same_bits(held_by(third.model), held_by(a_model().to(dtype)))
 
 
-def test_weights_that_learn_lower_the_loss_of_a_mask_that_stays():
-    def last_loss(**options):
-        torch.manual_seed(0)
-        # inputs that tell of each other: what is kept can stand in for what is dropped
-        model, x = nn.Sequential(nn.Linear(32, 16)), torch.randn(64, 8) @ torch.randn(8, 32)
-        target = model(x).detach()
-        mk.convert(model, "2:4", targets=["0"], gap=FIXED)
-
-        def distance(model, batch):
-            return nn.functional.mse_loss(model(batch), target)
-
-        trainer = a_trainer(
-            model, batches=[x], loss_fn=distance, estimator=mk.StraightThrough(lr=1e-3, steps=40, **options)
-        )
-        return trainer.run(40, progress=False)[-1].loss
-
-    assert last_loss(train_weights=0.01) < 0.5 * last_loss()
-
-
 def test_layers_that_cannot_learn_are_refused_before_anything_moves():
     linear = nn.Linear(16, 16)
     layers = [mk.MaskedLinear.from_linear(linear, "2:4", layer=i) for i in range(2)]
