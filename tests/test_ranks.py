@@ -135,7 +135,7 @@ def differ(rank: int, folder: Path) -> dict[str, str]:
     trainers = {
         "other tensors of the model": rank_trainer(model=biased, accumulate=2),
         "seed": rank_trainer(seed=rank, accumulate=2),
-        "batches, batch_contents": rank_trainer(batches=[*uneven_batches(), *some_batches(rank)], accumulate=2),
+        "batches": rank_trainer(batches=[*uneven_batches(), *some_batches(rank)], accumulate=2),
         "weights": rank_trainer(model=heavier, accumulate=2),
         "logits": rank_trainer(model=other, accumulate=2),
         "accumulate": rank_trainer(accumulate=2 + 2 * rank),
