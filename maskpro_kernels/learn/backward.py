@@ -66,11 +66,11 @@ class BackwardPass:
         return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
 
     def takes_turns(self) -> bool:
-        """Whether slopes may be summed up inside backward."""
+        """True where slopes may be summed up inside backward."""
         return self.ranks.world > 1 and self.batches == 1
 
     def alike(self, loss: Tensor) -> bool:
-        """Whether the turns are the same on all ranks, of a pass that is not the last one."""
+        """True where the turns are the same on all ranks, of a pass that is not the last one."""
         return True
 
     def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
@@ -134,7 +134,7 @@ class BackwardPass:
 def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
     """The layers that backward comes to, in its order, each as often as it does; of a reentrant checkpoint none."""
     names = {id(updater.layer.logits): name for name, updater in updaters.items()}
-    ahead, seen, found = [loss.grad_fn], {None}, []
+    ahead, seen, reached = [loss.grad_fn], {None}, []
     while ahead:
         node = ahead.pop()
         if node in seen:
@@ -146,8 +146,8 @@ def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
                 ahead.append(source)
             else:
                 # autograd takes what the forward did last first
-                found.append((node._sequence_nr(), name))
-    return [name for _, name in sorted(found, reverse=True)]
+                reached.append((node._sequence_nr(), name))
+    return [name for _, name in sorted(reached, reverse=True)]
 
 
 def _folded(updaters: Mapping[str, LayerUpdater]) -> list[str]:
@@ -176,7 +176,7 @@ class LayerUpdater:
         mean_square: running mean square of the slope, None until a step has given one above 0.
         latest: that of the step, on the device; None where backward has not come by.
         uses: how often the forward of a pass has used the layer.
-        fisher: of the layer, see ``FisherSquares``; None where the gradient itself tells the curvature.
+        fisher: of the layer, see ``FisherSquares``; None where the gradient itself gives the curvature.
         slopes: those summed up of the step, float32; None where there are none, and once the logits have moved by them.
         weight_grad: the weight's gradient, summed up likewise where the weights learn; else None.
         weight: of the slopes of a pass.

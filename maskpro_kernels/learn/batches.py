@@ -221,7 +221,7 @@ class InitialLosses:
         gone = [index for index, name in enumerate(self._contents) if name not in index_of]
         if gone:
             raise ValueError(f"batches: expected those of the first step, got others in place of {gone}")
-        names, world, found = list(index_of), self._ranks.world, {}
+        names, world, by_content = list(index_of), self._ranks.world, {}
         hidden = not progress or self._ranks.rank > 0
         for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
             by_rank = names[first : first + world]
@@ -229,8 +229,8 @@ class InitialLosses:
             # a rank without a batch has a part in the forwards of the others, too
             taken = own or (by_rank[:1] if self._together else [])
             rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan])
-            found |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
-        losses = [found[name] for name in self._contents]
+            by_content |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
+        losses = [by_content[name] for name in self._contents]
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(f"loss under the initial masks: expected finite numbers, batches {bad} give none")
@@ -239,11 +239,11 @@ class InitialLosses:
     def of(self, batches: Sequence, first: int) -> list[float]:
         """Losses of the batches of a step, which stand from index ``first`` on, and round again."""
         by_content = dict(zip(self._contents, self.losses, strict=True))
-        found = []
+        losses = []
         for place, batch in enumerate(batches):
             index = (first + place) % len(self._batches)
             loss = by_content.get(content(batch, index))
             if loss is None:
                 raise ValueError(f"batches: expected those of the first step, got another one at index {index}")
-            found.append(loss)
-        return found
+            losses.append(loss)
+        return losses

@@ -48,16 +48,13 @@ class ReplayedLayer:
 
 @dataclass(frozen=True)
 class _Draw:
-    """A draw whose codes groups of layers hold.
+    """A draw whose codes groups of layers hold."""
 
-    Attributes:
-        groups: indices of those that hold codes.
-        keys: (seed, step, draw) of each group; of numbers that a device alone knows None.
-        versions: of the logits of each group.
-    """
-
+    # indices of those that hold codes
     groups: set[int]
+    # (seed, step, draw) of each group; None where a device alone has the number
     keys: list[tuple[int | None, ...]]
+    # of the logits of each group
     versions: list[list[int | None]]
 
 
@@ -246,7 +243,10 @@ class ModelMasks:
                 update_layers_(*update)
             with OffloadedLogits([self.layers[name] for name in self._alone]) as copies:
                 for name in self._alone:
-                    self._update_alone(name, copies, coef, *self._counter(name, seed, step, draw))
+                    layer, key = self.layers[name], self._counter(name, seed, step, draw)
+                    where = dict(zip(("seed", "step", "draw"), key, strict=True), layer=layer.layer)
+                    with copies.moving(layer) as logits:
+                        score_update_(logits, coef, pattern=layer.pattern, **where, **layer.place._asdict())
 
     def _update_of(self, i: int, coefs: list, draws: list | None, seed: Scalar | None, step: Scalar | None) -> tuple:
         """Arguments of ``update_layers_`` for a group."""
@@ -272,19 +272,12 @@ class ModelMasks:
         return tuple(mine if value is None else value for value, mine in zip(given, own, strict=True))
 
     def _holds(self, i: int, seed: Scalar, step: Scalar, ids: list) -> bool:
-        """Whether a group has the codes of this draw, of its logits as they are."""
+        """True where a group has the codes of this draw, of its logits as they are."""
         last = self._last
         if last is None or i not in last.groups or len(ids) != 1:
             return False
         now = [*_key_of(seed, step, ids[0]), *_versions_of(self._groups[i][1])]
         return None not in now and now == [*last.keys[i], *last.versions[i]]
-
-    def _update_alone(self, name: str, copies: OffloadedLogits, coef, seed: Scalar, step: Scalar, draw) -> None:
-        layer = self.layers[name]
-        where = {"layer": layer.layer, **layer.place._asdict()}
-        how = {"pattern": layer.pattern, "draw": draw, "seed": seed, "step": step, **where}
-        with copies.moving(layer) as logits:
-            score_update_(logits, coef, **how)
 
     def _grouped(self) -> list[tuple[list[str], LayerGroup]]:
         """(Names of layers, these) of each kind; anew where tensors have come to lie elsewhere."""
@@ -349,12 +342,7 @@ def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, Ma
 
 
 def margins(logits: Tensor, pattern: NMPattern) -> Tensor:
-    """By how much the lowest kept logit of each group lies above its highest dropped one, float32 [groups].
-
-    Args:
-        logits: [rows, columns], finite.
-        pattern: of their groups.
-    """
+    """Lowest kept less highest dropped logit of each group, float32 [groups], of finite logits [rows, columns]."""
     ordered = logits.detach().float().reshape(-1, pattern.m).topk(pattern.n + 1, dim=1).values
     return ordered[:, pattern.n - 1] - ordered[:, pattern.n]
 

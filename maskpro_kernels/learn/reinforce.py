@@ -121,7 +121,7 @@ class Reinforce(Estimator):
         return self._result(entry, [] if entry.skipped else self.advantages(losses, entry.initial_loss))
 
     def _result(self, entry: Entry, advantages: Sequence[float]) -> StepResult:
-        """What a step found, behind which the tracker has moved."""
+        """The result of a step, behind which the tracker has moved."""
         losses, one = [draw.loss for draw in entry.draws], self.draws == 1
         tracker = self.delta if one else None
         if entry.skipped:
@@ -141,12 +141,7 @@ class Reinforce(Estimator):
         return normalized
 
     def advantages(self, losses: Sequence[float], initial_loss: float = 0.0) -> list[float]:
-        """The advantage of each of a step's draws; moves the tracker.
-
-        Args:
-            losses: under each draw, ``draws`` of them.
-            initial_loss: of the same batch under the initial masks; without effect where there are several draws.
-        """
+        """The advantage of each of a step's draws by their losses; moves the tracker, which several draws have not."""
         count = len(losses)
         if count == 1:
             return [self.advantage(losses[0] - initial_loss)]
@@ -154,11 +149,9 @@ class Reinforce(Estimator):
         return self._normalized([loss - (total - loss) / (count - 1) for loss in losses])
 
     def refreshes(self, loss: float, initial_loss: float) -> bool:
-        """Whether the steps behind one with these losses are compared with new initial masks.
-
-        Not with that step itself: a baseline that the draw decides would bias its update. Where the loss under the
-        initial masks is not above 0, half of it is no less, and they stay.
-        """
+        """True where the steps behind one with these losses are compared with new initial masks."""
+        # not that step itself: a baseline that the draw decides would bias its update; and half of what is not above 0
+        # is no less
         return self.refresh and initial_loss > 0.0 and -math.inf < loss <= initial_loss / 2
 
     def _normalized(self, advantages: list[float]) -> list[float]:

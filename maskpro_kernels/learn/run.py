@@ -165,7 +165,7 @@ class Journal:
                 self._failed = True
                 raise
         except BaseException:
-            # an interrupt too: a record counts once it is known to be on disk
+            # an interrupt too: a record counts once it is on disk for certain
             try:
                 os.ftruncate(self._file.fileno(), self._end)
             except OSError:

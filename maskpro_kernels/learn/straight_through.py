@@ -31,7 +31,7 @@ from .step import Step, StepResult
 
 
 class StraightThrough(Estimator):
-    """Straight-through learning: the gradient of the masked weights tells each logit where to go.
+    """Straight-through learning: each logit moves by the gradient of the masked weights.
 
     A mask is drawn, and backward gives the slope of the loss in it (``straight_through_gradient``). Every logit moves
     by -lr * slope / rms(slope), by at most ``max_update``; rms is the root mean square over the layer, a running one of
@@ -53,7 +53,7 @@ class StraightThrough(Estimator):
             weights may be dropped, because the slope is a local estimate and underestimates what that costs.
         decay: share of the running mean square that a step leaves, in [0, 1); and of the squares of Fisher passes.
         fisher_every: steps from a Fisher pass to the next, the first being at the first step, and at those behind it
-            until one has given squares. A ``loss_fn`` has them whose gradient does not tell its curvature: it has a
+            until one has given squares. A ``loss_fn`` has them whose gradient does not give its curvature: it has a
             method ``fisher_loss(model, batch, seed)``, see ``FisherSquares`` and ``DistillationLoss``. A layer that no
             pass has reached goes by its own gradient.
         train_weights: learning rate of the kept weights, falling as ``lr`` does; None: weights stay as they are.
@@ -133,10 +133,10 @@ class StraightThrough(Estimator):
             learner.restore()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What Fisher passes have found; and of weights that learn themselves, their moments, and a count of steps."""
+        """The squares of Fisher passes; and of weights that learn themselves, their moments, and a count of steps."""
         learners = self._learners.items()
-        found = {f"{kind}/{name}": tensor for name, of in learners for kind, tensor in of.tensors().items()}
-        return found | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
+        tensors = {f"{kind}/{name}": tensor for name, of in learners for kind, tensor in of.tensors().items()}
+        return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
 
     def step(self, step: Step) -> StepResult:
         """Move the logits by their slopes, in the last backward, which a loss that is not finite does not reach.
@@ -161,12 +161,12 @@ class StraightThrough(Estimator):
         return StepResult(value, bad_layers=tuple(bad_layers))
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
-        """Of the layers, by what is known and by the Fisher pass of this step where it is to have one."""
+        """Of the layers, those so far, and of the Fisher pass of this step where it is to have one."""
         if not hasattr(step.loss_fn, "fisher_loss"):
             return {}
-        known = self._fisher.known()
+        current = self._fisher.current()
         # a step whose loss is not finite takes no pass, and the next due one may be far
-        return known if known and step.index % self.fisher_every else self._fisher.after_pass(step)
+        return current if current and step.index % self.fisher_every else self._fisher.after_pass(step)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -183,7 +183,7 @@ class StraightThrough(Estimator):
             step: index of the step, from 0.
             ranks: over which slopes are summed.
             batches: how many passes this rank makes; others make as many.
-            fisher: of layers whose curvature it tells, see ``FisherSquares``.
+            fisher: squares of layers whose curvature these give, see ``FisherSquares``.
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
@@ -233,34 +233,34 @@ class FisherSquares:
         self.passes = dict.fromkeys(layers, 0)
         self._warned = False
 
-    def known(self) -> dict[str, Tensor]:
+    def current(self) -> dict[str, Tensor]:
         """The squares of layers that have had a pass."""
         return {name: square for name, square in self.squares.items() if self.passes[name]}
 
     def after_pass(self, step: Step) -> dict[str, Tensor]:
-        """What ``known`` becomes by a Fisher pass over the batches of a step, within its ``drawing``; nothing changes.
+        """The ``current`` ones behind a Fisher pass over the batches of a step, within its ``drawing``; nothing moves.
 
         All ranks get the same. Layers that the pass does not reach, or in which a square is not finite, are as before;
         of the latter rank 0 warns once.
         """
-        found = {name: torch.zeros_like(square) for name, square in self.squares.items()}
+        totals = {name: torch.zeros_like(square) for name, square in self.squares.items()}
         reached = dict.fromkeys(self.layers, 0.0)
         for _, place in step.own:
             weight = float(step.weights[place])
             for name, square in self._squares_of(step, place).items():
-                found[name] += weight * square
+                totals[name] += weight * square
                 reached[name] += weight
         # one transfer, and one collective on several ranks
-        device = next(iter(found.values())).device
+        device = next(iter(totals.values())).device
         shares = torch.tensor(list(reached.values()), dtype=torch.float32, device=device)
-        flat = torch.cat([*(square.to(device) for square in found.values()), shares])
+        flat = torch.cat([*(square.to(device) for square in totals.values()), shares])
         step.ranks.sum_(flat)
-        *parts, shares = flat.split([*(len(square) for square in found.values()), len(shares)])
+        *parts, shares = flat.split([*(len(square) for square in totals.values()), len(shares)])
         finite = torch.stack([part.isfinite().all() for part in parts])
-        after, bad = self.known(), []
+        after, bad = self.current(), []
         # again one transfer
         usable, came = torch.stack([finite & (shares > 0), shares > 0]).tolist()
-        for name, part, share, is_usable, has_come in zip(found, parts, shares, usable, came, strict=True):
+        for name, part, share, is_usable, has_come in zip(totals, parts, shares, usable, came, strict=True):
             if is_usable:
                 own = self.squares[name]
                 after[name] = own.lerp((part / share).to(own.device), max(1.0 - self.decay, 1.0 / self._next(name)))
@@ -274,7 +274,7 @@ class FisherSquares:
         if not self._warned:
             warnings.warn(
                 f"fisher_loss of step {step}: expected finite squares of gradients, got others in {bad}; these layers "
-                "go by earlier passes, or by their own gradient where there was none. This is told once",
+                "go by earlier passes, or by their own gradient where there was none. This is the only warning",
                 stacklevel=2,
             )
         self._warned = True
@@ -313,18 +313,14 @@ class FisherSquares:
 
 def _seed_of(step: Step, place: int) -> int:
     """Of the labels of a batch: another one for each step and batch of a run."""
-    told = f"fisher labels {step.seed} {step.index} {place}".encode()
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") >> 1
+    text = f"fisher labels {step.seed} {step.index} {place}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 class _Collector:
-    """A ``logits_backward`` that sums up the squares of a layer's output gradients, by its uses in a pass.
+    """A ``logits_backward`` that sums up the squares of a layer's output gradients, by its uses in a pass."""
 
-    Attributes:
-        moves_logits: true, for what it keeps is of one pass, and of no compiled graph; see ``MaskedLinear``.
-        takes_shards: true, for it needs neither dense weight nor mask, see ``RowShard``.
-    """
-
+    # true: what it keeps is of one pass, and of no compiled graph
     moves_logits = takes_shards = True
 
     def __init__(self):

@@ -84,7 +84,7 @@ class MaskTrainer:
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite, or with ``Reinforce`` all too far
-            apart for a draw to change a mask. The model is then as it was. Of rows that ranks share ``begin`` tells it.
+            apart for a draw to change a mask. The model is then as it was. Of shared rows ``begin`` raises it.
 
     Warns:
         UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask.
