@@ -269,8 +269,9 @@ def test_weights_are_masked_as_words_of_several(m, dtype):
         expected = drawn(reference, logits, m // 2, m, weight)
         result = drawn(kernels, logits, m // 2, m, weight)
         assert_same_bits(result.view(integers), expected.view(integers))
-        expected = reference.top_n_masked_weight(weight, logits, n=m // 2, m=m)
-        result = kernels.top_n_masked_weight(weight, logits, n=m // 2, m=m)
+        codes = reference.top_n_mask(logits, n=m // 2, m=m)
+        expected = reference.code_masked_weight(weight, codes, n=m // 2, m=m)
+        result = kernels.code_masked_weight(weight, codes, n=m // 2, m=m)
         assert_same_bits(result.view(integers), expected.view(integers))
 
 

@@ -176,10 +176,6 @@ def _top_n_mask(scores, *, n):
     return reference.group_top_n_mask(scores.float(), n=n)
 
 
-def _top_n_masked_weight(scores, words, *, n):
-    return _mask_words(words, reference.top_n(reference.columns(scores.float()), n))
-
-
 def _code_masked_weight(codes, words, *, m):
     return _mask_words(words, reference.decode(codes, m))
 
@@ -206,13 +202,6 @@ def top_n_mask(scores, *, n, m):
     codes = torch.empty(scores.shape[0], scores.shape[1] // m, dtype=code_dtype(m))
     run(_top_n_mask, [scores.view(-1, m)], out=codes.view(-1), n=n)
     return codes
-
-
-def top_n_masked_weight(weight, scores, *, n, m):
-    """``reference.top_n_masked_weight``."""
-    out = torch.empty_like(weight)
-    run(_top_n_masked_weight, [scores.view(-1, m), _weight_words(weight, m)], out=_weight_words(out, m), n=n)
-    return out
 
 
 def code_masked_weight(weight, codes, *, n, m):

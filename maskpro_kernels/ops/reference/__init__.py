@@ -27,7 +27,6 @@ from .gumbel_top_k import (
     scaled,
     top_n,
     top_n_mask,
-    top_n_masked_weight,
 )
 from .plackett_luce import (
     EXACT_SCORE_MAX_N,

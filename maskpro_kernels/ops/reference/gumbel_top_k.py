@@ -78,10 +78,6 @@ def group_top_n_mask(scores, *, n):
     return encode(top_n(columns(scores), n), code_dtype(scores.shape[-1]))
 
 
-def group_top_n_masked_weight(weight, scores, *, n):
-    return masked(weight, top_n(columns(scores), n))
-
-
 def group_code_masked_weight(weight, codes):
     return masked(weight, decode(codes, weight.shape[-1]))
 
@@ -103,11 +99,6 @@ def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
 def top_n_mask(scores, *, n, m):
     """Group codes [rows, K / M] of the N largest scores, ties to the lower index."""
     return group_top_n_mask(grouped(scores, m), n=n)
-
-
-def top_n_masked_weight(weight, scores, *, n, m):
-    """The weight [rows, K] where its score is among the N largest of its group, exact zeros elsewhere."""
-    return group_top_n_masked_weight(grouped(weight, m), grouped(scores, m), n=n).view(weight.shape)
 
 
 def code_masked_weight(weight, codes, *, n, m):
