@@ -1,0 +1,121 @@
+"""What users get wrong on the command line: one line that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from helpers.command import SIZES, refuses
+from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+SOURCES = "--data text.txt --device cpu"
+LEARN = f"learn --model model --output out --dtype float32 --estimator reinforce --init wanda {SIZES} {SOURCES}"
+
+
+def write(path, content):
+    """What writes a file below a folder."""
+    return lambda folder: (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def with_infinite_head(folder):
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(folder / "nan")
+    tiny_tokenizer().save_pretrained(folder / "nan")
+
+
+# by name: the command, what is done to the folder before, parts of the line
+CASES = {
+    "no command": ("", None, ["command: expected one of learn, eval, export, import, speed, got 'none'"]),
+    "unknown command": ("train", None, ["command: expected one of learn", "got 'train'"]),
+    "unknown option": (f"{LEARN} --step 3", None, ["unrecognized arguments: --step 3", "`maskpro learn --help`"]),
+    "no whole number": (f"{LEARN} --steps many", None, ["argument --steps: invalid int value: 'many'"]),
+    "no number": (f"{LEARN} --lr fast", None, ["argument --lr: invalid float value: 'fast'"]),
+    "unknown dtype": (f"{LEARN} --dtype int8", None, ["argument --dtype: invalid choice: 'int8'"]),
+    "missing argument": ("export run", None, ["the following arguments are required: OUTPUT"]),
+    "no model": (f"learn --output out {SOURCES}", None, ["model: expected --model, or --resume alone, got none"]),
+    "no output": ("learn --model model", None, ["output: expected --output"]),
+    "pattern the wrong way round": (f"{LEARN} --pattern 4:2", None, ["1 <= N < M, got 4:2"]),
+    "pattern in words": (f"{LEARN} --pattern two", None, ["pattern: expected"]),
+    "no steps": (f"{LEARN} --steps 0", None, ["steps: expected at least 1, got 0"]),
+    "a window of one token": (f"{LEARN} --seq-len 1", None, ["seq_len: expected at least 2, got 1"]),
+    "seed below 0": (f"{LEARN} --seed -1", None, ["seed: expected at least 0, got -1"]),
+    "seed of 64 bits": (f"{LEARN} --seed {1 << 63}", None, ["seed: expected an int below 2**63"]),
+    "gap out of reach": (f"{LEARN} --gap 27", None, ["gap: expected at most 26, as far as noise reaches, got 27"]),
+    "gap that is no number": (f"{LEARN} --gap nan", None, ["gap: expected"]),
+    "learning rate below 0": (f"{LEARN} --lr -1", None, ["lr: expected", "-1"]),
+    "weights that learn without gradients": (
+        f"{LEARN} --train-weights 0.1",
+        None,
+        ["train_weights: expected none with --estimator reinforce"],
+    ),
+    "unknown initial mask": (f"{LEARN} --init randm", None, ["init: expected one of magnitude, wanda", "got 'randm'"]),
+    "an initial mask that is a text": (f"{LEARN} --init text.txt", None, ["expected a mask file", "text.txt"]),
+    "no such device": (f"{LEARN} --device abacus", None, ["device: expected one of cpu", "got 'abacus'"]),
+    "no such GPU": (f"{LEARN} --device cuda:99", None, ["device: expected one of cpu", "got 'cuda:99'"]),
+    "no such model": (
+        LEARN.replace("--model model", "--model /none/at/all"),
+        None,
+        ["model: expected 'smollm2-135m', a folder or a hub id, got '/none/at/all'"],
+    ),
+    "a model that is a file": (
+        LEARN.replace("--model model", "--model text.txt"),
+        None,
+        ["model: expected a folder, got the file 'text.txt'"],
+    ),
+    "a damaged model": (
+        LEARN,
+        write("model/model.safetensors", b"no tensors"),
+        ["model: expected a causal language model and its tokenizer, got 'model'"],
+    ),
+    "a model without a finite loss": (
+        LEARN.replace("--model model", "--model nan") + " --data self",
+        with_infinite_head,
+        ["model: expected finite logits"],
+    ),
+    "no such text": (f"{LEARN} --data none.txt", None, ["data: expected", "'none.txt'"]),
+    "an empty text": (f"{LEARN} --data empty.txt", write("empty.txt", ""), ["data: expected", "'empty.txt'"]),
+    "a text of another encoding": (f"{LEARN} --data b.txt", write("b.txt", b"\xff\xfe\n\n"), ["data: expected UTF-8"]),
+    "a text twice": (f"{LEARN} --data text.txt,text.txt", None, ["data: expected each source once"]),
+    "a share of nothing": (f"{LEARN} --data text.txt:0,self:1", None, ["data: expected a positive share"]),
+    "a text that is too short": (f"{LEARN} --seq-len 9999", None, ["data: expected at least 9999 tokens"]),
+    "a batch that is too large": (f"{LEARN} --batch-size 9999", None, ["batch_size: expected at most", "longer text"]),
+    "more texts than windows": (f"{LEARN} --data text.txt,pydoc --eval-windows 1", None, ["eval_windows: expected"]),
+    "an output that is not empty": (f"{LEARN} --output model", None, ["output: expected a new or empty folder"]),
+    "values of a dense checkpoint": (
+        "export run out --values int8",
+        None,
+        ["values: expected none without --to packed"],
+    ),
+    "no run": ("export model out", None, ["run: expected a folder written by `maskpro learn`, got 'model'"]),
+    "import of nothing": ("import model", None, ["output: expected --output"]),
+    "masks without a model": ("import text.txt --output out", None, ["model: expected the model that the masks in"]),
+    "import of no zeros": ("import model --output out", None, ["pattern: "]),
+    "masks that are none": ("import text.txt --model model --output out", None, ["text.txt"]),
+}
+
+
+@pytest.fixture
+def folder(inputs, tmp_path, monkeypatch):
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_in_a_line(name, folder, capsys):
+    command, damage, messages = CASES[name]
+    if damage is not None:
+        damage(folder)
+    if name == "a model without a finite loss":
+        # behind what the model is asked to write first
+        from maskpro_kernels.cli import main
+
+        assert main.main(command.split()) == 2
+        assert messages[0] in capsys.readouterr().err.splitlines()[-1]
+    else:
+        refuses(capsys, folder, command.split(), *messages)

@@ -1,0 +1,96 @@
+"""The command around its parts: help, versions, signals, and who reads what it prints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.children import environment
+from helpers.command import learn
+from helpers.source_tree import imports, modules_of
+
+import maskpro_kernels
+from maskpro_kernels.cli import learn as learning
+from maskpro_kernels.cli import main
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def test_versions_and_commands_are_printed(capsys):
+    assert main.main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in lines and lines[0].startswith("python 3.")
+    assert main.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: maskpro") and all(f"  {name} " in printed for name in main.COMMANDS)
+
+
+def test_an_interrupt_before_the_first_step_is_a_line(inputs, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning, "_evaluate_initial_masks", interrupted)
+    assert main.main(learn(inputs, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "maskpro: interrupted"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("weights"), "expected an entry 'weights' in a file, got none"),
+        (MemoryError("too large"), "MemoryError: too large"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (OverflowError("too\nlarge"), "too large"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory; take smaller windows or batches"),
+    ],
+)
+def test_an_error_is_one_line(inputs, tmp_path, capsys, monkeypatch, error, told):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(learning, "_load_texts", failing)
+    assert main.main(learn(inputs, tmp_path / "out")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"maskpro: error: {told}")
+
+
+def test_a_fault_of_the_package_is_no_line(inputs, tmp_path, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(learning, "_load_texts", failing)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main.main(learn(inputs, tmp_path / "out"))
+
+
+def test_warnings_and_what_the_package_logs_are_lines(capsys):
+    import logging
+
+    with main.printed_log():
+        logging.getLogger("maskpro_kernels.ops").info("compiling")
+    assert capsys.readouterr().err == "compiling\n"
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "maskpro_kernels", "--version"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment())
+    os.close(writing)
+    assert ended.returncode == 141 and ended.stderr == b""
+
+
+def test_learning_needs_few_files_of_the_package():
+    """Directly or not, and imports inside functions count."""
+    modules, name = modules_of(Path(maskpro_kernels.__file__).parent), "maskpro_kernels.cli.learn"
+    reached, left = set(), [name]
+    while left:
+        module = left.pop()
+        if module not in reached:
+            reached.add(module)
+            left += imports(module, modules) & modules.keys()
+    assert len(reached - {name}) <= 80
