@@ -3,7 +3,6 @@
 Fenced blocks run document by document, from the first block to the last, in a folder of the document's own:
 
 - Python blocks share one namespace. ``TINY_IN_PYTHON`` makes models, texts and numbers of steps in them small.
-- ``json`` blocks with a base are the file of a sweep, made small.
 - ``maskpro`` lines of ``sh`` blocks run in this process. Models and texts become the tiny ones; sizes and steps become
   the small ones of ``SMALL``, appended, so that the line's own are parsed as well. A folder that ``--output`` names
   is removed first. One that ``--resume`` names becomes a run that was interrupted after its first step.
@@ -35,7 +34,6 @@ from helpers.cases import cases
 from helpers.pictures import leave_blank
 from helpers.routes import route_to_the_eager_reference
 from helpers.rows import texts, write_jsonl
-from helpers.sweeps import write_small_sweep
 from helpers.tiny_llama import tiny_text, write_inputs
 
 import maskpro_kernels
@@ -219,8 +217,6 @@ def run_block(block: Block, names: dict, document: Path) -> None:
         for large, tiny in TINY_IN_PYTHON.items():
             code = code.replace(large, tiny)
         exec(compile(code, document.name, "exec"), names)
-    elif block.language == "json" and '"base"' in block.code:
-        write_small_sweep(Path("ablation.json"), block.code, SMALL["learn"].split())
     elif block.language == "sh":
         for words in lines_of(block.code):
             if words[0] == "maskpro":
@@ -379,8 +375,8 @@ def test_contributing_lists_every_folder_of_the_package():
         assert any(row.rstrip("/") == name or row.startswith(f"{name}/") for row in listed), name
 
 
-def test_every_document_is_linked_from_readme_and_index():
-    for page in (README, ROOT / "docs" / "index.md"):
+def test_every_document_is_linked_from_the_index():
+    for page in (ROOT / "docs" / "index.md",):
         linked = {
             (page.parent / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)]+)\)", text_of(page))
         }
@@ -394,7 +390,7 @@ def test_no_figure_is_missing(document):
 
 
 def test_readme_is_short():
-    assert len(text_of(README).splitlines()) <= 150
+    assert len(text_of(README).splitlines()) <= 130
 
 
 def test_the_picture_is_what_its_script_draws():
@@ -428,32 +424,27 @@ def signature_of(what) -> str:
 
 
 def entries_of_the_api() -> dict[str, str]:
-    """What stands below the heading of each name."""
-    parts = re.split(r"^###? (.*)$", text_of(API), flags=re.MULTILINE)
-    return {title: body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True) if title.isidentifier()}
+    """The signature, or the fields, that each name is listed with; those of methods as ``Class.method``."""
+    entries = re.findall(r"^ *- `([\w.]+)(\(.*?\))?`(?: with ([^:]*))?:", text_of(API), re.MULTILINE | re.DOTALL)
+    return {name: " ".join((signature or fields).split()) for name, signature, fields in entries}
 
 
 def test_api_lists_exactly_the_public_names():
-    names = [
-        title
-        for title in entries_of_the_api()
-        if title not in ("Conventions", "Masks", "Products", "Models", "Learning")
-    ]
-    assert sorted(names) == sorted(maskpro_kernels.__all__)
+    assert sorted(name for name in entries_of_the_api() if "." not in name) == sorted(maskpro_kernels.__all__)
 
 
 @pytest.mark.parametrize("name", maskpro_kernels.__all__)
 def test_api_shows_the_signatures(name):
-    body, what = entries_of_the_api()[name], getattr(maskpro_kernels, name)
-    first = body.splitlines()[0]
-    if first.startswith("Fields: "):
-        assert first == "Fields: " + ", ".join(f"`{field.name}`" for field in dataclasses.fields(what))
+    entries, what = entries_of_the_api(), getattr(maskpro_kernels, name)
+    if entries[name].startswith("("):
+        assert entries[name] == signature_of(what)
     else:
-        assert first == f"`{name}{signature_of(what)}`"
-    for method, arguments in re.findall(rf"^- `{name}\.(\w+)(\(.*?\))`:", body, re.MULTILINE):
-        attribute = inspect.getattr_static(what, method)
-        unbound = attribute.__func__ if isinstance(attribute, classmethod) else attribute
-        assert signature_of(unbound.__get__(what)) == arguments, f"{name}.{method}"
+        assert entries[name] == ", ".join(f"`{field.name}`" for field in dataclasses.fields(what))
+    for method, arguments in entries.items():
+        if method.startswith(f"{name}."):
+            attribute = inspect.getattr_static(what, method.removeprefix(f"{name}."))
+            unbound = attribute.__func__ if isinstance(attribute, classmethod) else attribute
+            assert signature_of(unbound.__get__(what)) == arguments, method
 
 
 def test_modules_outside_of_the_namespace_hold_what_api_says():
