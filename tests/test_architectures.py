@@ -103,7 +103,7 @@ def test_shares_of_default_configurations(name, kind):
     layers, skipped = select_layers(model, pattern)
     packed = {name: {"pattern": "2:4", "values": "keep"} for name in layers if not name.endswith(".dt_proj")}
     put_empty_layers(model, packed, torch.float32)
-    assert round(100 * coverage(model, skipped).share, 1) == DEFAULTS[name, kind]
+    assert round(100 * coverage(model, skipped)[0], 1) == DEFAULTS[name, kind]
 
 
 def stored(model: nn.Module, folder) -> list[nn.Module]:

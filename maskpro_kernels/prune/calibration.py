@@ -2,6 +2,10 @@
 
 Where the output of one block is the input of the next, as in language models, calls of one block are made without the
 rest of the model, so that only one block's inputs are held.
+
+Of layers that fully_shard has cut, all ranks run the same batches. Of one layer at a time they gather the dense weight,
+and each works on a share of its rows. A cut model runs with the weights that it holds: while a block is worked on, its
+weights are overwritten by masked ones, and put back behind it.
 """
 
 from __future__ import annotations
@@ -9,17 +13,19 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import gathers_within, resetting
+from ..fsdp import gathers_within, is_distributed, like_shards, local, part_of, resetting, resharded, whole
 from ..functional.linear import codes_linear
+from ..functional.masks import expand_mask
 from ..modules import evaluating
 from ..pattern import NMPattern
+from ..ranks import Ranks
 from ..unfuse import expert_groups
 
 # How much memory the Gram matrices of a mixture's experts may take together: each further part is a forward pass more
@@ -81,13 +87,7 @@ def watching_inputs(hooks: Iterable[tuple[nn.Module, Callable[[Tensor], None]]])
 def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Iterable) -> dict[str, Tensor]:
     """Sum of squares of every input column of every layer over the calibration batches, float32 [K] by name.
 
-    Batches are taken one at a time. Of an expert that none of their tokens is routed to, ones.
-
-    Warns:
-        UserWarning: if there are such experts.
-
-    Raises:
-        TypeError, ValueError: ``calibration`` is no iterable of batches or holds none, or a layer sees none of them.
+    Batches are taken one at a time. Of an expert that none of their tokens is routed to, ones, with a warning.
     """
     sums: dict[str, Tensor] = {}
 
@@ -114,16 +114,9 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
 def gram_matrices(
     module: nn.Module, calls: Iterable[Call], layers: Sequence[nn.Module], stop: bool = False
 ) -> list[Tensor | None]:
-    """X^T X of the inputs X of each layer over all calls of a module.
+    """X^T X, float32 [K, K], of the inputs X of each layer over all calls of a module; None of one that saw no input.
 
-    Args:
-        module: holds the layers.
-        calls: of the module.
-        layers: whose inputs are taken.
-        stop: end a forward pass at the first input of a layer.
-
-    Returns:
-        float32 [K, K] by layer; None of a layer that saw no input.
+    ``stop``: end a forward pass at the first input of a layer.
     """
     grams: list[Tensor | None] = [None] * len(layers)
 
@@ -143,10 +136,8 @@ def gram_matrices(
 
 
 def _check_all_reached(model: nn.Module, unseen: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if a layer that is of no expert saw no input."""
     experts = expert_groups(model)
-    names = [name for name, layer in unseen.items() if layer not in experts]
-    if names:
+    if names := [name for name, layer in unseen.items() if layer not in experts]:
         raise ValueError(f"calibration: expected batches that reach every layer, {names} saw no input")
 
 
@@ -162,13 +153,10 @@ def _warn_of_experts(names: Sequence[str], result: str, stacklevel: int) -> None
 class LayerMasks:
     """Masks and refitted weights of whole layers as they are found, and the model that runs under those so far.
 
-    Args:
-        layers: nn.Linear or alike, by name, with their dense weights.
-        codes: group codes [out, K / M] to start from, by the same names.
-        patterns: of the codes.
-
     Attributes:
-        codes: by name, those there are so far.
+        layers: nn.Linear or alike, by name, with their dense weights.
+        codes: group codes [out, K / M] by name, those there are so far.
+        patterns: of the codes.
         weights: refitted ones [out, K] by name, as tensors of their own.
         may_stop: a forward pass may end inside of a block.
     """
@@ -181,7 +169,7 @@ class LayerMasks:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """With layers that multiply under the masks, and with the refitted weights, that there are then."""
+        """With layers that multiply under the masks, and with the refitted weights, that there are so far."""
 
         def forward(name: str, layer: nn.Module, input: Tensor) -> Tensor:
             # in place of a forward to which a hook might have brought its input
@@ -224,6 +212,94 @@ class LayerMasks:
             self.weights[name] = weight
 
 
+class ShardedMasks(LayerMasks):
+    """Masks of layers that ranks share: codes and weights of what this rank has. All ranks come to each call."""
+
+    def __init__(self, model: nn.Module, layers, codes, patterns):
+        super().__init__(layers, codes, patterns)
+        self._model = model
+        # FSDP2 frees what it has gathered where a block ends
+        self.may_stop = not resharded(model)
+        self._ranks = Ranks()
+        # of the block that is worked on, dense
+        self._dense: dict[str, Tensor] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """With weights of which those of one block are masked; they are dense again behind it."""
+        with closing(self._ranks):
+            self._ranks.connect()
+            try:
+                with resetting(self._model):
+                    yield
+            finally:
+                self._leave_block()
+
+    def enter_block(self, block: nn.Module) -> None:
+        self._leave_block()
+        inside = set(block.modules())
+        for name, layer in self.layers.items():
+            if layer in inside:
+                self._dense[name] = local(layer.weight.detach()).clone()
+                self._mask(name)
+
+    def dense(self, name: str) -> Tensor:
+        resharded(self._model)
+        return whole(like_shards(self._dense[name], self.layers[name].weight))
+
+    def whole_codes(self, name: str) -> Tensor:
+        resharded(self._model)
+        return whole(like_shards(self.codes[name], self.layers[name].weight, self.patterns[name].m))
+
+    def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
+        """As by one process; each rank works on a share of the rows, whatever its own part of the layer."""
+        out, world = len(tensors[0]), self._ranks.world
+        if out < world:
+            return self._ranks.all_of(lambda: function(*tensors))
+        sizes = [out // world + (rank < out % world) for rank in range(world)]
+        own = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors]
+
+        def joined(rows: Tensor) -> Tensor:
+            # as bytes: not every backend gathers every dtype
+            flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
+            padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
+            parts = self._ranks.gather_vectors(padded.flatten()).view(world, *padded.shape)
+            every = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+            return every.view(rows.dtype).view(-1, *rows.shape[1:])
+
+        return [joined(rows) for rows in self._ranks.all_of(lambda: function(*own))]
+
+    def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
+        resharded(self._model)
+        like = self.layers[name].weight
+        self.codes[name] = part_of(codes, like, self.patterns[name].m).clone()
+        if weight is not None:
+            self.weights[name] = part_of(weight, like).clone()
+        self._mask(name)
+
+    @torch.no_grad()
+    def _mask(self, name: str) -> None:
+        weight = self.weights.get(name, self._dense[name])
+        kept = expand_mask(self.codes[name], self.patterns[name])
+        local(self.layers[name].weight).copy_(torch.where(kept, weight, 0.0))
+
+    @torch.no_grad()
+    def _leave_block(self) -> None:
+        resharded(self._model)
+        for name, dense in self._dense.items():
+            local(self.layers[name].weight).copy_(dense)
+        self._dense.clear()
+
+
+def masks_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor], patterns: Mapping[str, NMPattern]
+) -> LayerMasks:
+    """Masks of whole layers, or of layers that ranks share, whose codes are those of this rank."""
+    if any(is_distributed(layer.weight) for layer in layers.values()):
+        return ShardedMasks(model, layers, codes, patterns)
+    return LayerMasks(layers, codes, patterns)
+
+
 def layer_by_layer(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -241,11 +317,8 @@ def layer_by_layer(
     Args:
         masks: under which the model runs.
         visit: takes names of layers with the same input, and its Gram matrix on their device; yields after each layer.
-        unvisited: what becomes of experts that no token has reached, of which it warns.
+        unvisited: for the warning, what becomes of experts that no token has reached. Their names are returned.
         progress: called with how many layers are done, and of how many, before the first and after each.
-
-    Returns:
-        names of the experts that no token has reached.
     """
     report, visited = progress or (lambda done, total: None), []
     report(0, len(layers))
@@ -301,11 +374,9 @@ def calls_by_block(
 def _record_chain(
     model: nn.Module, chain: list[nn.Module], calls: list[Call]
 ) -> tuple[list[Tensor], list[list[Call]]] | None:
-    """Run the model and record what its blocks are given.
+    """(inputs of the first block, one a batch; by block the other arguments that it is given, one a batch).
 
-    Returns:
-        (inputs of the first block, one a batch; by block the other arguments that it is given, one a batch), or None
-        if the output of some block is not the input of the next one.
+    None if the output of some block is not the input of the next one.
     """
     hidden: list[Tensor] = []
     others: list[list[Call]] = [[] for _ in chain]
@@ -344,7 +415,6 @@ def _record_chain(
 
 
 def _hidden_state(output):
-    """The hidden state among what a block returns."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
@@ -361,15 +431,9 @@ class Stage(NamedTuple):
 
 
 def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, nn.Module]) -> list[Stage]:
-    """Layers of a module in the order in which they run.
+    """Those of the layers that a module holds, in the order in which they run.
 
-    Args:
-        module: holds some of the layers.
-        calls: of the module.
-        layers: by name. An expert that no token is routed to stands in no stage.
-
-    Raises:
-        ValueError: if another layer of ``module`` is not reached.
+    An expert that no token is routed to stands in no stage; ValueError if another layer is not reached.
     """
     inside = set(module.modules())
     waiting = {name: layer for name, layer in layers.items() if layer in inside}

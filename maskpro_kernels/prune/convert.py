@@ -137,80 +137,65 @@ def convert(
             raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it ahead of fully_shard")
         find = _masks_of_shards if shards else refitted_masks
         masks = find(layers, pattern, init, refit, model, calibration, progress, seed)
-        how = {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
-        replace_layers(model, _masked_linears(model, layers, masks.codes, masks.weights, pattern, **how))
+        replacements = _masked_linears(model, layers, masks.codes, pattern, gap, logits_dtype, device)
+        put_weights({name: replacements[id(layers[name])] for name in masks.weights}, masks.weights)
+        replace_layers(model, replacements)
     skipped = reasons_by_name(model, skipped | left_out)
-    found = coverage(model, skipped)
-    if targets is None and found.share < MOST_OF_A_MODEL:
-        largest, reason = next(iter(found.unmasked.items()))
+    share, unmasked = coverage(model, skipped)
+    if targets is None and share < MOST_OF_A_MODEL:
+        largest, reason = next(iter(unmasked.items()))
         warnings.warn(
-            f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
-            f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
+            f"model: {share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
+            f"{len(unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
             stacklevel=2,
         )
-    return Conversion(list(layers), skipped, gap, found.share, found.unmasked)
+    return Conversion(list(layers), skipped, gap, share, unmasked)
 
 
 def _masked_linears(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     codes: dict[str, Tensor],
-    weights: Mapping[str, Tensor],
     pattern: NMPattern,
-    **how,
+    gap: float,
+    dtype: torch.dtype,
+    device: torch.device | None,
 ) -> dict[int, MaskedLinear]:
-    """The replacements by id of the layers; empties ``codes``.
-
-    Args:
-        weights: those that were refitted, by name.
-        how: goes to ``MaskedLinear.from_linear``.
-    """
+    """The replacements by id of the layers, with logits in ``dtype`` on ``device``; empties ``codes``."""
     # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
     earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
     states = {layer.weight.device: layer.counter_state for layer in earlier}
     first_id = max((layer.layer + 1 for layer in earlier), default=0)
     replacements = {}
     for layer_id, (name, layer) in enumerate(layers.items(), start=first_id):
-        device = layer.weight.device
-        if device not in states:
-            states[device] = CounterState(device=device)
-        of_layer = {"layer": layer_id, "counter_state": states[device], "gap": how["gap"]}
+        place = layer.weight.device
+        if place not in states:
+            states[place] = CounterState(device=place)
+        own, counter = codes.pop(name), {"layer": layer_id, "counter_state": states[place]}
         if is_distributed(layer.weight):
-            dtype = how["logits_dtype"]
-            masked = _masked_linear_of_shards(layer, pattern, codes.pop(name), logits_dtype=dtype, **of_layer)
+            logits = initial_logits(own, pattern, gap, dtype)
+            replacements[id(layer)] = _masked_linear_of_shards(layer, pattern, logits, **counter)
         else:
-            masked = MaskedLinear.from_linear(layer, pattern, codes.pop(name), **of_layer | how)
-        replacements[id(layer)] = masked
-    put_weights({name: replacements[id(layers[name])] for name in weights}, weights)
+            logits = {"gap": gap, "logits_dtype": dtype, "logits_device": device}
+            replacements[id(layer)] = MaskedLinear.from_linear(layer, pattern, own, **counter | logits)
     return replacements
 
 
 def _masked_linear_of_shards(
-    linear: nn.Linear,
-    pattern: NMPattern,
-    codes: Tensor,
-    *,
-    gap: float,
-    logits_dtype: torch.dtype,
-    layer: int,
-    counter_state: CounterState,
+    linear: nn.Linear, pattern: NMPattern, logits: Tensor, layer: int, counter_state: CounterState
 ) -> MaskedLinear:
-    """A MaskedLinear with the shards of a layer's weight and bias, frozen, and logits on the same mesh.
+    """A MaskedLinear with the shards of a layer's weight and bias, frozen, and this rank's logits on the same mesh.
 
     FSDP2 knows nothing of the logits. ``masked_layers`` leads what it gathers to the new layer.
-
-    Args:
-        codes: group codes [rows, columns / M] of this rank.
-        The others: as for ``MaskedLinear.from_linear``.
     """
-    weight, bias, device = linear.weight, linear.bias, linear.weight.device
+    weight, bias = linear.weight, linear.bias
     empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") if x is not None else None for x in (weight, bias))
-    logits = torch.empty(weight.shape, dtype=logits_dtype, device="meta")
-    masked = MaskedLinear(*empty, logits, pattern, layer=layer, counter_state=counter_state)
+    every = torch.empty(weight.shape, dtype=logits.dtype, device="meta")
+    masked = MaskedLinear(*empty, every, pattern, layer=layer, counter_state=counter_state)
     # the very parameters: FSDP2 knows them by these objects
     masked.weight, masked.bias = weight.requires_grad_(False), None if bias is None else bias.requires_grad_(False)
-    masked.logits = nn.Parameter(like_shards(initial_logits(codes, pattern, gap, logits_dtype), weight))
-    masked.layer_id = torch.empty((), dtype=torch.int64, device=device)
+    masked.logits = nn.Parameter(like_shards(logits, weight))
+    masked.layer_id = torch.empty((), dtype=torch.int64, device=weight.device)
     masked.layer = layer
     return masked.train(linear.training)
 
@@ -232,16 +217,9 @@ def _agreed_calibration(calibration: Iterable | None) -> list | None:
 
 
 def _masks_of_shards(
-    layers: Mapping[str, nn.Linear],
-    pattern: NMPattern,
-    init: Init,
-    refit: str,
-    model: nn.Module,
-    calibration: Iterable | None,
-    progress: Progress | None,
-    seed: int,
+    layers: Mapping[str, nn.Linear], pattern: NMPattern, init: Init, refit: str, *others
 ) -> Reconstruction:
-    """``refitted_masks`` of what this rank has, once all ranks were given the same."""
+    """``refitted_masks`` of what this rank has, once all ranks were given the same; ``others`` end with the seed."""
 
     def described() -> str:
         if isinstance(init, Mapping):
@@ -255,10 +233,10 @@ def _masks_of_shards(
 
     with closing(Ranks()) as ranks:
         ranks.connect()
-        ranks.agree({"init": ranks.all_of(described), "refit": refit, "seed": seed})
+        ranks.agree({"init": ranks.all_of(described), "refit": refit, "seed": others[-1]})
         if refit != "none" or init in ("wanda", "reconstruction"):
             _check_all_cut(layers)
-        return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
+        return refitted_masks(layers, pattern, init, refit, *others)
 
 
 def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
@@ -279,13 +257,7 @@ def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
 
 
 def check_replaceable(model: nn.Module) -> None:
-    """Raise unless the config of a model can name what is put into it.
-
-    Raises:
-        ValueError: if an adapter of peft is merged, or the config of a transformers model describes it as quantized by
-            another library.
-        ImportError: if the transformers that is installed cannot load checkpoints with masks.
-    """
+    """Raise unless the config of a model can name what is put into it, and no adapter of peft is merged."""
     check_not_merged(model)
     if _of_transformers(model):
         from ..hf import check_not_quantized

@@ -102,8 +102,8 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
         replace_layers(model, replacements)
     hold_in_huge_pages(model)
     skipped = reasons_by_name(model, skipped | left_out)
-    found = coverage(model, skipped)
-    return Conversion(packed, skipped, masked_share=found.share, unmasked=found.unmasked)
+    share, unmasked = coverage(model, skipped)
+    return Conversion(packed, skipped, masked_share=share, unmasked=unmasked)
 
 
 def repack(model: nn.Module, values: str) -> int:

@@ -6,23 +6,31 @@ so does ``maskpro learn --init``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.logits import LOGITS_FILE, load_logits
+from ..checkpoints.mask_file import DTYPES, load_masks
+from ..digests import digest
 from ..fsdp import local, part_of, resharded
 from ..functional.checks import check_codes, check_exactly_n, check_int
-from ..functional.masks import sample_mask, top_n_mask
+from ..functional.masks import expand_mask, sample_mask, top_n_mask
+from ..modules import MaskedLinear
 from ..ops.philox import MAX_STEPS
-from ..pattern import NMPattern
+from ..packed import INT8, SPARSE, NMLinear
+from ..pattern import NMPattern, codes_of
+from ..unfuse import in_linear_form
 from .calibration import check_calibration, input_squares
 from .reconstruction import Reconstruction, reconstruct
-from .refit import check_refit, refit_layers
+from .refit import refit_layers
 from .sparsegpt import sparsegpt as prune_by_sparsegpt
-from .stored_mask import is_there, stored_mask
 
 Progress = Callable[[int, int], None]
 # A name in INITIAL_MASKS, a path, or group codes by name of the layer
@@ -113,11 +121,14 @@ def check_initial_mask(init: Init) -> None:
     """Raise ValueError unless ``init`` names an initial mask, is the path of what is there, or is a mapping."""
     if isinstance(init, Mapping) or (isinstance(init, str) and init in INITIAL_MASKS):
         return
-    if not isinstance(init, (str, Path)) or not is_there(init):
-        raise ValueError(
-            f"init: expected one of {', '.join(INITIAL_MASKS)}, the path of a mask file, a run or a sparse checkpoint, "
-            f"or a mapping of names to group codes, got {init!r}"
-        )
+    # such as of a name that is too long; "" is no folder that anyone means
+    with suppress(OSError):
+        if isinstance(init, (str, Path)) and init != "" and Path(init).exists():
+            return
+    raise ValueError(
+        f"init: expected one of {', '.join(INITIAL_MASKS)}, the path of a mask file, a run or a sparse checkpoint, "
+        f"or a mapping of names to group codes, got {init!r}"
+    )
 
 
 def initial_codes(
@@ -150,13 +161,13 @@ def initial_codes(
     check_int("seed", seed, 1 << 63)
     if isinstance(init, str) and init in INITIAL_MASKS:
         return INITIAL_MASKS[init](Dense(layers, pattern, model, calibration, progress, seed))
-    codes = given(layers, pattern, init if isinstance(init, Mapping) else stored_mask(init, layers, pattern).codes)
+    codes = given(layers, pattern, init if isinstance(init, Mapping) else stored_mask(init, layers, pattern))
     return {name: part_of(codes[name], layer.weight, pattern.m) for name, layer in layers.items()}
 
 
 def refitted_masks(
     layers: Mapping[str, nn.Module],
-    pattern: str | NMPattern,
+    pattern: NMPattern,
     init: Init,
     refit: str,
     model: nn.Module,
@@ -164,20 +175,10 @@ def refitted_masks(
     progress: Progress | None = None,
     seed: int = 0,
 ) -> Reconstruction:
-    """Group codes of an initial mask for every layer, and weights refitted under it.
+    """Group codes as of ``initial_codes``, and with ``refit`` "scales" or "weights" weights refitted under them.
 
     "reconstruction" does both in one pass, and its masks are chosen for the refit. Other masks stay as without one.
-
-    Args:
-        layers, pattern, init, model, calibration, progress, seed: as for ``initial_codes``.
-        refit: "scales" or "weights", see ``refit``; or "none".
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
-    pattern = NMPattern(pattern)
-    check_initial_mask(init)
-    check_refit(refit)
     if refit == "none":
         return Reconstruction(initial_codes(layers, pattern, init, model, calibration, progress, seed), {})
     _check_given(f'batches for refit="{refit}"', model, calibration)
@@ -185,8 +186,7 @@ def refitted_masks(
         return _reconstruction(Dense(layers, pattern, model, calibration, progress), refit)
     batches = list(calibration)
     codes = initial_codes(layers, pattern, init, model, batches, seed=seed)
-    patterns = dict.fromkeys(layers, pattern)
-    weights, _ = refit_layers(model, layers, codes, patterns, batches, refit, progress=progress)
+    weights, _ = refit_layers(model, layers, codes, dict.fromkeys(layers, pattern), batches, refit, progress=progress)
     return Reconstruction(codes, weights)
 
 
@@ -210,7 +210,160 @@ def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str
 
 
 def _check_given(expected: str, model: nn.Module | None, calibration: Iterable | None) -> None:
-    """Raise unless there is a model with calibration batches."""
     if model is None or calibration is None:
         raise ValueError(f"calibration: expected {expected}, got none")
     check_calibration(calibration)
+
+
+@torch.no_grad()
+def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str | NMPattern) -> dict[str, Tensor]:
+    """Masks out of a mask file, a run, or a sparse checkpoint of any program.
+
+    Args:
+        path: a mask file; the folder of a run, whose most likely masks are taken; or that of a causal language model,
+            with zeros in its weights, packed, or with masks. Such a model is loaded on the CPU, in the dtype of the
+            layers. Where a group has fewer weights that are not zero than the pattern keeps, the first weights that are
+            zero in the layer as well count as kept, then its largest ones.
+        layers: dense ones with a ``weight`` [out, K], by name.
+        pattern: "N:M" or NMPattern; that of the masks.
+
+    Returns:
+        group codes [out, K / M] by name of the layer, on the CPU.
+
+    Warns:
+        UserWarning: if kept weights of a run or a checkpoint are not those of the layers, as after SparseGPT or a
+            refit, or are rounded to int8; or if groups of a checkpoint were filled up.
+
+    Raises:
+        ValueError: the masks are of another base model, pattern or set of layers, or there are none.
+        OSError: there is nothing, or it cannot be read.
+    """
+    pattern, path = NMPattern(pattern), Path(path)
+    if path.is_file():
+        with _naming_init():
+            masks = load_masks(path)
+        _check_pattern(masks.pattern, pattern, path)
+        masks.check_base({name: layer.weight.detach() for name, layer in layers.items()})
+        return {name: masks.codes(name) for name in layers}
+    codes, notes = (_of_run if (path / LOGITS_FILE).is_file() else _of_checkpoint)(path, layers, pattern)
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
+    return codes
+
+
+def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> tuple[dict[str, Tensor], list[str]]:
+    """(group codes, warnings)."""
+    with _naming_init():
+        learned = load_logits(path / LOGITS_FILE)
+    metadata = learned.metadata
+    if not {"pattern", "dtype", "dense_weights"} <= metadata.keys() or metadata["dtype"] not in DTYPES:
+        raise ValueError(f"init: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others")
+    _check_pattern(NMPattern(metadata["pattern"]), pattern, path)
+    _check_layers({name: logits.shape for name, logits in learned.logits.items()}, layers, path)
+    own = digest(layer.weight.detach().to(DTYPES[metadata["dtype"]]) for layer in layers.values())
+    if own != metadata["dense_weights"]:
+        raise ValueError(
+            f"model: expected the base of the run in {str(path)!r}, whose weights have the digest "
+            f"{metadata['dense_weights']} in {metadata['dtype']}, got weights of digest {own}"
+        )
+    for name, logits in learned.logits.items():
+        _check_finite("logits", logits, name, path)
+    notes = ["the mask of this run was learned over changed weights, and is taken alone"] if learned.weights else []
+    return {name: top_n_mask(learned.logits[name], pattern) for name in layers}, notes
+
+
+def _of_checkpoint(
+    path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(group codes, warnings)."""
+    # transformers takes seconds to import
+    from ..hf import load_model
+
+    with _naming_init():
+        sparse, _ = load_model(str(path.absolute()), next(iter(layers.values())).weight.dtype)
+    codes: dict[str, Tensor] = {}
+    changed, rounded, filled = [], 0, 0
+    with in_linear_form(sparse):
+        modules = dict(sparse.named_modules())
+        shapes = {
+            name: torch.Size((module.out_features, module.in_features))
+            for name, module in modules.items()
+            if isinstance(module, SPARSE) or (name in layers and isinstance(module, nn.Linear))
+        }
+        _check_layers(shapes, layers, path)
+        for name, layer in layers.items():
+            module, weight = modules[name], layer.weight.detach().cpu()
+            if isinstance(module, SPARSE):
+                _check_pattern(module.pattern, pattern, path)
+            if isinstance(module, MaskedLinear):
+                _check_finite("logits", module.logits, name, path)
+                codes[name] = top_n_mask(module.logits, pattern)
+                # dropped weights have moved the logits as well
+                kept = torch.ones_like(weight, dtype=torch.bool)
+            elif isinstance(module, NMLinear):
+                codes[name] = codes_of(module.bitmask, weight.shape[1], pattern.m)
+                kept = expand_mask(codes[name], pattern)
+            else:
+                _check_finite("weights", module.weight, name, path)
+                kept = module.weight != 0
+                many = float((kept.view(len(kept), -1, pattern.m).sum(-1) > pattern.n).float().mean())
+                if many:
+                    raise ValueError(
+                        f"init: expected weights that follow {pattern}, got more in {many:.1%} of the groups of {name} "
+                        f"in {str(path)!r}"
+                    )
+                # what is zero in both changes nothing, and is what was kept, or may as well have been
+                size = weight.abs().float().masked_fill_(weight == 0, torch.finfo(torch.float32).max)
+                codes[name] = top_n_mask(size.masked_fill_(kept, torch.inf), pattern)
+                more = expand_mask(codes[name], pattern) & ~kept & (weight != 0)
+                filled += int(more.view(len(kept), -1, pattern.m).any(-1).sum())
+            if isinstance(module, NMLinear) and module.kind == INT8:
+                rounded += 1
+            elif not torch.equal(module.weight[kept], weight[kept]):
+                if isinstance(module, MaskedLinear) and not module.weight_changed:
+                    raise ValueError(
+                        f"model: expected the base that the masks in {str(path)!r} belong to, got other weights in "
+                        f"{name}: another model, or this one in another dtype"
+                    )
+                changed.append(name)
+    notes = []
+    if changed:
+        notes.append(
+            f"kept weights of {len(changed)} layers, such as {changed[0]}, are not those of the model, and the mask is "
+            "taken alone: they were changed, or are of another model, or of this one in another dtype"
+        )
+    if rounded:
+        notes.append(f"values of {rounded} layers are rounded to int8: they cannot be compared with those of the model")
+    if filled:
+        notes.append(f"{filled} groups keep fewer weights than {pattern}, and were filled up with the largest ones")
+    return codes, notes
+
+
+@contextmanager
+def _naming_init() -> Iterator[None]:
+    """Let errors of what is read name the argument ``init``."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"init: {re.sub('^(mask|path|model): ', '', str(error))}") from error
+
+
+def _check_pattern(stored: NMPattern, pattern: NMPattern, path: Path) -> None:
+    if stored != pattern:
+        raise ValueError(f"init: expected a mask of {pattern}, got one of {stored} in {str(path)!r}")
+
+
+def _check_finite(what: str, values: Tensor, name: str, path: Path) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"init: expected finite {what} in {str(path)!r}, got others in {name}")
+
+
+def _check_layers(shapes: Mapping[str, torch.Size], layers: Mapping[str, nn.Module], path: Path) -> None:
+    names = sorted(shapes.keys() | layers.keys())
+    others = [n for n in names if n not in layers or shapes.get(n) != layers[n].weight.shape]
+    if others:
+        raise ValueError(
+            f"init: expected masks of the {len(layers)} layers that get one in this model, got others in "
+            f"{str(path)!r}: {len(others)} differ, such as {others[0]}"
+        )

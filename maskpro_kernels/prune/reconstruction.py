@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..functional.checks import check_codes
 from ..pattern import NMPattern
-from .calibration import calls_of, layer_by_layer
-from .refit import DAMPING, FITS, PIECE, check_damping, check_refit, conjugate_gradients, refit_rows, row_errors
-from .sharded import masks_of
+from .calibration import calls_of, layer_by_layer, masks_of
+from .refit import DAMPING, FITS, PIECE, check_refit, conjugate_gradients, refit_rows, row_errors
 
 # One in so many of a row's groups may swap together at first
 FIRST_SHARE = 16
@@ -62,8 +61,6 @@ def reconstruct(
     calibration: Iterable,
     *,
     refit: str = "none",
-    damping: float = DAMPING,
-    sweeps: int = SWEEPS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
     """Masks under which the layers' outputs come near to those of the whole weights, on the inputs that they see.
@@ -78,8 +75,6 @@ def reconstruct(
         calibration: batches for the model, each a tensor, a tuple or a mapping.
         refit: "scales" or "weights" refit each layer behind its swaps; the layers behind see inputs of the refitted
             ones. With "weights" more swaps follow, which count on the refit, see ``swap_and_refit``.
-        damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
-        sweeps: most sweeps of a row, see ``swap_descent``.
         progress: called with how many layers are done, and of how many, before the first and after each.
 
     Warns:
@@ -90,14 +85,12 @@ def reconstruct(
     """
     pattern = NMPattern(pattern)
     check_refit(refit)
-    if refit != "none":
-        check_damping(damping)
     calls = calls_of(calibration)
     masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 
     def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
-        ordered, own = by_place(gram, pattern.m, damping)
-        swapped = partial(descend_rows, gram=ordered, blocks=own, pattern=pattern, sweeps=sweeps)
+        ordered, own = by_place(gram, pattern.m, DAMPING)
+        swapped = partial(descend_rows, gram=ordered, blocks=own, pattern=pattern, sweeps=SWEEPS)
 
         def fitted(weight: Tensor, codes: Tensor) -> list[Tensor]:
             kept = kept_of(codes, pattern.m).view(weight.shape) > 0
@@ -236,18 +229,15 @@ def lowest(change: Tensor, count: Tensor) -> Tensor:
 
 
 def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tensor:
-    """Each group's block of H once the kept values of all other groups follow: its Schur complement.
+    """Each group's block of H, float32 [M, M, K / M], once the kept values of all other groups follow.
 
-    T_g = H_gg - H_gS H_SS^-1 H_Sg, where S is kept outside of group g. It depends on the row, but little: this is the
-    mean over a few rows at equal distances.
+    It is the Schur complement T_g = H_gg - H_gS H_SS^-1 H_Sg, where S is kept outside of group g. It depends on the
+    row, but little: this is the mean over a few rows at equal distances. Where a number is not finite, H_gg.
 
     Args:
         codes: group codes [out, K / M].
         gram: symmetric positive definite float32 [K, K], in the order of ``by_place``.
         pattern: of the codes.
-
-    Returns:
-        float32 [M, M, K / M]; as in ``gram`` where a number is not finite.
     """
     rows, groups = codes.shape
     n, m = pattern.n, pattern.m
@@ -283,38 +273,30 @@ def swap_and_refit(
     Args:
         weight: dense, float32, bfloat16 or float16 [out, K].
         codes: group codes [out, K / M] to start from.
-        gram: symmetric positive definite float32 [K, K], in the order of ``by_place``.
+        gram, pattern: as for ``conditional_blocks``.
         blocks: of ``conditional_blocks``, of these or more rows.
-        pattern: of the codes.
         sweeps: at most.
 
     Returns:
         (group codes [out, K / M]; weight [out, K] in its dtype with refitted kept values, dense where dropped; float32
         [out, 2], the error of each row before and after).
     """
+    pieces = []
     rows = max(PIECE // weight.shape[1], 1)
-    pieces = [
-        _swap_and_refit(w, code, gram, blocks, pattern, sweeps)
-        for w, code in zip(weight.split(rows), codes.split(rows), strict=True)
-    ]
+    for w, start in zip(weight.split(rows), codes.split(rows), strict=True):
+        ordered = to_places(w, pattern.m)
+        dense = ordered.float()
+        found, fitted = _descend_refitted(dense, start, gram, blocks, pattern, sweeps)
+        kept = kept_of(found, pattern.m).view(dense.shape)
+        fitted = conjugate_gradients(dense, fitted, kept, gram)[0].to(w.dtype)
+        before = row_errors(dense - dense * kept_of(start, pattern.m).view(dense.shape), gram)
+        after = row_errors(dense - fitted.float() * kept, gram)
+        # false for what is not finite, too
+        better = (after < before)[:, None]
+        refitted = torch.where(better & (kept > 0), fitted, ordered)
+        errors = torch.stack([before, torch.where(better[:, 0], after, before)], 1)
+        pieces.append((torch.where(better, found, start), from_places(refitted, pattern.m), errors))
     return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
-
-
-def _swap_and_refit(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
-    rows = len(codes)
-    ordered = to_places(weight, pattern.m)
-    dense = ordered.float()
-    found, fitted = _descend_refitted(dense, codes, gram, blocks, pattern, sweeps)
-    kept = kept_of(found, pattern.m).view(rows, -1)
-    fitted, _ = conjugate_gradients(dense, fitted, kept, gram)
-    fitted = fitted.to(weight.dtype)
-    before = row_errors(dense - dense * kept_of(codes, pattern.m).view(rows, -1), gram)
-    after = row_errors(dense - fitted.float() * kept, gram)
-    # false for what is not finite, too
-    better = (after < before)[:, None]
-    refitted = torch.where(better & (kept > 0), fitted, ordered)
-    errors = torch.stack([before, torch.where(better[:, 0], after, before)], 1)
-    return torch.where(better, found, codes), from_places(refitted, pattern.m), errors
 
 
 def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):

@@ -15,8 +15,7 @@ from ..fsdp import check_in_memory, is_distributed, local
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear, masked_layers
 from ..pattern import NMPattern
-from .calibration import calls_of, layer_by_layer
-from .sharded import masks_of
+from .calibration import calls_of, layer_by_layer, masks_of
 
 # What is added to the diagonal of a Gram matrix, as a share of its mean
 DAMPING = 0.01
@@ -37,7 +36,6 @@ def refit(
     calibration: Iterable,
     to: str = "weights",
     *,
-    damping: float = DAMPING,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Refit the weights of a converted model under its top-N masks, so that each layer gives what the dense one would.
@@ -52,9 +50,8 @@ def refit(
         model: converted, see ``convert``; none of its weights refitted or trained before.
         calibration: batches for the model, each a tensor, a tuple or a mapping. Several times as many tokens as the
             widest layer has inputs.
-        to: "weights": the kept values of least error, by conjugate gradients. "scales":
-            the one factor of least error for each row of a weight.
-        damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
+        to: "weights": the kept values of least error, by conjugate gradients. "scales": the one factor of least error
+            for each row of a weight.
         progress: called with how many layers are done, and of how many, before the first and after each.
 
     Returns:
@@ -69,7 +66,6 @@ def refit(
     """
     if to not in FITS:
         raise ValueError(f"to: expected one of {tuple(FITS)}, got {to!r}")
-    check_damping(damping)
     layers = masked_layers(model)
     for name, layer in layers.items():
         check_in_memory("model", layer, name)
@@ -80,7 +76,7 @@ def refit(
             )
     codes = {name: top_n_mask(layer.logits_on_device().detach(), layer.pattern) for name, layer in layers.items()}
     patterns = {name: layer.pattern for name, layer in layers.items()}
-    weights, shares = refit_layers(model, layers, codes, patterns, calibration, to, damping, progress)
+    weights, shares = refit_layers(model, layers, codes, patterns, calibration, to, progress)
     put_weights(layers, weights)
     return shares
 
@@ -93,7 +89,6 @@ def refit_layers(
     patterns: Mapping[str, NMPattern],
     calibration: Iterable,
     to: str,
-    damping: float = DAMPING,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Refitted weights, and the share of the error that is left, by name; the model stays as it is.
@@ -101,20 +96,14 @@ def refit_layers(
     Layer by layer in the order in which they run. A layer's inputs are those of the model as it is so far, masked and
     refitted; its target is what its dense weight would give on the same inputs. The squared error of the outputs falls
     in every row of a weight, or the row stays as it is. Sums are float32; values are rounded to the weight's dtype
-    once.
-
-    Args:
-        layers: nn.Linear or alike, with their dense weights.
-        codes: their group codes [out, K / M]. Of layers that ranks share these are those of this rank's part, and the
-            weights that it gives as well.
-        patterns: of the codes.
+    once. Of layers that ranks share, codes and refitted weights are those of this rank's part.
     """
     calls = calls_of(calibration)
     masks = masks_of(model, layers, codes, patterns)
     shares: dict[str, float] = {}
 
     def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
-        gram.diagonal().add_(damping * gram.diagonal().mean())
+        gram.diagonal().add_(DAMPING * gram.diagonal().mean())
         for name in names:
 
             def fitted(weight: Tensor, codes: Tensor, pattern: NMPattern = patterns[name]) -> tuple[Tensor, Tensor]:
@@ -160,17 +149,8 @@ def put_weights(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor
 
 
 def check_refit(refit: str) -> None:
-    """Raise ValueError unless ``refit`` is "none" or names a refit."""
     if refit != "none" and (not isinstance(refit, str) or refit not in FITS):
         raise ValueError(f"refit: expected one of {('none', *FITS)}, got {refit!r}")
-
-
-def check_damping(damping: float) -> None:
-    """Raise TypeError or ValueError unless ``damping`` is a share that leaves a Gram matrix positive definite."""
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise TypeError(f"damping: expected a float, got {type(damping).__name__}")
-    if not 0 < damping < float("inf"):
-        raise ValueError(f"damping: expected a finite float above 0, got {damping}")
 
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
@@ -249,10 +229,9 @@ def conjugate_gradients(
 
 
 def refit_rows(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
-    """The weight refitted, rounded once; a row whose error would not fall stays as it is.
+    """The dense weight [out, K] refitted, rounded once; a row whose error would not fall stays as it is.
 
     Args:
-        weight: dense, float32, bfloat16 or float16 [out, K].
         kept: bool [out, K].
         gram: symmetric positive definite float32 [K, K].
         fit: of ``FITS``.
@@ -260,17 +239,15 @@ def refit_rows(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Te
     Returns:
         (weight [out, K] in its dtype; float32 [out, 2], the error of each row before and after).
     """
+    pieces = []
     rows = max(PIECE // weight.shape[1], 1)
-    pieces = [_refit(w, k, gram, fit) for w, k in zip(weight.split(rows), kept.split(rows), strict=True)]
-    return torch.cat([w for w, _ in pieces]), torch.cat([errors for _, errors in pieces])
-
-
-def _refit(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
-    dense, mask = weight.float(), kept.float()
-    fitted = fit(dense, mask, gram).to(weight.dtype)
-    before = row_errors(dense - dense * mask, gram)
-    after = row_errors(dense - fitted.float() * mask, gram)
-    # false for what is not finite, too
-    better = after < before
-    errors = torch.stack([before, torch.where(better, after, before)], 1)
-    return torch.where(better[:, None], fitted, weight), errors
+    for piece, kept_piece in zip(weight.split(rows), kept.split(rows), strict=True):
+        dense, mask = piece.float(), kept_piece.float()
+        fitted = fit(dense, mask, gram).to(piece.dtype)
+        before = row_errors(dense - dense * mask, gram)
+        after = row_errors(dense - fitted.float() * mask, gram)
+        # false for what is not finite, too
+        better = after < before
+        errors = torch.stack([before, torch.where(better, after, before)], 1)
+        pieces.append((torch.where(better[:, None], fitted, piece), errors))
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import chain, islice
 
@@ -42,10 +41,6 @@ def layers_to_convert(
     Args:
         model, pattern, targets: as for ``convert``.
         call: how the model is called once to see whose weights other code reads, see ``read_elsewhere``.
-
-    Raises:
-        TypeError, ValueError: an argument is not as in ``convert``, a weight is not finite or not in memory, or nothing
-            is left to convert.
     """
     params = resharded(model)
     check_cut_by_fsdp(model, params)
@@ -68,11 +63,7 @@ def layers_to_convert(
 
 
 def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] | None = None) -> Selection:
-    """The nn.Linear layers that ``targets`` name, by default all that can take a mask.
-
-    Raises:
-        TypeError, ValueError: ``targets`` are not as in ``convert``, or no layer is left.
-    """
+    """The nn.Linear layers that ``targets`` name, by default all that can take a mask."""
     everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     adapters = dict.fromkeys(adapter_modules(model) & everything.keys(), ADAPTER)
     linears = {n: module for n, module in everything.items() if type(module) is nn.Linear and n not in adapters}
@@ -84,12 +75,12 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
         for name, module in everything.items()
         if name not in linears and name not in adapters
     }
+    bypassed = _bypassed(model)
     if targets is None:
-        layers, skipped = _by_default(model, linears, pattern)
+        layers, skipped = _by_default(model, linears, pattern, bypassed)
     else:
-        _check_targets(targets)
-        layers, skipped = _by_targets(model, linears, pattern, targets)
-    attention = {name: reason for name, reason in _bypassed(model).items() if reason == ATTENTION}
+        layers, skipped = _by_targets(model, linears, pattern, bypassed, targets)
+    attention = {name: reason for name, reason in bypassed.items() if reason == ATTENTION}
     return layers, skipped | subclasses | attention | adapters
 
 
@@ -103,12 +94,29 @@ def _why_none(model: nn.Module) -> str:
     return ""
 
 
-def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern) -> Selection:
-    bypassed, heads, owners = _bypassed(model), output_heads(model), _owners(model)
-    reasons = {
-        name: bypassed.get(name) or (HEAD if module in heads else _reason_against(module, pattern, owners))
-        for name, module in linears.items()
-    }
+def _by_default(
+    model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern, bypassed: Mapping[str, str]
+) -> Selection:
+    heads = output_heads(model)
+    # the embeddings and nn.Linear layers of each weight
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.Linear)):
+            owners.setdefault(id(module.weight), []).append(module)
+
+    def reason_against(name: str, linear: nn.Linear) -> str | None:
+        shared = owners[id(linear.weight)]
+        if name in bypassed or linear in heads:
+            return bypassed.get(name, HEAD)
+        if any(isinstance(module, nn.Embedding) for module in shared):
+            return "weight tied to an embedding"
+        if len(shared) > 1:
+            return "weight tied to another layer"
+        if linear.in_features % pattern.m:
+            return f"in_features {linear.in_features} not divisible by {pattern.m}"
+        return lost_with(linear)
+
+    reasons = {name: reason_against(name, module) for name, module in linears.items()}
     skipped = {name: reason for name, reason in reasons.items() if reason}
     chosen = {name: module for name, module in linears.items() if name not in skipped}
     if not chosen:
@@ -117,19 +125,28 @@ def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
 
 
 def _none_fits(model: nn.Module, pattern: NMPattern, skipped: Mapping[str, str]) -> ValueError:
-    reasons = ", ".join(sorted({*coverage(model, skipped).unmasked.values(), *skipped.values()})) + _why_none(model)
+    reasons = ", ".join(sorted({*coverage(model, skipped)[1].values(), *skipped.values()})) + _why_none(model)
     return ValueError(f"model: expected an nn.Linear that {pattern} fits, all matrices were left out: {reasons}")
 
 
 def _by_targets(
-    model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern, targets: Sequence[str]
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    bypassed: Mapping[str, str],
+    targets: Sequence[str],
 ) -> Selection:
+    expected = "targets: expected a sequence of fnmatch patterns"
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")
     # a layer that stands in several places answers to each of its names
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     matched, exact = set(), {name: own for own, module in linears.items() for name in names[id(module)]}
     for target in targets:
+        if not isinstance(target, str):
+            raise TypeError(f"{expected}, got {type(target).__name__} {target!r} in it")
         if target in exact:
             matched.add(exact[target])
             continue
@@ -140,7 +157,6 @@ def _by_targets(
     if not matched:
         raise ValueError(f"targets: expected at least one pattern, got {targets!r}")
     chosen = {name: module for name, module in linears.items() if name in matched}
-    bypassed = _bypassed(model)
     for name, module in chosen.items():
         if name in bypassed:
             raise ValueError(f"targets: expected layers that run as modules, got {name}: {bypassed[name]}")
@@ -149,15 +165,6 @@ def _by_targets(
                 f"targets: expected in_features divisible by {pattern.m}, got {module.in_features} in {name}"
             )
     return chosen, {name: "matches no target" for name in linears if name not in chosen}
-
-
-def _check_targets(targets: Sequence[str]) -> None:
-    expected = "targets: expected a sequence of fnmatch patterns"
-    if isinstance(targets, str) or not isinstance(targets, Sequence):
-        raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")
-    for target in targets:
-        if not isinstance(target, str):
-            raise TypeError(f"{expected}, got {type(target).__name__} {target!r} in it")
 
 
 def _bypassed(model: nn.Module) -> dict[str, str]:
@@ -172,43 +179,11 @@ def _bypassed(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """The embeddings and nn.Linear layers of each weight, by its id."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.Linear)):
-            owners.setdefault(id(module.weight), []).append(module)
-    return owners
+def coverage(model: nn.Module, skipped: Mapping[str, str]) -> tuple[float, dict[str, str]]:
+    """(share of a model's matrix weights that follow an N:M pattern, the other matrices by name with the reason).
 
-
-def _reason_against(linear: nn.Linear, pattern: NMPattern, owners: Mapping[int, list[nn.Module]]) -> str | None:
-    """Why a layer is not converted by default."""
-    shared = owners[id(linear.weight)]
-    if any(isinstance(module, nn.Embedding) for module in shared):
-        return "weight tied to an embedding"
-    if len(shared) > 1:
-        return "weight tied to another layer"
-    if linear.in_features % pattern.m:
-        return f"in_features {linear.in_features} not divisible by {pattern.m}"
-    return lost_with(linear)
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Share of the matrices of a model, its parameters of two or more dimensions, that follows an N:M pattern.
-
-    Attributes:
-        share: of their weights, those of embeddings and of the output head apart; 1 where there are no others.
-        unmasked: the others by parameter name, each with the reason; the largest first, embeddings and the output head
-            last.
-    """
-
-    share: float
-    unmasked: dict[str, str]
-
-
-def coverage(model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
-    """Count the matrices of a model whose layers have been replaced.
+    Matrices are parameters of two or more dimensions. Embeddings and the output head do not count; the share is 1 where
+    there are no others. The largest matrices without a mask stand first, embeddings and the output head last.
 
     Args:
         model: with MaskedLinear or NMLinear modules.
@@ -232,7 +207,7 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
                 sizes[full] = parameter.numel()
     total = masked + sum(sizes.values())
     largest_first = sorted(unmasked, key=lambda name: -sizes.get(name, 0))
-    return Coverage(masked / total if total else 1.0, {name: unmasked[name] for name in largest_first})
+    return masked / total if total else 1.0, {name: unmasked[name] for name in largest_first}
 
 
 def reasons_by_name(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
@@ -270,18 +245,16 @@ def read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call
         return _read_elsewhere(model, layers, call)
     # errors of whatever kind: the inputs are transformers', not the user's
     with suppress(Exception):
-        call = _dummy_call(model)
-        if call is not None:
-            return _read_elsewhere(model, layers, call)
+        inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
+        tokens, embeddings = inputs.get("input_ids"), model.get_input_embeddings()
+        # on a GPU an index beyond the embedding would leave no usable device behind
+        if tokens is None or int(tokens.max()) < embeddings.num_embeddings:
+            return _read_elsewhere(model, layers, ((), inputs))
     return set()
 
 
 def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | None]:
-    """(how a model is called with the first batch, an iterable of all batches), also of batches that come only once.
-
-    Raises:
-        TypeError: if ``calibration`` is neither None nor an iterable of batches.
-    """
+    """(how a model is called with the first batch, an iterable of all batches), also of batches that come only once."""
     if calibration is None:
         return None, None
     check_calibration(calibration)
@@ -291,12 +264,23 @@ def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | No
 
 
 def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> set[str]:
-    reads = _Reads({id(layer.weight): name for name, layer in layers.items()}, layers)
+    reads, handles = _Reads(layers), []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}
+
+    def leave(*_) -> None:
+        reads.running.pop()
+
+    for module in model.modules():
+        if own := {reads.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in reads.weights}:
+            handles.append(module.register_forward_pre_hook(lambda *_, own=own: reads.running.append(own)))
+            handles.append(module.register_forward_hook(leave))
+        if hasattr(module, "reshard"):
+            # FSDP2 has put gathered weights in the place of the shards by then
+            handles.append(module.register_forward_pre_hook(lambda *_: reads.look()))
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
         try:
-            with torch.compiler.set_stance("force_eager"), reads.watching(model), reads:
+            with torch.compiler.set_stance("force_eager"), reads:
                 with resetting(model):
                     run_call(model, call)
                 model.train()
@@ -304,79 +288,39 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
                 with suppress(Exception), resetting(model):
                     run_call(model, call)
         finally:
+            for handle in handles:
+                handle.remove()
             for buffer, before in buffers:
                 buffer.copy_(before)
     return reads.elsewhere
 
 
-def _dummy_call(model: nn.Module) -> Call | None:
-    inputs = getattr(model, "dummy_inputs", None)
-    if not isinstance(inputs, Mapping) or not all(isinstance(value, Tensor) for value in inputs.values()):
-        return None
-    tokens, embeddings = inputs.get("input_ids"), model.get_input_embeddings()
-    # on a GPU an index beyond the embedding would leave no usable device behind
-    if tokens is not None and not (
-        isinstance(embeddings, nn.Embedding) and int(tokens.max()) < embeddings.num_embeddings
-    ):
-        return None
-    return (), {name: value.to(model.device) for name, value in inputs.items()}
-
-
 class _Reads(TorchFunctionMode):
-    """Which weights go into operations while no layer that owns them runs.
+    """Names of layers whose weights go into operations while no module that owns them is ``running``."""
 
-    Args:
-        weights: the name of the layer by the id of its weight.
-        layers: by name.
-    """
-
-    def __init__(self, weights: dict[int, str], layers: Mapping[str, nn.Module]):
+    def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
-        self.weights, self.elsewhere, self.layers = weights, set(), layers
-        self._running: list[set[str]] = []
+        self.layers, self.weights = layers, {}
+        self.elsewhere: set[str] = set()
+        self.running: list[set[str]] = []
+        self.look()
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, note when the forwards of the modules that own weights begin and end."""
-        handles = []
-        for module in model.modules():
-            own = {self.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in self.weights}
-            if own:
-                handles.append(module.register_forward_pre_hook(lambda *_, own=own: self._running.append(own)))
-                handles.append(module.register_forward_hook(lambda *_: self._end()))
-            if hasattr(module, "reshard"):
-                # FSDP2 has put gathered weights in the place of the shards by then
-                handles.append(module.register_forward_pre_hook(lambda *_: self._look()))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _look(self) -> None:
+    def look(self) -> None:
         self.weights |= {id(layer.weight): name for name, layer in self.layers.items()}
-
-    def _end(self) -> None:
-        self._running.pop()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if any(True for _ in _tensors(result)) and not name.endswith("_like") and not name.startswith("new_"):
+        if _tensors(result) and not name.endswith("_like") and not name.startswith("new_"):
             # of these, only the first gives its values
             given = args[:1] if name == "to" or name.endswith("_as") else (args, kwargs or {})
-            for tensor in _tensors(given):
-                name = self.weights.get(id(tensor))
-                if name is not None and not any(name in own for own in self._running):
-                    self.elsewhere.add(name)
+            read = {self.weights[id(tensor)] for tensor in _tensors(given) if id(tensor) in self.weights}
+            self.elsewhere |= read.difference(*self.running)
         return result
 
 
-def _tensors(value) -> Iterator[Tensor]:
+def _tensors(value) -> list[Tensor]:
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

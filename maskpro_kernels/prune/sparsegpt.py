@@ -18,7 +18,7 @@ from ..functional.masks import expand_mask, top_n_mask
 from ..pattern import NMPattern
 from .calibration import LayerMasks, calls_of, layer_by_layer
 from .reconstruction import Reconstruction
-from .refit import DAMPING, check_damping
+from .refit import DAMPING
 
 BLOCK = 128
 
@@ -30,19 +30,14 @@ class WeightsOfBlock(LayerMasks):
         self.weights.clear()
 
 
-def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """The upper Cholesky factor U [K, K] of the inverse of a Gram matrix, U^T U = H^-1.
+def inverse_factor(gram: Tensor) -> Tensor:
+    """The upper Cholesky factor U [K, K] of the inverse of a Gram matrix, U^T U = H^-1, damped; ValueError without one.
 
-    Args:
-        gram: X^T X [K, K], float32 or float64. A column without input counts as one of its own, of norm 1.
-        damping: what is added to the diagonal, as a share of its mean.
-
-    Raises:
-        ValueError: if there is none, as of inputs that are not finite.
+    ``gram``: X^T X [K, K], float32 or float64. A column without input counts as one of its own, of norm 1.
     """
     gram = gram.clone()
     gram.diagonal().add_((gram.diagonal() == 0).to(gram.dtype))
-    gram.diagonal().add_(damping * gram.diagonal().mean())
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(gram)
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -55,10 +50,8 @@ def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPatter
     """(group codes [out, K / M], weight under its mask [out, K] in the dtype of ``upper``) of a weight [out, K].
 
     Args:
-        weight: [out, K], on the device of the others.
         unused: bool [K], the columns without input, whose weights count as 0.
         upper: [K, K], see ``inverse_factor``.
-        pattern: of the mask.
     """
     k, codes = weight.shape[1], []
     w = weight.detach().to(upper.dtype).clone()
@@ -89,7 +82,6 @@ def sparsegpt(
     calibration: Iterable,
     *,
     keep_weights: bool = False,
-    damping: float = DAMPING,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
     """Masks of all layers, each found on what the layers before it give once they are pruned and have made up for it.
@@ -103,7 +95,6 @@ def sparsegpt(
         calibration: batches for the model, each a tensor, a tuple or a mapping.
         keep_weights: whether the result holds the new weights as well, with exact zeros, in the dtype of the weights.
             Without them it is the mask alone, which belongs to the weights of the model.
-        damping: as for ``inverse_factor``.
         progress: called with how many layers are done, and of how many, before the first and after each.
 
     Warns:
@@ -114,14 +105,13 @@ def sparsegpt(
             inputs are not finite.
     """
     pattern = NMPattern(pattern)
-    check_damping(damping)
     calls = calls_of(calibration)
     codes: dict[str, Tensor] = {}
     masks = (LayerMasks if keep_weights else WeightsOfBlock)(layers, {}, {})
 
     def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
         try:
-            upper = inverse_factor(gram, damping)
+            upper = inverse_factor(gram)
         except ValueError as error:
             raise ValueError(f"calibration: {error}, in {names[0]}") from error
         for name in names:

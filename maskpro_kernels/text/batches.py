@@ -92,15 +92,12 @@ def windows(text: str, tokenizer: Callable, length: int) -> Tensor:
     """Cut the token ids of a text into windows that do not overlap; the remainder is dropped.
 
     Args:
-        text: the text.
+        text: has at least ``length`` tokens; else ValueError.
         tokenizer: a Hugging Face tokenizer.
-        length: tokens in a window, at least 2.
+        length: tokens in a window, at least 2; else ValueError.
 
     Returns:
         int64 tensor [windows, length].
-
-    Raises:
-        ValueError: if ``length`` is below 2, or the text has fewer than ``length`` tokens.
     """
     if length < 2:
         raise ValueError(f"length: expected at least 2 tokens, got {length}")
@@ -127,14 +124,11 @@ def batches(windows: Tensor, batch_size: int, seed: int) -> list[Tensor]:
 
     Args:
         windows: [windows, length].
-        batch_size: windows in a batch.
+        batch_size: windows in a batch, from 1 to all; else ValueError.
         seed: of the shuffle; the same seed gives the same batches on every device.
 
     Returns:
         list of tensors [batch_size, length].
-
-    Raises:
-        ValueError: if ``batch_size`` is below 1 or above the number of windows.
     """
     if not 1 <= batch_size <= len(windows):
         raise ValueError(f"batch_size: expected 1 to {len(windows)}, the number of windows, got {batch_size}")
@@ -166,8 +160,7 @@ def turns(shares: Sequence[Fraction], count: int) -> list[int]:
 def shared_out(sources: Sequence[Source], count: int) -> list[int]:
     """How many of ``count`` windows each source has by its share, but at least one.
 
-    Raises:
-        ValueError: if there are more sources than windows.
+    ValueError if there are more sources than windows.
     """
     if count < len(sources):
         names = ", ".join(source.name for source in sources)
@@ -188,8 +181,7 @@ def in_a_batch(share: Fraction, batch_size: int) -> int:
 def check_windows(sources: Sequence[Source], windows: Mapping[str, Tensor], batch_size: int) -> None:
     """Raise ValueError if a source has fewer windows than a batch takes of it."""
     for name, share in sources:
-        most = in_a_batch(share, batch_size)
-        if name in windows and len(windows[name]) < most:
+        if name in windows and len(windows[name]) < (most := in_a_batch(share, batch_size)):
             raise ValueError(
                 f"batch_size: expected at most {len(windows[name])} windows of {name!r} in a batch, as many as there "
                 f"are, got a batch of {batch_size} with {most} of them"

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -68,8 +67,6 @@ def distillation_loss(
         raise ValueError(f"temperature: expected a finite float above 0, got {temperature}")
     if not 0 < ce_weight < 1:
         raise ValueError(f"ce_weight: expected a float within (0, 1), got {ce_weight}")
-    if cache is not None and not isinstance(cache, TeacherCache):
-        raise TypeError(f"cache: expected a TeacherCache or None, got {describe(cache)}")
     if kind != "ce":
         return DistillationLoss(ce_weight if kind == "ce+kl" else 0.0, float(temperature), cache)
     if temperature != 1 or cache is not None:
@@ -98,21 +95,16 @@ class DistillationLoss:
         return {"ce_weight": self.ce_weight, "temperature": self.temperature, "k": k, "teacher": teacher}
 
     def __call__(self, model: nn.Module, input_ids: Tensor) -> Tensor:
-        """The loss of a batch: 0-dim float32, in nats a token, differentiable once.
+        """The loss of a batch of int64 [batch, length]: 0-dim float32, in nats a token, differentiable once.
 
-        Args:
-            model: a converted Hugging Face causal language model.
-            input_ids: int64 [batch, length], length at least 2, on the model's device; every token counts.
-
-        Raises:
-            ValueError: if ``input_ids`` are not as above, or kept weights have changed and no cache has the batch.
+        ValueError if kept weights have changed and no cache has the batch.
         """
         check_input_ids(input_ids)
-        ce_weight, temperature = self.ce_weight, self.temperature
+        ce_weight, temperature, top = self.ce_weight, self.temperature, None
         if self.cache is None:
-            theirs, top = teacher_logits(model, input_ids), None
+            theirs = teacher_logits(model, input_ids)
         else:
-            theirs, top = None, self.cache.top(model, input_ids, temperature)
+            top = self.cache.top(model, input_ids, temperature)
         logits = model(input_ids, use_cache=False).logits
         # a finite floor: tokens that both exclude by -inf are no difference
         lowest = torch.finfo(torch.float32).min
@@ -155,14 +147,8 @@ class DistillationLoss:
         square says nothing there. temperature times the cross-entropy with a label y drawn from q has the gradient
         q - e_y, whose square has the mean diag(q) - q q^T: the Fisher information of the student itself (Martens 2014,
         arXiv 1412.1193). So does the cross-entropy with the text under its own model, at temperature 1: in "ce+kl" each
-        token is of one of the two, drawn by their weights.
-
-        Args:
-            model, input_ids: as for the loss.
-            seed: of the labels, which are the same on every device for the same logits.
-
-        Returns:
-            0-dim float32, differentiable once; the mean over the next tokens.
+        token is of one of the two, drawn by their weights. ``seed`` is that of the labels, which are the same on every
+        device for the same logits.
         """
         check_input_ids(input_ids)
         logits = model(input_ids, use_cache=False).logits
@@ -184,21 +170,15 @@ class DistillationLoss:
         return _MeanWithGradient.apply(logits, of_piece)
 
     def fill(self, model: nn.Module, batches: Sequence[Tensor], progress: bool = False) -> None:
-        """Fill the cache with the teacher's logits of batches, ahead of a change of the weights.
+        """Fill the cache with the teacher's logits of the loss's batches, ahead of a change of the weights.
 
-        Args:
-            model: converted or not yet.
-            batches: as they will be given to the loss.
-            progress: whether to show a bar.
-
-        Raises:
-            ValueError: if there is no cache or one of another model, or kept weights have changed.
+        The model may be converted already. ValueError if there is no cache or one of another model, or kept weights
+        have changed.
         """
         if self.cache is None:
             raise ValueError("cache: expected a TeacherCache to fill, got none")
         self.cache.bind(model)
         for batch in tqdm(batches, desc="teacher", unit="batch", disable=not progress, leave=False):
-            check_input_ids(batch)
             self.cache.top(model, batch, self.temperature)
 
 
@@ -294,47 +274,39 @@ class TeacherCache:
     def top(self, model: nn.Module, input_ids: Tensor, temperature: float) -> TopLogProbs:
         """The teacher's distributions for a batch, on its device; those of a new batch are computed and kept.
 
-        Args:
-            model: the student, or the dense model before it is converted.
-            input_ids: int64 [batch, length].
-            temperature: by which the logits are divided.
-
-        Raises:
-            ValueError: if a batch is new and kept weights have changed, or what is held is damaged or of another
-                model.
-            OSError: if a file cannot be read or written.
+        ValueError if a batch is new and kept weights have changed, or what is held is of another model.
         """
         changed = any(layer.weight_changed for layer in _masked_layers(model))
         teacher = self.teacher if changed else self._teacher_of(model)
-        name = self._name(input_ids, temperature, teacher)
-        top = None if teacher is None else self._read(name)
+        key = f"{digest([input_ids])} {temperature!r} {self.k} {teacher}"
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        path, top = None, self._held.get(name)
+        if self.folder is not None:
+            path = self.folder / f"{name}.safetensors"
+            top = TopLogProbs(**load(path.read_bytes())) if path.exists() else None
         if top is None:
             if changed:
                 raise ValueError(self._lacking("of every batch, got none of this one"))
             top = _top_of(teacher_logits(model, input_ids), self.k, temperature)
-            self._write(name, top)
+            top = TopLogProbs(*(tensor.cpu().contiguous() for tensor in top))
+            if path is None:
+                self._held[name] = top
+            else:
+                make_folder(self.folder)
+                write_whole(path, save(top._asdict()))
         return TopLogProbs(*(tensor.to(input_ids.device) for tensor in top))
 
     @property
     def teacher(self) -> str | None:
-        """The digest of the weights that ``bind`` was given, also once they are gone; None before.
-
-        Raises:
-            ValueError: if its file is damaged.
-        """
+        """The digest of the weights that ``bind`` was given, also once they are gone; None before."""
         if self._bound is None and self.folder is not None and (path := self.folder / TEACHER).exists():
-            try:
-                self._bound = str(json.loads(path.read_bytes())["teacher"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(_damaged(path)) from None
+            self._bound = json.loads(path.read_bytes())["teacher"]
         return self._bound
 
     def bind(self, model: nn.Module) -> None:
         """Write down whose logits these are: once the weights have changed, it cannot be computed any more.
 
-        Raises:
-            ValueError: if kept weights have changed before, or the cache is of another model.
-            OSError: if that cannot be written.
+        ValueError if kept weights have changed before, or the cache is of another model.
         """
         if any(layer.weight_changed for layer in _masked_layers(model)):
             if self.teacher is None:
@@ -374,36 +346,6 @@ class TeacherCache:
             f"cache: expected the dense model's logits {what}{where}, and the weights have changed since; fill it "
             "before they do"
         )
-
-    def _name(self, input_ids: Tensor, temperature: float, teacher: str | None) -> str:
-        key = f"{digest([input_ids])} {temperature!r} {self.k} {teacher}"
-        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-    def _write(self, name: str, top: TopLogProbs) -> None:
-        tensors = {field: tensor.cpu().contiguous() for field, tensor in top._asdict().items()}
-        if self.folder is None:
-            self._held[name] = TopLogProbs(**tensors)
-        else:
-            make_folder(self.folder)
-            write_whole(self._path(name), save(tensors))
-
-    def _read(self, name: str) -> TopLogProbs | None:
-        if self.folder is None:
-            return self._held.get(name)
-        path = self._path(name)
-        if not path.exists():
-            return None
-        try:
-            return TopLogProbs(**load(path.read_bytes()))
-        except (SafetensorError, TypeError):
-            raise ValueError(_damaged(path)) from None
-
-
-def _damaged(path: Path) -> str:
-    return f"cache: expected a file as it was written, got a damaged one, {str(path)!r}: remove it"
 
 
 def _top_of(logits: Tensor, k: int, temperature: float) -> TopLogProbs:

@@ -62,14 +62,11 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
 
     Args:
         model: a Hugging Face causal language model.
-        input_ids: int64 [batch, length], length at least 2, on the model's device.
+        input_ids: int64 [batch >= 1, length >= 2], on the model's device; else ValueError.
 
     Returns:
         0-dim float32 tensor, in nats a token, differentiable. The logits are cast to float32 before the loss
         whatever the model's dtype is.
-
-    Raises:
-        ValueError: if ``input_ids`` is not [batch, length] with at least one row and two tokens.
     """
     check_input_ids(input_ids)
     logits = model(input_ids, use_cache=False).logits
@@ -172,7 +169,12 @@ def word_perplexity(
             f"tokenizer: expected one with a token that text begins or ends with, got {type(tokenizer).__name__} "
             "without; set its eos_token"
         )
-    tokens = [_tokens_to_predict(detokenized(document), tokenizer, first) for document in documents]
+    opening, tokens = tokenizer.decode(first), []
+    for text in map(detokenized, documents):
+        # special tokens, unless the text begins with what would be the first one
+        special = {"add_special_tokens": False} if text.startswith(opening) else {}
+        # verbose=False silences the warning that the text is longer than the model's context
+        tokens.append(tokenizer(text, verbose=False, **special)["input_ids"])
     windows = [window for own in tokens for window in rolling_windows(own, first, length)]
     if not windows:
         raise ValueError("text: expected at least 1 token, got none")
@@ -209,13 +211,6 @@ def detokenized(document: str) -> str:
     for pattern, text in DETOKENIZED:
         document = re.sub(pattern, text, document)
     return document
-
-
-def _tokens_to_predict(text: str, tokenizer: Callable, first: int) -> list[int]:
-    """With the special tokens of the tokenizer, unless the text begins with what would be the first one."""
-    special = {"add_special_tokens": False} if text.startswith(tokenizer.decode(first)) else {}
-    # verbose=False silences the warning that the text is longer than the model's context
-    return tokenizer(text, verbose=False, **special)["input_ids"]
 
 
 def rolling_windows(tokens: Sequence[int], first: int, length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -59,7 +59,11 @@ def sample_windows(
     Raises:
         ValueError: if an argument is out of its range, or the model's logits are not finite.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    # it imports transformers
+    from ..hf import next_logits, preallocated_cache
+
+    embeddings = model.get_input_embeddings()
+    vocabulary, device = embeddings.num_embeddings, embeddings.weight.device
     for name, value, low in (
         ("windows", windows, 1),
         ("length", length, 2),
@@ -73,43 +77,22 @@ def sample_windows(
     batches, drawn = math.ceil(windows / batch_size), []
     with without_gradients(model), evaluating(model):
         for batch in range(batches):
-
-            def report(tokens: int, done: int = batch) -> None:
+            rows, generator = min(batch_size, windows - batch * batch_size), generator_of("samples", seed, batch)
+            uniform = torch.rand(rows, length, generator=generator, dtype=torch.float64)
+            tokens = torch.empty(rows, length, dtype=torch.int64, device=device)
+            tokens[:, 0] = (uniform[:, 0] * vocabulary).long() if start is None else start
+            finite = torch.ones((), dtype=torch.bool, device=device)
+            cache = preallocated_cache(model, length - 1)
+            for at in range(1, length):
+                probabilities = next_logits(model, tokens[:, at - 1 : at], cache).softmax(-1, dtype=torch.float32)
+                finite &= probabilities.sum(-1).isfinite().all()
+                tokens[:, at] = drawn_indices(probabilities, uniform[:, at])
                 if progress is not None:
-                    progress(done * (length - 1) + tokens, batches * (length - 1))
-
-            rows = min(batch_size, windows - batch * batch_size)
-            drawn.append(_draw(model, start, rows, length, generator_of("samples", seed, batch), report))
+                    progress(batch * (length - 1) + at, batches * (length - 1))
+            if not finite:
+                raise ValueError("model: expected finite logits, got NaN or infinity; take another --dtype or model")
+            drawn.append(tokens.cpu())
     return torch.cat(drawn)
-
-
-def _draw(
-    model: torch.nn.Module,
-    start: int | None,
-    rows: int,
-    length: int,
-    generator: torch.Generator,
-    report: Callable[[int], None],
-) -> Tensor:
-    """int64 [rows, length]; ``report`` is called with how many tokens of each window have been drawn."""
-    # it imports transformers
-    from ..hf import next_logits, preallocated_cache
-
-    embeddings = model.get_input_embeddings()
-    device = embeddings.weight.device
-    uniform = torch.rand(rows, length, generator=generator, dtype=torch.float64)
-    tokens = torch.empty(rows, length, dtype=torch.int64, device=device)
-    tokens[:, 0] = (uniform[:, 0] * embeddings.num_embeddings).long() if start is None else start
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    cache = preallocated_cache(model, length - 1)
-    for at in range(1, length):
-        probabilities = next_logits(model, tokens[:, at - 1 : at], cache).softmax(-1, dtype=torch.float32)
-        finite &= probabilities.sum(-1).isfinite().all()
-        tokens[:, at] = drawn_indices(probabilities, uniform[:, at])
-        report(at)
-    if not finite:
-        raise ValueError("model: expected finite logits, got NaN or infinity; take another --dtype or model")
-    return tokens.cpu()
 
 
 def drawn_indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -137,12 +120,7 @@ def drawn_indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _passed(weights: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-    """(index [rows] at which a part of the sum of weights is passed, the fraction of its weight before that [rows, 1]).
-
-    Args:
-        weights: [rows, columns], not negative.
-        part: float64 [rows, 1], in [0, 1), on the CPU.
-    """
+    """(index [rows] at which a part [rows, 1] of a row's sum is passed, the fraction of that weight before it)."""
     weights = weights.cpu().double()
     sums = weights.cumsum(-1)
     sought = part * sums[:, -1:]

@@ -6,7 +6,7 @@ import errno
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from itertools import islice
@@ -72,20 +72,28 @@ def load_text(source: str, text_column: str = "text", documents: int | None = No
     train split is divided as a text is.
 
     Raises:
-        TypeError: if ``source`` or ``text_column`` is not a str.
-        ValueError: if ``source`` or a split is empty, ``source`` is "self", which is no text, the file is not UTF-8,
-            a dataset has no train split or no such column, ``documents`` is below 1, or ``datasets`` is not installed.
+        TypeError: if ``source`` is not a str.
+        ValueError: if ``source`` or a split is empty, as of a file with fewer than three different paragraphs,
+            ``source`` is "self", which is no text, the file is not UTF-8, a dataset has no train split or no such
+            column, ``documents`` is below 1, or ``datasets`` is not installed.
         OSError: if the file or dataset cannot be read.
     """
-    _check(source, text_column, documents)
+    _check(source)
+    if documents is not None and (not isinstance(documents, int) or documents < 1):
+        raise ValueError(f"documents: expected an int of at least 1, got {documents!r}")
     if source == "pydoc":
-        texts = _split(_pydoc_topics())
+        from pydoc_data.topics import topics
+
+        texts = _split([topics[name] for name in sorted(topics)])
     elif source == "stdlib":
-        texts = _split(_stdlib_modules())
+        folder = Path(sysconfig.get_path("stdlib"))
+        names = (name for name in sorted(sys.stdlib_module_names) if not name.startswith("_"))
+        paths = (folder / f"{name}.py" for name in names)
+        texts = _split([path.read_text(encoding="utf-8") for path in paths if path.is_file()])
     elif is_dataset(source):
         texts = _texts_of_dataset(source, text_column, documents)
     else:
-        texts = _split(_paragraphs(Path(source)))
+        texts = _split(BLANK_LINES.split(_read_utf8(Path(source))))
     for split in SPLITS:
         if not texts[split].strip():
             raise ValueError(
@@ -105,7 +113,7 @@ def load_documents(source: str, text_column: str = "text") -> list[str]:
     Raises:
         TypeError, ValueError, OSError: as ``load_text``; or if there is no text or no split test.
     """
-    _check(source, text_column)
+    _check(source)
     if source in BUILT_IN:
         return [load_text(source)["test"]]
     if is_dataset(source):
@@ -121,7 +129,7 @@ def load_documents(source: str, text_column: str = "text") -> list[str]:
     return documents
 
 
-def _check(source: str, text_column: str, documents: int | None = None) -> None:
+def _check(source: str) -> None:
     if not isinstance(source, str):
         raise TypeError(f'source: expected a str such as "pydoc", got {type(source).__name__}')
     if not source:
@@ -131,22 +139,11 @@ def _check(source: str, text_column: str, documents: int | None = None) -> None:
             f"source: expected a text, got {source!r}, the model's own samples; of a file of that name give the path, "
             f"'./{source}'"
         )
-    if not isinstance(text_column, str):
-        raise TypeError(f'text_column: expected a str such as "text", got {type(text_column).__name__}')
-    if documents is not None and (not isinstance(documents, int) or documents < 1):
-        raise ValueError(f"documents: expected an int of at least 1, got {documents!r}")
 
 
-def _split(pieces: Sequence[str]) -> dict[str, str]:
-    chosen = {split: [] for split in SPLITS}
-    for index, piece in enumerate(_without_repeats(pieces)):
-        chosen[{0: "test", 1: "validation"}.get(index % 5, "calibration")].append(piece)
-    return {split: "\n\n".join(chosen[split]) for split in SPLITS}
-
-
-def _without_repeats(pieces: Iterable[str]) -> list[str]:
-    """Pieces in which each paragraph occurs once, without those of which nothing is left."""
-    seen, kept = set(), []
+def _split(pieces: Iterable[str]) -> dict[str, str]:
+    """The text of each split, in which each paragraph occurs once; pieces of which nothing is left do not count."""
+    seen, chosen, index = set(), {split: [] for split in SPLITS}, 0
     for piece in pieces:
         new = []
         for paragraph in BLANK_LINES.split(piece):
@@ -155,20 +152,9 @@ def _without_repeats(pieces: Iterable[str]) -> list[str]:
                 seen.add(words)
                 new.append(paragraph)
         if new:
-            kept.append("\n\n".join(new))
-    return kept
-
-
-def _pydoc_topics() -> list[str]:
-    from pydoc_data.topics import topics
-
-    return [topics[name] for name in sorted(topics)]
-
-
-def _stdlib_modules() -> list[str]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    names = (name for name in sorted(sys.stdlib_module_names) if not name.startswith("_"))
-    return [path.read_text(encoding="utf-8") for name in names if (path := folder / f"{name}.py").is_file()]
+            chosen[{0: "test", 1: "validation"}.get(index % 5, "calibration")].append("\n\n".join(new))
+            index += 1
+    return {split: "\n\n".join(chosen[split]) for split in SPLITS}
 
 
 def _read_utf8(path: Path) -> str:
@@ -176,18 +162,6 @@ def _read_utf8(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"source: expected UTF-8 text in {str(path)!r}, got {error}; convert it to UTF-8") from error
-
-
-def _paragraphs(path: Path) -> list[str]:
-    pieces = BLANK_LINES.split(_read_utf8(path))
-    different = len(_without_repeats(pieces))
-    # Below three paragraphs the rule leaves no calibration text.
-    if different < len(SPLITS):
-        raise ValueError(
-            f"source: expected at least {len(SPLITS)} different paragraphs separated by blank lines in {str(path)!r}, "
-            f"got {different}"
-        )
-    return pieces
 
 
 def _texts_of_dataset(source: str, text_column: str, documents: int | None) -> dict[str, str]:
@@ -217,7 +191,6 @@ def _reader(source: str) -> str | None:
 
 
 def _splits(source: str, stream: bool = False) -> dict[str, Iterable[Mapping]]:
-    """The splits of a dataset by name; ValueError or OSError if it cannot be read."""
     path = Path(source) if is_path(source) else None
     expected = f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}'
     file_like = Path(source).suffix in (*READERS, *COMPRESSED, ".txt")
@@ -242,7 +215,7 @@ def _splits(source: str, stream: bool = False) -> dict[str, Iterable[Mapping]]:
 
 
 def _documents(source: str, rows: Iterable[Mapping], column: str) -> list[str]:
-    """The documents in rows; those that are null are left out. ValueError if there is no such column of texts."""
+    """The documents in rows; those that are null are left out."""
     columns, documents = (), []
     with _reading(source):
         for row in rows:
@@ -253,12 +226,8 @@ def _documents(source: str, rows: Iterable[Mapping], column: str) -> list[str]:
             f"source: expected a column {column!r} in {source!r}, got the columns {columns}; name one of them as the "
             "text column"
         )
-    for index, document in enumerate(documents):
-        if not isinstance(document, str | None):
-            raise ValueError(
-                f"source: expected texts, got {type(document).__name__} in row {index} of column {column!r} of "
-                f"{source!r}"
-            )
+    if others := {type(document).__name__ for document in documents} - {"str", "NoneType"}:
+        raise ValueError(f"source: expected texts in column {column!r} of {source!r}, got {', '.join(sorted(others))}")
     return [document for document in documents if document is not None]
 
 

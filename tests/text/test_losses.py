@@ -340,7 +340,7 @@ def test_what_was_held_without_a_fill_does_not_outlive_the_weights(place, tmp_pa
         assert ("a folder that all ranks have to see" in str(error.value)) == (place == "disk")
 
 
-def test_a_folder_that_was_filled_for_a_model_takes_no_other_and_no_damage(tmp_path):
+def test_a_folder_that_was_filled_for_a_model_takes_no_other(tmp_path):
     other, batches = masked_llama(gap=2.0), batches_of_tokens()
     scale_(other, "model.norm.weight")
     loss, files = filled(masked_llama(gap=2.0), tmp_path), sorted(tmp_path.iterdir())
@@ -348,18 +348,6 @@ def test_a_folder_that_was_filled_for_a_model_takes_no_other_and_no_damage(tmp_p
         with pytest.raises(ValueError, match=OTHER):
             act()
     assert sorted(tmp_path.iterdir()) == files
-    held = next(file for file in files if file.suffix == ".safetensors")
-    sound = held.read_bytes()
-    for damage in (sound[:100], b""):
-        for file in files:
-            if file.suffix == ".safetensors":
-                file.write_bytes(damage)
-        with pytest.raises(ValueError, match="^cache: .*a damaged one"):
-            loss(masked_llama(gap=2.0), batches[0])
-    for damage in (b"", b"[]", b"{}"):
-        (tmp_path / losses.TEACHER).write_bytes(damage)
-        with pytest.raises(ValueError, match="^cache: .*a damaged one"):
-            distillation_loss("kl", cache=TeacherCache(8, tmp_path)).settings()
 
 
 def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monkeypatch):
@@ -392,7 +380,6 @@ def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monke
         ({"kind": "ce+kl", "ce_weight": 1.0}, r"ce_weight: expected a float within \(0, 1\), got 1.0"),
         ({"ce_weight": 0.5}, r'ce_weight: expected none but with "ce\+kl", got 0.5'),
         ({"kind": "ce", "ce_weight": 0.5}, "ce_weight: expected none but with"),
-        ({"cache": 64}, "cache: expected a TeacherCache or None, got int"),
         ({"kind": "ce", "temperature": 2.0}, 'temperature: expected none with "ce"'),
         ({"kind": "ce", "cache": TeacherCache()}, 'cache: expected none with "ce"'),
     ],

@@ -15,8 +15,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.finalize import pack, unpack
-from maskpro_kernels.unfuse import as_built, as_linears, expert_groups, in_linear_form, taken_apart
-from maskpro_kernels.unfuse.form import Conv1DForm
+from maskpro_kernels.unfuse import Conv1DForm, as_built, as_linears, expert_groups, in_linear_form, taken_apart
 
 FORMS = ["GPT-2", "Mixtral", "gpt-oss"]
 pytestmark = pytest.mark.usefixtures("eager_reference")
