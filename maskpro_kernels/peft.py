@@ -13,7 +13,7 @@ from torch import nn
 from .extras import require
 from .modules import MaskedLinear
 from .packed import SPARSE, NMLinear
-from .replacement import refuse_merging
+from .unfuse import refuse_merging
 
 try:
     from peft import LoraConfig

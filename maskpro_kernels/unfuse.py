@@ -5,6 +5,9 @@ all experts of a mixture in one parameter (``ExpertsForm``). Here they are taken
 nn.Linear knows them, and put together again for a dense checkpoint, whose names and shapes are then those that the
 model's authors gave it.
 
+Modules are put in the place of others here, also beside adapters of peft, whose layers are recognised without an
+import of it.
+
 A module is *built* as its authors wrote it, or *taken apart*. A new form is a class like those, and an entry in
 ``FORMS``.
 """
@@ -12,7 +15,7 @@ A module is *built* as its authors wrote it, or *taken apart*. A new form is a c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -22,8 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .fsdp import is_distributed, resharded
-from .replacement import BUILT_AS, base_layers, is_conv1d, replace_modules
 
+# Attribute of a layer that stands for a module of another kind: the class to build again
+BUILT_AS = "built_as"
+# Why a layer within an adapter gets no mask
+ADAPTER = "adapter of peft"
 # What transformers' decorator of experts gives them
 MARKS = ("is_transposed", "has_gate", "_apply_gate", "num_experts", "config")
 CHILD = "linears"
@@ -93,6 +99,12 @@ class Form:
 
     def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
         """The module built, from nn.Linear layers."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True of transformers' Conv1D, which stores its weight transposed; without an import of transformers."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
@@ -479,3 +491,88 @@ def lost_with(module: nn.Module) -> str | None:
 
 def _is_dense(parts: list[nn.Module]) -> bool:
     return all(type(part) is nn.Linear for part in parts)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
+    for module in list(model.modules()):
+        if id(module) in replacements:
+            replacement = replacements[id(module)]
+            if hasattr(module, "_hf_hook"):
+                # accelerate has made the hook, so it is there; the hook moves to its device what is not there
+                from accelerate.hooks import add_hook_to_module
+
+                logits = getattr(replacement, "logits", None)
+                add_hook_to_module(replacement, module._hf_hook)
+                if logits is not None:
+                    replacement.logits = logits
+            kind = getattr(module, BUILT_AS, None)
+            if kind is not None and not isinstance(replacement, kind):
+                setattr(replacement, BUILT_AS, kind)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+
+
+def adapter_modules(model: nn.Module) -> set[str]:
+    """Names of the modules within peft's layers, but for the base layers that these stand in for."""
+    names = set()
+    for name, layer in model.named_modules():
+        # of a module that is trained as a whole, the copy that learns
+        saved = "original_module" if _of_peft(layer, "AuxiliaryTrainingWrapper") else None
+        base = "base_layer" if _has_adapters(layer) else saved
+        if base is not None:
+            own = (child for child, _ in layer.named_modules() if child and child.split(".")[0] != base)
+            names |= {f"{name}.{child}" if name else child for child in own}
+    return names
+
+
+def refuse_merging(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Have peft's layers refuse to merge into base layers of these kinds: the sum would lose the pattern.
+
+    Where a base layer is of another kind again, they merge as before.
+    """
+    for name, layer in model.named_modules():
+        if _has_adapters(layer):
+            sparse = isinstance(layer.get_base_layer(), kinds)
+            for method in ("merge", "unmerge"):
+                layer.__dict__.pop(method, None)
+                if sparse:
+                    setattr(layer, method, partial(_refuse, method, name))
+
+
+def base_layers(model: nn.Module) -> list[nn.Module]:
+    return [layer.get_base_layer() for layer in model.modules() if _has_adapters(layer)]
+
+
+def fit_adapters(model: nn.Module) -> None:
+    """Have adapters merge as their base layers store weights now, which may have changed: transposed, or not."""
+    for layer in model.modules():
+        if _has_adapters(layer) and hasattr(layer, "fan_in_fan_out"):
+            layer.fan_in_fan_out = is_conv1d(layer.get_base_layer())
+
+
+def check_not_merged(model: nn.Module) -> None:
+    """Raise ValueError if an adapter is merged into its base layer, which could not be undone under a mask."""
+    for name, layer in model.named_modules():
+        if _has_adapters(layer) and layer.merged:
+            raise ValueError(
+                f"model: expected adapters that are not merged, got a merged one in {name}; unmerge it first"
+            )
+
+
+def _refuse(method: str, name: str, *_, **__) -> None:
+    raise ValueError(
+        f"{method}: expected a dense base layer, got a masked or packed one{f' in {name}' if name else ''}, whose "
+        "pattern the sum would not follow; put the adapter beside the dense export, which finalize gives, merge there, "
+        "and call the restore of a KeptZeros that was made before"
+    )
+
+
+def _has_adapters(layer: nn.Module) -> bool:
+    return _of_peft(layer, "BaseTunerLayer")
+
+
+def _of_peft(layer: nn.Module, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__.split(".")[0] == "peft" for kind in type(layer).__mro__)

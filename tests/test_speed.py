@@ -23,7 +23,7 @@ from maskpro_kernels.hf.speed import (
     rounding_of,
     stored_as,
 )
-from maskpro_kernels.replacement import replace_modules
+from maskpro_kernels.unfuse import replace_modules
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

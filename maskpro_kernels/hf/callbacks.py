@@ -14,7 +14,7 @@ from ..learn.masks import margins
 from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..pattern import NMPattern
-from ..replacement import adapter_modules
+from ..unfuse import adapter_modules
 
 # Slopes of so many root mean squares are rare
 LARGE_SLOPE = 30

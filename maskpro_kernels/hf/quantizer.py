@@ -27,8 +27,7 @@ from ..packed import (
     packed_class,
 )
 from ..pattern import NMPattern
-from ..replacement import fit_adapters, refuse_merging, replace_modules
-from ..unfuse import as_built, as_linears, taken_apart
+from ..unfuse import as_built, as_linears, fit_adapters, refuse_merging, replace_modules, taken_apart
 
 METHOD, VERSION = "maskpro", 1
 HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"

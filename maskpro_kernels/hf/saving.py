@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..fsdp import is_distributed
 from ..modules import MaskedLinear
 from ..packed import INT8, SPARSE, NMLinear, bits_a_weight
-from ..replacement import adapter_modules
+from ..unfuse import adapter_modules
 from .quantizer import describe
 
 TEMPLATE = """---

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,11 @@ Call = tuple[tuple, dict]
 
 # Improves layers with the same input on its Gram matrix, one after the other
 Visit = Callable[[Sequence[str], Tensor], Iterator[None]]
+
+
+# Layers whose inputs depend on none of each other: groups of names that are given the same tensor, several of experts
+# alone; and if each runs once in a forward pass, all of them behind the same tensor
+Stage = tuple[list[list[str]], bool]
 
 
 class StopForward(Exception):
@@ -325,10 +329,10 @@ def layer_by_layer(
     with evaluating(model), _without_cache(model), masks.running():
         for module, block_calls in calls_by_block(model, layers, calls):
             masks.enter_block(module)
-            for stage in layers_in_order(module, block_calls, layers):
-                for groups in _held_together(stage.groups, layers):
+            for stage, once in layers_in_order(module, block_calls, layers):
+                for groups in _held_together(stage, layers):
                     # a layer that runs once needs nothing of the forward pass behind its input
-                    stop, first = stage.once and masks.may_stop, [layers[names[0]] for names in groups]
+                    stop, first = once and masks.may_stop, [layers[names[0]] for names in groups]
                     for names, gram in zip(groups, gram_matrices(module, block_calls, first, stop), strict=True):
                         # masks before may have routed an expert's last token away from it
                         if gram is None:
@@ -418,22 +422,10 @@ def _hidden_state(output):
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-class Stage(NamedTuple):
-    """Layers whose inputs depend on none of each other.
-
-    Attributes:
-        groups: names of layers that are given the same tensor; several groups are of experts.
-        once: each layer runs once in a forward pass, and all of them behind the same tensor.
-    """
-
-    groups: list[list[str]]
-    once: bool
-
-
 def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, nn.Module]) -> list[Stage]:
     """Those of the layers that a module holds, in the order in which they run.
 
-    An expert that no token is routed to stands in no stage; ValueError if another layer is not reached.
+    An expert that no token is routed to is left out; ValueError if another layer is not reached.
     """
     inside = set(module.modules())
     waiting = {name: layer for name, layer in layers.items() if layer in inside}
@@ -463,7 +455,7 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
             # the next forward's tensors may take the memory of this one's
             last = None
     _check_all_reached(module, waiting)
-    return [Stage(groups, len(groups) == 1 and all(once[name] for name in groups[0])) for groups in stages.values()]
+    return [(groups, len(groups) == 1 and all(once[name] for name in groups[0])) for groups in stages.values()]
 
 
 def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:

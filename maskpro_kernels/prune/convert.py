@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from ..digests import digest_of_named
 from ..fsdp import check_no_flat_parameters, is_distributed, like_shards, resharded
-from ..functional.checks import LARGEST_GAP, check_gap, check_int, describe, device_of_logits
+from ..functional.checks import LARGEST_GAP, check_gap, check_int, device_of_logits
 from ..learn.batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits, masked_layers
 from ..packed import SPARSE
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..replacement import check_not_merged, fit_adapters, refuse_merging, replace_modules
-from ..unfuse import as_built, in_linear_form
+from ..unfuse import as_built, check_not_merged, fit_adapters, in_linear_form, refuse_merging, replace_modules
 from .calibration import check_calibration
 from .initial_masks import Init, Progress, check_initial_mask, given, refitted_masks
 from .reconstruction import Reconstruction
@@ -117,8 +116,6 @@ def convert(
         check_initial_mask(init)
     check_refit(refit)
     check_int("seed", seed, 1 << 63)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress: expected a function of two counts, got {describe(progress)}")
     check_gap(gap, logits_dtype)
     if flip_rate is not None:
         if gap != DEFAULT_GAP:

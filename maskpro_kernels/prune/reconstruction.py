@@ -41,12 +41,7 @@ SAMPLED_ROWS = 8
 
 
 class Reconstruction(NamedTuple):
-    """Initial masks, and weights that were refitted with them.
-
-    Attributes:
-        codes: group codes [out, K / M] by name.
-        weights: refitted weights [out, K] by name, as tensors of their own; none without a refit.
-    """
+    """Group codes [out, K / M] by name, and refitted weights [out, K] as tensors of their own; none without a refit."""
 
     codes: dict[str, Tensor]
     weights: dict[str, Tensor]

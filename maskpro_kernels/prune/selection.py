@@ -16,8 +16,7 @@ from ..functional.checks import LOGIT_DTYPES
 from ..modules import MaskedLinear, evaluating
 from ..packed import NMLinear
 from ..pattern import NMPattern
-from ..replacement import ADAPTER, adapter_modules
-from ..unfuse import lost_with
+from ..unfuse import ADAPTER, adapter_modules, lost_with
 from .calibration import Call, as_call, check_calibration, run_call
 
 HEAD = "output head"

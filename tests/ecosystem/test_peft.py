@@ -22,8 +22,8 @@ from maskpro_kernels.kept_zeros import KeptZeros
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.peft import SparseLoraLinear, beside_masks
 from maskpro_kernels.prune.finalize import unpack
-from maskpro_kernels.replacement import ADAPTER
 from maskpro_kernels.text.perplexity import causal_lm_loss
+from maskpro_kernels.unfuse import ADAPTER
 
 pytestmark = [pytest.mark.ecosystem, pytest.mark.usefixtures("eager_reference")]
 

@@ -123,7 +123,6 @@ def test_targets_by_projection_in_a_language_model():
         ({"init": "sparse"}, ValueError, "^init: "),
         ({"init": "random", "seed": -1}, ValueError, "^seed: "),
         ({"init": "random", "seed": 1.0}, TypeError, "^seed: "),
-        ({"progress": True}, TypeError, "^progress: expected a function of two counts, got bool True"),
         ({"init": "wanda"}, ValueError, "^calibration: "),
         ({"init": "wanda", "calibration": []}, ValueError, "^calibration: expected at least one batch"),
         ({"init": "wanda", "calibration": 3}, TypeError, "^calibration: "),

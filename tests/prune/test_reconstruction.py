@@ -279,13 +279,13 @@ def test_a_language_model_is_a_chain_of_blocks(eager_reference):
         found = list(calls_by_block(model, layers, calls))
         stages = layers_in_order(*found[0], layers)
     assert [block for block, _ in found] == list(model.model.layers)
-    assert [[[name.split(".")[-1] for name in names] for names in stage.groups] for stage in stages] == [
+    assert [[[name.split(".")[-1] for name in names] for names in groups] for groups, _ in stages] == [
         [["q_proj", "k_proj", "v_proj"]],
         [["o_proj"]],
         [["gate_proj", "up_proj"]],
         [["down_proj"]],
     ]
-    assert all(stage.once for stage in stages)
+    assert all(once for _, once in stages)
     assert model.config.use_cache
     found = reconstruct(model, layers, initial_codes(layers, "2:4", "magnitude"), "2:4", batches).codes
     assert found.keys() == layers.keys()
