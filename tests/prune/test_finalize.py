@@ -40,13 +40,6 @@ def test_finalize_bakes_the_masks_in(pattern, dtype):
     assert "0.logits" not in model.state_dict()
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_finalize_keeps_the_mode(training):
-    model = nn.Sequential(nn.Linear(8, 8)).train(training)
-    mk.convert(model, "2:4")
-    assert mk.finalize(model)[0].training is training
-
-
 @pytest.mark.parametrize("to", ["bad", None, 3])
 def test_finalize_refuses_an_unknown_form(to):
     model = nn.Sequential(nn.Linear(8, 8))

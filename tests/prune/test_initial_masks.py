@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import learn, report
-from helpers.nets import Net, refused, token_batches
+from helpers.nets import Net, token_batches
 from helpers.tiny_llama import write_inputs
 from torch import nn
 
@@ -113,15 +113,6 @@ def test_wanda_sees_inputs_given_by_keyword():
     assert_same_bits(mk.top_n_mask(model.linear.logits.detach(), "2:4"), mk.top_n_mask(scores, "2:4"))
 
 
-def test_magnitude_keeps_the_largest_weights():
-    model = Net()
-    weight = model.first.weight.detach().clone()
-    mk.convert(model, "2:4", init="magnitude", gap=6.0)
-    groups = weight.abs().view(16, 2, 4)
-    kept = (groups >= groups.topk(2).values[..., 1:]).view(16, 8)
-    assert_same_bits(model.first.logits, torch.where(kept, 6.0, 0.0))
-
-
 @pytest.mark.parametrize("form", ["tensor", "tuple", "mapping", "generator"])
 def test_wanda_weighs_by_the_norm_of_the_inputs(form):
     model, batches = Net(), token_batches()
@@ -147,9 +138,3 @@ def test_wanda_restores_the_mode_of_every_module():
     model[1].eval()
     mk.convert(model, "2:4", init="wanda", calibration=[torch.randn(3, 8)])
     assert [module.training for module in model] == [True, False, True]
-
-
-def test_wanda_names_the_layer_that_sees_no_input():
-    model = Net()
-    model.unused = nn.Linear(8, 8)
-    refused(model, ValueError, r"^calibration: .*\['unused'\] saw no input", init="wanda", calibration=token_batches())

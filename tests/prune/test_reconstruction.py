@@ -145,8 +145,6 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
     [
         ({"gram": torch.eye(16, device="meta")}, ValueError, "gram: expected .* on cpu, got .* on meta"),
         ({"gram": torch.eye(8)}, ValueError, r"gram: expected a float32 tensor \[16, 16\]"),
-        ({"gram": torch.eye(16, dtype=torch.float64)}, ValueError, "gram: expected a float32"),
-        ({"codes": torch.zeros(3, 4, dtype=torch.int32)}, TypeError, "codes: expected group codes"),
         ({"codes": torch.zeros(3, 3, dtype=torch.uint8)}, ValueError, "codes: expected shape"),
     ],
 )

