@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from helpers.source_tree import floors, imported_names, imports, modules_of, names_in
+from helpers.source_tree import floors, imported_names, imports, modules_of, names_in, reached_from
 
 import maskpro_kernels
 
@@ -16,12 +16,17 @@ NAME = maskpro_kernels.__name__
 MODULES = modules_of(Path(maskpro_kernels.__file__).parent)
 # The package itself passes names on, and python runs it before all others; no module imports from it
 BELOW = {module: imports(module, MODULES) & MODULES.keys() for module in MODULES if module != NAME}
-MOST_FLOORS = 9
+MOST_FLOORS = 8
+MOST_FILES_OF_LEARN = 80
 
 
 def rooms_of(house: str) -> dict[str, set[str]]:
-    """What each room of a house imports of the others; a room is a folder or a file at its top."""
+    """The rooms that each room of a house imports from; a room is a folder or a file at its top.
+
+    ``__main__``, the door to the command, is in the room of ``cli``.
+    """
     of = {module: module.removeprefix(f"{house}.").split(".")[0] for module in BELOW if module.startswith(f"{house}.")}
+    of |= {module: "cli" for module in of if module == f"{NAME}.__main__"}
     rooms = {room: set() for room in of.values()}
     for module, room in of.items():
         rooms[room] |= {of[other] for other in BELOW[module] if other in of} - {room}
@@ -51,6 +56,14 @@ def test_rooms_stand_on_few_floors_without_a_circle(house):
     """Imports inside functions count too."""
     storeys = floors(rooms_of(house))
     assert len(storeys) <= MOST_FLOORS, f"{len(storeys)} floors, at most {MOST_FLOORS} expected:\n{shown(storeys)}"
+
+
+def test_the_command_learn_needs_few_files():
+    """It, and what it imports, directly or not, imports inside functions among them."""
+    needed = reached_from(f"{NAME}.cli.learn", MODULES)
+    # a module brings the packages that it is in
+    needed |= {name.rpartition(".")[0] for name in needed} & MODULES.keys()
+    assert len(needed) <= MOST_FILES_OF_LEARN, sorted(needed)
 
 
 def test_no_module_imports_from_the_package_itself():

@@ -1,17 +1,32 @@
-"""What CONTRIBUTING.md asks of every file: the parameters of functions, and the field's words."""
+"""The rules of CONTRIBUTING.md: budgets of lines, the parameters of functions, and the field's words."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from helpers.children import ROOT
 from helpers.source_tree import identifiers, parse, statements
 
 FOLDERS = ("maskpro_kernels", "benchmarks", "docs", "tests")
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
 TREES = {str(path.relative_to(ROOT)): parse(path) for path in sorted(FILES)}
+
+PACKAGE = sorted((ROOT / "maskpro_kernels").rglob("*.py"))
+TREE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The tree")[2].partition("\n## ")[0]
+BUDGETS = {
+    name: int(most) for name, most in re.findall(r"^\| `(maskpro_kernels/[\w./]+)` \| (\d+) \|", TREE, re.MULTILINE)
+}
+MOST_LINES, MOST_FILES, FEWEST_LINES = 22_500, 105, 40
+# The field has plainer verbs, such as print, report and raise
+PLAIN = re.compile(r"\b(told|tell|tells|telling|unbegun|parting)\b", re.IGNORECASE)
+MOST_PLAIN = 20
+BEGINNINGS = re.compile(r"(What|Whether|The same)\b")
 
 # Names that the field has other words for, and those of what is no longer read
 OLD_WORDS = re.compile(
@@ -42,6 +57,73 @@ def test_no_function_takes_many_parameters():
     counts = {f"{name}:{node.lineno} {node.name}": parameters(node) for name, node in others if not is_kernel(node)}
     many = [f"{name}: {count}" for name, count in counts.items() if count > 12]
     assert not many, "more than 12 parameters:\n" + "\n".join(many)
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def files_of(entry: str) -> list[Path]:
+    """The files of an entry of the tree, which is a file or a folder."""
+    return [path for path in PACKAGE if path == ROOT / entry or path.is_relative_to(ROOT / entry)]
+
+
+@pytest.mark.parametrize("entry", BUDGETS)
+def test_entries_of_the_tree_keep_to_their_lines(entry):
+    files = files_of(entry)
+    assert files, f"{entry}: no such file or folder"
+    assert sum(map(lines_of, files)) <= BUDGETS[entry]
+
+
+def test_every_entry_of_the_package_has_a_budget():
+    entries = {path.relative_to(ROOT).parts[1] for path in PACKAGE} - {"__init__.py", "__main__.py"}
+    assert {entry.rstrip("/").split("/")[1] for entry in BUDGETS} == entries
+
+
+def test_the_package_is_small():
+    assert sum(map(lines_of, PACKAGE)) <= MOST_LINES
+    assert len(PACKAGE) <= MOST_FILES
+
+
+@pytest.mark.parametrize(("folder", "most_lines", "most_files"), [("cli", 1_800, 9), ("learn", 3_300, 12)])
+def test_folders_that_grew_are_small(folder, most_lines, most_files):
+    files = files_of(f"maskpro_kernels/{folder}")
+    assert sum(map(lines_of, files)) <= most_lines
+    assert len(files) <= most_files
+
+
+def test_no_module_is_tiny():
+    counts = {str(path.relative_to(ROOT)): lines_of(path) for path in PACKAGE if not path.stem.startswith("__")}
+    assert {name: count for name, count in counts.items() if count < FEWEST_LINES} == {}
+
+
+def words_of(path: Path) -> Iterator[str]:
+    """The names, docstrings and comments of a file; other strings are for users."""
+    tree = parse(path)
+    yield from (name.replace("_", " ") for name in identifiers(tree))
+    for node in [tree, *statements(tree)]:
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node, clean=False) or ""
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+
+
+def test_the_package_uses_plain_verbs():
+    found = {str(path.relative_to(ROOT)): PLAIN.findall(" ".join(words_of(path))) for path in PACKAGE}
+    assert sum(map(len, found.values())) <= MOST_PLAIN, {name: words for name, words in found.items() if words}
+
+
+def test_docstrings_begin_with_an_imperative_or_a_noun():
+    found = [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+        for path in PACKAGE
+        for tree in [parse(path)]
+        for node in [tree, *statements(tree)]
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and BEGINNINGS.match(ast.get_docstring(node) or "")
+    ]
+    assert found == []
 
 
 def test_names_are_words_of_the_field():
