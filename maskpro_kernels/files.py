@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# Errors of a sync of a folder that is not ours to read or write, or whose file system, as autofs, has no sync
-UNSYNCED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EROFS}
 # Of a checkpoint
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is seen as a whole or not at all, also after a crash; of several writers the last one's."""
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
@@ -42,9 +32,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: 
     Raises:
         OSError: if the file cannot be written.
     """
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
+    with _replacing(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
@@ -54,6 +42,14 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: 
         umask = os.umask(0o077)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which takes the place of ``path`` once it is on disk."""
+    temporary = _temporary(path)
+    try:
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -95,26 +91,14 @@ def discard(path: Path) -> None:
 
 
 def unfinished(folder: Path, name: str = ".+") -> list[Path]:
-    """Files and folders of which a process that was killed had written or removed a part, by the names of such parts.
-
-    Args:
-        name: a regular expression for the name that the whole file would have got.
-    """
+    """Parts of files and folders, of the names that a regular expression says, that a killed process has left."""
     part = re.compile(rf"({name})(\.[0-9a-f]{{16}}\.tmp)+")
     return [path for path in folder.glob("*") if part.fullmatch(path.name)]
 
 
 def make_folder(path: Path) -> None:
     """Make a folder, with those above it, unless it is there; their names are on disk then."""
-    missing = _missing(path)
-    there = missing[-1].parent if missing else path
-    # whoever made it may have been ended before its name was on disk
-    try:
-        sync(there.absolute().parent)
-    except OSError as error:
-        if error.errno not in UNSYNCED:
-            raise
-    for folder in reversed(missing):
+    for folder in reversed(_missing(path)):
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
     path.mkdir(exist_ok=True)
@@ -216,9 +200,3 @@ def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
         with safe_open(file, framework="pt") as opened:
             where |= dict.fromkeys(opened.keys(), file)
     return where
-
-
-def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor of a safetensors file."""
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)

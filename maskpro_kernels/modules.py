@@ -17,7 +17,6 @@ from .functional.checks import (
     check_exactly_n,
     check_floats,
     check_gap,
-    check_groups,
     check_int,
     check_scalar,
     check_shard,
@@ -35,11 +34,7 @@ from .pattern import NMPattern
 
 @torch._disable_dynamo
 def _outside_of_graphs(layer: MaskedLinear, input: Tensor) -> Tensor:
-    """``layer.forward(input)``, which no graph of ``torch.compile`` takes in.
-
-    A graph would hold the ``logits_backward`` of the step it was made in, and what that reads and writes beside the
-    tensors.
-    """
+    # a graph would hold the ``logits_backward`` of the step it was made in, and what else that reads and writes
     return layer.forward(input)
 
 
@@ -53,12 +48,7 @@ def _warn_of_lost_slopes(grad: Tensor) -> None:
 
 
 def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Logits [..., K] of group codes [..., K / M]: ``gap`` where kept, 0 where dropped.
-
-    Raises:
-        TypeError, ValueError: ``codes`` are not group codes, ``gap`` is not finite in ``dtype`` and at least 0.
-    """
-    check_gap(gap, dtype)
+    """Logits [..., K] of group codes [..., K / M]: ``gap`` where kept, 0 where dropped."""
     return expand_mask(codes, pattern) * torch.tensor(gap, dtype=dtype, device=codes.device)
 
 
@@ -113,11 +103,8 @@ class MaskedLinear(nn.Module):
     ):
         super().__init__()
         self.pattern = NMPattern(pattern)
-        for name, tensor in (("weight", weight), ("logits", logits)):
-            check_floats(name, tensor)
-            if tensor.dim() != 2:
-                raise ValueError(f"{name}: expected a tensor [out, K], got {describe(tensor)}")
-            check_groups(name, tensor, self.pattern)
+        check_weight(weight, self.pattern, whole=False)
+        check_floats("logits", logits)
         if logits.shape != weight.shape or logits.is_meta != weight.is_meta:
             raise ValueError(f"logits: expected those of a weight {describe(weight)}, got {describe(logits)}")
         if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
@@ -200,19 +187,16 @@ class MaskedLinear(nn.Module):
         """y [..., out] of input [..., K]."""
         if self.shard is not None:
             return self.shard.forward(input)
-        weight, bias, learns = self.own_weight, self.own_bias, self.training and self.logits_backward is not None
+        weight, bias = self.weight, self.bias
+        backward = self.logits_backward if self.training else None
         if self.is_dense:
             return nn.functional.linear(input, weight, bias)
         if not self.training and in_onnx_export():
-            return nn.functional.linear(
-                input, _onnx_weight(weight, self.own_logits, self.pattern.n, self.pattern.m), bias
-            )
-        if learns and torch.compiler.is_compiling() and getattr(self.logits_backward, "moves_logits", False):
+            return nn.functional.linear(input, _onnx_weight(weight, self.logits, self.pattern.n, self.pattern.m), bias)
+        if getattr(backward, "moves_logits", False) and torch.compiler.is_compiling():
             return _outside_of_graphs(self, input)
-        y, _ = linear_under(
-            input, weight, bias, self._mask(self.training), logits_backward=self.logits_backward if learns else None
-        )
-        return y if learns else self._warning(y)
+        y, _ = linear_under(input, weight, bias, self._mask(self.training), logits_backward=backward)
+        return self._warning(y) if backward is None else y
 
     def gathered_product(self, input: Tensor, weight: Tensor, is_current: Callable[[], bool]) -> Tensor:
         """``forward`` by a masked weight [out, K] that ranks have gathered, while ``is_current()`` that of now."""
@@ -221,11 +205,10 @@ class MaskedLinear(nn.Module):
                 "weight: expected a frozen one in a layer that fully_shard has cut, got one that requires a gradient; "
                 "weights learn as wholes alone"
             )
-        learns = self.training and self.logits_backward is not None
-        mask = MaskSource(self.logits if learns else None, "applied", self.pattern.n, self.pattern.m)
-        of_learning = {"logits_backward": self.logits_backward} if learns else {}
-        y, _ = linear_under(input, weight, self.own_bias, mask, is_current=is_current, **of_learning)
-        return y if learns else self._warning(y)
+        backward = self.logits_backward if self.training else None
+        mask = MaskSource(None if backward is None else self.logits, "applied", self.pattern.n, self.pattern.m)
+        y, _ = linear_under(input, weight, self.own_bias, mask, logits_backward=backward, is_current=is_current)
+        return self._warning(y) if backward is None else y
 
     def _warning(self, y: Tensor) -> Tensor:
         """The output; in training its backward warns that the logits get no gradient from it."""
@@ -275,19 +258,15 @@ class MaskedLinear(nn.Module):
         """Where ``own_logits`` lie in the whole layer."""
         return Place(self.group_offset, self.group_row_stride) if self.shard is None else self.shard.place
 
-    def masked_weight(self) -> Tensor:
-        """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
-        return self._weight_under(self.training)
+    def masked_weight(self, drawn: bool | None = None) -> Tensor:
+        """The weight [out, K] under the drawn mask or that of the N largest logits; default: of the current mode."""
+        mask = self._mask(self.training if drawn is None else drawn)
+        weight = ops.masked_weight(self.own_weight.contiguous(), mask.of(mask.tensor.detach(), self.weight.device))
+        return weight if self.shard is None else self.shard.distributed(weight)
 
     def top_n_weight(self) -> Tensor:
         """The weight [out, K] where its logit is among the N largest of its group, exact zeros elsewhere."""
-        return self._weight_under(drawn=False)
-
-    def _weight_under(self, drawn: bool) -> Tensor:
-        mask = self._mask(drawn)
-        mask = mask.of(mask.tensor.detach(), self.weight.device)
-        weight = ops.masked_weight(self.own_weight.contiguous(), mask)
-        return weight if self.shard is None else self.shard.distributed(weight)
+        return self.masked_weight(drawn=False)
 
     @property
     def cached_codes(self) -> Tensor | None:
@@ -299,8 +278,7 @@ class MaskedLinear(nn.Module):
         if (cached := self.cached_codes) is not None:
             return cached
         mask = self._mask(drawn=True)
-        logits = mask.tensor.detach().to(self.weight.device)
-        return ops.sample_mask(logits, mask.n, mask.m, mask.inv_temperature, mask.counter)
+        return ops.codes_under(mask.of(mask.tensor.detach(), self.weight.device))
 
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
@@ -313,7 +291,7 @@ class MaskedLinear(nn.Module):
 
     @property
     def layer(self) -> int:
-        """Id of the layer in the counter. Draws read ``layer_id``, the tensor of it, which no compiled graph holds."""
+        """Id of the layer in the counter. Draws read its tensor ``layer_id``, which no compiled graph holds."""
         return self._layer
 
     @layer.setter

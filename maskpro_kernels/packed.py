@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,6 @@ from .pattern import NMPattern, bitmask_of, codes_of
 
 # How values are stored: as they are, or as int8 with scales
 KEEP, INT8 = VALUE_KINDS = ("keep", "int8")
-VALUE_DTYPES = (*LOGIT_DTYPES, torch.int8)
 # Linux's advice that memory be moved into huge pages at once, from 6.1 on; earlier ones refuse it
 MADV_COLLAPSE = 25
 HUGE_PAGE = 2 << 20
@@ -96,8 +94,7 @@ class PackedNM:
         Of int8 values the scales alone change their dtype, as those of ``NMLinear`` do.
 
         Args:
-            args, kwargs: a device, a dtype and ``non_blocking``, or a tensor that has both, as ``torch.Tensor.to``
-                takes them.
+            args, kwargs: as of ``torch.Tensor.to``.
 
         Raises:
             TypeError: if the dtype is not float32, bfloat16 or float16, or ``torch.Tensor.to`` would not take them.
@@ -105,15 +102,14 @@ class PackedNM:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype not in LOGIT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-        parts = {"values": self.values, "bitmask": self.bitmask, "scales": self.scales}
-        cast = "values" if self.scales is None else "scales"
-        moved = {
-            name: part.to(device, dtype if name == cast else None, non_blocking)
-            for name, part in parts.items()
-            if part is not None
-        }
-        same = all(part is parts[name] for name, part in moved.items())
-        return self if same else PackedNM(**moved, pattern=self.pattern)
+        values, bitmask = self.values, self.bitmask.to(device, None, non_blocking)
+        if self.scales is None:
+            values, scales = values.to(device, dtype, non_blocking), None
+        else:
+            values = values.to(device, None, non_blocking)
+            scales = self.scales.to(device, dtype, non_blocking)
+        same = values is self.values and scales is self.scales
+        return self if same else PackedNM(values, bitmask, self.pattern, scales)
 
     def stored_as(self, values: str) -> PackedNM:
         """The weight with values stored as in ``pack_nm``: "keep" gives int8 values the weight's dtype again.
@@ -146,7 +142,7 @@ class PackedNM:
 
 def check_parts(values: Tensor, bitmask: Tensor, scales: Tensor | None, pattern: NMPattern) -> None:
     """Raise TypeError or ValueError unless these can be a packed weight."""
-    parts = [("values", values, VALUE_DTYPES), ("bitmask", bitmask, (torch.uint8,))]
+    parts = [("values", values, (*LOGIT_DTYPES, torch.int8)), ("bitmask", bitmask, (torch.uint8,))]
     if scales is not None:
         parts.append(("scales", scales, LOGIT_DTYPES))
     for name, tensor, dtypes in parts:
@@ -170,16 +166,11 @@ def check_parts(values: Tensor, bitmask: Tensor, scales: Tensor | None, pattern:
 
 def check_content(bitmask: Tensor, scales: Tensor | None, k: int, pattern: NMPattern) -> None:
     """Raise ValueError unless the bitmask keeps N of every M of a weight [rows, K], and scales are such."""
-    check_bitmask(bitmask, k, pattern)
-    if scales is not None and not (scales.isfinite() & (scales >= 0)).all():
-        raise ValueError("scales: expected finite numbers, none below 0, got others")
-
-
-def check_bitmask(bitmask: Tensor, k: int, pattern: NMPattern) -> None:
-    """Raise ValueError unless the bitmask of a weight [rows, K] keeps N of every M, and nothing beyond K."""
     check_exactly_n("bitmask", codes_of(bitmask, k, pattern.m), pattern)
     if k % 8 and (bitmask[:, -1] >> k % 8).any():
         raise ValueError(f"bitmask: expected no bits beyond the {k} weights of a row, got some")
+    if scales is not None and not (scales.isfinite() & (scales >= 0)).all():
+        raise ValueError("scales: expected finite numbers, none below 0, got others")
 
 
 def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> PackedNM:
@@ -204,11 +195,13 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
     rows, k = weight.shape
     counts = (weight != 0).view(rows, k // pattern.m, pattern.m).sum(-1)
     if (counts > pattern.n).any():
-        row, group = (counts > pattern.n).nonzero()[0].tolist()
+        wrong = (counts > pattern.n).nonzero()
+        row, group = wrong[0].tolist()
+        first = group * pattern.m
         raise ValueError(
-            f"weight: expected at most {pattern.n} of every {pattern.m} values that are not zero, "
-            f"got {int(counts[row, group])} in row {row}, columns {group * pattern.m} to "
-            f"{group * pattern.m + pattern.m - 1} ({int((counts > pattern.n).sum())} groups have too many)"
+            f"weight: expected at most {pattern.n} of every {pattern.m} values that are not zero, got "
+            f"{int(counts[row, group])} in row {row}, columns {first} to {first + pattern.m - 1} ({len(wrong)} groups "
+            "have too many)"
         )
     # a value that is not zero before -0.0, and that before +0.0
     worth = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
@@ -480,11 +473,6 @@ def hold_in_huge_pages(model: nn.Module) -> None:
     )
 
 
-@functools.cache
-def _madvise() -> Callable | None:
-    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-
-
 def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """The [start, end) of the memory of tensors, in whole pages.
 
@@ -512,8 +500,6 @@ def move_into_huge_pages(tensors: Iterable[Tensor]) -> None:
 
     The tensors keep their addresses. Small ones that lie beside each other share a page.
     """
-    madvise = _madvise()
-    if madvise is None:
-        return
-    for start, end in ranges(x for x in tensors if x.device.type == "cpu"):
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    for start, end in ranges(x for x in tensors if x.device.type == "cpu") if madvise is not None else ():
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)

@@ -7,12 +7,11 @@ import os
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-from maskpro_kernels.files import check_output, make_folder, write_tensors, write_whole
+from maskpro_kernels.files import check_output, write_tensors, write_whole
 
 
 def write_bytes(path, number: int) -> None:
@@ -52,27 +51,6 @@ def test_a_write_that_fails_leaves_the_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, b"behind")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("code", ["EACCES", "EPERM", "EINVAL", "ENOTSUP", "EROFS", "EIO"])
-def test_a_folder_is_made_below_one_that_cannot_be_synced(code, tmp_path, monkeypatch):
-    """Such as below the top of autofs; a disk that fails is told."""
-    mounted, sync, asked = tmp_path / "mounted", os.fsync, []
-    mounted.mkdir()
-
-    def refused(descriptor):
-        asked.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-        if asked[-1] == tmp_path:
-            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refused)
-    if code == "EIO":
-        with pytest.raises(OSError, match="Input/output error"):
-            make_folder(mounted / "deep" / "run")
-    else:
-        make_folder(mounted / "deep" / "run")
-        assert (mounted / "deep" / "run").is_dir() and asked == [tmp_path, mounted, mounted / "deep"]
 
 
 def test_check_output(tmp_path):

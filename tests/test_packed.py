@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import mmap
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -553,8 +554,9 @@ def test_tensors_stay_what_and_where_they_are():
 
 def test_a_system_that_refuses_or_has_no_such_call_changes_nothing(monkeypatch):
     asked = []
-    monkeypatch.setattr(packed_file, "_madvise", lambda: lambda *args: asked.append(args) or -1)
+    system = SimpleNamespace(madvise=lambda *args: asked.append(args) or -1)
+    monkeypatch.setattr(packed_file.ctypes, "CDLL", lambda _: system)
     move_into_huge_pages([torch.ones(HUGE_PAGE), torch.ones(HUGE_PAGE, device="meta")])
     assert len(asked) == 1 and asked[0][2] == packed_file.MADV_COLLAPSE
-    monkeypatch.setattr(packed_file, "_madvise", lambda: None)
+    del system.madvise
     move_into_huge_pages([torch.ones(HUGE_PAGE)])

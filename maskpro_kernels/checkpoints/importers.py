@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..files import INDEX, SINGLE, read_tensor, tensor_files, weight_files, write_tensors
+from ..files import INDEX, SINGLE, tensor_files, weight_files, write_tensors
 from ..packed import PackedNM
 from ..pattern import NMPattern
 
@@ -175,7 +175,10 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
                     if name not in names or part not in COMPRESSED:
                         tensors[stored] = opened.get_tensor(stored)
                     elif part == "compressed":
-                        own = [read_tensor(where[f"{name}.{part}"], f"{name}.{part}") for part in COMPRESSED]
+                        own = []
+                        for key in (f"{name}.{part}" for part in COMPRESSED):
+                            with safe_open(where[key], framework="pt") as holder:
+                                own.append(holder.get_tensor(key))
                         tensors[f"{name}.weight"] = decompressed_weight(name, *own)
             write_tensors(tensors, output / file.name, {"format": "pt"})
             written |= dict.fromkeys(tensors, file.name)

@@ -50,15 +50,25 @@ def matrix_of(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     return (tensor if tensor.dim() == 2 else tokens_of(tensor)).contiguous()
 
 
+def check_no_overlap(name: str, tensor: Tensor) -> None:
+    """Raise unless each stride leads beyond all elements of the smaller ones: else a write may reach two of them."""
+    last = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            raise ValueError(f"{name}: expected elements at places of their own, got strides {tensor.stride()}")
+        last += stride * (size - 1)
+
+
 def tokens_of(x: Tensor) -> Tensor:
     """x [..., K] as a contiguous matrix [tokens, K]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-def check_weight(weight: Tensor, pattern: NMPattern, name: str = "weight") -> None:
-    """Raise unless ``weight`` is a matrix [out, K] that the pattern divides, all of it on this rank."""
+def check_weight(weight: Tensor, pattern: NMPattern, name: str = "weight", whole: bool = True) -> None:
+    """Raise unless a weight is a matrix [out, K] that the pattern divides, and if ``whole`` all of it on this rank."""
     check_floats(name, weight)
-    check_not_distributed(name, weight)
+    if whole:
+        check_not_distributed(name, weight)
     if weight.dim() != 2:
         raise ValueError(f"{name}: expected a tensor [out, K], got {describe(weight)}")
     check_groups(name, weight, pattern)
@@ -72,10 +82,7 @@ def check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
 
 
 def linear_input(x: Tensor, bias: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device) -> Tensor:
-    """x [..., K] in the dtype of its product with a weight [out, K]; x and bias are checked.
-
-    That dtype is the weight's, or under autocast that of autocast.
-    """
+    """x [..., K], checked as bias is, in the dtype of its product with a weight [out, K]: autocast's, or else its own."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != shape[1] or x.device != device:
         raise ValueError(f"x: expected a tensor [..., {shape[1]}] on {device}, got {describe(x)}")
     check_floats("x", x)
@@ -104,14 +111,9 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
         raise TypeError(f"{name}: expected group codes of dtype {pattern.code_dtype}, got {describe(codes)}")
     if codes.layout is not torch.strided or codes.dim() == 0:
         raise ValueError(f"{name}: expected dense group codes [..., K / M], got {describe(codes)}")
-    if like is None:
-        return
-    expected = (*like.shape[:-1], like.shape[-1] // pattern.m)
-    if tuple(codes.shape) != expected or codes.device != like.device:
-        raise ValueError(
-            f"{name}: expected shape {expected} for {pattern} on {like.device}, got {tuple(codes.shape)} on "
-            f"{codes.device}"
-        )
+    expected = None if like is None else [*like.shape[:-1], like.shape[-1] // pattern.m]
+    if like is not None and (list(codes.shape) != expected or codes.device != like.device):
+        raise ValueError(f"{name}: expected shape {expected} for {pattern} on {like.device}, got {describe(codes)}")
 
 
 def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
@@ -123,8 +125,8 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
     if len(wrong):
         where = tuple(wrong[0].tolist())
         raise ValueError(
-            f"{name}: expected exactly {pattern.n} of every {pattern.m} kept, "
-            f"got code {int(codes[where]):#x} in group {where} ({len(wrong)} groups differ)"
+            f"{name}: expected exactly {pattern.n} of every {pattern.m} kept, got code {int(codes[where]):#x} in group "
+            f"{where} ({len(wrong)} groups differ)"
         )
 
 
@@ -143,10 +145,10 @@ def device_of_logits(device: torch.device | str) -> torch.device:
     """The device that ``logits_device`` names; ValueError if it names none, or meta, which holds nothing."""
     try:
         named = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"logits_device: expected a device or its name, got {describe(device)}") from error
-    if named.type == "meta":
-        raise ValueError("logits_device: expected a device that holds what is learnt, got meta")
+    except (RuntimeError, TypeError):
+        named = None
+    if named is None or named.type == "meta":
+        raise ValueError(f"logits_device: expected a device that holds what is learnt, got {describe(device)}")
     return named
 
 
@@ -202,17 +204,7 @@ def stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.
 
 
 class CounterKeywords(TypedDict, total=False):
-    """The keywords by which public functions take a counter. All but ``seed`` may be left out.
-
-    Attributes:
-        seed: int of 64 bits or 0-dim int64 tensor.
-        step: int in [0, 2**32) or 0-dim int64 tensor; default 0. A tensor on the CPU is checked, as all of these are.
-            On a device a step out of its range counts as the nearest in it; layer and draw have to be in theirs.
-        layer: id in [0, 2**32), an int or 0-dim int64 tensor; default 0. Two layers of one id draw the same noise.
-        draw: id in [0, 2**16) of one of several draws in a step, an int or 0-dim int64 tensor; default 0.
-        group_offset: index in the whole layer of the first group, where the logits are a shard; default 0.
-        group_row_stride: groups in a row of the whole layer; default: of the given logits.
-    """
+    """Keywords by which public functions take a counter, see ``sample_mask``. All but ``seed`` may be left out."""
 
     seed: Scalar
     step: Scalar
@@ -232,7 +224,7 @@ def counter_of(
     group_offset: int = 0,
     group_row_stride: int | None = None,
 ) -> Counter:
-    """The checked counter of a draw from logits [rows, K], see ``CounterKeywords``."""
+    """The checked counter of a draw from logits [rows, K]."""
     check_scalar("seed", seed, -(1 << 63), 1 << 63)
     check_scalar("step", step, 0, philox.MAX_STEPS)
     check_scalar("layer", layer, 0, philox.MAX_LAYERS)
@@ -243,11 +235,7 @@ def counter_of(
 
 
 def check_shard(shape: Sequence[int], pattern: NMPattern, group_offset: int, group_row_stride: int | None) -> int:
-    """The groups in a row of the whole layer that a matrix [rows, K] of that shape is a shard of.
-
-    Raises:
-        TypeError, ValueError: the matrix cannot lie there.
-    """
+    """The checked groups in a row of the whole layer that a matrix [rows, K] of that shape is a shard of."""
     rows, groups = shape[0], shape[1] // pattern.m
     check_int("group_offset", group_offset, philox.MAX_GROUPS)
     stride = groups if group_row_stride is None else group_row_stride
@@ -271,6 +259,8 @@ def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[
     """The checked coefficients and draw ids of an update, one each for every draw."""
     several = isinstance(draw, Sequence)
     draws = list(draw) if several else [draw]
+    for i in draws:
+        check_scalar("draw", i, 0, philox.MAX_DRAWS)
     listed = isinstance(coef, Sequence) and not isinstance(coef, str) or isinstance(coef, Tensor) and coef.dim() == 1
     coefs = list(coef) if listed else [coef]
     for c in coefs:
@@ -289,8 +279,6 @@ def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[
             "coef: expected numbers whose absolute values sum up to a finite float32, also over the temperature, "
             f"got {total:g}"
         )
-    for i in draws:
-        check_scalar("draw", i, 0, philox.MAX_DRAWS)
     ids = [readable_value(i) for i in draws]
     if None not in ids and len(set(ids)) != len(ids):
         raise ValueError(f"draw: expected distinct ids, got {ids}")

@@ -19,6 +19,7 @@ from .checks import (
     check_groups,
     check_int,
     check_like,
+    check_no_overlap,
     coefs_and_draws,
     counter_of,
     describe,
@@ -30,11 +31,7 @@ from .checks import (
 
 
 def sample_mask(
-    logits: Tensor,
-    pattern: str | NMPattern,
-    *,
-    temperature: float = 1.0,
-    **counter: Unpack[CounterKeywords],
+    logits: Tensor, pattern: str | NMPattern, *, temperature: float = 1.0, **counter: Unpack[CounterKeywords]
 ) -> Tensor:
     """Draw N of every M weights without replacement from softmax(logits / temperature).
 
@@ -50,7 +47,9 @@ def sample_mask(
             (in [0, 2**32)), ``layer`` = 0 (id in [0, 2**32): two layers of one id draw the same noise) and ``draw`` = 0
             (id in [0, 2**16) of one of several draws in a step), each an int or a 0-dim int64 tensor; and where logits
             are a shard, ``group_offset`` = 0 (index in the whole layer of the first group) and ``group_row_stride``
-            (groups in a row of the whole layer; default: of the given logits), see ``shard_counter``.
+            (groups in a row of the whole layer; default: of the given logits), see ``shard_counter``. Tensors on the
+            CPU are checked. On another device a step out of its range counts as the nearest in it; layer and draw have
+            to be in theirs.
 
     Returns:
         Group codes [..., K / M]: bit i is set where weight i of the group is kept; uint8 for M <= 8,
@@ -61,8 +60,7 @@ def sample_mask(
     """
     pattern = NMPattern(pattern)
     mask = drawn_from(logits, pattern, temperature, counter)
-    codes = ops.sample_mask(mask.tensor, pattern.n, pattern.m, mask.inv_temperature, mask.counter)
-    return codes.view(*logits.shape[:-1], logits.shape[-1] // pattern.m)
+    return ops.codes_under(mask).view(*logits.shape[:-1], logits.shape[-1] // pattern.m)
 
 
 def sample_masked_weight(
@@ -148,13 +146,10 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.layout is not torch.strided:
         raise TypeError(f"mask: expected a dense bool tensor, got {describe(mask)}")
     check_groups("mask", mask, pattern)
-    groups = mask.unflatten(-1, (-1, pattern.m))
-    code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
-    for i in range(pattern.m):
-        code |= groups[..., i].to(torch.int32) << i
-    code = code.to(pattern.code_dtype)
-    check_exactly_n("mask", code, pattern)
-    return code
+    bits = 1 << torch.arange(pattern.m, device=mask.device, dtype=pattern.code_dtype)
+    codes = (mask.unflatten(-1, (-1, pattern.m)) * bits).sum(-1, dtype=pattern.code_dtype)
+    check_exactly_n("mask", codes, pattern)
+    return codes
 
 
 def expand_mask(codes: Tensor, pattern: str | NMPattern) -> Tensor:
@@ -228,6 +223,8 @@ def score_update_(
     """
     pattern = NMPattern(pattern)
     matrix = matrix_of("logits", logits, pattern).detach()
+    if not logits.is_contiguous():
+        check_no_overlap("logits", logits)
     # dynamo does not trace the question, and refuses such a tensor itself
     if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")
@@ -236,7 +233,7 @@ def score_update_(
     where = counter_of(matrix, pattern, **counter)._replace(draw=stacked(draws, torch.int64, logits.device))
     with torch.no_grad():
         factors = stacked(coefs, torch.float32, logits.device)
-        ops.score_update_(matrix, factors, pattern.n, pattern.m, inverse, where)
+        ops.score_update_(matrix, factors, pattern.n, pattern.m, inverse, *where)
         if not logits.is_contiguous():
             logits.copy_(matrix.view(logits.shape))
     return logits

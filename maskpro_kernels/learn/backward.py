@@ -244,7 +244,7 @@ class LayerUpdater:
         m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
         with self.backward_pass.offloaded.moving(self.layer) as logits:
             cached = self.layer.cached_codes
-            self._descend(logits, cached, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
+            self._descend(logits, cached, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, *counter))
         self.slopes = None
 
     def end(self) -> None:
@@ -254,8 +254,7 @@ class LayerUpdater:
     def _descend(self, logits: Tensor, codes: Tensor | None, descend: Callable[[Tensor], Tensor]) -> None:
         if self.learner is not None and codes is None:
             # ahead of the logits, by which the mask of the step is drawn
-            of = self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter()
-            codes = ops.sample_mask(logits, *of)
+            codes = ops.sample_mask(logits, self.layer.pattern.n, self.layer.pattern.m, 1.0, *self.layer.counter())
         self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
         # a draw of the logits as they were
         self.layer.cached_mask = None
@@ -453,7 +452,7 @@ class ShardUpdater(LayerUpdater):
     def _descend_own(self, rate: float) -> Tensor:
         logits, counter = self.layer.own_logits, self.layer.counter()
         rate = torch.full((), rate, dtype=torch.float32, device=logits.device)
-        return ops.descend_(logits, self.own_slopes, rate, self.how.max_update, self.layer.pattern.m, counter)
+        return ops.descend_(logits, self.own_slopes, rate, self.how.max_update, self.layer.pattern.m, *counter)
 
     def move(self, square: float) -> None:
         """Move the logits.

@@ -161,7 +161,7 @@ class ModelMasks:
             for name, layer in zip(self._alone, alone, strict=True):
                 with copies.reading(layer) as logits:
                     n, m = layer.pattern.n, layer.pattern.m
-                    self._cache(name, sample_mask(logits.contiguous(), n, m, 1.0, layer.counter()))
+                    self._cache(name, sample_mask(logits.contiguous(), n, m, 1.0, *layer.counter()))
         keys = [_key_of(counter.seed, counter.step, counter.draw) for counter in counters]
         self._last = _Draw(drawn, keys, [_versions_of(group) for _, group in self._groups])
 

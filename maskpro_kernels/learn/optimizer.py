@@ -132,7 +132,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         m, counter = layer.pattern.m, layer.counter()
         with offloaded.moving(layer) as logits:
             return descend_by_rms(
-                lambda rate: ops.descend_(logits, slopes, rate, max_update, m, counter),
+                lambda rate: ops.descend_(logits, slopes, rate, max_update, m, *counter),
                 lr,
                 state["mean_square"],
                 layer.weight.device,

@@ -8,7 +8,6 @@ are read from tensors on the device, so that a captured CUDA graph goes on with 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,13 +26,7 @@ ALIGNED = 16
 
 
 class GroupedLayer(NamedTuple):
-    """A layer as operations on groups of layers take it.
-
-    Attributes:
-        logits: [rows, K], contiguous.
-        layer: id in the counter.
-        group_offset, group_row_stride: as of a ``Counter``.
-    """
+    """A layer as operations on groups of layers take it: contiguous logits [rows, K], and parts of a ``Counter``."""
 
     logits: Tensor
     layer: int
@@ -82,13 +75,14 @@ class LayerGroup:
         if self.codes is not None:
             return
         # each layer's begin where vectors may
-        starts = list(itertools.accumulate((-(-count // ALIGNED) * ALIGNED for count in self.counts), initial=0))
+        sizes = [-(-count // ALIGNED) * ALIGNED for count in self.counts]
         # a later step may be one of autograd
         with torch.inference_mode(False):
-            memory = torch.empty(starts[-1], dtype=code_dtype(self.m), device=self.device)
-            flat = [memory[start : start + count] for start, count in zip(starts, self.counts, strict=False)]
-            shapes = [(len(logits), logits.shape[1] // self.m) for logits, *_ in self.layers]
-            self.codes = [x.view(shape) for x, shape in zip(flat, shapes, strict=True)]
+            memory = torch.empty(sum(sizes), dtype=code_dtype(self.m), device=self.device)
+            self.codes = [
+                part[:count].view(len(layer.logits), layer.logits.shape[1] // self.m)
+                for part, count, layer in zip(memory.split(sizes), self.counts, self.layers, strict=True)
+            ]
         if self._table is not None:
             # in place, for a captured graph may read it
             self._table.copy_(kernels("grouped").table_of(self))
@@ -104,11 +98,8 @@ class LayerGroup:
     def flips_of(self, i: int) -> int:
         """How many groups of the i-th layer have codes that are not those of the N largest logits."""
         if self.flips is not None:
-            flips = self.flips[i].sum()
-        else:
-            logits = self.layers[i].logits.detach()
-            flips = (self.codes[i] != top_n_mask(logits, self.n, self.m)).sum()
-        return int(flips)
+            return int(self.flips[i].sum())
+        return int((self.codes[i] != top_n_mask(self.layers[i].logits.detach(), self.n, self.m)).sum())
 
     def counter_of(self, layer: GroupedLayer, seed: Tensor, step: Tensor, draw: Tensor) -> Counter:
         id_ = torch.full((), layer.layer, dtype=torch.int64, device=self.device)
@@ -147,20 +138,18 @@ def update_layers_(
         by_codes: whether the codes of the group are those of this draw, a single one: it is then not made again, where
             N is at most 4. Above, the score takes the noise of the draw.
     """
-    by_codes = by_codes and scores_by_codes(group.n, len(coef))
+    by_codes = by_codes and len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
+    inverse = scalar(inv_temperature, seed)
     if uses_kernels(seed):
         kernels("grouped").update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
     elif not (uses_machine_code(seed) and _update_compiled_(group, coef, inv_temperature, seed, step, draws, by_codes)):
-        _update_each_(group, coef, inv_temperature, seed, step, draws)
+        for layer in group.layers:
+            where = group.counter_of(layer, seed, step, draws)
+            run_reference("score_update_", layer.logits, coef, where, inverse, n=group.n, m=group.m)
     for layer in group.layers:
         if not layer.logits.is_inference():
             # what autograd has saved of them is no longer theirs
             torch.autograd.graph.increment_version(layer.logits)
-
-
-def scores_by_codes(n: int, draws: int) -> bool:
-    """Say whether codes give the score of so many draws: of one, and where the score needs no noise."""
-    return draws == 1 and n <= reference.EXACT_SCORE_MAX_N
 
 
 def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draws, by_codes) -> bool:
@@ -172,12 +161,6 @@ def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draw
         group = LayerGroup(group.layers, group.n, group.m)
         draw_layers_(group, inv_temperature, seed, step, draws)
     return machine_code("kernels").update_layers_(group, coef, scalar(inv_temperature, seed), seed, step, draws)
-
-
-def _update_each_(group: LayerGroup, coef, inv_temperature, seed, step, draws) -> None:
-    for layer in group.layers:
-        where = group.counter_of(layer, seed, step, draws)
-        run_reference("score_update_", layer.logits, coef, where, scalar(inv_temperature, seed), n=group.n, m=group.m)
 
 
 class Uses(NamedTuple):
@@ -230,12 +213,8 @@ def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
     """Say whether a step with these uses of each mask costs less if it draws the masks into codes; N of a group."""
     row = tiles.architecture(device) if uses_kernels(torch.empty(0, device=device)) else "cpu"
     costs = COSTS[row]
-    of_product = costs.weight
-    if row != "cpu":
-        of_product = tuple(
-            (costs.one_pass if 0 < uses.tokens <= tiles.one_pass_tokens(kind, row) else costs.weight)[way]
-            for way, kind in enumerate(("drawn", "codes"))
-        )
+    one_pass = [row != "cpu" and 0 < uses.tokens <= tiles.one_pass_tokens(kind, row) for kind in ("drawn", "codes")]
+    of_product = [(costs.one_pass if whole else costs.weight)[way] for way, whole in enumerate(one_pass)]
     # by an N above, the score takes the noise of the draw
     of_update = costs.update if n <= reference.EXACT_SCORE_MAX_N else (0.0, 0.0)
     each = (uses.products, of_product), (uses.slopes, costs.slope), (uses.updates, of_update)

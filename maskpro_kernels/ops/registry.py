@@ -1,8 +1,8 @@
 """The operations as torch custom ops, with their fakes, and the gradients of those that have one.
 
 Arguments are checked in ``functional``, not here: matrices are contiguous and two-dimensional, tensors of a counter
-int64 on the same device. A ``Counter`` and a ``MaskSource`` are passed whole, and flattened only for torch.library,
-whose schemas know no tuples of tensors and numbers.
+int64 on the same device. torch.library's schemas know no tuples of tensors and numbers: operations take the parts of a
+``Counter`` or a ``MaskSource``.
 """
 
 from __future__ import annotations
@@ -45,16 +45,12 @@ def _fake_scalar(like: Tensor, *_) -> Tensor:
 
 
 @operation(f"(Tensor logits, int n, int m, float inv_temperature, {COUNTER}) -> Tensor", _fake_codes)
-def _sample_mask(logits, n, m, inv_temperature, *counter):
+def sample_mask(logits, n, m, inv_temperature, *counter):
+    """Group codes [rows, K / M] of a draw from logits [rows, K]."""
     counter = Counter(*counter)
     if uses_kernels(logits):
         return kernels("sampling").sample_mask(logits, n, m, inv_temperature, counter)
     return run_reference("sample_mask", logits, counter, scalar(inv_temperature, logits), n=n, m=m)
-
-
-def sample_mask(logits: Tensor, n: int, m: int, inv_temperature: float, counter: Counter) -> Tensor:
-    """Group codes [rows, K / M] of a draw from logits [rows, K]."""
-    return _sample_mask(logits, n, m, inv_temperature, *counter)
 
 
 @operation("(Tensor scores, int n, int m) -> Tensor", _fake_codes)
@@ -69,7 +65,7 @@ def codes_under(mask: MaskSource) -> Tensor:
     """Group codes [rows, K / M] of a mask that is drawn or given."""
     mask = mask.by_codes
     if mask.kind == "drawn":
-        return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
+        return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, *mask.counter)
     return mask.tensor
 
 
@@ -109,17 +105,17 @@ def saved_mask(ctx) -> tuple[MaskSource, list[Tensor | None]]:
     return MaskSource.unflat(*(c if p is None else p for c, p in zip(ctx.constants, parts, strict=True))), tensors
 
 
-def _save_source(ctx, inputs, output):
-    save_mask(ctx, MaskSource.unflat(*inputs[1:]))
-
-
 def _masked_weight_backward(ctx, grad):
     mask, _ = saved_mask(ctx)
     # masking is linear in the weight
     return masked_weight(grad.contiguous(), mask), *[None] * len(ctx.constants)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::masked_weight", _masked_weight_backward, setup_context=_save_source)
+torch.library.register_autograd(
+    f"{NAMESPACE}::masked_weight",
+    _masked_weight_backward,
+    setup_context=lambda ctx, inputs, output: save_mask(ctx, MaskSource.unflat(*inputs[1:])),
+)
 
 
 def _fake_masked_linear(x, weight, bias, log_prob, *_):
@@ -224,7 +220,8 @@ torch.library.register_autograd(
 
 
 @operation(f"(Tensor(a!) logits, Tensor coef, int n, int m, float inv_temperature, {COUNTER}) -> ()", lambda *_: None)
-def _score_update_(logits, coef, n, m, inv_temperature, *counter):
+def score_update_(logits, coef, n, m, inv_temperature, *counter):
+    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw k); coef and the counter's draw [draws]."""
     counter = Counter(*counter)
     if uses_kernels(logits):
         kernels("sampling").score_update_(logits, coef, n, m, inv_temperature, counter)
@@ -235,11 +232,6 @@ def _score_update_(logits, coef, n, m, inv_temperature, *counter):
         torch.autograd.graph.increment_version(logits)
 
 
-def score_update_(logits: Tensor, coef: Tensor, n: int, m: int, inv_temperature: float, counter: Counter) -> None:
-    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw k); coef and the counter's draw [draws]."""
-    _score_update_(logits, coef, n, m, inv_temperature, *counter)
-
-
 def column_squares(x: Tensor) -> Tensor:
     """Sum of squares of every column, float32."""
     if x.device.type == "cpu":
@@ -248,17 +240,17 @@ def column_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
-def _factors(grad: Tensor, x: Tensor, curvature: float, grad_squares: Tensor | None) -> tuple[Tensor, Tensor]:
+def _factors(grad, x, curvature, grad_squares):
     """[rows] and [K], whose outer product is the second derivative of the loss in the masked weight."""
     return curvature * (column_squares(grad) if grad_squares is None else grad_squares), column_squares(x)
 
 
-def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Tensor:
-    """Derivative of the loss in the masked weight [rows, K]; into ``weight_grad`` as well."""
+def _slope_operands(grad, x, weight, factors, weight_grad, mask):
+    """Operands of ``reference.straight_through_grad``; the first derivative goes into ``weight_grad`` as well."""
     first = grad.t() @ x
     if weight_grad is not None:
         weight_grad.copy_(first)
-    return first
+    return weight, first, torch.outer(*factors), codes_under(mask)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -266,7 +258,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("straight_through").weight_gradient(grad, x, None)
-        return _first_derivative(grad, x, None).float()
+        return (grad.t() @ x).float()
 
 
 @torch.library.custom_op(
@@ -281,8 +273,8 @@ def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares
         factors = _factors(grad, x, curvature, grad_squares)
         if uses_kernels(grad):
             return kernels("straight_through").straight_through_grad(grad, x, weight, *factors, mask, weight_grad)
-        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), codes_under(mask))
-        return run_reference("straight_through_grad", *slope_of, m=mask.m)
+        operands = _slope_operands(grad, x, weight, factors, weight_grad, mask)
+        return run_reference("straight_through_grad", *operands, m=mask.m)
 
 
 _straight_through_grad.register_fake(lambda grad, x, weight, *_: torch.empty_like(weight, dtype=torch.float32))
@@ -326,9 +318,9 @@ def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weig
         if uses_kernels(grad):
             update_ = kernels("straight_through").straight_through_update_
             return update_(grad, x, weight, *factors, rate, max_update, mask, weight_grad)
-        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), codes_under(mask))
+        operands = _slope_operands(grad, x, weight, factors, weight_grad, mask)
         step = (rate, mask.counter, scalar(max_update, weight))
-        return run_reference("straight_through_update_", mask.tensor, *slope_of, *step, m=mask.m)
+        return run_reference("straight_through_update_", mask.tensor, *operands, *step, m=mask.m)
 
 
 _straight_through_update_.register_fake(_fake_scalar)
@@ -355,19 +347,15 @@ def straight_through_update_(
     mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, Tensor gradient, Tensor rate, float max_update, int m, {COUNTER}) -> Tensor",
 )
-def _descend_(logits, gradient, rate, max_update, m, *counter):
+def descend_(logits, gradient, rate, max_update, m, *counter):
+    """logits [rows, K] -= rate * gradient within +-max_update; gives the mean square of the gradient, 0-dim float32."""
     counter = Counter(*counter)
     if uses_kernels(logits):
         return kernels("straight_through").descend_(logits, gradient, rate, max_update, m, counter)
     return run_reference("descend_", logits, gradient, rate, counter, scalar(max_update, logits), m=m)
 
 
-_descend_.register_fake(_fake_scalar)
-
-
-def descend_(logits: Tensor, gradient: Tensor, rate: Tensor, max_update: float, m: int, counter: Counter) -> Tensor:
-    """logits [rows, K] -= rate * gradient within +-max_update; gives the mean square of the gradient, 0-dim float32."""
-    return _descend_(logits, gradient, rate, max_update, m, *counter)
+descend_.register_fake(_fake_scalar)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::adamw_", mutates_args=("weight", "master", "first", "second"))
@@ -425,12 +413,12 @@ def _unpack_context(ctx, inputs, output):
     ctx.save_for_backward(bitmask)
 
 
-def _packed_part(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
+def _packed_part(dense, bitmask, n, m):
     return reference.packed_part(dense, bitmask, n=n, m=m)
 
 
 def _unpack_backward(ctx, grad):
-    return _packed_part(grad, ctx.saved_tensors[0], *ctx.pattern), None, None, None
+    return _packed_part(grad, *ctx.saved_tensors, *ctx.pattern), None, None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::unpack_nm", _unpack_backward, setup_context=_unpack_context)
@@ -455,8 +443,8 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
     with without_autocast(x):
         if uses_kernels(x):
             return kernels("packed").nm_linear(x, values, bitmask, scales, bias, n, m)
-        parts = tuple(part if part is None else part.contiguous() for part in (values, bitmask, scales, bias))
-        return packed_products(x).nm_linear(x.contiguous(), parts[:3], parts[3], n, m)
+        x, *parts, bias = (part if part is None else part.contiguous() for part in (x, values, bitmask, scales, bias))
+        return packed_products(x).nm_linear(x, tuple(parts), bias, n, m)
 
 
 def _nm_linear_context(ctx, inputs, output):

@@ -115,8 +115,14 @@ def test_logits_that_cannot_change_are_refused():
     with pytest.raises(ValueError, match="^logits: expected a tensor that may change"):
         mk.score_update_(frozen, 0.5, pattern="2:4", seed=3)
     assert_same_bits(frozen, before)
-    with pytest.raises(RuntimeError, match="single memory location"):
-        mk.score_update_(torch.zeros(1, 8).expand(2, 8), 0.5, pattern="2:4", seed=3)
+
+
+@pytest.mark.parametrize("strides", [(0, 1), (4, 1), (1, 1)])
+def test_logits_that_overlap_in_memory_are_refused(strides):
+    memory = torch.zeros(64)
+    with pytest.raises(ValueError, match=r"^logits: expected elements at places of their own, got strides \("):
+        mk.score_update_(memory.as_strided((2, 8), strides), 0.5, pattern="2:4", seed=3)
+    assert not memory.any()
 
 
 def test_logits_that_lie_apart_are_moved():

@@ -156,7 +156,7 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtypes, launched, monke
     fused, apart = logits.clone(), logits.clone()
     found = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, max_update, source_of(fused, pattern))
     assert launched["straight_through"] == 2
-    also = ops.descend_(apart, gradient, rate, max_update, pattern.m, counter)
+    also = ops.descend_(apart, gradient, rate, max_update, pattern.m, *counter)
     assert launched["descend"] == 1
     assert_same_bits([fused, apart], [expected, expected], pattern.m)
     assert not torch.equal(fused, logits)
