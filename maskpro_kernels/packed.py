@@ -60,7 +60,27 @@ class PackedNM:
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", NMPattern(self.pattern))
-        check_parts(self.values, self.bitmask, self.scales, self.pattern)
+        values, scales, pattern = self.values, self.scales, self.pattern
+        parts = [("values", values, (*LOGIT_DTYPES, torch.int8)), ("bitmask", self.bitmask, (torch.uint8,))]
+        if scales is not None:
+            parts.append(("scales", scales, LOGIT_DTYPES))
+        for name, tensor, dtypes in parts:
+            if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+                raise TypeError(f"{name}: expected a tensor of {' or '.join(map(str, dtypes))}, got {describe(tensor)}")
+            if tensor.dim() != 2 or not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous matrix, got {describe(tensor)}")
+        if values.shape[1] == 0 or values.shape[1] % pattern.n:
+            raise ValueError(f"values: expected a last dimension divisible by {pattern.n}, got {describe(values)}")
+        if (scales is None) == (values.dtype == torch.int8):
+            raise ValueError(f"scales: expected them beside int8 values and no others, got {describe(scales)}")
+        rows, kept = values.shape
+        expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)], "scales": [rows, -(-kept // SCALED)]}
+        for name, tensor, _ in parts[1:]:
+            if list(tensor.shape) != expected[name] or tensor.device != values.device:
+                raise ValueError(
+                    f"{name}: expected {expected[name]} on {values.device} beside {pattern} values "
+                    f"{list(values.shape)}, got {describe(tensor)}"
+                )
 
     @property
     def shape(self) -> torch.Size:
@@ -132,45 +152,17 @@ class PackedNM:
         Raises:
             ValueError: if not.
         """
-        check_content(self.bitmask, self.scales, self.shape[1], self.pattern)
+        k = self.shape[1]
+        check_exactly_n("bitmask", codes_of(self.bitmask, k, self.pattern.m), self.pattern)
+        if k % 8 and (self.bitmask[:, -1] >> k % 8).any():
+            raise ValueError(f"bitmask: expected no bits beyond the {k} weights of a row, got some")
+        if self.scales is not None and not (self.scales.isfinite() & (self.scales >= 0)).all():
+            raise ValueError("scales: expected finite numbers, none below 0, got others")
         return self
 
     def unpack(self) -> Tensor:
         """The weight [out, K] of ``dtype``, +0.0 where nothing is stored."""
         return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
-
-
-def check_parts(values: Tensor, bitmask: Tensor, scales: Tensor | None, pattern: NMPattern) -> None:
-    """Raise TypeError or ValueError unless these can be a packed weight."""
-    parts = [("values", values, (*LOGIT_DTYPES, torch.int8)), ("bitmask", bitmask, (torch.uint8,))]
-    if scales is not None:
-        parts.append(("scales", scales, LOGIT_DTYPES))
-    for name, tensor, dtypes in parts:
-        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-            raise TypeError(f"{name}: expected a tensor of {' or '.join(map(str, dtypes))}, got {describe(tensor)}")
-        if tensor.dim() != 2 or not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous matrix, got {describe(tensor)}")
-    if values.shape[1] == 0 or values.shape[1] % pattern.n:
-        raise ValueError(f"values: expected a last dimension divisible by {pattern.n}, got {describe(values)}")
-    if (scales is None) == (values.dtype == torch.int8):
-        raise ValueError(f"scales: expected them beside int8 values and no others, got {describe(scales)}")
-    rows, kept = values.shape
-    expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)], "scales": [rows, -(-kept // SCALED)]}
-    for name, tensor, _ in parts[1:]:
-        if list(tensor.shape) != expected[name] or tensor.device != values.device:
-            raise ValueError(
-                f"{name}: expected {expected[name]} on {values.device} beside {pattern} values {list(values.shape)}, "
-                f"got {describe(tensor)}"
-            )
-
-
-def check_content(bitmask: Tensor, scales: Tensor | None, k: int, pattern: NMPattern) -> None:
-    """Raise ValueError unless the bitmask keeps N of every M of a weight [rows, K], and scales are such."""
-    check_exactly_n("bitmask", codes_of(bitmask, k, pattern.m), pattern)
-    if k % 8 and (bitmask[:, -1] >> k % 8).any():
-        raise ValueError(f"bitmask: expected no bits beyond the {k} weights of a row, got some")
-    if scales is not None and not (scales.isfinite() & (scales >= 0)).all():
-        raise ValueError("scales: expected finite numbers, none below 0, got others")
 
 
 def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> PackedNM:
@@ -409,8 +401,7 @@ class NMLinear(nn.Module):
             return
         if any(f"{prefix}{name}" in state_dict for name in own) and not given["bitmask"].is_meta:
             try:
-                check_parts(**given, pattern=self.pattern)
-                check_content(given["bitmask"], given["scales"], self.in_features, self.pattern)
+                PackedNM(**given, pattern=self.pattern).check()
             except (TypeError, ValueError) as error:
                 errors.append(f"state_dict: {prefix}{error}")
                 return

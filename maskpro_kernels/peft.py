@@ -103,17 +103,8 @@ def _sparse_layers(model: nn.Module) -> set[str]:
 
 def _check_leaves_base_weight(config: LoraConfig) -> None:
     """Raise ValueError if an adapter would read or change the weight that it stands beside."""
-    if config.use_dora:
-        raise ValueError(
-            "use_dora: expected False beside a masked or packed layer, whose weight it would read, got True"
-        )
-    # of a newer peft
-    if getattr(config, "kasa_config", None) is not None:
-        raise ValueError(
-            "kasa_config: expected None beside a masked or packed layer, whose weight it would change, got one"
-        )
-    if config.init_lora_weights not in INITIAL_WEIGHTS:
-        raise ValueError(
-            f"init_lora_weights: expected one of {INITIAL_WEIGHTS} beside a masked or packed layer, got "
-            f"{config.init_lora_weights!r}"
-        )
+    # the second one is of a newer peft
+    for name, allowed in (("use_dora", (False,)), ("kasa_config", (None,)), ("init_lora_weights", INITIAL_WEIGHTS)):
+        if (got := getattr(config, name, None) or allowed[0]) not in allowed:
+            expected = f"one of {allowed}" if len(allowed) > 1 else allowed[0]
+            raise ValueError(f"{name}: expected {expected} beside a masked or packed layer, got {got!r}")

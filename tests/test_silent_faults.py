@@ -224,7 +224,7 @@ FAULTS = [
     Fault("prune.convert.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
     Fault("packed.packed_linear", of_detached_values, values_learn),
     Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
-    Fault("hf.quantizer.check_content", nothing, damaged_scales_are_seen),
+    Fault("packed.PackedNM.check", nothing, damaged_scales_are_seen),
     Fault("hf.quantizer._check_stored", nothing, values_that_are_no_integers_are_seen),
     Fault("packed.NMLinear._load_from_state_dict", nn.Module._load_from_state_dict, integers_are_not_taken_for_weights),
 ]

@@ -82,7 +82,7 @@ def check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
 
 
 def linear_input(x: Tensor, bias: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device) -> Tensor:
-    """x [..., K], checked as bias is, in the dtype of its product with a weight [out, K]: autocast's, or else its own."""
+    """x [..., K], checked with bias, in the dtype of its product with a weight [out, K]: autocast's or the weight's."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != shape[1] or x.device != device:
         raise ValueError(f"x: expected a tensor [..., {shape[1]}] on {device}, got {describe(x)}")
     check_floats("x", x)

@@ -21,7 +21,6 @@ from ..packed import (
     VALUE_KINDS,
     NMLinear,
     PackedNM,
-    check_content,
     dense_layer,
     hold_in_huge_pages,
     packed_class,
@@ -390,17 +389,8 @@ def _extra_states(files: Iterable[str | Path] | None) -> dict[int, Tensor]:
 
 def _check_packed(name: str, layer: NMLinear) -> None:
     """Raise ValueError unless transformers has given a layer a sound packed weight."""
-    if layer.bitmask.is_meta:
-        return
-    floats = tuple(FLOATS.values())
-    expected = {"values": floats, "bitmask": (torch.uint8,)}
-    if layer.kind == INT8:
-        expected |= {"values": (torch.int8,), "scales": floats}
-    for part, dtypes in expected.items():
-        found = getattr(layer, part).dtype
-        if found not in dtypes:
-            raise ValueError(f"checkpoint: {name}.{part}: expected {' or '.join(map(str, dtypes))}, got {found}")
     try:
-        check_content(layer.bitmask, layer.scales, layer.in_features, layer.pattern)
-    except ValueError as error:
+        if not layer.bitmask.is_meta:
+            layer.packed.check()
+    except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: {name}.{error}") from error

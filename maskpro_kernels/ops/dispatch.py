@@ -125,12 +125,3 @@ def in_onnx_export() -> bool:
     """Tell whether ``torch.onnx.export`` traces: no ONNX runtime has the operations of this package."""
     # the first of the two alone is quick, and imports nothing
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-
-
-def refuse_in_onnx_export() -> None:
-    """Raise ValueError in the fake of an operation that ``torch.onnx.export`` has come to."""
-    if in_onnx_export():
-        raise ValueError(
-            "model: expected masks that ONNX can hold, those of the N largest logits in eval mode, got others: call "
-            "eval(), or export the dense model that finalize gives"
-        )

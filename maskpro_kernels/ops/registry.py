@@ -17,12 +17,12 @@ from . import reference
 from .dispatch import (
     NAMESPACE,
     compiler_available,
+    in_onnx_export,
     interpreting,
     kernels,
     machine_code,
     operation,
     packed_products,
-    refuse_in_onnx_export,
     run_reference,
     scalar,
     uses_kernels,
@@ -119,7 +119,11 @@ torch.library.register_autograd(
 
 
 def _fake_masked_linear(x, weight, bias, log_prob, *_):
-    refuse_in_onnx_export()
+    if in_onnx_export():
+        raise ValueError(
+            "model: expected masks that ONNX can hold, those of the N largest logits in eval mode, got others: call "
+            "eval(), or export the dense model that finalize gives"
+        )
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
 
 
