@@ -23,7 +23,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels import ranks
-from maskpro_kernels.digests import digest
+from maskpro_kernels.files import digest
 from maskpro_kernels.learn import run
 
 
@@ -314,7 +314,7 @@ import torch
 torch.set_num_threads(1)
 from helpers.rank_jobs import rank_trainer
 from helpers.small_trainer import logits_of
-from maskpro_kernels.digests import digest
+from maskpro_kernels.files import digest
 from maskpro_kernels.ranks import under_torchrun
 with under_torchrun():
     trainer = rank_trainer(accumulate=2)

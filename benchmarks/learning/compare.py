@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from maskpro_kernels.cli.config import DTYPES
 from maskpro_kernels.cli.inputs import device_of
-from maskpro_kernels.digests import digest
-from maskpro_kernels.files import write_tensors
+from maskpro_kernels.files import digest, write_tensors
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 from maskpro_kernels.hf import load_model
 from maskpro_kernels.learn.estimator import Estimator

@@ -22,8 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..digests import digest, digest_of_bytes, digest_of_named
-from ..files import write_tensors
+from ..files import digest, digest_of_bytes, digest_of_named, write_tensors
 from ..functional.checks import check_codes, check_exactly_n
 from ..pattern import NMPattern
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..digests import digest
-from ..files import check_takes_files
+from ..files import check_takes_files, digest
 from ..modules import masked_layers
 from ..packed import INT8, NMLinear, bits_a_weight
 from ..ranks import rank_of_torchrun

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoints.logits import LOGITS_FILE, Logits, changed_weights, load_logits, save_logits, write_logits
-from ..digests import digest
 from ..extras import missing
-from ..files import check_output, discard, make_folder, sync, write_tensors, write_whole
+from ..files import check_output, digest, discard, make_folder, sync, write_tensors, write_whole
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..functional.masks import top_n_mask
 from ..learn.estimator import Estimator

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from ..digests import SIZE, digest
+from ..files import SIZE, digest
 from ..ranks import Ranks
 
 # A label without a loss, as torch has it

@@ -35,8 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..digests import SIZE, digest, digest_of_bytes
-from ..files import append_whole, discard, make_folder, sync, unfinished, write_whole
+from ..files import SIZE, append_whole, digest, digest_of_bytes, discard, make_folder, sync, unfinished, write_whole
 from ..fsdp import is_distributed, is_sharded, kinds_of_parts, planned_parts, read_parts
 from ..modules import MaskedLinear
 from ..pattern import NMPattern

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..digests import digest
+from ..files import digest
 from ..fsdp import (
     agree_on_shards,
     check_finite,

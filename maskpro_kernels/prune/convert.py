@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..digests import digest_of_named
+from ..files import digest_of_named
 from ..fsdp import check_no_flat_parameters, is_distributed, like_shards, resharded
 from ..functional.checks import LARGEST_GAP, check_gap, check_int, device_of_logits
 from ..learn.batches import content

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.logits import LOGITS_FILE, load_logits
 from ..checkpoints.mask_file import DTYPES, load_masks
-from ..digests import digest
+from ..files import digest
 from ..fsdp import local, part_of, resharded
 from ..functional.checks import check_codes, check_exactly_n, check_int
 from ..functional.masks import expand_mask, sample_mask, top_n_mask

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from ..digests import digest
-from ..files import make_folder, write_whole
+from ..files import digest, make_folder, write_whole
 from ..functional.checks import describe
 from ..modules import MaskedLinear, dense, evaluating
 from .perplexity import causal_lm_loss, check_input_ids

@@ -15,7 +15,7 @@ from helpers.in_ranks import LONGEST, forking
 from helpers.small_trainer import a_trainer_in, logits_of
 
 import maskpro_kernels as mk
-from maskpro_kernels.digests import digest
+from maskpro_kernels.files import digest
 from maskpro_kernels.learn import masks, run
 from maskpro_kernels.learn.offload import OffloadedLogits
 from maskpro_kernels.learn.run import newest_snapshot

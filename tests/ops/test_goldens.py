@@ -19,7 +19,7 @@ from helpers.routes import take_route
 from torch import Tensor, nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.digests import SIZE
+from maskpro_kernels.files import SIZE
 from maskpro_kernels.learn.run import pack_entry, read_journal
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())

@@ -12,7 +12,7 @@ from helpers.enumerated import KERNEL_DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskpro_kernels import functional
+import maskpro_kernels as mk
 from maskpro_kernels.counter import Counter
 from maskpro_kernels.ops import philox, reference
 from maskpro_kernels.ops.cpu import kernels
@@ -202,8 +202,8 @@ def public(name, tensors, n, m, seed, step, layer, draw, group_offset, group_row
         "group_row_stride": group_row_stride,
     }
     if name == "score_update_":
-        return functional.score_update_(tensors[0], 3.0, **arguments).cpu()
-    return getattr(functional, name)(*tensors, **arguments).cpu()
+        return mk.score_update_(tensors[0], 3.0, **arguments).cpu()
+    return getattr(mk, name)(*tensors, **arguments).cpu()
 
 
 def plain(name, tensors, n, m, seed, step, layer, draw, group_offset, group_row_stride):
@@ -269,6 +269,6 @@ def test_shards_draw_the_bits_of_the_whole_layer(route, name, pattern, dtype, of
 
 def test_the_default_row_stride_is_that_of_the_given_tensor():
     logits = torch.zeros(5, 12, device=KERNEL_DEVICE)
-    default = functional.sample_mask(logits, "2:4", seed=1)
-    assert_same_bits(default, functional.sample_mask(logits, "2:4", seed=1, group_row_stride=3))
-    assert not torch.equal(default, functional.sample_mask(logits, "2:4", seed=1, group_row_stride=4))
+    default = mk.sample_mask(logits, "2:4", seed=1)
+    assert_same_bits(default, mk.sample_mask(logits, "2:4", seed=1, group_row_stride=3))
+    assert not torch.equal(default, mk.sample_mask(logits, "2:4", seed=1, group_row_stride=4))

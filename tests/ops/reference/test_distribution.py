@@ -13,7 +13,7 @@ from helpers.enumerated import KERNEL_DEVICE, chi_square_p, code_counts, set_pro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpro_kernels import functional
+import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import dispatch, reference
 from maskpro_kernels.ops.cpu import kernels as cpu_kernels
@@ -44,7 +44,7 @@ def reference_codes(logits, n, m, temperature, seed, step=0, route=reference):
 
 
 def kernel_codes(logits, n, m, temperature, seed):
-    return functional.sample_mask(logits.to(KERNEL_DEVICE), f"{n}:{m}", temperature=temperature, seed=seed).cpu()
+    return mk.sample_mask(logits.to(KERNEL_DEVICE), f"{n}:{m}", temperature=temperature, seed=seed).cpu()
 
 
 def p_value(draw, pattern, kind, temperature, seed):
@@ -116,7 +116,7 @@ def test_rare_sets_at_gap_12_appear_at_their_rate():
 def test_no_two_steps_layers_draws_or_seeds_draw_the_same_masks():
     logits = torch.zeros(16, 64, device=KERNEL_DEVICE)
     counters = [{"seed": 0}, {"seed": 1 << 32}, {"seed": 0, "step": 1}, {"seed": 0, "layer": 1}, {"seed": 0, "draw": 1}]
-    drawn = {tuple(functional.sample_mask(logits, "2:4", **c).flatten().tolist()) for c in counters}
+    drawn = {tuple(mk.sample_mask(logits, "2:4", **c).flatten().tolist()) for c in counters}
     assert len(drawn) == len(counters)
 
 
@@ -129,7 +129,7 @@ def eager_codes(logits, pattern, temperature=1.0, seed=0, step=0, layer=0, draw=
 
 
 def kept_counts(codes, pattern):
-    return functional.expand_mask(codes, pattern).unflatten(-1, (-1, pattern.m)).sum(-1)
+    return mk.expand_mask(codes, pattern).unflatten(-1, (-1, pattern.m)).sum(-1)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_an_integer_shift_of_a_group_gives_the_same_bits(pattern, dtype):
     assert torch.equal(moved.double(), logits.double() + shift), "the shift must be exact"
     arguments = {"temperature": 0.7, "seed": 3, "layer": 4}
     plain, shifted = (x.to(dtype).flatten(1) for x in (logits, moved))
-    for draw in (eager_codes, lambda x, *a, **k: functional.sample_mask(x.to(KERNEL_DEVICE), *a, **k).cpu()):
+    for draw in (eager_codes, lambda x, *a, **k: mk.sample_mask(x.to(KERNEL_DEVICE), *a, **k).cpu()):
         assert_same_bits(draw(plain, pattern, **arguments), draw(shifted, pattern, **arguments))
 
 
@@ -171,7 +171,7 @@ def extreme_logits(m):
 def test_extreme_and_equal_logits_draw_exactly_n(pattern, temperature):
     pattern = NMPattern(pattern)
     logits = extreme_logits(pattern.m)
-    codes = functional.sample_mask(logits.to(KERNEL_DEVICE), pattern, temperature=temperature, seed=5).cpu()
+    codes = mk.sample_mask(logits.to(KERNEL_DEVICE), pattern, temperature=temperature, seed=5).cpu()
     assert (kept_counts(codes, pattern) == pattern.n).all()
     assert_same_bits(codes, eager_codes(logits, pattern, temperature, seed=5))
 
@@ -212,7 +212,7 @@ def draws(draw):
 @given(draws())
 def test_any_draw_keeps_exactly_n_and_kernel_and_reference_agree(case):
     logits, pattern, temperature, counter = case
-    codes = functional.sample_mask(logits.to(KERNEL_DEVICE), pattern, temperature=temperature, **counter).cpu()
+    codes = mk.sample_mask(logits.to(KERNEL_DEVICE), pattern, temperature=temperature, **counter).cpu()
     assert codes.shape == (*logits.shape[:-1], logits.shape[-1] // pattern.m)
     assert codes.dtype == pattern.code_dtype
     assert (kept_counts(codes, pattern) == pattern.n).all()
@@ -221,5 +221,5 @@ def test_any_draw_keeps_exactly_n_and_kernel_and_reference_agree(case):
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 4)])
 def test_no_groups_give_no_codes(shape):
-    codes = functional.sample_mask(torch.empty(shape, device=KERNEL_DEVICE), "2:4", seed=0)
+    codes = mk.sample_mask(torch.empty(shape, device=KERNEL_DEVICE), "2:4", seed=0)
     assert codes.shape == (*shape[:-1], shape[-1] // 4)

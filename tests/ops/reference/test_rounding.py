@@ -11,7 +11,7 @@ from helpers.cases import cases, slow
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.noise import BLOCK, without_contraction
 
-from maskpro_kernels import functional
+import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import device as device
@@ -162,7 +162,7 @@ def eager_update(logits, coefs, draws, n, m, seed=1, step=2, layer=3):
 
 def kernel_update(logits, coefs, draws, n, m, seed=1, step=2, layer=3):
     moved = logits.clone().to(KERNEL_DEVICE)
-    functional.score_update_(moved, coefs, pattern=f"{n}:{m}", seed=seed, step=step, layer=layer, draw=draws)
+    mk.score_update_(moved, coefs, pattern=f"{n}:{m}", seed=seed, step=step, layer=layer, draw=draws)
     return moved.cpu()
 
 
@@ -205,9 +205,9 @@ def test_several_draws_are_all_taken_at_the_old_logits(update, n, m):
 def test_one_draw_in_a_sequence_is_the_single_update():
     logits = torch.randn(4, 32, generator=torch.Generator().manual_seed(4)).to(KERNEL_DEVICE)
     arguments = {"pattern": "2:4", "seed": 5}
-    listed = functional.score_update_(logits.clone(), [0.5], draw=[3], **arguments)
-    tensor = functional.score_update_(logits.clone(), torch.tensor(0.5), draw=3, **arguments)
-    single = functional.score_update_(logits.clone(), 0.5, draw=3, **arguments)
+    listed = mk.score_update_(logits.clone(), [0.5], draw=[3], **arguments)
+    tensor = mk.score_update_(logits.clone(), torch.tensor(0.5), draw=3, **arguments)
+    single = mk.score_update_(logits.clone(), 0.5, draw=3, **arguments)
     assert_same_bits([listed, tensor], [single, single])
 
 

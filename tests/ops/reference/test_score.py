@@ -19,7 +19,8 @@ from helpers.enumerated import (
     subset_codes,
 )
 
-from maskpro_kernels import functional, ops
+import maskpro_kernels as mk
+from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import philox, reference
 from maskpro_kernels.ops.triton.launch import launches
@@ -129,7 +130,7 @@ def kernel_score(logits, codes, pattern):
 
 def kernel_gradient(logits, codes, pattern):
     logits = logits.clone().to(KERNEL_DEVICE).requires_grad_()
-    functional.mask_log_prob(logits, as_codes(codes, pattern)[:, None].to(KERNEL_DEVICE), pattern).sum().backward()
+    mk.mask_log_prob(logits, as_codes(codes, pattern)[:, None].to(KERNEL_DEVICE), pattern).sum().backward()
     return logits.grad.cpu()
 
 
@@ -191,7 +192,7 @@ def reference_log_prob(logits, codes, pattern):
 
 def kernel_log_prob(logits, codes, pattern):
     codes = as_codes(codes, pattern)[:, None].to(KERNEL_DEVICE)
-    return functional.mask_log_prob(logits.to(KERNEL_DEVICE), codes, pattern)[:, 0].cpu()
+    return mk.mask_log_prob(logits.to(KERNEL_DEVICE), codes, pattern)[:, 0].cpu()
 
 
 LOG_PROBS = pytest.mark.parametrize("log_prob", [reference_log_prob, kernel_log_prob], ids=["reference", "kernel"])
@@ -289,7 +290,7 @@ def reference_update(logits, pattern, seed, temperature=1.0):
 
 def kernel_update(logits, pattern, seed, temperature=1.0):
     moved = logits.clone().to(KERNEL_DEVICE)
-    functional.score_update_(moved, -AMPLIFIED, pattern=pattern, seed=seed, temperature=temperature)
+    mk.score_update_(moved, -AMPLIFIED, pattern=pattern, seed=seed, temperature=temperature)
     return (moved.cpu().double() - logits) / AMPLIFIED
 
 
@@ -306,7 +307,7 @@ def drawn_scores(update, group, pattern, seed, count, temperature=1.0):
     """(codes [count], scores float64 [count, M]) of ``count`` draws of one group."""
     m = NMPattern(pattern).m
     logits = group.repeat(16, count // 16)
-    codes = functional.sample_mask(logits.to(KERNEL_DEVICE), pattern, seed=seed, temperature=temperature).cpu()
+    codes = mk.sample_mask(logits.to(KERNEL_DEVICE), pattern, seed=seed, temperature=temperature).cpu()
     return codes.flatten().to(torch.int64), update(logits, pattern, seed, temperature).view(-1, m)
 
 
@@ -364,7 +365,7 @@ def test_estimate_at_gap_10_varies_far_less_than_the_score_of_the_drawn_order(up
     words = philox.group_words(torch.arange(count), m, philox.STREAM_DRAW, key)
     keys = group - group.max() + reference.gumbel(torch.stack(words, dim=1))
     ordered = ordered_score(group, keys, n)
-    kept = functional.expand_mask(codes.to(NMPattern(pattern).code_dtype)[:, None], pattern)
+    kept = mk.expand_mask(codes.to(NMPattern(pattern).code_dtype)[:, None], pattern)
     assert_same_bits(keys.argsort(dim=1, descending=True)[:, :n].sort(1)[0], kept.nonzero()[:, 1].view(-1, n))
     assert scores.var(0).sum() < ordered.var(0).sum() / 20
 
@@ -394,7 +395,7 @@ def test_temperature_enters_the_gradient_of_masked_linear(temperature):
     _, scores = drawn_scores(kernel_update, group, "2:4", seed=35, count=256, temperature=temperature)
     logits = group.repeat(16, 16).to(KERNEL_DEVICE).requires_grad_()
     weight, x = torch.ones(16, 64, device=KERNEL_DEVICE), torch.ones(2, 64, device=KERNEL_DEVICE)
-    _, log_prob = functional.masked_linear(x, weight, logits, pattern="2:4", seed=35, temperature=temperature)
+    _, log_prob = mk.masked_linear(x, weight, logits, pattern="2:4", seed=35, temperature=temperature)
     log_prob.backward()
     assert (logits.grad.cpu().double().view(-1, 4) - scores).abs().max() < 1e-6
 
@@ -416,7 +417,7 @@ def test_gradient_of_log_prob_has_the_dtype_of_the_logits(pattern, dtype, accura
     values = (torch.randn(12, m, generator=generator) * 2).to(dtype)
     codes = [random_code(n, m, generator) for _ in values]
     logits = values.to(KERNEL_DEVICE).requires_grad_()
-    log_prob = functional.mask_log_prob(logits, as_codes(codes, pattern)[:, None].to(KERNEL_DEVICE), pattern)
+    log_prob = mk.mask_log_prob(logits, as_codes(codes, pattern)[:, None].to(KERNEL_DEVICE), pattern)
     weights = torch.linspace(-2, 2, 12, device=KERNEL_DEVICE)[:, None]
     assert log_prob.dtype == torch.float32
     (log_prob * weights).sum().backward()
@@ -431,7 +432,7 @@ def test_a_second_derivative_is_refused_with_a_clear_error(pattern):
     n, m = sizes(pattern)
     logits = torch.zeros(1, m, device=KERNEL_DEVICE, requires_grad=True)
     codes = as_codes([(1 << n) - 1], pattern)[:, None].to(KERNEL_DEVICE)
-    log_prob = functional.mask_log_prob(logits, codes, pattern)
+    log_prob = mk.mask_log_prob(logits, codes, pattern)
     (gradient,) = torch.autograd.grad(log_prob.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="mask_score.*no autograd formula"):
         gradient.square().sum().backward()
