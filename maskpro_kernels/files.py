@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -140,17 +140,15 @@ def check_output(folder: str | Path) -> None:
     """
     folder = Path(folder)
     missing = _missing(folder.absolute())
-    there = missing[-1].parent if missing else folder.absolute()
-    if not there.is_dir():
-        raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file; give another name")
     try:
-        check_takes_files(there)
-        # an empty folder of that name may be given again
-        if missing:
-            os.mkdir(missing[-1])
-            os.rmdir(missing[-1])
+        folder.mkdir(parents=True, exist_ok=True)
+        check_takes_files(folder)
     except OSError as error:
         raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: {error}") from error
+    finally:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty; give another"

@@ -248,14 +248,6 @@ def test_masked_layers_that_a_hook_offloads_are_refused():
     assert isinstance(model[0], mk.MaskedLinear)
 
 
-def test_devices_that_hold_no_logits_are_refused():
-    model = a_model()
-    for device in ("nowhere", "meta", 0.5):
-        with pytest.raises(ValueError, match="^logits_device: expected a device .*got"):
-            mk.convert(model, "2:4", logits_device=device)
-        assert type(model[0]) is nn.Linear
-
-
 def assert_counter_follows_the_weight(rank: int) -> None:
     """A model that is spread over devices once it has been converted shares its counter state all the same."""
     device = far_device()

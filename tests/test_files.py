@@ -69,7 +69,7 @@ def test_check_output(tmp_path):
     with pytest.raises(ValueError, match="output: expected a new or empty folder, got .*not empty"):
         check_output(tmp_path)
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match="output: expected a folder, got .*file' is a file"):
+        with pytest.raises(ValueError, match="output: expected a writable folder, got .*file"):
             check_output(folder)
 
 

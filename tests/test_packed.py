@@ -28,6 +28,7 @@ PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1
 MULTIPLIED = ["2:4", "1:4", "4:8", "8:16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAGE = mmap.PAGESIZE
+KERNEL_OF = {"vector": "packed_vector", "tiles": "packed_linear", "unpack": "unpack"}
 
 
 def sparse(rows: int, k: int, pattern: str, dtype=torch.float32, seed=0, kept_zeros=0.0) -> torch.Tensor:
@@ -187,11 +188,13 @@ def test_products_stay_within_the_error_budget(pattern, dtype, tokens_and_rows, 
     ("tokens", "kernel"), [(1, "packed_vector"), (2, "packed_linear"), (64, "packed_linear"), (65, "unpack")]
 )
 def test_the_route_goes_by_tokens(tokens, kernel, pattern, launched):
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
     for values in mk.packed.VALUE_KINDS:
-        packed = mk.pack_nm(sparse(24, 128, pattern, torch.bfloat16), pattern, values)
+        packed, x = mk.pack_nm(sparse(24, 128, pattern, torch.bfloat16), pattern, values), torch.randn(tokens, 128)
         launched.clear()
-        mk.nm_linear(torch.randn(tokens, 128).bfloat16(), packed)
-        assert {name for name in ("packed_vector", "packed_linear", "unpack") if launched[name]} == {kernel}
+        mk.nm_linear(x.bfloat16(), packed)
+        assert {name for name in KERNEL_OF.values() if launched[name]} == {kernel}
+        assert KERNEL_OF[kernels_file.route(x.bfloat16(), packed.values, packed.bitmask, n, m)] == kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -366,26 +369,6 @@ def test_a_backward_inside_of_autocast_runs_in_the_dtype_of_its_forward():
     with torch.autocast("cpu", torch.bfloat16):
         (found,) = torch.autograd.grad(inside, x, upstream)
     assert_same_bits(found, expected)
-
-
-def test_the_route_is_told_as_it_is_taken(launched, monkeypatch):
-    packed = mk.pack_24(sparse(8, 64, "2:4", torch.bfloat16))
-    values, bitmask = packed.values, packed.bitmask
-    apart = torch.cat([values.flatten()[:1], values.flatten()])[1:].view(values.shape)
-    kernels = {"vector": "packed_vector", "tiles": "packed_linear", "unpack": "unpack"}
-    for tokens, own, expected in (
-        (1, values, "vector"),
-        (5, values, "tiles"),
-        (65, values, "unpack"),
-        (1, apart, "unpack"),
-    ):
-        x = torch.randn(tokens, 64).bfloat16()
-        assert kernels_file.route(x, own, bitmask, 2, 4) == expected
-        launched.clear()
-        mk.nm_linear(x, mk.PackedNM(own, bitmask, "2:4"))
-        assert launched[kernels[expected]] == 1
-    monkeypatch.setattr(kernels_file.tiles, "ON_CPU", None)
-    assert kernels_file.route(torch.randn(1, 64).bfloat16(), values, bitmask, 2, 4) == "unpack"
 
 
 class TestModules:
