@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import ops
-from .fsdp import is_distributed
 from .functional.checks import (
     LOGIT_DTYPES,
     check_exactly_n,
@@ -352,11 +351,6 @@ class NMLinear(nn.Module):
         """
         if not isinstance(layer, MaskedLinear):
             raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
-        if is_distributed(layer.weight):
-            raise ValueError(
-                "layer: expected a whole one, got a DTensor as its weight; pack the whole model that a checkpoint of "
-                "the dense one gives"
-            )
         return cls(pack_nm(layer.top_n_weight(), layer.pattern, values), layer.bias).train(layer.training)
 
     @property

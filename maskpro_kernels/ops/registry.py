@@ -284,15 +284,7 @@ def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares
 _straight_through_grad.register_fake(lambda grad, x, weight, *_: torch.empty_like(weight, dtype=torch.float32))
 
 
-def straight_through_grad(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    curvature: float,
-    mask: MaskSource,
-    weight_grad: Tensor | None = None,
-    grad_squares: Tensor | None = None,
-) -> Tensor:
+def straight_through_grad(grad, x, weight, curvature, mask: MaskSource, weight_grad=None, grad_squares=None) -> Tensor:
     """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
 
     G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
@@ -331,19 +323,11 @@ _straight_through_update_.register_fake(_fake_scalar)
 
 
 def straight_through_update_(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    curvature: float,
-    rate: Tensor,
-    max_update: float,
-    mask: MaskSource,
-    weight_grad: Tensor | None = None,
-    grad_squares: Tensor | None = None,
+    grad, x, weight, curvature, rate: Tensor, max_update: float, mask: MaskSource, weight_grad=None, grad_squares=None
 ) -> Tensor:
     """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
-    more = weight_grad, grad_squares
-    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, *more, *mask.flat())
+    operands = grad, x, weight, curvature, rate, max_update, weight_grad, grad_squares
+    return _straight_through_update_(*operands, *mask.flat())
 
 
 @torch.library.custom_op(
