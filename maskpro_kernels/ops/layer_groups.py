@@ -122,13 +122,7 @@ def draw_layers_(group: LayerGroup, inv_temperature: float, seed: Tensor, step: 
 
 
 def update_layers_(
-    group: LayerGroup,
-    coef: Tensor,
-    inv_temperature: float,
-    seed: Tensor,
-    step: Tensor,
-    draws: Tensor,
-    by_codes: bool = False,
+    group: LayerGroup, coef: Tensor, inv_temperature: float, seed: Tensor, step: Tensor, draws: Tensor, by_codes=False
 ) -> None:
     """The logits of a group of layers become those of ``score_update_``.
 
@@ -153,7 +147,9 @@ def update_layers_(
 
 
 def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draws, by_codes) -> bool:
-    if not machine_code("kernels").updates_layers(group, len(coef)):
+    # codes determine the score of one draw up to an N; numbers that round 16 bits are consecutive here
+    exact = len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
+    if not (exact and (group.dtype == torch.float32 or group.whole)):
         return False
     if not by_codes:
         # no loop of machine code for draws and updates at once: what is drawn takes less time than what is computed.

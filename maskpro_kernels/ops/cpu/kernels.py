@@ -408,16 +408,6 @@ def _rounded_code_update(logits, codes, number, seed, step, layer, draw, coef, i
     return reference.group_round_logits(new, number, (seed, step, layer, draw[0]), dtype=dtype)
 
 
-def updates_layers(group, draws: int) -> bool:
-    """Say if ``update_layers_`` takes a group and so many draws.
-
-    It goes by codes, which determine the score of one draw up to an N. The numbers by which 16 bits are rounded are
-    consecutive here.
-    """
-    by_codes = draws == 1 and group.n <= reference.EXACT_SCORE_MAX_N
-    return by_codes and (group.dtype == torch.float32 or group.whole)
-
-
 def update_layers_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, step: Tensor, draws: Tensor) -> bool:
     """Update the logits of a ``LayerGroup`` by the codes of a draw; False, and nothing has changed, as above."""
     given = []
