@@ -232,14 +232,6 @@ class MaskedLinear(nn.Module):
         """The logits that this rank holds on the weight's device: themselves, or where they live elsewhere a copy."""
         return self.own_logits.to(self.weight.device)
 
-    @contextmanager
-    def moving_logits(self) -> Iterator[Tensor]:
-        """The logits on the weight's device, to be changed in place; where they live elsewhere it is written back."""
-        logits = self.logits_on_device().detach()
-        yield logits
-        if logits.device != self.logits.device:
-            self.logits.detach().copy_(logits)
-
     @property
     def own_weight(self) -> Tensor:
         """The weight, or what this rank holds of it; and likewise bias and logits."""

@@ -146,8 +146,8 @@ class RelaxedMask(Estimator):
     def _write_down(self, layers: Mapping[str, MaskedLinear], names: Iterable[str]) -> None:
         for name in names:
             layer = layers[name]
-            with layer.moving_logits() as logits:
-                logits.copy_(initial_logits(self.codes(layer, self.learned[name]), layer.pattern, WRITTEN_GAP))
+            codes = self.codes(layer, self.learned[name])
+            layer.logits.detach().copy_(initial_logits(codes, layer.pattern, WRITTEN_GAP))
 
     @contextmanager
     def _relaxed(self, step: Step) -> Iterator[dict[str, Tensor]]:

@@ -31,9 +31,8 @@ class Momentum(Estimator):
         self.held["total"] += abs(loss - step.initial_loss())
         step.begin_update()
         for name, layer in step.layers.items():
-            with layer.moving_logits() as logits:
-                mean = self.held[name].mul_(0.9).add_(torch.randn(logits.shape, generator=noise))
-                logits.add_(mean * self.held["total"], alpha=self.speed)
+            mean = self.held[name].mul_(0.9).add_(torch.randn(layer.logits.shape, generator=noise))
+            layer.logits.detach().add_(mean * self.held["total"], alpha=self.speed)
         return StepResult(loss)
 
     def settings(self):
