@@ -105,6 +105,8 @@ BASELINES = ("magnitude", "wanda")
 DIVERGED = 1.1
 # Steps in a row whose loss or gradient may not be finite
 MAX_SKIPPED = 9
+# Fields of the record of a step that trackers get
+TRACKED = ("loss", "residual", "advantage", "tracker", "flip_rate")
 
 
 def learn(options: Learn) -> None:
@@ -625,8 +627,8 @@ class _Run:
         print(f"{moved}; {found['weights']}; written to {output}")
 
     def _is_due(self, step: int) -> bool:
-        known = bool(self.rows) and self.rows[-1]["step"] == step
-        return not known and (step % self.options.eval_every == 0 or step >= self.options.steps)
+        measured = bool(self.rows) and self.rows[-1]["step"] == step
+        return not measured and (step % self.options.eval_every == 0 or step >= self.options.steps)
 
     def _evaluate(self) -> float:
         """Find the validation perplexity where the run stands, and write it down."""
@@ -676,8 +678,8 @@ class _Run:
                 tracker = TensorBoardTracker("tensorboard", logging_dir=self.output)
             else:
                 project = os.environ.get("WANDB_PROJECT", "huggingface")
-                known = {"id": self.start["run"], "resume": "allow", "dir": str(self.output)}
-                tracker = WandBTracker(project, config=vars(self.options), **known)
+                own = {"id": self.start["run"], "resume": "allow", "dir": str(self.output)}
+                tracker = WandBTracker(project, config=vars(self.options), **own)
             tracker.start()
             trackers.append(tracker)
 
@@ -694,10 +696,6 @@ class _Run:
         finally:
             for tracker in trackers:
                 tracker.finish()
-
-
-# Fields of the record of a step
-TRACKED = ("loss", "residual", "advantage", "tracker", "flip_rate")
 
 
 def _trackers_of(options: Learn) -> tuple[str, ...]:
