@@ -40,9 +40,15 @@ from maskpro_kernels.prune.convert import convert
 from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.prune.selection import layers_to_convert
 from maskpro_kernels.prune.sparsegpt import sparsegpt
-from maskpro_kernels.text.batches import MixedBatches, parse_sources, texts_of, windows
+from maskpro_kernels.text.batches import (
+    MixedBatches,
+    parse_sources,
+    sample_windows,
+    start_token,
+    texts_of,
+    windows,
+)
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
-from maskpro_kernels.text.samples import sample_windows, start_token
 from maskpro_kernels.text.sources import SELF, load_text
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))

@@ -55,13 +55,14 @@ from ..text.batches import (
     other_kind,
     parse_sources,
     resolved,
+    sample_windows,
     shared_out,
+    start_token,
     texts_of,
     turns,
 )
 from ..text.losses import TeacherCache, distillation_loss
 from ..text.perplexity import perplexity
-from ..text.samples import sample_windows, start_token
 from ..text.sources import SELF, load_text
 from .config import EVAL_LENGTH, Learn
 from .inputs import (

@@ -36,7 +36,6 @@ Call = tuple[tuple, dict]
 # Improves layers with the same input on its Gram matrix, one after the other
 Visit = Callable[[Sequence[str], Tensor], Iterator[None]]
 
-
 # Layers whose inputs depend on none of each other: groups of names that are given the same tensor, several of experts
 # alone; and if each runs once in a forward pass, all of them behind the same tensor
 Stage = tuple[list[list[str]], bool]

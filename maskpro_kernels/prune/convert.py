@@ -237,15 +237,15 @@ def _masks_of_shards(
 
 
 def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
-    """Raise ValueError if a layer is whole beside others that are cut, or two share a weight."""
-    cut = next(name for name, layer in layers.items() if is_distributed(layer.weight))
+    cut = {name: is_distributed(layer.weight) for name, layer in layers.items()}
+    if not all(cut.values()):
+        one, other = (next(name for name in cut if cut[name] is kind) for kind in (True, False))
+        raise ValueError(
+            f"targets: expected layers that are all cut over ranks, or none, got {one}, which is cut, and {other}, "
+            "which is not"
+        )
     owners: dict[int, str] = {}
     for name, layer in layers.items():
-        if not is_distributed(layer.weight):
-            raise ValueError(
-                f"targets: expected layers that are all cut over ranks, or none, got {cut}, which is cut, and {name}, "
-                "which is not"
-            )
         if owners.setdefault(id(layer.weight), name) != name:
             raise ValueError(
                 f"targets: expected layers with a weight of their own {CUT}, got one weight in "

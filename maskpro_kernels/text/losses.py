@@ -18,10 +18,9 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from ..files import digest, make_folder, write_whole
-from ..functional.checks import describe
 from ..modules import MaskedLinear, dense, evaluating
+from .batches import drawn_indices
 from .perplexity import causal_lm_loss, check_input_ids
-from .samples import drawn_indices
 
 KINDS = ("ce", "kl", "ce+kl")
 # Logits that stand as float32 copies at a time: those of 128 tokens and a vocabulary of 65,536
@@ -52,20 +51,17 @@ def distillation_loss(
         cache: of the teacher's logits; None: the teacher makes a forward in each call.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or is one of another kind.
+        ValueError: an argument is not as above, or is one of another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if ce_weight is not None and kind != "ce+kl":
         raise ValueError(f'ce_weight: expected none but with "ce+kl", got {ce_weight}')
     ce_weight = 0.5 if ce_weight is None else ce_weight
-    for name, value in (("temperature", temperature), ("ce_weight", ce_weight)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a float, got {describe(value)}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite float above 0, got {temperature}")
-    if not 0 < ce_weight < 1:
-        raise ValueError(f"ce_weight: expected a float within (0, 1), got {ce_weight}")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite float above 0, got {temperature!r}")
+    if not isinstance(ce_weight, (int, float)) or not 0 < ce_weight < 1:
+        raise ValueError(f"ce_weight: expected a float within (0, 1), got {ce_weight!r}")
     if kind != "ce":
         return DistillationLoss(ce_weight if kind == "ce+kl" else 0.0, float(temperature), cache)
     if temperature != 1 or cache is not None:
@@ -229,10 +225,8 @@ def teacher_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 class TopLogProbs(NamedTuple):
     """The teacher's distributions of the next tokens, cut to the k likeliest.
 
-    Attributes:
-        ids: int32 [batch, length - 1, k], of the likeliest tokens.
-        log_probs: float32 [batch, length - 1, k], in nats.
-        rest: float32 [batch, length - 1], log of what all other tokens have together.
+    ``ids``, int32, and ``log_probs``, float32 in nats, of these are [batch, length - 1, k]. ``rest`` is the log of what
+    all other tokens have together, float32 [batch, length - 1].
     """
 
     ids: Tensor
@@ -253,14 +247,12 @@ class TeacherCache:
             None: in memory, on the CPU.
 
     Raises:
-        TypeError, ValueError: ``k`` is no int of at least 1.
+        ValueError: ``k`` is no int of at least 1.
     """
 
     def __init__(self, k: int = LIKELIEST, folder: str | Path | None = None):
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k: expected an int, got {describe(k)}")
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k: expected an int of at least 1, got {k!r}")
         self.k = k
         self.folder = None if folder is None else Path(folder)
         self._held: dict[str, TopLogProbs] = {}

@@ -113,21 +113,14 @@ def perplexity(
 
 
 class WordPerplexity(NamedTuple):
-    """Perplexity by word, and other figures of the same sum of log-likelihoods.
-
-    Attributes:
-        perplexity: by word; inf where it exceeds the range of a float, and so is that by token.
-        window: tokens that the model sees at once, at most.
-        tokens: how many were predicted.
-        words: in the documents as they were.
-        bytes: of these documents in UTF-8.
-        token_perplexity: by token.
-        bits_per_byte: by byte.
-    """
+    """Perplexity by word, inf where it exceeds the range of a float, and other figures of the same log-likelihoods."""
 
     perplexity: float
+    # the most tokens that the model sees at once
     window: int
+    # how many were predicted
     tokens: int
+    # of the documents as they were; bytes in UTF-8
     words: int
     bytes: int
     token_perplexity: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
 import sysconfig
@@ -30,19 +29,18 @@ REASON = 400
 
 
 def is_path(source: str) -> bool:
-    """Say if a source is a path that exists; names of built-in sources and "self" never are."""
+    """True of a path that exists; names of built-in sources and "self" never are."""
     if source in (*BUILT_IN, SELF):
         return False
     try:
         return Path(source).exists()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
-        raise
+    except OSError:
+        # such as of a name that is too long
+        return False
 
 
 def is_dataset(source: str) -> bool:
-    """Say if the library `datasets` reads a source: a folder, a JSON or parquet file, or a name on the hub."""
+    """True of what the library `datasets` reads: a folder, a JSON or parquet file, or a name on the hub."""
     if source in (*BUILT_IN, SELF):
         return False
     return not is_path(source) or Path(source).is_dir() or _reader(source) is not None

@@ -10,9 +10,9 @@ from helpers.tiny_llama import tiny_model
 from torch.distributed.fsdp import fully_shard
 
 import maskpro_kernels as mk
+from maskpro_kernels.text.batches import sample_windows
 from maskpro_kernels.text.losses import TeacherCache, distillation_loss
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
-from maskpro_kernels.text.samples import sample_windows
 
 
 def tell(rank: int, cut_over: int | None) -> list[float]:

@@ -356,7 +356,7 @@ def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monke
     [
         ({"kind": "mse"}, r"kind: expected one of ce, kl, ce\+kl, got 'mse'"),
         ({"temperature": 0.0}, "temperature: expected a finite float above 0, got 0.0"),
-        ({"temperature": "1"}, "temperature: expected a float, got str"),
+        ({"temperature": "1"}, "temperature: expected a finite float above 0, got '1'"),
         ({"kind": "ce+kl", "ce_weight": 1.0}, r"ce_weight: expected a float within \(0, 1\), got 1.0"),
         ({"ce_weight": 0.5}, r'ce_weight: expected none but with "ce\+kl", got 0.5'),
         ({"kind": "ce", "temperature": 2.0}, 'temperature: expected none with "ce"'),
@@ -364,7 +364,7 @@ def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monke
     ],
 )
 def test_bad_arguments_are_refused(arguments, error):
-    with pytest.raises((TypeError, ValueError), match=f"^{error}"):
+    with pytest.raises(ValueError, match=f"^{error}"):
         distillation_loss(**arguments)
     assert distillation_loss("ce") is causal_lm_loss
 

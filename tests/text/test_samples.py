@@ -7,7 +7,7 @@ from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from maskpro_kernels.hf import next_logits, preallocated_cache
-from maskpro_kernels.text.samples import BLOCK, drawn_indices, sample_windows, start_token
+from maskpro_kernels.text.batches import BLOCK, drawn_indices, sample_windows, start_token
 
 
 def test_a_window_begins_with_the_start_and_is_in_the_vocabulary():
