@@ -17,10 +17,10 @@ from .functional.masks import (
     shard_counter,
     top_n_mask,
 )
+from .learn.estimator import StepRecord
 from .learn.masks import ModelMasks
 from .learn.optimizer import MaskOptimizer
 from .learn.reinforce import Reinforce
-from .learn.step import StepRecord
 from .learn.straight_through import StraightThrough
 from .learn.trainer import MaskTrainer
 from .modules import MaskedLinear, advance, dense, log_prob

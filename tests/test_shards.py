@@ -13,9 +13,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import maskpro_kernels as mk
 from maskpro_kernels.learn import run
+from maskpro_kernels.learn.estimator import Draw, Entry, replay
 from maskpro_kernels.learn.masks import ModelMasks
 from maskpro_kernels.learn.run import JOURNAL, settings_of
-from maskpro_kernels.learn.step import Draw, Entry, replay
 from maskpro_kernels.modules import CounterState
 from maskpro_kernels.ranks import Ranks
 

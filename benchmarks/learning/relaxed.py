@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from maskpro_kernels.learn.estimator import Estimator, check_float, check_whole
-from maskpro_kernels.learn.step import Step, StepResult
+from maskpro_kernels.learn.estimator import Estimator, Step, StepResult, check_float, check_whole
 from maskpro_kernels.modules import MaskedLinear, initial_logits
 
 # Of a kept logit over a dropped one, where the mask is written down: no draw crosses it

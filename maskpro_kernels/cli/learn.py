@@ -33,10 +33,9 @@ from ..extras import missing
 from ..files import check_output, digest, discard, make_folder, sync, write_tensors, write_whole
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..functional.masks import top_n_mask
-from ..learn.estimator import Estimator
+from ..learn.estimator import Estimator, LossFn, StepRecord
 from ..learn.reinforce import Reinforce
 from ..learn.run import newest_snapshot, snapshots_in
-from ..learn.step import LossFn, StepRecord
 from ..learn.straight_through import StraightThrough
 from ..learn.trainer import MaskTrainer
 from ..modules import MaskedLinear, initial_logits, masked_layers

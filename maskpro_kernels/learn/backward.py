@@ -30,8 +30,11 @@ class BackwardPass:
     for those of one, whichever way the backward of a rank goes.
 
     Attributes:
+        every_pass: whether slopes are summed up in every pass.
         in_turn: whether a layer that is finished now has been used at most once, on each rank.
     """
+
+    every_pass = False
 
     def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
         self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
@@ -55,38 +58,31 @@ class BackwardPass:
         self.hooks.clear()
 
     def order(self, loss: Tensor) -> float:
-        """A number for the turns that the layers take in a backward of ``loss``: another one where they are others."""
-        turns = []
-        if self.takes_turns():
-            reached = _reached(loss, self.updaters)
-            times = collections.Counter(reached)
-            turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
+        """A number for the turns that the layers take in a backward of ``loss``: another one of other turns."""
+        reached = _reached(loss, self.updaters) if self.takes_turns() else []
+        times = collections.Counter(reached)
+        turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
         self.turns = collections.deque(self.updaters[name] for name in turns)
         # 48 bits, which a float64 holds
         return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
 
     def takes_turns(self) -> bool:
         """True where slopes may be summed up inside backward."""
-        return self.ranks.world > 1 and self.batches == 1
+        return self.every_pass or self.ranks.world > 1 and self.batches == 1
 
     def alike(self, loss: Tensor) -> bool:
         """True where the turns are the same on all ranks, of a pass that is not the last one."""
         return True
 
     def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
-        """Take the gradient of the loss of the last forward to the logits.
+        """Take the gradient of the 0-dim loss of the last forward to the logits.
 
         Behind the last pass it gives the names of the layers in which a slope was not finite: the logits of its
         weights, and the running mean square of the layer, are as they were. Else none.
 
         Args:
-            loss: 0-dim.
             weight: of its slopes in the sum over the passes of all ranks.
             alike: whether ``order`` has given the same on all ranks.
-
-        Raises:
-            ValueError: if no layer is reached, one is reached again after it has moved, or logits have a gradient by
-                another way than their mask.
         """
         # what runs again from here on, to compute an activation anew, is no further use
         self.unwatch()
@@ -102,7 +98,18 @@ class BackwardPass:
         if self.left:
             self.watch()
             return []
-        bad = _folded(self.updaters)
+        reached = {name: updater for name, updater in self.updaters.items() if updater.latest is not None}
+        if not reached:
+            raise ValueError(
+                "loss_fn: expected a loss that a gradient takes to a masked layer, got none; checkpointed activations "
+                "need use_reentrant=False"
+            )
+        bad = []
+        for name, square in values_of({name: updater.latest for name, updater in reached.items()}).items():
+            updater = reached[name]
+            updater.mean_square = running_mean_square(updater.mean_square, square, updater.how.decay)
+            if not math.isfinite(square):
+                bad.append(name)
         elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
         if elsewhere:
             raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
@@ -115,11 +122,9 @@ class BackwardPass:
                 self.turns.popleft().finish()
 
     def _end_pass(self) -> None:
-        if not self.left:
-            self._finish()
-
-    def _finish(self) -> None:
         """Finish the layers that backward has not finished, and that it has come to on any rank."""
+        if self.left and not self.every_pass:
+            return
         while self.turns:
             # other ranks may wait for it, though backward has not come to it on this one
             self.turns.popleft().finish()
@@ -148,24 +153,6 @@ def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
                 # autograd takes what the forward did last first
                 reached.append((node._sequence_nr(), name))
     return [name for _, name in sorted(reached, reverse=True)]
-
-
-def _folded(updaters: Mapping[str, LayerUpdater]) -> list[str]:
-    """Take the mean squares of a step into the running ones; names of the layers whose are not finite."""
-    reached = {name: updater for name, updater in updaters.items() if updater.latest is not None}
-    if not reached:
-        raise ValueError(
-            "loss_fn: expected a loss that a gradient takes to a masked layer, got none; checkpointed activations "
-            "need use_reentrant=False"
-        )
-    # one transfer a device
-    by_device: dict[torch.device, list[LayerUpdater]] = {}
-    for updater in reached.values():
-        by_device.setdefault(updater.latest.device, []).append(updater)
-    for group in by_device.values():
-        for updater, square in zip(group, torch.stack([d.latest for d in group]).tolist(), strict=True):
-            updater.fold(square)
-    return [name for name, updater in reached.items() if not updater.finite]
 
 
 class LayerUpdater:
@@ -241,10 +228,10 @@ class LayerUpdater:
         for total in (self.slopes, self.weight_grad):
             if total is not None:
                 self.backward_pass.ranks.sum_(total)
-        m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
         with self.backward_pass.offloaded.moving(self.layer) as logits:
-            cached = self.layer.cached_codes
-            self._descend(logits, cached, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, *counter))
+            self._descend(
+                logits, self.layer.cached_codes, descent(self.layer, logits, self.slopes, self.how.max_update)
+            )
         self.slopes = None
 
     def end(self) -> None:
@@ -263,10 +250,6 @@ class LayerUpdater:
             self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)
             self.weight_grad = None
 
-    def fold(self, square: float) -> None:
-        self.finite = math.isfinite(square)
-        self.mean_square = running_mean_square(self.mean_square, square, self.how.decay)
-
 
 def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:
     """Raise TypeError or ValueError unless these are as for ``StraightThrough``."""
@@ -275,28 +258,44 @@ def check_slope_settings(curvature: float, max_update: float, decay: float) -> N
     check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
 
 
+def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: float) -> Callable[[Tensor], Tensor]:
+    """A function that moves logits by -rate * slope, and gives the mean square of the slopes."""
+    m, counter = layer.pattern.m, layer.counter()
+    return lambda rate: ops.descend_(logits, slopes, rate, max_update, m, *counter)
+
+
 def descend_by_rms(
     descend: Callable[[Tensor], Tensor], lr: float, mean_square: float | None, device: torch.device
 ) -> Tensor:
     """Move the logits of a layer by -lr * slope / rms, where rms is the root of ``mean_square``.
 
     Args:
-        descend: moves them by -rate * slope and gives the mean square of the slopes, see ``ops.descend_``.
+        descend: see ``descent``.
         mean_square: running one of the slopes; None: that of these.
         device: of the layer's weight.
 
     Returns:
         The mean square of these slopes, 0-dim float32. Where the one divided by is 0 or not finite, nothing has moved.
     """
-
-    def at_rate(rate: float) -> Tensor:
-        return descend(torch.full((), rate, dtype=torch.float32, device=device))
-
     if mean_square is None:
         # at a rate of 0 nothing moves
-        mean_square = float(at_rate(0.0))
+        mean_square = float(descend(torch.zeros((), dtype=torch.float32, device=device)))
+    return descend(torch.full((), rate_of(lr, mean_square), dtype=torch.float32, device=device))
+
+
+def rate_of(lr: float, mean_square: float) -> float:
+    """lr / rms within float32; 0 where the mean square is 0 or not finite."""
     usable = math.isfinite(mean_square) and mean_square > 0.0
-    return at_rate(min(lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0)
+    return min(lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0
+
+
+def values_of(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of 0-dim tensors by name, with one transfer from each device."""
+    values = {}
+    for device in {scalar.device for scalar in scalars.values()}:
+        names = [name for name, scalar in scalars.items() if scalar.device == device]
+        values |= zip(names, torch.stack([scalars[name] for name in names]).tolist(), strict=True)
+    return {name: values[name] for name in scalars}
 
 
 def running_mean_square(mean_square: float | None, latest: float, decay: float) -> float | None:
@@ -327,7 +326,7 @@ class WeightLearner:
         self.count = torch.zeros((), device=self.master.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What steps change, 12 bytes a weight; 4 of them are the weight itself where it is float32."""
+        """Those that steps change, 12 bytes a weight; 4 of them are the weight itself where it is float32."""
         return {"weight": self.master, "first": self.first, "second": self.second, "count": self.count}
 
     @torch.no_grad()
@@ -339,13 +338,9 @@ class WeightLearner:
 
     @torch.no_grad()
     def step(self, gradient: Tensor, codes: Tensor, rate: float, slope_square: Tensor) -> None:
-        """Move what is kept, without a transfer from the device.
+        """Move the kept weights by their gradient [out, K], without a transfer from the device.
 
-        Args:
-            gradient: float32 [out, K], derivative of the loss in the masked weight.
-            codes: of the mask of the step [out, K / M].
-            rate: learning rate.
-            slope_square: of the step. Where it or the norm of the gradient is not finite, the layer stays as it is.
+        Where ``slope_square``, that of the step, or the norm of the gradient is not finite, the layer stays as it is.
         """
         usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient))
         scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
@@ -353,21 +348,6 @@ class WeightLearner:
         ops.adamw_(*held, gradient, codes, scalars, self.layer.pattern.m)
         self.count += usable
         self.layer.weight_changed = True
-
-
-def check_weights(layers: Mapping[str, MaskedLinear]) -> None:
-    """Raise ValueError unless each layer has a contiguous weight of its own."""
-    by_address: dict[int, str] = {}
-    for name, layer in layers.items():
-        if not layer.weight.is_contiguous():
-            raise ValueError(
-                f"train_weights: expected layers with contiguous weights, got {layer.weight.stride()} in {name}"
-            )
-        other = by_address.setdefault(layer.weight.data_ptr(), name)
-        if other != name and layer.weight.numel():
-            raise ValueError(
-                f"train_weights: expected a weight of its own in each layer, got one in {other} and {name}"
-            )
 
 
 class ShardedPass(BackwardPass):
@@ -381,19 +361,19 @@ class ShardedPass(BackwardPass):
     one: a rank holds a float32 slope for each weight of its own rows.
     """
 
-    def takes_turns(self) -> bool:
-        return True
+    every_pass = True
 
     def alike(self, loss: Tensor) -> bool:
         own = self.order(loss)
         return all(order == own for (order,) in self.ranks.gather([own]))
 
     def _end_pass(self) -> None:
-        self._finish()
+        super()._end_pass()
         if self.left:
             return
         moved = [updater for updater in self.updaters.values() if updater.own_slopes is not None]
-        own = [(float(updater.own_square()), updater.own_slopes.numel()) for updater in moved]
+        # at a rate of 0 nothing moves
+        own = [(float(updater.descend_own(0.0)), updater.own_slopes.numel()) for updater in moved]
         rows = self.ranks.gather([value for pair in own for value in pair])
         for at, updater in enumerate(moved):
             pairs = [row[2 * at : 2 * at + 2] for row in rows]
@@ -444,25 +424,15 @@ class ShardUpdater(LayerUpdater):
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
 
-    def own_square(self) -> Tensor:
-        """Mean square of the slopes of this rank's rows."""
-        # at a rate of 0 nothing moves
-        return self._descend_own(0.0)
-
-    def _descend_own(self, rate: float) -> Tensor:
-        logits, counter = self.layer.own_logits, self.layer.counter()
+    def descend_own(self, rate: float) -> Tensor:
+        """Move the logits of this rank's rows; gives the mean square of their slopes."""
+        logits = self.layer.own_logits
         rate = torch.full((), rate, dtype=torch.float32, device=logits.device)
-        return ops.descend_(logits, self.own_slopes, rate, self.how.max_update, self.layer.pattern.m, *counter)
+        return descent(self.layer, logits, self.own_slopes, self.how.max_update)(rate)
 
     def move(self, square: float) -> None:
-        """Move the logits.
-
-        Args:
-            square: mean square of the slopes of all rows.
-        """
-        mean_square = square if self.mean_square is None else self.mean_square
-        usable = math.isfinite(mean_square) and mean_square > 0.0
-        self._descend_own(min(self.lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0)
+        """Move the logits, by the mean square of the slopes of all rows."""
+        self.descend_own(rate_of(self.lr, square if self.mean_square is None else self.mean_square))
         self.latest = torch.tensor(square, dtype=torch.float32)
         self.layer.cached_mask = None
 

@@ -19,45 +19,38 @@ from ..ranks import Ranks
 IGNORED = -100
 
 
-def tensors_of(batch) -> Iterator[Tensor]:
-    """The tensors of a batch of any form."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for name in sorted(batch, key=str):
-            yield from tensors_of(batch[name])
-    elif isinstance(batch, (tuple, list)):
-        for part in batch:
-            yield from tensors_of(part)
-
-
 def content(batch, index: int) -> str:
     """A digest of what is in a batch; of one with objects that cannot be compared that of its tensors, and its index.
 
     Compared are tensors, arrays of numpy, None, strings, bytes and numbers, in mappings with strings or ints as keys,
     in tuples and in lists.
     """
-    parts = [digest(tensors_of(batch))]
+    tensors, parts = [], []
 
     def plain(part) -> bool:
+        """Note what is in a part; true where all of it can be compared."""
         if isinstance(part, Mapping):
             names = sorted(part, key=str)
             parts.append(f"mapping {names!r}")
-            return all(isinstance(name, (str, int)) and plain(part[name]) for name in names)
+            return all([plain(part[name]) and isinstance(name, (str, int)) for name in names])
         if isinstance(part, (tuple, list)):
             # a word of its own, or [1, [2]] would be [[1], 2]
             parts.append(f"list {len(part)}")
-            return all(map(plain, part))
+            return all([plain(one) for one in part])
         if isinstance(part, (np.ndarray, np.generic)) and not part.dtype.hasobject:
             values = hashlib.blake2b(part.tobytes(), digest_size=SIZE).hexdigest()
             parts.append(f"array {part.dtype.str} {part.shape} {values}")
             return True
-        parts.append("tensor" if isinstance(part, Tensor) else repr(part))
-        return part is None or isinstance(part, (Tensor, str, bytes, int, float))
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        is_plain = part is None or isinstance(part, (Tensor, str, bytes, int, float))
+        parts.append("tensor" if isinstance(part, Tensor) else repr(part) if is_plain else "")
+        return is_plain
 
-    if not plain(batch):
-        return f"batch {index} {parts[0]}"
-    return hashlib.blake2b(" ".join(parts).encode(), digest_size=SIZE).hexdigest()
+    is_plain, of_tensors = plain(batch), digest(tensors)
+    if not is_plain:
+        return f"batch {index} {of_tensors}"
+    return hashlib.blake2b(" ".join([of_tensors, *parts]).encode(), digest_size=SIZE).hexdigest()
 
 
 def weights_of(batches: Sequence) -> list[Fraction]:
@@ -197,26 +190,19 @@ class InitialLosses:
     @cached_property
     def _contents(self) -> list[str]:
         """Of each batch by its index at the first step."""
-        return self._contents_now()
-
-    def _contents_now(self) -> list[str]:
         return [content(batch, index) for index, batch in enumerate(self._batches)]
 
     def compute(self, loss_of: Callable[[object], float], steps_done: int, progress: bool) -> list[float]:
-        """New ``losses``, by a forward for each batch that is not the same as another.
-
-        Args:
-            loss_of: gives the loss of a batch under the present m_0.
-            steps_done: how many steps have been taken.
-            progress: whether to show a bar.
-        """
+        """New ``losses``, by ``loss_of`` for each batch that is not the same as another."""
         if self._batches is None:
             raise ValueError(
                 "estimator: expected needs_initial_losses to be true of one that asks for the loss under the initial "
                 "masks of batches that are no sequence, got False"
             )
+        # they may stand in another order now
+        names = [content(batch, index) for index, batch in enumerate(self._batches)] if steps_done else self._contents
         index_of = {}
-        for index, name in enumerate(self._contents_now() if steps_done else self._contents):
+        for index, name in enumerate(names):
             index_of.setdefault(name, index)
         gone = [index for index, name in enumerate(self._contents) if name not in index_of]
         if gone:
@@ -240,10 +226,9 @@ class InitialLosses:
         """Losses of the batches of a step, which stand from index ``first`` on, and round again."""
         by_content = dict(zip(self._contents, self.losses, strict=True))
         losses = []
-        for place, batch in enumerate(batches):
-            index = (first + place) % len(self._batches)
-            loss = by_content.get(content(batch, index))
-            if loss is None:
+        for place, batch in enumerate(batches, first):
+            index = place % len(self._batches)
+            losses.append(by_content.get(content(batch, index)))
+            if losses[-1] is None:
                 raise ValueError(f"batches: expected those of the first step, got another one at index {index}")
-            losses.append(loss)
         return losses

@@ -1,4 +1,4 @@
-"""The protocol of estimators: an estimator turns the losses of drawn masks into updates of the logits.
+"""The protocol of estimators: an estimator turns the losses of drawn masks into updates of the logits, step by step.
 
 The trainer and the run folder know estimators by this protocol alone. A new one is a class that derives from
 ``Estimator``, and ``MaskTrainer`` takes its objects.
@@ -8,14 +8,112 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
+from numbers import Real
+from operator import itemgetter
+from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..functional.checks import FLOAT32_MAX, LARGEST_GAP
-from ..modules import MaskedLinear
-from .step import Entry, Step, StepResult
+from ..fsdp import without_gradients
+from ..functional.checks import FLOAT32_MAX, LARGEST_GAP, describe
+from ..modules import MaskedLinear, evaluating
+from ..ops.layer_groups import Uses
+from ..ranks import Ranks
+from .batches import count_tokens, weighted_mean, weights_of
+from .masks import ModelMasks
+
+LossFn = Callable[[nn.Module, object], Tensor]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The numbers of one step.
+
+    Attributes:
+        step: index of the step, from 0.
+        loss: loss under the drawn masks: of several batches the mean by ``weights_of``, of several draws their mean.
+        residual: that loss less the loss of the same batches under the initial masks.
+        advantage: the residual less the tracker.
+        tracker: the running mean of the residual after the step. Each of the three is None where the estimator gives
+            none.
+        flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
+        tokens: elements of the batches' input ids.
+        seconds: wall-clock time of the step.
+    """
+
+    step: int
+    loss: float
+    residual: float | None
+    advantage: float | None
+    tracker: float | None
+    flip_rate: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The result of an estimator's step.
+
+    Attributes:
+        loss: under the drawn masks. Where it is not finite, the step has moved nothing.
+        residual, advantage, tracker: as in ``StepRecord``.
+        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or in part.
+        refreshes: true where the initial masks become those of the logits that the step has left.
+    """
+
+    loss: float
+    residual: float | None = None
+    advantage: float | None = None
+    tracker: float | None = None
+    bad_layers: tuple[str, ...] = ()
+    refreshes: bool = False
+
+    def record(self, step: int, tokens: int, flip_rate: float, seconds: float) -> StepRecord:
+        return StepRecord(step, self.loss, self.residual, self.advantage, self.tracker, flip_rate, tokens, seconds)
+
+
+class Draw(NamedTuple):
+    """A draw of a step: its id, the loss under it, and the factor of its score in the update."""
+
+    id: int
+    loss: float
+    coef: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The entry of a step in the journal, from which its update follows.
+
+    Attributes:
+        step: index of the step, from 0.
+        tokens: of its batches.
+        initial_loss: loss of its batches under the initial masks, weighted as those of the draws.
+        draws: the draws of the step.
+        skipped: true where no logits moved, since a loss was not finite.
+    """
+
+    step: int
+    tokens: int
+    initial_loss: float
+    draws: tuple[Draw, ...]
+    skipped: bool = False
+
+
+@torch.inference_mode()
+def replay(masks: ModelMasks, seed: int, entry: Entry) -> None:
+    """Move the logits by the update of a step, in the step itself or again; they are as they were then."""
+    if entry.skipped:
+        return
+    # together: all scores are those of the logits before the step, and they are rounded once
+    ids, _, coefs = zip(*entry.draws, strict=True)
+    masks.score_update_(coefs, draw=ids, seed=seed, step=entry.step)
 
 
 class Estimator(ABC):
@@ -97,6 +195,184 @@ class Estimator(ABC):
     def recall(self, entry: Entry) -> StepResult:
         """The result of a step, by its entry in the journal; moves the ``state`` as the step did, and no logits."""
         raise NotImplementedError
+
+
+class Step:
+    """A step that an estimator takes: forwards under drawn masks, then one update of the logits.
+
+    Each rank makes all draws, for its share of the batches. An estimator that needs no gradients calls ``losses``.
+    Another one makes the forwards of ``own`` itself, by ``forward`` within ``drawing``, and ``exchange`` then gives the
+    losses of all ranks. The backward of a loss has to come within the ``drawing`` of its forward: that sets the draw of
+    all layers in place, and once it is another one, torch refuses the backward ("modified by an inplace operation").
+
+    Attributes:
+        index: of the step, from 0.
+        seed: of the run's draws.
+        batches: of the step.
+        weights: of the batches' losses in their mean, by tokens.
+        tokens: elements of the batches' input ids.
+        model, loss_fn: those of the trainer.
+        masks: of all layers, see ``ModelMasks``.
+        layers: the masked layers by name.
+        ranks: that take the step together.
+        own: the forwards that this rank makes, as (draw, which of the step's batches).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        batches: Sequence,
+        model: nn.Module,
+        masks: ModelMasks,
+        loss_fn: LossFn,
+        *,
+        seed: int,
+        ranks: Ranks,
+        estimator: Estimator,
+        initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
+        begin_update: Callable[[Entry | None], None],
+    ):
+        self.index, self.seed, self.batches, self.ranks = index, seed, batches, ranks
+        self.masks, self.layers = masks, masks.layers
+        self.weights = weights_of(batches)
+        self.tokens = sum(map(count_tokens, batches))
+        self.model, self.loss_fn = model, loss_fn
+        self._estimator, draws = estimator, range(estimator.draws)
+        self._by_rank = [
+            [(draw, place) for draw in draws for place in range(rank, len(batches), ranks.world)]
+            for rank in range(ranks.world)
+        ]
+        self.own = self._by_rank[ranks.rank]
+        self._initial_loss, self._begin_update = initial_loss, begin_update
+        self._losses: list[float] = []
+        self._flip_rate: float | None = None
+        self._updates = 0
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of the groups whose draw leaves the top-N mask, in the layer whose turn it is."""
+        if self._flip_rate is None:
+            self._flip_rate = self.masks.flip_rate(list(self.layers)[self.index % len(self.layers)])
+        return self._flip_rate
+
+    def initial_loss(self) -> float:
+        """The loss of the step's batches under the initial masks."""
+        return self._initial_loss(self.batches, self.weights)
+
+    def losses(self) -> list[float]:
+        """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
+        with without_gradients(self.model):
+            for draw, pairs in groupby(self.own, key=itemgetter(0)):
+                with self.drawing(draw):
+                    for _, place in pairs:
+                        self.forward(place)
+        losses, _ = self.exchange()
+        return losses
+
+    @contextmanager
+    def drawing(self, draw: int = 0) -> Iterator[None]:
+        """With masked layers that make one of the step's draws, and all else in eval mode.
+
+        The backward of a loss has to come within it as well, see ``Step``. Masks may be drawn once for all that is in
+        it, so no logits move here but by that backward, behind which their layer is not used again.
+        """
+        # without gradients no activation is kept
+        with modes_of_step(self.model, self.layers, drawing=True, checkpointing=torch.is_grad_enabled()):
+            if draw:
+                # that of the first one, ahead of the others
+                _ = self.flip_rate
+            tokens = [count_tokens(self.batches[place]) for own, place in self.own if own == draw]
+            gradients = torch.is_grad_enabled()
+            uses = Uses(
+                tokens=max(tokens, default=0),
+                products=len(tokens) * (2 if gradients else 1),
+                slopes=len(tokens) if gradients else 0,
+                updates=int(not gradients and self._estimator.draws == 1),
+            )
+            with self.masks.drawn(draw, uses):
+                _ = self.flip_rate
+                yield
+
+    def forward(self, place: int) -> Tensor | float:
+        """The loss of the batch at that place in the step, whose value is noted for ``exchange``."""
+        loss = self.loss_fn(self.model, self.batches[place])
+        if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
+            raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
+        self._losses.append(value_of(loss))
+        return loss
+
+    def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
+        """(loss of every draw, true where ``order`` is the same on all ranks), once this rank has made its forwards."""
+        own, self._losses = self._losses, []
+        rows = self.ranks.gather([self.index, self.flip_rate, order, *own])
+        for name, at in (("step", 0), ("flip rate", 1)):
+            others = {rank: row[at] for rank, row in enumerate(rows) if row[at] != rows[0][at]}
+            if others:
+                raise RuntimeError(
+                    f"ranks: expected the {name} of rank 0 on all of them, {rows[0][at]:g}, got by rank {others}"
+                )
+        losses = {}
+        for pairs, (_, _, _, *row) in zip(self._by_rank, rows, strict=True):
+            losses |= zip(pairs, row, strict=True)
+        means = [
+            weighted_mean([losses[draw, place] for place in range(len(self.batches))], self.weights)
+            for draw in range(self._estimator.draws)
+        ]
+        return means, all(row[2] == order for row in rows)
+
+    def begin_update(self, entry: Entry | None = None) -> None:
+        """Prepare for the update, right before the first logit moves.
+
+        Args:
+            entry: of an estimator with a journal, what the update follows from. It is on disk before a logit moves: a
+                run that is killed in between takes the update from there.
+
+        Raises:
+            ValueError: if the estimator has a journal and gives no entry.
+            OSError: if the entry cannot be written.
+        """
+        # while the logits are those of the draw
+        _ = self.flip_rate
+        if self._estimator.journaled and entry is None:
+            raise ValueError("entry: expected one from an estimator whose runs have a journal, got None")
+        self._begin_update(entry)
+        self._updates += 1
+
+    def check_updates(self) -> None:
+        """Raise ValueError unless the step, once it is taken, has one entry in the journal of a run that has one."""
+        if self._estimator.journaled and self._updates != 1:
+            raise ValueError(
+                f"estimator: expected one call of begin_update in each step, since its runs have a journal, got "
+                f"{self._updates} in step {self.index}"
+            )
+
+
+@contextmanager
+def modes_of_step(
+    model: nn.Module, layers: Mapping[str, MaskedLinear], drawing: bool, checkpointing: bool = False
+) -> Iterator[None]:
+    """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards.
+
+    With ``checkpointing`` modules whose ``gradient_checkpointing`` is true are in training mode themselves: only then
+    they compute their activations anew in backward.
+    """
+    with evaluating(model):
+        for layer in layers.values():
+            layer.train(drawing)
+            if layer.shard is not None:
+                # else a layer that FSDP2 keeps gathered would be gathered anew where it is used, by some ranks alone
+                layer.shard.reshard()
+        for module in model.modules():
+            if checkpointing and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        yield
+
+
+def value_of(loss: Tensor | float) -> float:
+    """The number that a ``loss_fn`` gives; ValueError unless it is one."""
+    if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
+        raise ValueError(f"loss_fn: expected a 0-dim tensor or a number, got {describe(loss)}")
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def check_float(name: str, value: float, low: float, high: float = FLOAT32_MAX, strict: bool = False) -> None:

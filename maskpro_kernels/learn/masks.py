@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +46,6 @@ class ReplayedLayer:
         return Place(self.group_offset, self.group_row_stride or groups)
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """A draw whose codes groups of layers hold."""
-
-    # indices of those that hold codes
-    groups: set[int]
-    # (seed, step, draw) of each group; None where a device alone has the number
-    keys: list[tuple[int | None, ...]]
-    # of the logits of each group
-    versions: list[list[int | None]]
-
-
 class ModelMasks:
     """The masks of all layers of a model: drawn by one launch, and updated by one.
 
@@ -78,9 +66,11 @@ class ModelMasks:
         self._groups: list[tuple[list[str], LayerGroup]] = []
         self._alone: list[str] = []
         self._inside = False
-        self._last: _Draw | None = None
+        # of groups that hold codes, by index: seed, step, draw, versions of logits; None where a device alone knows it
+        self._last: dict[int, list[int | None]] = {}
 
-    def drawn(self, draw: int | None = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def drawn(self, draw: int | None = None, uses: Uses | None = None) -> Iterator[None]:
         """A context with all layers drawn at their current step; each forward and backward inside takes these masks.
 
         The codes take a byte for each group, or 4 of more than 8 weights; their memory is kept for the next time.
@@ -90,23 +80,13 @@ class ModelMasks:
 
         Args:
             draw: id of the draw that the layers make inside. None: that which they make now.
+            uses: of each mask inside, see ``ops.layer_groups``: where each use costs less by a draw of its own, it
+                draws by itself. None: all are drawn together.
 
         Raises:
             TypeError, ValueError: if ``draw`` is no id.
             RuntimeError: inside of another such context of these layers.
         """
-        return self._drawing(draw, None)
-
-    def drawn_for(self, uses: Uses, draw: int | None = None) -> AbstractContextManager[None]:
-        """``drawn``, but where each use of a mask costs less by a draw of its own it draws by itself.
-
-        Args:
-            uses: of each mask inside, see ``ops.layer_groups``.
-        """
-        return self._drawing(draw, uses)
-
-    @contextmanager
-    def _drawing(self, draw: int | None, uses: Uses | None) -> Iterator[None]:
         layers = self._masked_layers()
         if draw is not None:
             check_scalar("draw", draw, 0, MAX_DRAWS)
@@ -123,7 +103,7 @@ class ModelMasks:
             yield
         finally:
             self._inside = False
-            self._release_codes()
+            self._free_codes()
             for state, own in zip(states, before, strict=bool(before)):
                 state.draw.copy_(own)
 
@@ -135,24 +115,22 @@ class ModelMasks:
                 )
         return list(self.layers.values())
 
-    def _release_codes(self) -> None:
+    def _free_codes(self) -> None:
         for layer in self.layers.values():
             if isinstance(layer, MaskedLinear):
                 layer.cached_mask = None
 
     @torch.no_grad()
     def _draw(self, uses: Uses | None) -> None:
-        self._last = None
-        drawn, counters = set(), []
+        self._last, drawn = {}, {}
         for i, (names, group) in enumerate(self._grouped()):
             counter = self.layers[names[0]].counter()
-            counters.append(counter)
             # ranks send what a draw keeps, and nobody draws again
             gathered = self.layers[names[0]].shard is not None
             if uses is not None and not gathered and not draws_once(group.device, group.n, uses):
                 continue
             draw_layers_(group, 1.0, counter.seed, counter.step, counter.draw)
-            drawn.add(i)
+            drawn[i] = _key_of(group, counter.seed, counter.step, counter.draw)
             for name, codes in zip(names, group.codes, strict=True):
                 self._cache(name, codes)
         # each use would copy the logits, or make them contiguous
@@ -162,8 +140,7 @@ class ModelMasks:
                 with copies.reading(layer) as logits:
                     n, m = layer.pattern.n, layer.pattern.m
                     self._cache(name, sample_mask(logits.contiguous(), n, m, 1.0, *layer.counter()))
-        keys = [_key_of(counter.seed, counter.step, counter.draw) for counter in counters]
-        self._last = _Draw(drawn, keys, [_versions_of(group) for _, group in self._groups])
+        self._last = drawn
 
     def _cache(self, name: str, codes: Tensor) -> None:
         layer = self.layers[name]
@@ -181,6 +158,7 @@ class ModelMasks:
         if name not in self.layers:
             raise ValueError(f"name: expected that of a layer, got {describe(name)}")
         layer = self.layers[name]
+        # of what this rank has
         flips, groups = self._flips(name, layer), layer.own_logits.numel() // layer.pattern.m
         if layer.shard is not None:
             counts = torch.tensor([flips, groups], device=layer.own_logits.device)
@@ -188,12 +166,11 @@ class ModelMasks:
         return flips / max(groups, 1)
 
     def _flips(self, name: str, layer: MaskedLinear) -> int:
-        """How many groups of a layer, or of what this rank has of it, leave the top-N mask."""
         for i, (names, group) in enumerate(self._grouped()):
             if name not in names:
                 continue
             at = names.index(name)
-            if self._inside and layer.cached_mask is not None and i in self._last.groups:
+            if self._inside and layer.cached_mask is not None and i in self._last:
                 return group.flips_of(at)
             # the kernel that draws counts them
             alone, counter = LayerGroup([group.layers[at]], group.n, group.m), layer.counter()
@@ -237,8 +214,8 @@ class ModelMasks:
                 for i in range(len(self._grouped()))
             ]
             # what breaks off leaves no codes of other logits behind
-            self._last = None
-            self._release_codes()
+            self._last = {}
+            self._free_codes()
             for update in updates:
                 update_layers_(*update)
             with OffloadedLogits([self.layers[name] for name in self._alone]) as copies:
@@ -257,27 +234,19 @@ class ModelMasks:
             # refuses codes that are not of this draw
             by_codes = all(self.layers[name].cached_codes is not None for name in names)
         else:
-            by_codes = self._holds(i, *key[:2], ids)
+            now = _key_of(group, *key[:2], ids[0])
+            by_codes = len(ids) == 1 and None not in now and self._last.get(i) == now
         scalars = [on_device(x, torch.int64, group.device) for x in key[:2]]
         factors, ids = stacked(coefs, torch.float32, group.device), stacked(ids, torch.int64, group.device)
         return group, factors, 1.0, *scalars, ids, by_codes
 
-    def _counter(self, name: str, seed: Scalar | None, step: Scalar | None, draw) -> tuple:
+    def _counter(self, name: str, *given) -> tuple:
         """(seed, step, draw), by the layer where they are not given."""
-        given = seed, step, draw
         if all(value is not None for value in given):
             return given
         counter = self.layers[name].counter()
         own = counter.seed, counter.step, counter.draw
         return tuple(mine if value is None else value for value, mine in zip(given, own, strict=True))
-
-    def _holds(self, i: int, seed: Scalar, step: Scalar, ids: list) -> bool:
-        """True where a group has the codes of this draw, of its logits as they are."""
-        last = self._last
-        if last is None or i not in last.groups or len(ids) != 1:
-            return False
-        now = [*_key_of(seed, step, ids[0]), *_versions_of(self._groups[i][1])]
-        return None not in now and now == [*last.keys[i], *last.versions[i]]
 
     def _grouped(self) -> list[tuple[list[str], LayerGroup]]:
         """(Names of layers, these) of each kind; anew where tensors have come to lie elsewhere."""
@@ -285,14 +254,15 @@ class ModelMasks:
         if places == self._places:
             return self._groups
         # no codes are there of new groups
-        self._last = None
+        self._last = {}
         kinds: dict[tuple, list[tuple[str, GroupedLayer]]] = {}
         self._alone = []
         for name, layer in self.layers.items():
-            if not _can_be_grouped(layer):
+            logits = layer.own_logits
+            if type(logits) not in PLAIN or logits.is_meta or not logits.is_contiguous() or offloaded(layer):
                 self._alone.append(name)
                 continue
-            grouped = GroupedLayer(layer.own_logits, layer.layer, *layer.place)
+            grouped = GroupedLayer(logits, layer.layer, *layer.place)
             of_model = id(getattr(layer, "counter_state", None)), getattr(layer, "shard", None) is not None
             kind = (*kind_of(grouped, layer.pattern.n, layer.pattern.m), *of_model)
             kinds.setdefault(kind, []).append((name, grouped))
@@ -313,17 +283,8 @@ def _place_of(layer: MaskedLinear | ReplayedLayer) -> tuple:
     return id(logits), address, *kind, *where
 
 
-def _can_be_grouped(layer: MaskedLinear | ReplayedLayer) -> bool:
-    logits = layer.own_logits
-    return type(logits) in PLAIN and not logits.is_meta and logits.is_contiguous() and not offloaded(layer)
-
-
-def _key_of(*key: Scalar) -> tuple[int | None, ...]:
-    return tuple(map(readable_value, key))
-
-
-def _versions_of(group: LayerGroup) -> list[int | None]:
-    return [version_of(layer.logits) for layer in group.layers]
+def _key_of(group: LayerGroup, *counter: Scalar) -> list[int | None]:
+    return [*map(readable_value, counter), *(version_of(layer.logits) for layer in group.layers)]
 
 
 def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, MaskedLinear | ReplayedLayer]:

@@ -7,7 +7,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class OffloadedLogits:
         self._order = [layer for layer in order if offloaded(layer)]
         # Index in it of the next one to fetch
         self._next = 0
-        self._coming: tuple[MaskedLinear, Fetched] | None = None
+        self._coming: tuple[MaskedLinear | None, tuple[Tensor, Wait] | None] = None, None
         self._ends: collections.deque[Wait] = collections.deque()
         self._written: set[MaskedLinear] = set()
         # autograd has a thread for each device
@@ -55,7 +54,7 @@ class OffloadedLogits:
         return self
 
     def __exit__(self, *_) -> None:
-        self._coming, self._order = None, []
+        self._coming, self._order = (None, None), []
         self._wait(0)
 
     @contextmanager
@@ -66,15 +65,14 @@ class OffloadedLogits:
             return
         transfers = transfers_of(layer.weight.device)
         with self._lock:
-            awaited, coming = self._coming or (None, None)
+            awaited, coming = self._coming
             if awaited is not layer:
                 # what was awaited may never come, as an expert that no token takes
                 coming = self._fetched(layer)
                 if layer in self._order:
                     self._next = self._order.index(layer) + 1
-            self._coming = None
-            coming.ready()
-            logits = coming.logits
+            self._coming, (logits, ready) = (None, None), coming
+            ready()
             self._fetch_next()
         yield logits
         with self._lock:
@@ -94,22 +92,15 @@ class OffloadedLogits:
             self._coming = layer, self._fetched(layer)
             self._next += 1
 
-    def _fetched(self, layer: MaskedLinear) -> Fetched:
+    def _fetched(self, layer: MaskedLinear) -> tuple[Tensor, Wait]:
         # the host runs ahead of the device: without this wait it would allocate the copies of all layers
         self._wait(0 if layer in self._written else COPIES - 2)
         return transfers_of(layer.weight.device).fetch(layer.logits.detach())
 
     def _wait(self, most: int) -> None:
-        """Until at most so many copies are in use or on their way back."""
+        """Wait until at most so many copies are in use or on their way back."""
         while len(self._ends) > most:
             self._ends.popleft()()
-
-
-class Fetched(NamedTuple):
-    """A copy, and a function that makes its device wait for it."""
-
-    logits: Tensor
-    ready: Wait
 
 
 class Transfers:
@@ -118,9 +109,9 @@ class Transfers:
     def __init__(self, device: torch.device):
         self.device = device
 
-    def fetch(self, source: Tensor) -> Fetched:
-        """A copy of ``source`` on the device, which may be read and written behind ``ready()``."""
-        return Fetched(source.to(self.device), _nothing)
+    def fetch(self, source: Tensor) -> tuple[Tensor, Wait]:
+        """A copy of ``source`` on the device, and what makes the device wait for it."""
+        return source.to(self.device), _nothing
 
     def used(self, logits: Tensor) -> Wait:
         """The host's wait until the device has done what it was given to do with a copy."""
@@ -133,13 +124,13 @@ class Transfers:
 
 
 class StreamTransfers(Transfers):
-    """The same on a CUDA device, beside its current stream."""
+    """Copies to a CUDA device and from it, beside its current stream."""
 
     def __init__(self, device: torch.device):
         super().__init__(device)
         self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def fetch(self, source: Tensor) -> Fetched:
+    def fetch(self, source: Tensor) -> tuple[Tensor, Wait]:
         with torch.cuda.stream(self.incoming):
             logits = source.to(self.device, non_blocking=True)
             arrived = self.incoming.record_event()
@@ -150,7 +141,7 @@ class StreamTransfers(Transfers):
             # its memory belongs to the other stream, which would take it again as soon as Python lets go of it
             logits.record_stream(stream)
 
-        return Fetched(logits, ready)
+        return logits, ready
 
     def used(self, logits: Tensor) -> Wait:
         return torch.cuda.current_stream(self.device).record_event().synchronize

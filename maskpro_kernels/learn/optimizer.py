@@ -9,13 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..counter import MaskSource
 from ..fsdp import check_in_memory, is_distributed
 from ..functional.linear import straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
-from .backward import check_slope_settings, descend_by_rms, running_mean_square
+from .backward import check_slope_settings, descend_by_rms, descent, running_mean_square, values_of
 from .estimator import check_float
 from .offload import OffloadedLogits
 
@@ -107,36 +106,24 @@ class MaskOptimizer(torch.optim.Optimizer):
                 "drawn masks, with the model in training mode, and checkpointed activations need use_reentrant=False"
             )
         group = self.param_groups[0]
+        latest = {}
         with OffloadedLogits(list(reached.values())) as offloaded:
-            latest = {
-                name: self._move(layer, offloaded, float(lr), group["max_update"]) for name, layer in reached.items()
-            }
-        # one transfer a device
-        for device in {square.device for square in latest.values()}:
-            names = [name for name, square in latest.items() if square.device == device]
-            squares = torch.stack([latest[name] for name in names]).tolist()
-            for name, square in zip(names, squares, strict=True):
-                state = self._state_of(self.layers[name])
-                state["mean_square"] = running_mean_square(state["mean_square"], square, group["decay"])
-                latest[name] = square
+            for name, layer in reached.items():
+                state = self._state_of(layer)
+                if not state:
+                    state.update(first_mask=_codes(layer), mean_square=None)
+                slopes = layer.logits.grad.to(layer.weight.device, torch.float32).contiguous()
+                with offloaded.moving(layer) as logits:
+                    descend = descent(layer, logits, slopes, group["max_update"])
+                    latest[name] = descend_by_rms(descend, float(lr), state["mean_square"], layer.weight.device)
+        squares = values_of(latest)
+        for name, square in squares.items():
+            state = self._state_of(self.layers[name])
+            state["mean_square"] = running_mean_square(state["mean_square"], square, group["decay"])
         advance(self._model)
-        bad = [name for name, square in latest.items() if not math.isfinite(square)]
+        bad = [name for name, square in squares.items() if not math.isfinite(square)]
         if bad:
             warnings.warn(f"slopes are not finite in {', '.join(bad)}: logits of these stay as they are", stacklevel=3)
-
-    def _move(self, layer: MaskedLinear, offloaded: OffloadedLogits, lr: float, max_update: float) -> Tensor:
-        state = self._state_of(layer)
-        if not state:
-            state.update(first_mask=_codes(layer), mean_square=None)
-        slopes = layer.logits.grad.to(layer.weight.device, torch.float32).contiguous()
-        m, counter = layer.pattern.m, layer.counter()
-        with offloaded.moving(layer) as logits:
-            return descend_by_rms(
-                lambda rate: ops.descend_(logits, slopes, rate, max_update, m, *counter),
-                lr,
-                state["mean_square"],
-                layer.weight.device,
-            )
 
     def _state_of(self, layer: MaskedLinear) -> dict:
         # not by parameter, where another optimizer that holds this one's state would look for its own, and cast it

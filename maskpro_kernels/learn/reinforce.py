@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ..functional.checks import FLOAT32_MAX
 from ..ops.philox import MAX_DRAWS
-from .estimator import Estimator, check_float, check_whole
-from .step import Draw, Entry, Step, StepResult, replay
+from .estimator import Draw, Entry, Estimator, Step, StepResult, check_float, check_whole, replay
 
 # A normalized advantage beyond it is an outlier
 LARGEST_ADVANTAGE = 3.0
@@ -60,24 +59,19 @@ class Reinforce(Estimator):
         check_float("alpha", alpha, 0.0, 1.0)
         if tracker not in ("after", "before"):
             raise ValueError(f'tracker: expected "after" or "before", got {tracker!r}')
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize: expected a bool, got {normalize!r}")
+        for name, value in (("normalize", normalize), ("refresh", refresh)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {value!r}")
         check_whole("draws", draws, 1, MAX_DRAWS)
-        if not isinstance(refresh, bool):
-            raise TypeError(f"refresh: expected a bool, got {refresh!r}")
         if refresh and draws > 1:
             raise ValueError(f"refresh: expected False with several draws, which need no initial losses, got {refresh}")
         if tracker != "after" and draws > 1:
             raise ValueError(f'tracker: expected "after" with several draws, which have no tracker, got {tracker!r}')
         if steps is not None:
             check_whole("steps", steps, 1)
-        self.draws, self.steps = draws, steps
-        self.needs_initial_losses = draws == 1
-        self.refresh = refresh
-        self.lr = float(lr)
-        self.alpha = float(alpha)
-        self.tracker = tracker
-        self.normalize = normalize
+        self.draws, self.steps, self.needs_initial_losses = draws, steps, draws == 1
+        self.lr, self.alpha, self.tracker = float(lr), float(alpha), tracker
+        self.normalize, self.refresh = normalize, refresh
         self.delta = 0.0
         self.mean_square: float | None = None
 
@@ -122,12 +116,11 @@ class Reinforce(Estimator):
 
     def _result(self, entry: Entry, advantages: Sequence[float]) -> StepResult:
         """The result of a step, behind which the tracker has moved."""
-        losses, one = [draw.loss for draw in entry.draws], self.draws == 1
-        tracker = self.delta if one else None
+        tracker = self.delta if self.draws == 1 else None
         if entry.skipped:
             return StepResult(math.nan, tracker=tracker)
-        loss = math.fsum(losses) / len(losses)
-        if not one:
+        loss = math.fsum(draw.loss for draw in entry.draws) / self.draws
+        if self.draws > 1:
             return StepResult(loss)
         refreshes = self.refreshes(loss, entry.initial_loss)
         return StepResult(loss, loss - entry.initial_loss, advantages[0], tracker, refreshes=refreshes)

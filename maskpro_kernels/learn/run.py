@@ -41,9 +41,8 @@ from ..modules import MaskedLinear
 from ..pattern import NMPattern
 from ..ranks import Ranks
 from .batches import content
-from .estimator import Estimator
+from .estimator import Draw, Entry, Estimator, LossFn, replay
 from .masks import ModelMasks, ReplayedLayer
-from .step import Draw, Entry, LossFn, replay
 
 # Of the folder and all that is in it; another number wherever one of these changes
 FORMAT = 3
@@ -84,16 +83,19 @@ def unpack_entry(record: bytes, chain: bytes) -> Entry | None:
 
 
 class Records(NamedTuple):
-    """The content of a journal."""
+    """The content of a journal.
+
+    Attributes:
+        torn: bytes of a last record that was cut short.
+        chain: digests at which the journal stood before the first step and after each one.
+        end: of the entries, in bytes.
+    """
 
     header: dict
     entries: list[Entry]
-    # bytes of a last record that was cut short
     torn: int
     draws: int
-    # digests at which the journal stood before the first step and after each one
     chain: list[bytes]
-    # of the entries, in bytes
     end: int
 
 
@@ -154,17 +156,16 @@ class Journal:
                 f"{end}: something else writes to it; resume the run"
             )
         record = pack_entry(entry, self.chain)
+        written = False
         try:
             if self._file.write(record) != len(record):
                 raise OSError(f"{self.path}: the disk took a part of a record only")
-            try:
-                os.fsync(self._file.fileno())
-            except OSError:
-                # the system takes for written what it could not write: another sync would succeed, and write nothing
-                self._failed = True
-                raise
-        except BaseException:
-            # an interrupt too: a record counts once it is on disk for certain
+            written = True
+            os.fsync(self._file.fileno())
+        except BaseException as error:
+            # an interrupt too: a record counts once it is on disk for certain. Behind a sync that has failed the system
+            # takes for written what is not: another one would succeed, and write nothing
+            self._failed = written and isinstance(error, OSError)
             try:
                 os.ftruncate(self._file.fileno(), self._end)
             except OSError:
@@ -258,7 +259,7 @@ def publish_snapshot(aside: Path, step: int, digests: Mapping[str, str], state: 
     manifest = json.dumps({"step": step, "state": state, "files": digests}).encode()
     path = aside.with_name(f"snapshot-{step:010}-{digest_of_bytes(manifest).hex()}")
     write_whole(aside / MANIFEST, manifest)
-    if _is_sound(path):
+    if _read_state(path) is not None:
         # bit for bit the same, as at the end of a run whose last step has left one
         discard(aside)
     else:
@@ -284,46 +285,40 @@ def newest_snapshot(
 ) -> tuple[int, StoredTensors, dict, list[Path]]:
     """(step, tensors, state, snapshots that were passed over) of the newest sound snapshot; ValueError if none is.
 
-    Args:
-        at_most: of at most that many steps.
-        run: of a state whose "run" is this.
+    Of at most ``at_most`` steps, and a state whose "run" is ``run``, where these are given.
     """
     passed = []
     for path in reversed(snapshots_in(folder)):
         if at_most is not None and step_of(path) > at_most:
             continue
-        if _is_sound(path):
-            # the digest vouches for these too
-            if path.is_dir():
-                manifest = json.loads((path / MANIFEST).read_bytes())
-                step, state = manifest["step"], manifest["state"]
-            else:
-                with safe_open(path, framework="pt") as file:
-                    metadata = file.metadata()
-                step, state = int(metadata["step"]), json.loads(metadata["state"])
-            if step == step_of(path) and (run is None or state.get("run") == run):
-                return step, StoredTensors(path), state, passed
+        step, state = _read_state(path) or (None, {})
+        if step == step_of(path) and (run is None or state.get("run") == run):
+            return step, StoredTensors(path), state, passed
         passed.append(path)
     others = f", {len(passed)} are damaged or of another run" if passed else ""
     raise ValueError(f"snapshot: expected a sound one in {str(folder)!r}, got none{others}")
 
 
-def _is_sound(path: Path) -> bool:
-    """True where the bytes of a snapshot are those that were written."""
+def _read_state(path: Path) -> tuple[int, dict] | None:
+    """(step, state) of a snapshot; None unless its bytes are those that were written."""
     named = SNAPSHOT.fullmatch(path.name)[2]
     try:
         if not path.is_dir():
-            return digest_of_file(path) == named
+            if digest_of_file(path) != named:
+                return None
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            return int(metadata["step"]), json.loads(metadata["state"])
         manifest = (path / MANIFEST).read_bytes()
         if digest_of_bytes(manifest).hex() != named:
-            return False
-        digests = json.loads(manifest)["files"]
-        if {file.name for file in tensor_files(path)} != digests.keys():
-            return False
+            return None
+        content = json.loads(manifest)
+        files = {file.name: file for file in tensor_files(path)}
         with ThreadPoolExecutor() as threads:
-            return list(threads.map(digest_of_file, (path / name for name in digests))) == list(digests.values())
+            digests = dict(zip(files, threads.map(digest_of_file, files.values()), strict=True))
+        return (content["step"], content["state"]) if digests == content["files"] else None
     except OSError:
-        return False
+        return None
 
 
 def tensor_files(snapshot: Path) -> list[Path]:
@@ -378,7 +373,7 @@ def settings_of(
 
 
 class SavedRun(NamedTuple):
-    """Where a run stands that is resumed.
+    """A run that is resumed.
 
     Attributes:
         steps: how many are done.
@@ -463,13 +458,8 @@ class RunFolder:
         """Take the folder of a run that was broken off, and leave it as the last step would have.
 
         The estimator goes through the journal by its ``recall``: its state is that of the last step then. What raises
-        leaves it, and the folder, as they were.
-
-        Args:
-            settings: that the run has to have, see ``settings_of``.
-            check_batches: called with the steps that were taken and the digest of their batches; raises ValueError if
-                the run cannot go on with those there are.
-            check_run: likewise called with the id of the run.
+        leaves it, and the folder, as they were: also ``check_batches``, called with the steps that were taken and the
+        digest of their batches, and ``check_run``, called with the id of the run.
         """
         if self.estimator.journaled and not (self.path / JOURNAL).exists():
             raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.path)!r}")
@@ -486,16 +476,16 @@ class RunFolder:
 
     def _resume(self, settings: Mapping, check_batches: Callable, check_run: Callable | None) -> SavedRun:
         estimator, records, refreshed = self.estimator, None, None
+        run, entries, at_most = None, [], None
         if estimator.journaled:
             records = read_journal(self.path / JOURNAL)
-            self._check_settings(settings, records.header["run"])
-        run, entries = (None, []) if records is None else (records.header["run"], records.entries)
-        snapshot_step, tensors, state, damaged = newest_snapshot(
-            self.path, None if records is None else len(entries), run
-        )
-        self._check_settings(settings, state["run"])
+            run, entries, at_most = records.header["run"], records.entries, len(records.entries)
+            self._check_settings(settings, run)
+        snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, run)
         run = state["run"]
-        if not _continues(records, snapshot_step, state):
+        self._check_settings(settings, run)
+        # the first one was taken before the journal was there: that it is of the run, the run's id says
+        if records is not None and snapshot_step and state.get("chain") != records.chain[snapshot_step].hex():
             raise ValueError(
                 f"output_dir: expected snapshots and a {JOURNAL} of one run in {str(self.path)!r}, got a snapshot of "
                 f"step {snapshot_step} that was taken beside other records; restore the folder from a copy, or move "
@@ -511,14 +501,13 @@ class RunFolder:
             kept, losses, skipped = state["estimator"], state["initial_losses"], state["skipped"]
         else:
             kept, losses = estimator.state(), records.header["initial_losses"]
-            for entry, result in zip(entries, results, strict=True):
-                refreshed = entry.step + 1 if result.refreshes else refreshed
-            if refreshed is not None:
-                losses = state["initial_losses"] if refreshed <= snapshot_step else None
             skipped = len(list(takewhile(lambda entry: entry.skipped, reversed(entries))))
             for entry, result in zip(entries, results, strict=True):
+                refreshed = entry.step + 1 if result.refreshes else refreshed
                 # a power cut may lose lines of steps that the journal holds, though not their flip rates and seconds
                 rows.setdefault(entry.step, asdict(result.record(entry.step, entry.tokens, math.nan, 0.0)))
+            if refreshed is not None:
+                losses = state["initial_losses"] if refreshed <= snapshot_step else None
         batches = state["batches"]
         check_batches(steps, batches)
 
@@ -538,7 +527,6 @@ class RunFolder:
         return SavedRun(steps, tensors, entries[snapshot_step:], kept, losses, refreshed, skipped, batches, warnings)
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
-        """Raise ValueError unless a run has these settings."""
         for name, own in settings.items():
             other = run.get(name)
             if own == other:
@@ -587,8 +575,7 @@ class RunFolder:
         self._written = len(self.rows)
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
-        self._before_snapshot()
-        save_snapshot(self.path, step, tensors, {**self._place(), **state})
+        save_snapshot(self.path, step, tensors, self._prepared(state))
 
     def folder_aside(self) -> Path:
         """Make the folder of a snapshot that ranks write their files into before ``publish_snapshot``."""
@@ -599,19 +586,16 @@ class RunFolder:
         return path
 
     def publish_snapshot(self, aside: Path, step: int, digests: Mapping[str, str], state: Mapping) -> None:
-        self._before_snapshot()
-        publish_snapshot(aside, step, digests, {**self._place(), **state})
+        publish_snapshot(aside, step, digests, self._prepared(state))
 
-    def _before_snapshot(self) -> None:
+    def _prepared(self, state: Mapping) -> dict:
+        """The state of a snapshot to come: with the run, and the record of the journal that it stands at."""
         self._check_process()
         if not self.estimator.journaled and (self.path / METRICS).exists():
             # the steps before are not taken again, and their losses are nowhere else
             sync(self.path / METRICS)
             sync(self.path)
-
-    def _place(self) -> dict:
-        """The place of a snapshot: the run, and the record of the journal that it stands at."""
-        return {"run": self._run, "chain": None if self._journal is None else self._journal.chain.hex()}
+        return {"run": self._run, "chain": None if self._journal is None else self._journal.chain.hex(), **state}
 
     def _acquire(self) -> None:
         """Keep other trainers out, in this process and in others."""
@@ -651,26 +635,6 @@ def _lines(rows: Sequence[Mapping]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def _continues(records: Records | None, step: int, state: Mapping) -> bool:
-    """True where a snapshot was taken behind the record of the journal that has its step."""
-    # the first one was taken before the journal was there: that it is of the run, the run's id says
-    return records is None or step == 0 or state.get("chain") == records.chain[step].hex()
-
-
-def snapshot_of(
-    layers: Mapping[str, MaskedLinear],
-    estimator: Estimator,
-    initial_losses: list[float] | None,
-    skipped: int,
-    batches: str | None,
-) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) of a snapshot; the others as in ``SavedRun``."""
-    tensors = {name: layer.logits.detach() for name, layer in layers.items()}
-    tensors |= {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
-    state = {"estimator": estimator.state(), "initial_losses": initial_losses, "skipped": skipped, "batches": batches}
-    return tensors, state
-
-
 def write_parts(
     folder: RunFolder | None, ranks: Ranks, step: int, tensors: Mapping[str, Tensor], state: Mapping
 ) -> None:
@@ -679,12 +643,8 @@ def write_parts(
     try:
         ranks.all_of(lambda: _check_seen(aside))
         write = planned_parts(ranks, aside, tensors)
-
-        def written() -> tuple[str, str] | None:
-            path = write()
-            return path and (path.name, digest_of_file(path))
-
-        digests = dict(filter(None, ranks.gather_objects(ranks.all_of(written))))
+        own = ranks.all_of(lambda: (path := write()) and (path.name, digest_of_file(path)))
+        digests = dict(filter(None, ranks.gather_objects(own)))
         ranks.first(lambda: folder.publish_snapshot(aside, step, digests, state))
     finally:
         if ranks.rank == 0 and aside.exists():
@@ -704,20 +664,16 @@ def restore(
 ) -> None:
     """Set logits and the estimator's tensors to those of a snapshot, and take the journal's steps behind it again.
 
-    Steps are taken by their updates alone, without a forward pass: the bits are those of a run that was never
-    interrupted. Rank 0 reads for all ranks; of layers whose rows they hold each reads its own.
-
-    Args:
-        refresh: called where the logits are those of the step ``refreshed`` and there are no ``initial_losses``.
+    Steps are taken by their updates alone, without a forward pass. Rank 0 reads for all ranks; of layers whose rows
+    they hold each reads its own. ``refresh`` is called where initial masks were refreshed and losses are not there.
     """
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
-    of_estimator = {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
+    spread = {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
     if is_sharded(layers):
         ranks.all_of(lambda: _check_seen(saved.tensors.path))
         ranks.all_of(lambda: saved.tensors.read_into(logits))
-        spread = of_estimator
     else:
-        spread = logits | of_estimator
+        spread |= logits
     ranks.first(lambda: saved.tensors.read_into(spread))
     for tensor in spread.values():
         ranks.spread_(tensor)

@@ -24,10 +24,8 @@ from .backward import (
     ShardUpdater,
     WeightLearner,
     check_slope_settings,
-    check_weights,
 )
-from .estimator import Estimator, check_float, check_whole
-from .step import Step, StepResult
+from .estimator import Estimator, Step, StepResult, check_float, check_whole
 
 
 class StraightThrough(Estimator):
@@ -88,12 +86,8 @@ class StraightThrough(Estimator):
         check_float("weight_decay", weight_decay, 0.0)
         if weight_decay and train_weights is None:
             raise ValueError(f"weight_decay: expected 0 where weights do not learn, got {weight_decay}")
-        self.lr = float(lr)
-        self.steps = steps
-        self.curvature = float(curvature)
-        self.max_update = float(max_update)
-        self.decay = float(decay)
-        self.fisher_every = fisher_every
+        self.lr, self.steps, self.fisher_every = float(lr), steps, fisher_every
+        self.curvature, self.max_update, self.decay = float(curvature), float(max_update), float(decay)
         self.train_weights = None if train_weights is None else float(train_weights)
         self.weight_decay = float(weight_decay)
         self._learners: dict[str, WeightLearner] = {}
@@ -103,7 +97,17 @@ class StraightThrough(Estimator):
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         if self.train_weights is not None:
             check_not_sharded(layers, "weights learn as wholes alone; leave out train_weights")
-            check_weights(layers)
+            names: dict[int, str] = {}
+            for name, layer in layers.items():
+                other, weight = names.setdefault(layer.weight.data_ptr(), name), layer.weight
+                if not weight.is_contiguous():
+                    raise ValueError(
+                        f"train_weights: expected layers with contiguous weights, got {weight.stride()} in {name}"
+                    )
+                if other != name and weight.numel():
+                    raise ValueError(
+                        f"train_weights: expected a weight of its own in each layer, got one in {other} and {name}"
+                    )
             self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
         kind = LayerUpdater if next(iter(layers.values())).shard is None else ShardUpdater
         self._updaters = {name: kind(layer, self, self._learners.get(name)) for name, layer in layers.items()}
@@ -177,13 +181,9 @@ class StraightThrough(Estimator):
 
     @contextmanager
     def attached(self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor]) -> Iterator[BackwardPass]:
-        """With layers, those of ``begin``, whose logits move by the backward passes of a step, see ``BackwardPass``.
+        """With layers whose logits move by the backward passes of a step, as many as ``batches`` on each rank.
 
-        Args:
-            step: index of the step, from 0.
-            ranks: over which slopes are summed.
-            batches: how many passes this rank makes; others make as many.
-            fisher: squares of layers whose curvature these give, see ``FisherSquares``.
+        ``fisher`` has the squares of layers whose curvature these give, see ``FisherSquares``.
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
@@ -213,11 +213,7 @@ class FisherSquares:
     A Fisher pass is a forward and a backward of ``loss_fn.fisher_loss(model, batch, seed)``, whose gradient squared has
     the curvature of the loss as its mean. What a layer keeps is the sum over tokens of the squares of its outputs'
     gradients, times the number of tokens: over those of another batch it stays the same. The first passes count alike,
-    later ones by ``decay``.
-
-    Args:
-        layers: by name.
-        decay: share of the running mean that a pass leaves, in [0, 1).
+    later ones by ``decay``, the share of the running mean that a pass leaves.
 
     Attributes:
         squares: float32 [out] of each layer, on the device of its weight; zeros before the first pass.
@@ -263,52 +259,42 @@ class FisherSquares:
         for name, part, share, is_usable, has_come in zip(totals, parts, shares, usable, came, strict=True):
             if is_usable:
                 own = self.squares[name]
-                after[name] = own.lerp((part / share).to(own.device), max(1.0 - self.decay, 1.0 / self._next(name)))
+                after[name] = own.lerp(
+                    (part / share).to(own.device), max(1.0 - self.decay, 1.0 / (self.passes[name] + 1))
+                )
             elif has_come:
                 bad.append(name)
-        if bad and step.ranks.rank == 0:
-            self._warn(step.index, bad)
-        return after
-
-    def _warn(self, step: int, bad: list[str]) -> None:
-        if not self._warned:
+        if bad and step.ranks.rank == 0 and not self._warned:
+            self._warned = True
             warnings.warn(
-                f"fisher_loss of step {step}: expected finite squares of gradients, got others in {bad}; these layers "
-                "go by earlier passes, or by their own gradient where there was none. This is the only warning",
+                f"fisher_loss of step {step.index}: expected finite squares of gradients, got others in {bad}; these "
+                "layers go by earlier passes, or by their own gradient where there was none. This is the only warning",
                 stacklevel=2,
             )
-        self._warned = True
-
-    def _next(self, name: str) -> int:
-        return self.passes[name] + 1
+        return after
 
     def take(self, after: Mapping[str, Tensor]) -> None:
         """Go on from what ``after_pass`` has given."""
         for name, square in after.items():
             if square is not self.squares[name]:
                 self.squares[name].copy_(square)
-                self.passes[name] = self._next(name)
+                self.passes[name] += 1
 
     def _squares_of(self, step: Step, place: int) -> dict[str, Tensor]:
         """Of one batch, of the layers that backward reaches."""
-        with self._attached() as collectors:
-            loss = step.loss_fn.fisher_loss(step.model, step.batches[place], _seed_of(step, place))
-            if not (isinstance(loss, Tensor) and loss.requires_grad):
-                raise ValueError(f"loss_fn: expected a fisher_loss with a gradient, got {describe(loss)}")
-            torch.autograd.backward(loss, inputs=[layer.logits for layer in self.layers.values()])
-        return {name: c.total / c.uses for name, c in collectors.items() if c.uses}
-
-    @contextmanager
-    def _attached(self) -> Iterator[dict[str, _Collector]]:
-        before = {name: layer.logits_backward for name, layer in self.layers.items()}
+        before = {layer: layer.logits_backward for layer in self.layers.values()}
         collectors = {name: _Collector() for name in self.layers}
         try:
             for name, layer in self.layers.items():
                 layer.logits_backward = collectors[name]
-            yield collectors
+            loss = step.loss_fn.fisher_loss(step.model, step.batches[place], _seed_of(step, place))
+            if not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise ValueError(f"loss_fn: expected a fisher_loss with a gradient, got {describe(loss)}")
+            torch.autograd.backward(loss, inputs=[layer.logits for layer in self.layers.values()])
         finally:
-            for name, layer in self.layers.items():
-                layer.logits_backward = before[name]
+            for layer, own in before.items():
+                layer.logits_backward = own
+        return {name: c.total / c.uses for name, c in collectors.items() if c.uses}
 
 
 def _seed_of(step: Step, place: int) -> int:

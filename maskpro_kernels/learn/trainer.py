@@ -31,10 +31,20 @@ from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
-from .estimator import Estimator, check_float, check_whole
+from .estimator import (
+    Entry,
+    Estimator,
+    LossFn,
+    Step,
+    StepRecord,
+    StepResult,
+    check_float,
+    check_whole,
+    modes_of_step,
+    value_of,
+)
 from .masks import ModelMasks, least_margin
-from .run import RunFolder, SavedRun, restore, settings_of, snapshot_of, write_parts
-from .step import Entry, LossFn, Step, StepRecord, StepResult, loss_under_top_n_masks
+from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 
 
 class MaskTrainer:
@@ -225,7 +235,12 @@ class MaskTrainer:
                 for _ in range(steps):
                     record = self.step()
                     records.append(record)
-                    bar.set_postfix(**_shown(record))
+                    numbers = {"residual": record.residual, "advantage": record.advantage}
+                    shown = {name: f"{number:+.2e}" for name, number in numbers.items() if number is not None}
+                    rate = f"{record.tokens / record.seconds:.0f}"
+                    bar.set_postfix(
+                        loss=f"{record.loss:.4f}", **shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=rate
+                    )
                     bar.update()
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
                         break
@@ -271,14 +286,13 @@ class MaskTrainer:
                 self.loss_fn,
                 seed=self.seed,
                 ranks=self.ranks,
-                draws=self.estimator.draws,
-                journaled=self.estimator.journaled,
+                estimator=self.estimator,
                 initial_loss=self._initial_loss,
                 begin_update=self._begin_update,
             )
             with resetting(self.model):
                 result = self.estimator.step(step)
-        step.check_entries()
+        step.check_updates()
         if result.refreshes:
             # ahead of the next step: from a run that is killed in between it is the same one
             self._initial_losses.losses = None
@@ -289,8 +303,11 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.add_row(asdict(record))
-        if self._is_snapshot_due():
-            self._save_snapshot()
+        if self.output_dir is not None:
+            is_due = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
+            # by the clock of rank 0, which writes alone unless ranks hold the rows of layers
+            if self.ranks.first(lambda: is_due) if self._sharded else is_due:
+                self._save_snapshot()
         if self._skipped:
             self._check_skipped(record, result)
         return record
@@ -334,16 +351,16 @@ class MaskTrainer:
             self._begun = self._broken = True
             return saved
 
+        def refresh() -> None:
+            self.steps_done = saved.refreshed
+            self._losses_of_initial_masks(progress)
+
         saved = self.ranks.first(read)
         self.ranks.all_of(
             lambda: self.ranks.rank == 0 or self._batches.skip(saved.steps, saved.batches, progress=False)
         )
         self._begun = self._broken = True
         self._initial_losses.losses = saved.initial_losses
-
-        def refresh() -> None:
-            self.steps_done = saved.refreshed
-            self._losses_of_initial_masks(progress)
 
         with resetting(self.model):
             restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
@@ -372,8 +389,8 @@ class MaskTrainer:
     def _agreed_settings(self, with_logits: bool = False) -> dict:
         """The settings that a run goes on with, once all ranks agree on them."""
         agree_on_shards(self.ranks, self.layers)
-        how = self.seed, self.accumulate, self.loss_fn
-        settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how)
+        batches = self._batches.sequence
+        settings = settings_of(self.layers, self.estimator, batches, self.seed, self.accumulate, self.loss_fn)
         if with_logits:
             settings["logits"] = digest(layer.logits for layer in self.layers.values())
         if self.ranks.world > 1:
@@ -384,20 +401,16 @@ class MaskTrainer:
             self.ranks.agree(settings | {"other tensors of the model": rest})
         return settings
 
-    def _is_snapshot_due(self) -> bool:
-        if self.output_dir is None:
-            return False
-
-        def is_due() -> bool:
-            return time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
-
-        # by the clock of rank 0, which writes alone unless ranks hold the rows of layers
-        return self.ranks.first(is_due) if self._sharded else self._folder is not None and is_due()
-
     def _save_snapshot(self) -> None:
-        step = self.steps_done
-        losses, batches = self._initial_losses.losses, self._batches.digest_before(step)
-        tensors, state = snapshot_of(self.layers, self.estimator, losses, self._skipped, batches)
+        step, estimator = self.steps_done, self.estimator
+        tensors = {name: layer.logits.detach() for name, layer in self.layers.items()}
+        tensors |= {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
+        state = {
+            "estimator": estimator.state(),
+            "initial_losses": self._initial_losses.losses,
+            "skipped": self._skipped,
+            "batches": self._batches.digest_before(step),
+        }
         if self._sharded:
             write_parts(self._folder, self.ranks, step, tensors, state)
         elif self._folder is not None:
@@ -406,10 +419,14 @@ class MaskTrainer:
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
+
+        def loss_of(batch: object) -> float:
+            with without_gradients(self.model), modes_of_step(self.model, self.layers, drawing=False):
+                return value_of(self.loss_fn(self.model, batch))
+
         initial = self._initial_losses
         if initial.losses is None:
-            of = partial(loss_under_top_n_masks, self.model, self.layers, self.loss_fn)
-            initial.losses = initial.compute(of, self.steps_done, progress)
+            initial.losses = initial.compute(loss_of, self.steps_done, progress)
         return initial.losses
 
     def _initial_loss(self, batches: Sequence, weights: Sequence[Fraction]) -> float:
@@ -438,19 +455,7 @@ class MaskTrainer:
             others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
             raise FloatingPointError(message + others)
         if result.bad_layers and self.ranks.rank == 0:
-            # the record does not show it, as it does a loss
             warnings.warn(f"{message}; the logits of their weights are as before", stacklevel=3)
-
-
-def _shown(record: StepRecord) -> dict[str, str]:
-    """The entries of the bar for a step."""
-    shown = {"loss": f"{record.loss:.4f}"}
-    if record.residual is not None:
-        shown["residual"] = f"{record.residual:+.2e}"
-    if record.advantage is not None:
-        shown["advantage"] = f"{record.advantage:+.2e}"
-    rate = record.tokens / record.seconds
-    return shown | {"flips": f"{record.flip_rate:.1e}", "tokens_per_s": f"{rate:.0f}"}
 
 
 def _check_batches(batches: object) -> None:

@@ -8,8 +8,7 @@ from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_model, a_trainer, a_trainer_in, logits_of
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn.estimator import Estimator
-from maskpro_kernels.learn.step import StepResult
+from maskpro_kernels.learn.estimator import Estimator, StepResult
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from maskpro_kernels.learn import run
+from maskpro_kernels.learn.estimator import Draw, Entry
 from maskpro_kernels.learn.run import Journal, pack_entry
-from maskpro_kernels.learn.step import Draw, Entry
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -190,7 +190,7 @@ def test_contexts_do_not_nest(other):
         with pytest.raises(RuntimeError, match="^masks: expected layers that are in no `drawn` yet"), inner.drawn():
             pass
         model(torch.randn(2, 16))
-    with masks.drawn_for(NONE), pytest.raises(RuntimeError, match="^masks: expected"), masks.drawn_for(NONE):
+    with masks.drawn(uses=NONE), pytest.raises(RuntimeError, match="^masks: expected"), masks.drawn(uses=NONE):
         pass
     assert all(layer.cached_mask is None for layer in model)
 
@@ -259,10 +259,10 @@ def test_tensors_that_have_come_to_lie_elsewhere_are_found():
 def test_a_step_with_few_uses_draws_where_it_multiplies():
     model = mixed_model()
     masks = ModelMasks(model)
-    with masks.drawn_for(NONE):
+    with masks.drawn(uses=NONE):
         # those of logits that no group takes are drawn by themselves
         assert [name for name, layer in masks.layers.items() if layer.cached_codes is not None] == ["3"]
-    with masks.drawn_for(NONE._replace(products=2)):
+    with masks.drawn(uses=NONE._replace(products=2)):
         assert all(layer.cached_codes is not None for layer in masks.layers.values())
 
 

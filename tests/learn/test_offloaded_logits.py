@@ -13,7 +13,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.learn import masks, offload
-from maskpro_kernels.learn.offload import Fetched, OffloadedLogits, Transfers
+from maskpro_kernels.learn.offload import OffloadedLogits, Transfers
 from maskpro_kernels.modules import masked_layers
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -47,7 +47,7 @@ class LateTransfers(Transfers):
             logits.copy_(source)
 
         self.incoming.append(copy)
-        return Fetched(logits, lambda: self.until(self.incoming, copy))
+        return logits, lambda: self.until(self.incoming, copy)
 
     def used(self, logits):
         self.told.append("used")

@@ -17,9 +17,9 @@ from helpers.small_trainer import a_trainer_in, logits_of
 import maskpro_kernels as mk
 from maskpro_kernels.files import digest
 from maskpro_kernels.learn import masks, run
+from maskpro_kernels.learn.estimator import StepResult
 from maskpro_kernels.learn.offload import OffloadedLogits
 from maskpro_kernels.learn.run import newest_snapshot
-from maskpro_kernels.learn.step import StepResult
 from maskpro_kernels.ops import dispatch
 from maskpro_kernels.ops.layer_groups import LayerGroup, update_layers_
 

@@ -7,7 +7,7 @@ from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_trainer_in, logits_of
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import reinforce, run, step
+from maskpro_kernels.learn import estimator, reinforce, run
 from maskpro_kernels.learn.run import Journal
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -39,7 +39,7 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     elif where == "before its update":
         patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], behind(append)))
     elif where == "in its update":
-        patched.setattr(reinforce, "replay", only(step.replay, lambda *args: args[2].step == HALVED[0], broken))
+        patched.setattr(reinforce, "replay", only(estimator.replay, lambda *args: args[2].step == HALVED[0], broken))
     elif where == "in a forward of the new masks":
         last = trainer.batches[-1]
         trainer.loss_fn = only(loss, lambda _, b: trainer.steps_done and not layer.training and b is last, broken)
