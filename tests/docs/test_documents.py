@@ -74,7 +74,6 @@ TINY_IN_PYTHON = {
     "tokenizer, 128)": "tokenizer, 32)",
     "length=128": "length=32",
     "calibration[:16]": "calibration[:2]",
-    "batches_of_both[:16]": "batches_of_both[:2]",
 }
 TINY = {"--model": "model", "--data": "text.txt"}
 TINY_DATASETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl", "articles.jsonl")}
