@@ -255,8 +255,11 @@ def check_line(words: list[str], document: Path) -> None:
     if program == "maskpro":
         check_options(arguments, told)
     elif program == "make":
-        targets = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(arguments) <= {target for line in targets for target in line.split()}, told
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = {word for line in re.findall(r"^([\w -]+):", makefile, re.MULTILINE) for word in line.split()}
+        variables = set(re.findall(r"^(\w+) \?=", makefile, re.MULTILINE))
+        given = {word.partition("=")[0] for word in arguments if "=" in word}
+        assert given <= variables and {word for word in arguments if "=" not in word} <= targets, told
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         named = [name for word in arguments for part in re.findall(r"\[(.*)\]", word) for name in part.split(",")]
