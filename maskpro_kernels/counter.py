@@ -99,7 +99,7 @@ def versions(logits: Tensor, state: CounterState) -> list[int | None]:
     return [value for x in (logits, state.seed, state.step, state.draw) for value in (id(x), version_of(x))]
 
 
-# Of a mask that is not drawn, where one is asked for
+# Of a mask that is not drawn
 NO_COUNTER = Counter(None, None, None, None, 0, 0)
 
 
@@ -122,7 +122,7 @@ class MaskSource(NamedTuple):
     n: int
     m: int
     inv_temperature: float = 1.0
-    counter: Counter | None = None
+    counter: Counter = NO_COUNTER
     codes: Tensor | None = None
 
     @property
@@ -139,10 +139,9 @@ class MaskSource(NamedTuple):
     def flat(self) -> tuple:
         """Parts as the operations take them: torch.library's schemas know no tuples of tensors and numbers."""
         *source, counter, codes = self
-        return *source, *(counter or NO_COUNTER), codes
+        return *source, *counter, codes
 
     @classmethod
-    def unflat(cls, source: Tensor, kind: str, n: int, m: int, inv_temperature: float, *rest) -> MaskSource:
+    def unflat(cls, *parts) -> MaskSource:
         """``flat`` undone."""
-        *counter, codes = rest
-        return cls(source, kind, n, m, inv_temperature, Counter(*counter) if kind == "drawn" else None, codes)
+        return cls(*parts[:5], Counter(*parts[5:-1]), parts[-1])

@@ -14,7 +14,7 @@ from helpers.bits import assert_same_bits
 from helpers.products import normal
 from helpers.routes import take_route
 from maskpro_kernels import ops
-from maskpro_kernels.counter import Counter, MaskSource
+from maskpro_kernels.counter import NO_COUNTER, Counter, MaskSource
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
 from maskpro_kernels.pattern import NMPattern, bitmask_of
@@ -83,7 +83,7 @@ class Matrix:
 
     def source(self, kind: str = "drawn", logits: Tensor | None = None) -> MaskSource:
         tensor = self.codes if kind == "codes" else self.logits if logits is None else logits
-        return MaskSource(tensor, kind, self.n, self.m, INVERSE, self.counter if kind == "drawn" else None)
+        return MaskSource(tensor, kind, self.n, self.m, INVERSE, self.counter if kind == "drawn" else NO_COUNTER)
 
     def normal(self, *shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return normal(*(shape or self.logits.shape), seed=seed, dtype=dtype)

@@ -15,6 +15,7 @@ from helpers.slopes import CURVATURE, slope_operands, source_of
 
 import maskpro_kernels as mk
 from maskpro_kernels import ops
+from maskpro_kernels.counter import NO_COUNTER
 from maskpro_kernels.ops import reference
 from maskpro_kernels.pattern import NMPattern
 
@@ -172,7 +173,7 @@ def test_steps_and_products_under_extreme_logits_are_those_under_their_draw(dtyp
     logits = spread("2:4", dtype).contiguous()
     mask = source_of(logits, pattern)
     codes = reference.sample_mask(logits, mask.counter, torch.tensor(mask.inv_temperature), n=2, m=4)
-    given = mask._replace(tensor=codes, kind="codes", counter=None)
+    given = mask._replace(tensor=codes, kind="codes", counter=NO_COUNTER)
     slope = ops.straight_through_grad(grad, x, weight, CURVATURE, mask)
     assert_same_bits(slope, ops.straight_through_grad(grad, x, weight, CURVATURE, given))
     moved, expected = logits.clone(), logits.clone()

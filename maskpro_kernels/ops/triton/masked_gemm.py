@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...counter import NO_COUNTER, MaskSource
+from ...counter import MaskSource
 from ..reference.plackett_luce import EXACT_SCORE_MAX_N
 from . import device as d
 from . import sampling
@@ -288,8 +288,7 @@ def operand_constants(dtype: torch.dtype) -> dict:
 
 def mask_arguments(mask, tokens, matrix):
     """Arguments of a kernel of products: of a mask, and of the sizes of x [tokens, K] and the matrix [rows, K]."""
-    counter = mask.counter or NO_COUNTER
-    return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
+    return mask.inv_temperature, *mask.counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
 
 def one_pass(tensor: torch.Tensor, mask: MaskSource) -> bool:

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...counter import NO_COUNTER
 from ...pattern import code_dtype
 from ..reference.plackett_luce import NODE_COUNT, NODE_STEP
 from . import device as d
@@ -273,7 +272,7 @@ def masked_weight(weight, mask, dtype=None):
         # the interpreter truncates where hardware rounds
         weight = weight.to(dtype)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    arguments, whole = counter_arguments(mask.counter or NO_COUNTER, weight, mask.m)
+    arguments, whole = counter_arguments(mask.counter, weight, mask.m)
     launch(masked_weight_kernel, "masked_weight", mask.m, arguments[-1], weight.device,
            mask.tensor, weight, out, mask.inv_temperature, *arguments,
            KIND=mask.kind, N=mask.n, WHOLE=whole)  # fmt: skip
