@@ -220,7 +220,7 @@ FAULTS = [
     Fault("prune.convert.in_linear_form", lambda _: nullcontext({}), mixtures_are_masked),
     Fault("prune.convert.MOST_OF_A_MODEL", 0.0, little_is_told),
     Fault("prune.selection.adapter_modules", lambda _: set(), adapters_get_no_mask),
-    Fault("replacement._refuse", nothing, merged_computes_the_same),
+    Fault("unfuse._refuse", nothing, merged_computes_the_same),
     Fault("prune.convert.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
     Fault("packed.packed_linear", of_detached_values, values_learn),
     Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
