@@ -218,11 +218,6 @@ class RowShard:
         return self._param.sharded_param._local_tensor
 
     @property
-    def bias(self) -> Tensor | None:
-        """The whole one [out], as FSDP2 has gathered it."""
-        return self._layer.bias
-
-    @property
     def logits(self) -> Tensor:
         """[rows, K], those of this rank."""
         return self._layer.logits._local_tensor

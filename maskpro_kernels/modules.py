@@ -207,7 +207,7 @@ class MaskedLinear(nn.Module):
             )
         backward = self.logits_backward if self.training else None
         mask = MaskSource(None if backward is None else self.logits, "applied", self.pattern.n, self.pattern.m)
-        y, _ = linear_under(input, weight, self.own_bias, mask, logits_backward=backward, is_current=is_current)
+        y, _ = linear_under(input, weight, self.bias, mask, logits_backward=backward, is_current=is_current)
         return self._warning(y) if backward is None else y
 
     def _warning(self, y: Tensor) -> Tensor:
@@ -234,12 +234,8 @@ class MaskedLinear(nn.Module):
 
     @property
     def own_weight(self) -> Tensor:
-        """The weight, or what this rank holds of it; and likewise bias and logits."""
+        """The weight, or what this rank holds of it; and likewise the logits."""
         return self.weight if self.shard is None else self.shard.weight
-
-    @property
-    def own_bias(self) -> Tensor | None:
-        return self.bias if self.shard is None else self.shard.bias
 
     @property
     def own_logits(self) -> Tensor:
@@ -267,8 +263,6 @@ class MaskedLinear(nn.Module):
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
-        if (cached := self.cached_codes) is not None:
-            return cached
         mask = self._mask(drawn=True)
         return ops.codes_under(mask.of(mask.tensor.detach(), self.weight.device))
 
