@@ -198,15 +198,6 @@ def named_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
-    """The file of each tensor, by its name."""
-    where = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            where |= dict.fromkeys(opened.keys(), file)
-    return where
-
-
 def digest_of_bytes(*parts: bytes) -> bytes:
     """The digest of bytes, one part behind the other."""
     whole = hashlib.blake2b(digest_size=SIZE)

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..files import INDEX, SINGLE, tensor_files, weight_files, write_tensors
+from ..files import INDEX, SINGLE, weight_files, write_tensors
 from ..packed import PackedNM
 from ..pattern import NMPattern
 
@@ -140,7 +140,10 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
     """
     source, output = Path(source), Path(output)
     files = weight_files(source)
-    where = tensor_files(files)
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
     names = {name.removesuffix(".compressed") for name in where if name.endswith(".compressed")}
     config = source / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
