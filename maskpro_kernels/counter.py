@@ -65,10 +65,6 @@ class CachedMask:
     """Group codes of a layer's draw that is made once and used several times, and of what they were drawn.
 
     A copy of a layer holds no draw: a deep copy or a pickle of this is None.
-
-    Args:
-        codes: group codes [out, K / M].
-        logits, state: of the layer, as they are at the draw.
     """
 
     def __init__(self, codes: Tensor, logits: Tensor, state: CounterState):

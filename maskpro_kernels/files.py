@@ -34,11 +34,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file; one of that name is replaced only once the new one is safe on disk.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write a safetensors file; one of that name is replaced only once the new one is safe on disk."""
     with _replacing(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -66,11 +62,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def append_whole(path: Path, content: bytes) -> None:
-    """Add bytes to a file, which is made if missing: all of them, or none where that fails.
-
-    Raises:
-        OSError: if they cannot be written; the file then ends where it did.
-    """
+    """Add bytes to a file, which is made if missing: all of them, or where that fails none, with an OSError."""
     with open(path, "ab", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         try:
@@ -133,11 +125,7 @@ def check_takes_files(folder: Path) -> None:
 
 
 def check_output(folder: str | Path) -> None:
-    """Refuse an output folder that cannot be written or would mix with what is already there; leaves nothing behind.
-
-    Raises:
-        ValueError: if ``folder`` exists and is not empty, or it or a folder above it is a file or not writable.
-    """
+    """Raise ValueError unless an output folder can be written and holds nothing; leave nothing behind."""
     folder = Path(folder)
     missing = _missing(folder.absolute())
     try:
@@ -156,11 +144,7 @@ def check_output(folder: str | Path) -> None:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each one whole.
-
-    Raises:
-        ValueError: if there are none, or one of them is damaged.
-    """
+    """The safetensors files of a checkpoint; ValueError if there are none, or one of them is damaged."""
     folder = Path(folder)
     files = [folder] if folder.suffix == ".safetensors" else sorted(folder.glob("*.safetensors"))
     if not files:
@@ -177,11 +161,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def named_files(folder: Path) -> list[Path]:
-    """The files that ``from_pretrained`` loads from a folder: the single one, else those that its index names.
-
-    Raises:
-        ValueError: if the index is damaged, or names files that are not there.
-    """
+    """The files that ``from_pretrained`` loads: the single one, else those that a checked index names."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
@@ -224,12 +204,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def digest_of_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """The digest of tensors with the strings beside them: names, shapes, dtypes, bytes and metadata, in sorted order.
-
-    Args:
-        tensors: by name. Two of one shape that change places give another digest.
-        metadata: strings by name.
-    """
+    """The digest of tensors and the strings beside them: names, shapes, dtypes, bytes and metadata, in sorted order."""
     parts = [[name, digest([tensors[name]])] for name in sorted(tensors)]
     # JSON marks where a name ends
     return digest_of_bytes(json.dumps([parts, sorted((metadata or {}).items())]).encode()).hex()

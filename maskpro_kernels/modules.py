@@ -380,11 +380,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    """The MaskedLinear modules of a model by name, in the order of their layer ids.
-
-    Raises:
-        ValueError: if there is none, or ``attach`` has no code for how one is sharded; others have a ``shard``.
-    """
+    """The MaskedLinear modules of a model by name, those that FSDP2 has cut with a ``shard``; ValueError if none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if not layers:
         raise ValueError("model: expected a model with MaskedLinear layers, got none; call convert first")

@@ -453,16 +453,12 @@ def hold_in_huge_pages(model: nn.Module) -> None:
     the end of a page.
     """
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
-    move_into_huge_pages(
-        part for layer in layers for part in (layer.values, layer.bitmask, layer.scales) if part is not None
-    )
+    parts = (part for layer in layers for part in (layer.values, layer.bitmask, layer.scales))
+    move_into_huge_pages(part for part in parts if part is not None)
 
 
 def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """The [start, end) of the memory of tensors, in whole pages.
-
-    Those that a huge page may hold together are one range. One that is mostly other memory is left out.
-    """
+    """The [start, end) of tensors in memory, in whole pages: one of neighbours, none of what is mostly other memory."""
     spans = sorted((x.data_ptr(), x.nbytes) for x in tensors if x.numel())
     joined: list[tuple[int, int, int]] = []
     for start, nbytes in spans:
@@ -481,10 +477,7 @@ def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def move_into_huge_pages(tensors: Iterable[Tensor]) -> None:
-    """Ask the system to hold tensors of the CPU in huge pages. Where it does not, all stays as it is.
-
-    The tensors keep their addresses. Small ones that lie beside each other share a page.
-    """
+    """Ask the system to hold tensors of the CPU in huge pages, where they are; small neighbours share a page."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     for start, end in ranges(x for x in tensors if x.device.type == "cpu") if madvise is not None else ():
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)

@@ -151,11 +151,9 @@ def linear_under(
     logits_backward: LogitsBackward | None = None,
     is_current: Callable[[], bool] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``masked_linear`` under a mask of any source, checked but for x, weight and bias.
+    """``masked_linear`` under a mask of any source; x and bias are checked here.
 
-    Args:
-        logits_backward: as for ``straight_through_linear``; None: no gradient passes through the draw.
-        is_current: asked in backward, whether an applied mask is still that of the forward.
+    Backward asks ``is_current`` whether an applied mask is still that of the forward.
     """
     operand = linear_input(x, bias, weight.shape, weight.dtype, weight.device)
     tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
