@@ -435,9 +435,10 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
         return packed_products(x).nm_linear(x, tuple(parts), bias, n, m)
 
 
-def _nm_linear_context(ctx, inputs, output):
-    x, values, bitmask, scales, _, *ctx.pattern = inputs
-    ctx.save_for_backward(values, bitmask, scales, x if ctx.needs_input_grad[1] else None)
+def _packed_product_context(ctx, inputs, output):
+    operand, values, bitmask, scales, *rest = inputs
+    ctx.pattern = rest[-2:]
+    ctx.save_for_backward(values, bitmask, scales, operand if ctx.needs_input_grad[1] else None)
 
 
 def _nm_linear_backward(ctx, grad):
@@ -449,7 +450,7 @@ def _nm_linear_backward(ctx, grad):
     return x_grad, values_grad, None, None, grad.sum(0) if needs_bias else None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::nm_linear", _nm_linear_backward, setup_context=_nm_linear_context)
+torch.library.register_autograd(f"{NAMESPACE}::nm_linear", _nm_linear_backward, setup_context=_packed_product_context)
 
 
 @operation(
@@ -465,11 +466,6 @@ def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
         return packed_products(grad).input_grad(grad.contiguous(), parts, n, m)
 
 
-def _input_grad_context(ctx, inputs, output):
-    grad, values, bitmask, scales, *ctx.pattern = inputs
-    ctx.save_for_backward(values, bitmask, scales, grad if ctx.needs_input_grad[1] else None)
-
-
 def _input_grad_backward(ctx, upstream):
     values, bitmask, scales, grad = ctx.saved_tensors
     needs_grad, needs_values, *_ = ctx.needs_input_grad
@@ -482,7 +478,7 @@ def _input_grad_backward(ctx, upstream):
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::nm_linear_input_grad", _input_grad_backward, setup_context=_input_grad_context
+    f"{NAMESPACE}::nm_linear_input_grad", _input_grad_backward, setup_context=_packed_product_context
 )
 
 
