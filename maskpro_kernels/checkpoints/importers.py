@@ -1,4 +1,4 @@
-"""What other programs store: checkpoints of compressed-tensors, and masks of MaskLLM and MaskPro.
+"""Importers of what other programs store: checkpoints of compressed-tensors, and masks of MaskLLM and MaskPro.
 
 A new format of masks is a function that gives names and masks, and an entry in ``MASK_FORMATS``. The command `maskpro
 import` calls ``write_plain`` and ``read_masks``.

@@ -34,7 +34,7 @@ MOST_BYTES = 7
 
 
 class MaskFile:
-    """What a mask file holds, as ``load_masks`` reads it.
+    """The content of a mask file, as ``load_masks`` reads it.
 
     Attributes:
         pattern: of the masks.
@@ -84,7 +84,7 @@ class MaskFile:
 
 
 def is_mask_file(path: str | Path) -> bool:
-    """Whether the file at a path says that it is a mask file; what else is in it is not looked at."""
+    """True where the file at a path says that it is a mask file; what else is in it is not looked at."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format", "").startswith("maskpro-mask")
