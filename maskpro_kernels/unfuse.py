@@ -77,28 +77,20 @@ class Form:
     Attributes:
         in_place: the module itself changes, so that its hooks stay; else another takes its place.
         by_forward: an adapter of peft beside it needs no more of it than its forward.
+
+    Methods of a form beside these:
+        is_built(module): if it is of that kind, built.
+        matrices(module): functions that give its matrices as views [..., K], by the names of its parameters.
+        take_apart(module, views): (its replacement, or the module itself; what undoes a change of the module itself).
+        parts(module): the nn.Linear layers, or their replacements, of one that was taken apart; None of another.
+        put_together(module, joins): the module built, from nn.Linear layers.
     """
 
     in_place = by_forward = False
 
-    def is_built(self, module: nn.Module) -> bool:
-        """True of a module of that kind, built."""
-
     def reason_against(self, module: nn.Module) -> str | None:
         """Why a module of that kind is not taken apart; None where it can be."""
         return None
-
-    def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
-        """Functions that give the matrices of a built module as views [..., K], by the names of its parameters."""
-
-    def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
-        """(the module's replacement, or the module itself; what undoes a change of the module itself)."""
-
-    def parts(self, module: nn.Module) -> list[nn.Module] | None:
-        """The nn.Linear layers, or their replacements, of a module that was taken apart; None of another."""
-
-    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
-        """The module built, from nn.Linear layers."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -130,7 +122,7 @@ class Conv1DForm(Form):
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
         return {"weight": lambda: module.weight.T}
 
-    def take_apart(self, module: nn.Module, views: Views):
+    def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
         layer = linear(views.of(module.weight, "transposed", lambda weight: weight.T), module.bias, module.training)
         setattr(layer, BUILT_AS, type(module))
         return layer, lambda: None
@@ -260,25 +252,23 @@ class ExpertsForm(Form):
     def reason_against(self, module: nn.Module) -> str | None:
         if getattr(module, "_is_expert_parallel", False):
             return "its experts are spread over devices"
-        return None if self._multiplies_alone(module) else "its forward does more with the matrices than multiply"
-
-    def _multiplies_alone(self, module: nn.Module) -> bool:
-        """True if one token through one expert comes out the same by ``ExpertWeights``."""
         fused = self._fused(module)
-        name, parameter = next(iter(fused.items()))
+        parameter = next(iter(fused.values()))
         # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has
         if parameter.is_meta:
-            return True
+            return None
+        # one token through one expert has to come out the same by ``ExpertWeights``
         with torch.no_grad(), suppress(Exception):
             token = parameter.new_ones(1, parameter.shape[1 if module.is_transposed else 2])
             call = token, torch.zeros(1, 1, dtype=torch.int64, device=token.device), token[:, :1]
             expected = type(module).forward.__wrapped__(module, *call)
             undo = self._take_apart(module, fused, Views())
             try:
-                return torch.allclose(type(module).forward(module, *call), expected, rtol=1e-2, atol=1e-2)
+                if torch.allclose(type(module).forward(module, *call), expected, rtol=1e-2, atol=1e-2):
+                    return None
             finally:
                 undo()
-        return False
+        return "its forward does more with the matrices than multiply"
 
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
         def view(name: str) -> Tensor:
@@ -286,7 +276,7 @@ class ExpertsForm(Form):
 
         return {name: partial(view, name) for name in self._fused(module)}
 
-    def take_apart(self, module: nn.Module, views: Views):
+    def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
         return module, self._take_apart(module, self._fused(module), views)
 
     def _take_apart(self, module: nn.Module, fused: dict[str, nn.Parameter], views: Views) -> Callable[[], None]:
@@ -362,8 +352,7 @@ def as_linears(model: nn.Module, names: Collection[str] | None = None) -> dict[s
     Raises:
         ValueError: if one of ``names`` is of no module that can be taken apart. The model is then as it was.
     """
-    against, _ = _take_apart(model, names)
-    return against
+    return _take_apart(model, names)[0]
 
 
 # (form, module as it was, what stands for it now, what undoes a change of the module itself)
@@ -371,7 +360,13 @@ Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
 
 
 def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
-    found = {name: (form, module) for name, module in model.named_modules() if name for form in _built(module)}
+    found = {
+        name: (form, module)
+        for name, module in model.named_modules()
+        if name
+        for form in FORMS
+        if form.is_built(module)
+    }
     beside = set(base_layers(model))
     # of what FSDP2 has cut, the parameters are DTensors then
     resharded(model)
@@ -452,7 +447,7 @@ def matrices(model: nn.Module) -> dict[str, Matrix]:
         prefix = f"{name}." if name else ""
         if isinstance(module, nn.Linear):
             found[f"{prefix}weight"] = Matrix(module, partial(getattr, module, "weight"))
-        for form in _built(module):
+        for form in (form for form in FORMS if form.is_built(module)):
             found |= {f"{prefix}{own}": Matrix(module, get) for own, get in form.matrices(module).items()}
     return found
 
@@ -466,10 +461,6 @@ def _taken_apart(model: nn.Module) -> Iterator[tuple[str, Form, nn.Module]]:
         for form in FORMS:
             if form.parts(module) is not None:
                 yield name, form, module
-
-
-def _built(module: nn.Module) -> Iterator[Form]:
-    return (form for form in FORMS if form.is_built(module))
 
 
 def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module]) -> str | None:

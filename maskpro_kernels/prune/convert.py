@@ -134,7 +134,23 @@ def convert(
             raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it ahead of fully_shard")
         find = _masks_of_shards if shards else refitted_masks
         masks = find(layers, pattern, init, refit, model, calibration, progress, seed)
-        replacements = _masked_linears(model, layers, masks.codes, pattern, gap, logits_dtype, device)
+        # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
+        earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+        states = {layer.weight.device: layer.counter_state for layer in earlier}
+        first_id, replacements = max((layer.layer + 1 for layer in earlier), default=0), {}
+        for layer_id, (name, layer) in enumerate(layers.items(), start=first_id):
+            place = layer.weight.device
+            if place not in states:
+                states[place] = CounterState(device=place)
+            codes, how = masks.codes.pop(name), {"layer": layer_id, "counter_state": states[place]}
+            if is_distributed(layer.weight):
+                masked = _masked_linear_of_shards(
+                    layer, pattern, initial_logits(codes, pattern, gap, logits_dtype), **how
+                )
+            else:
+                how |= {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
+                masked = MaskedLinear.from_linear(layer, pattern, codes, **how)
+            replacements[id(layer)] = masked
         put_weights({name: replacements[id(layers[name])] for name in masks.weights}, masks.weights)
         replace_layers(model, replacements)
     skipped = reasons_by_name(model, skipped | left_out)
@@ -147,35 +163,6 @@ def convert(
             stacklevel=2,
         )
     return Conversion(list(layers), skipped, gap, share, unmasked)
-
-
-def _masked_linears(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    codes: dict[str, Tensor],
-    pattern: NMPattern,
-    gap: float,
-    dtype: torch.dtype,
-    device: torch.device | None,
-) -> dict[int, MaskedLinear]:
-    """The replacements by id of the layers, with logits in ``dtype`` on ``device``; empties ``codes``."""
-    # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
-    earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
-    states = {layer.weight.device: layer.counter_state for layer in earlier}
-    first_id = max((layer.layer + 1 for layer in earlier), default=0)
-    replacements = {}
-    for layer_id, (name, layer) in enumerate(layers.items(), start=first_id):
-        place = layer.weight.device
-        if place not in states:
-            states[place] = CounterState(device=place)
-        own, counter = codes.pop(name), {"layer": layer_id, "counter_state": states[place]}
-        if is_distributed(layer.weight):
-            logits = initial_logits(own, pattern, gap, dtype)
-            replacements[id(layer)] = _masked_linear_of_shards(layer, pattern, logits, **counter)
-        else:
-            logits = {"gap": gap, "logits_dtype": dtype, "logits_device": device}
-            replacements[id(layer)] = MaskedLinear.from_linear(layer, pattern, own, **counter | logits)
-    return replacements
 
 
 def _masked_linear_of_shards(

@@ -163,7 +163,7 @@ def test_codes_are_taken_as_given():
     [
         ({"second": None}, TypeError, r"^init\['second'\]: "),
         ({"third": torch.zeros(1, dtype=torch.uint8)}, ValueError, r"^init: .*unknown \['third'\]"),
-        ({"first": torch.full((16, 3), 3, dtype=torch.uint8)}, ValueError, r"^init\['first'\]: .*shape \(16, 2\)"),
+        ({"first": torch.full((16, 3), 3, dtype=torch.uint8)}, ValueError, r"^init\['first'\]: .*shape \[16, 2\]"),
         ({"second": torch.full((6, 4), 3)}, TypeError, r"^init\['second'\]: .*uint8.*int64"),
         ({"second": torch.full((6, 4), 0b10011, dtype=torch.uint8)}, ValueError, r"^init\['second'\]: .*exactly 2"),
     ],
