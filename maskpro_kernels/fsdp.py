@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 
 def is_distributed(tensor: object) -> bool:
-    """Tell whether a tensor is a DTensor."""
+    """Say whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local")
 
 
@@ -80,7 +80,7 @@ def like_shards(part: Tensor, like: Tensor, each: int = 1) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether all elements of a tensor, or of the whole of a DTensor, are finite."""
+    """Say whether all elements of a tensor, or of the whole of a DTensor, are finite."""
     if not is_distributed(tensor):
         return bool(torch.isfinite(tensor).all())
     bad = (~torch.isfinite(tensor.detach().to_local())).sum()
@@ -106,11 +106,7 @@ def _offset_of(tensor: Tensor) -> tuple[int, ...]:
 def check_in_memory(
     argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None, sharded: bool = False
 ) -> None:
-    """Raise ValueError unless a layer's weight, by default ``layer.weight``, lies on its device as a whole.
-
-    Args:
-        sharded: allow a DTensor.
-    """
+    """Raise ValueError unless a layer's weight lies on its device as a whole, or with ``sharded`` as a DTensor."""
     weight = layer.weight if weight is None else weight
     if weight.is_meta:
         offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
@@ -151,11 +147,7 @@ def check_not_sharded(layers: Mapping[str, nn.Module], reason: str) -> None:
 
 
 def check_cut_by_fsdp(model: nn.Module, params: Params) -> None:
-    """Raise ValueError if a parameter is a DTensor that fully_shard has not made, such as of a tensor-parallel plan.
-
-    Args:
-        params: of ``resharded``.
-    """
+    """Raise ValueError if a parameter is a DTensor that fully_shard has not made, such as of a tensor-parallel plan."""
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if not is_distributed(parameter) or parameter is getattr(module, "logits", None):
@@ -168,11 +160,7 @@ def check_cut_by_fsdp(model: nn.Module, params: Params) -> None:
 
 
 def check_row_shard(name: str, weight: Tensor, params: Params) -> None:
-    """Raise ValueError unless a weight is whole, or cut by fully_shard into rows over all ranks.
-
-    Args:
-        params: of ``resharded``.
-    """
+    """Raise ValueError unless a weight is whole, or cut by fully_shard into rows over all ranks."""
     if id(weight) not in params:
         return
     param, group = params[id(weight)]
@@ -195,14 +183,8 @@ def check_row_shard(name: str, weight: Tensor, params: Params) -> None:
 class RowShard:
     """The rows of a MaskedLinear that this rank holds, and what FSDP2 gathers of them.
 
-    Args:
-        layer: a MaskedLinear, whose weight and logits are DTensors of one layout.
-        param, group: of FSDP2, that of the weight.
-
-    Attributes:
-        shape: of the whole weight.
-        mesh, placements: of weight and logits.
-        offset: (row, 0) of the whole layer at which the rows of this rank begin.
+    Weight and logits are DTensors of one layout, and ``shape`` is that of the whole weight. ``param`` and ``group`` are
+    FSDP2's of the weight. The rows of this rank begin at ``offset``, (row, 0) of the whole layer.
     """
 
     def __init__(self, layer: nn.Module, param, group):
@@ -262,11 +244,7 @@ class RowShard:
         return layer.gathered_product(input, weight, lambda: self._gathered == key)
 
     def gathered_weight(self) -> Tensor:
-        """The masked weight [out, K], as FSDP2 has gathered it for the module that runs.
-
-        Raises:
-            RuntimeError: if it has not.
-        """
+        """The masked weight [out, K], as FSDP2 has gathered it for the module that runs; RuntimeError if it has not."""
         layer = self._layer
         if is_distributed(layer.weight):
             raise RuntimeError(
@@ -357,14 +335,9 @@ class RowShard:
 
 
 def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-    """Give layers that fully_shard has cut a ``RowShard``, and FSDP2 what it is to gather of them.
+    """Give layers of a model that fully_shard has cut a ``RowShard``, and FSDP2 what it is to gather of them.
 
-    Args:
-        layers: MaskedLinear layers by name.
-        model: that holds them.
-
-    Raises:
-        ValueError: if one is cut in a way that is not supported. Nothing has changed then.
+    ValueError if one is cut in a way that is not supported. Nothing has changed then.
     """
     others = {name: layer for name, layer in layers.items() if layer.shard is None}
     params = resharded(model) if others else {}
@@ -372,7 +345,11 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
     if cut:
         check_cut_by_fsdp(model, params)
     for name, layer in cut.items():
-        _check_logits(name, layer)
+        own, other = [(x.device_mesh, x.placements) if is_distributed(x) else "none" for x in (layer.weight, layer.logits)]
+        if own != other:
+            raise ValueError(
+                f"model: expected logits with the mesh and placements of their weight, {own}, got {other} in {name}"
+            )
         check_row_shard(name, layer.weight, params)
     for layer in cut.values():
         if id(layer.logits) in params:
@@ -386,16 +363,6 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         layer.shard = RowShard(layer, *params[id(layer.weight)])
 
 
-def _check_logits(name: str, layer: nn.Module) -> None:
-    """Raise ValueError unless the logits of a layer have the mesh and placements of its weight."""
-    layouts = [(x.device_mesh, x.placements) if is_distributed(x) else "none" for x in (layer.weight, layer.logits)]
-    if layouts[0] != layouts[1]:
-        raise ValueError(
-            f"model: expected logits with the mesh and placements of their weight, {layouts[0]}, got {layouts[1]} in "
-            f"{name}"
-        )
-
-
 def _lead_to(layer: nn.Module, param, group) -> None:
     """Have FSDP2 put what it gathers into this layer, which may stand in the place of another one, and hook to it."""
     info = param._module_info
@@ -404,10 +371,7 @@ def _lead_to(layer: nn.Module, param, group) -> None:
         return
     param._post_load_hook_handle.remove()
     param._post_load_hook_handle = layer.register_load_state_dict_post_hook(lambda *_: param.reset_sharded_param())
-    of_state_dicts = (
-        group._module_to_pre_save_state_dict_hook_handle,
-        group._module_to_pre_load_state_dict_hook_handle,
-    )
+    of_state_dicts = group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle
     if any(of_state_dicts):
         # else FSDP2 registers them at its first forward
         for handles in of_state_dicts:
@@ -420,10 +384,7 @@ def _lead_to(layer: nn.Module, param, group) -> None:
 def resharded(model: nn.Module) -> Params:
     """FSDP2's (parameter, group) by the id of each parameter that it has sharded: the model has its shards now.
 
-    FSDP2 may have kept gathered what it has gathered last.
-
-    Raises:
-        ValueError: if torch is too old.
+    FSDP2 may have kept gathered what it has gathered last. ValueError if torch is too old.
     """
     fsdp, params = sys.modules.get("torch.distributed.fsdp"), {}
     if fsdp is None:
@@ -446,10 +407,7 @@ def resharded(model: nn.Module) -> Params:
 
 @contextmanager
 def resetting(model: nn.Module) -> Iterator[None]:
-    """Behind an error, bring FSDP2 back to where it stands between two iterations: all is sharded then.
-
-    The gradients of that iteration are lost.
-    """
+    """Behind an error, bring FSDP2 back to where it stands between two iterations, without gradients: all is sharded."""
     try:
         yield
     except BaseException:
@@ -473,7 +431,7 @@ def without_gradients(model: nn.Module) -> AbstractContextManager:
 
 
 def gathers_within(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
-    """Tell whether each block can run by itself: FSDP2 gathers nothing of it with modules outside of it."""
+    """Say whether each block can run by itself: FSDP2 gathers nothing of it with modules outside of it."""
     params = resharded(model)
     for block in blocks:
         inside = set(block.modules())
@@ -484,7 +442,7 @@ def gathers_within(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
 
 
 def is_sharded(layers: Mapping[str, nn.Module]) -> bool:
-    """Tell whether ranks share layers: all of them, see ``check_sharding``."""
+    """Say whether ranks share layers: all of them, see ``check_sharding``."""
     return any(layer.shard is not None for layer in layers.values())
 
 
@@ -527,10 +485,7 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
     All ranks have to call this. Of what several of them have, one writes it. The function raises OSError where this
     rank cannot write; it waits for no other rank. Plans come from torch.distributed.checkpoint, and are exchanged by
     ``ranks``, since its own collectives give up a rank that writes for long. The files are safetensors, no pickles.
-
-    Args:
-        folder: exists, and all ranks see it.
-        tensors: by name, the same on all ranks: DTensors, and tensors that are alike on all of them.
+    Tensors are DTensors, or alike on all ranks, which all see the folder.
     """
     from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter
 
@@ -559,34 +514,28 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
 def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[str, tuple[list[int], torch.dtype]]:
     """(shape, dtype) of the tensors of which files hold parts or wholes, by name.
 
-    Files may lack the end of a tensor, which they do not tell: it is then of a smaller shape.
-
-    Args:
-        files: as for ``read_parts``; in one folder.
-        argument: what messages call them.
-
-    Raises:
-        ValueError: if they do not hold each element of a tensor once, or hold what torch does not read.
-        OSError, SafetensorError: if a file cannot be read.
+    Files may lack the end of a tensor, which they do not tell: it is then of a smaller shape. ValueError, which begins
+    with ``argument``, if they do not hold each element of a tensor once, or hold what torch does not read; OSError or
+    SafetensorError if a file cannot be read.
     """
     try:
-        found = _reader_of(files).read_metadata().state_dict_metadata
+        stored = _reader_of(files).read_metadata().state_dict_metadata
     except (KeyError, TypeError, ValueError) as error:
         # a dtype that it does not know, or places of parts that are none
         raise ValueError(
             f"{argument}: expected safetensors that torch reads, got {error!r} in {str(files[0].parent)!r}"
         ) from error
-    for name, of in found.items():
+    for name, of in stored.items():
         if not _fill([(part.offsets, part.sizes) for part in of.chunks], of.size):
             raise ValueError(
                 f"{argument}: expected each element of {name} once, got parts that lack some or overlap in "
                 f"{str(files[0].parent)!r}"
             )
-    return {name: (list(of.size), of.properties.dtype) for name, of in found.items()}
+    return {name: (list(of.size), of.properties.dtype) for name, of in stored.items()}
 
 
 def _fill(parts: Iterable[Part], size: torch.Size) -> bool:
-    """Tell whether parts hold each element of a tensor once: as many as it has, and no two of them the same."""
+    """Say whether parts hold each element of a tensor once: as many as it has, and no two of them the same."""
     parts = sorted(parts)
     if sum(math.prod(sizes) for _, sizes in parts) != size.numel():
         return False
@@ -608,12 +557,8 @@ def _overlap(one: Part, other: Part) -> bool:
 def read_parts(files: Iterable[Path], tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors in place with what files hold of them, of a DTensor this rank's part; other ranks need not come.
 
-    Args:
-        files: safetensors with wholes, or with the parts of ``planned_parts``.
-        tensors: by their names there, of the same shapes.
-
-    Raises:
-        OSError, SafetensorError: if a file cannot be read.
+    Files are safetensors with wholes, or with the parts of ``planned_parts``; OSError or SafetensorError if one cannot
+    be read.
     """
     from torch.distributed.checkpoint import DefaultLoadPlanner
 
@@ -642,16 +587,12 @@ def _reader_of(files: Iterable[Path]):
 
 
 class _Held(NamedTuple):
-    """A parameter or buffer, and all that hold it.
-
-    Attributes:
-        tensor: itself.
-        places: (dict of a module that holds it, its name there).
-        names: in the model; of a buffer that no checkpoint holds none.
-    """
+    """A parameter or buffer, and all that hold it."""
 
     tensor: Tensor
+    # (dict of a module that holds it, its name there)
     places: list[tuple[dict, str]]
+    # in the model; of a buffer that no checkpoint holds none
     names: list[str]
 
 
@@ -710,24 +651,20 @@ def load_checkpoint_shards(
 
 def _held_by(model: nn.Module) -> Iterator[_Held]:
     """The parameters and buffers of a model: each tensor once."""
-    found: dict[int, _Held] = {}
+    held: dict[int, _Held] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for place in (module._parameters, module._buffers):
             for key, tensor in place.items():
                 if tensor is not None:
-                    of = found.setdefault(id(tensor), _Held(tensor, [], []))
+                    of = held.setdefault(id(tensor), _Held(tensor, [], []))
                     of.places.append((place, key))
                     if key not in module._non_persistent_buffers_set:
                         of.names.append(f"{prefix}.{key}" if prefix else key)
-    return iter(found.values())
+    return iter(held.values())
 
 
 def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Mapping[str, _Held]:
-    """The tensors to read, by the names under which they are stored.
-
-    Raises:
-        ValueError: if something lacks a value, or has one of another shape or kind of dtype.
-    """
+    """The tensors to read, by the names under which they are stored; ValueError if one does not fit."""
     from safetensors import SafetensorError
 
     try:

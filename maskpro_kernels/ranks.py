@@ -27,7 +27,7 @@ LONG = timedelta(days=30)
 
 
 def of_torchrun() -> bool:
-    """Tell whether torchrun has started this process."""
+    """Say whether torchrun has started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
@@ -72,23 +72,18 @@ class Ranks:
     """This process among those of a run: those of torch.distributed where it is initialized, else it is alone.
 
     All ranks call the same methods in the same order, ``connect`` first. Alone, nothing is sent. Where a rank has ended
-    the others get torch's RuntimeError.
-
-    Args:
-        timeout: seconds that the exchanges of a step wait for the other ranks. ``on_any``, ``gather_objects``,
-            ``first``, ``all_of`` and ``agree`` wait as long as it takes.
+    the others get torch's RuntimeError. The exchanges of a step wait ``timeout`` seconds for the other ranks, and
+    ``on_any``, ``gather_objects``, ``first``, ``all_of`` and ``agree`` as long as it takes.
 
     Attributes:
-        rank: of this process, from 0.
-        world: how many there are.
+        rank, world: of this process, from 0; how many there are.
         bytes_sent: of the tensors that this rank has given to the others.
     """
 
     def __init__(self, timeout: float = 600.0):
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        self.timeout = timeout
-        self.bytes_sent = 0
+        self.timeout, self.bytes_sent = timeout, 0
         self._of_steps: dist.ProcessGroup | None = None
         self._patient: dist.ProcessGroup | None = None
         self._closed = False
@@ -106,73 +101,70 @@ class Ranks:
             dist.destroy_process_group(self._patient)
         self._of_steps, self._patient, self._closed = None, None, True
 
-    def gather(self, numbers: Sequence[float], patient: bool = False) -> list[list[float]]:
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of every rank, in float64, by rank. All ranks give as many, and at least one."""
         if self.world == 1:
             return [list(numbers)]
-        own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        return [row.tolist() for row in self._gather(own, self._patient if patient else None)]
+        return self.gather_vectors(torch.tensor(numbers, dtype=torch.float64, device="cpu")).tolist()
 
     def gather_vectors(self, tensor: Tensor) -> Tensor:
         """[ranks, n]: the tensor [n] of each rank, of as many elements on all of them."""
-        return tensor.unsqueeze(0) if self.world == 1 else torch.stack(self._gather(tensor))
+        if self.world == 1:
+            return tensor.unsqueeze(0)
+        self.bytes_sent += tensor.nbytes
+        rows = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(rows, tensor, group=self._group_of(tensor))
+        return torch.stack(rows)
 
     def on_any(self, function: Callable[[], object] | None) -> bool:
-        """Tell whether a function gives a true value on any rank; a rank without one counts as false."""
-        flag = function is not None and bool(function())
-        return any(value for (value,) in self.gather([flag], patient=True))
+        """Say whether a function gives a true value on any rank; a rank without one counts as false."""
+        return any(self.gather_objects(function is not None and bool(function())))
 
     def gather_objects(self, thing: object) -> list:
         """The objects that all ranks give, by rank."""
         if self.world == 1:
             return [thing]
-        found = [None] * self.world
-        dist.all_gather_object(found, thing, group=self._open(self._patient))
-        return found
+        objects = [None] * self.world
+        dist.all_gather_object(objects, thing, group=self._open(self._patient))
+        return objects
 
     def first(self, function: Callable[[], Result]) -> Result:
         """The result of a function on rank 0, which alone calls it.
 
-        Raises:
-            Exception: of the function on rank 0; on the others a ValueError where it is one, else a FailedRank.
+        Its error is raised on rank 0; on the others a ValueError where it is one, else a FailedRank.
         """
-        results = self._results(function, self.rank == 0)
-        return results[0]
+        return self._results(function, self.rank == 0)[0]
 
     def all_of(self, function: Callable[[], Result]) -> Result:
         """The result of a function on this rank, once it has ended on all of them, which all call it.
 
-        Raises:
-            Exception: of the function on this rank; where it raises on others alone, a ValueError or FailedRank that
-                names the first of them.
+        Its error is raised here; where it raises on others alone, a ValueError or FailedRank that names the first.
         """
-        if self.world == 1:
-            return function()
-        found: list[Result] = []
-        self._results(lambda: found.append(function()), True)
-        return found[0]
+        result: list[Result] = []
+        self._results(lambda: result.append(function()), True)
+        return result[0]
 
     def _results(self, function: Callable[[], Result], called: bool) -> list:
         """The results of a function by rank, where none has raised an error."""
         if self.world == 1:
             return [function()]
-        result = error = told = None
+        result = error = for_others = None
         try:
             result = function() if called else None
         except Exception as raised:
-            error, told = raised, _as_of_others(raised, self.rank)
-        results = self.gather_objects((result, told))
+            error = raised
+            if isinstance(error, ValueError):
+                for_others = ValueError(f"rank {self.rank}: {error}" if self.rank else str(error))
+            else:
+                for_others = FailedRank(f"rank {self.rank}: {type(error).__name__}: {error}")
+        results = self.gather_objects((result, for_others))
         failed = next((of_rank for _, of_rank in results if of_rank is not None), None)
         if failed is not None:
             raise error or failed
         return [result for result, _ in results]
 
     def agree(self, settings: Mapping[str, object]) -> None:
-        """Compare settings that JSON can hold.
-
-        Raises:
-            ValueError: on all ranks, if some have others than rank 0; it names the ranks and the settings.
-        """
+        """Raise ValueError on all ranks if some have other settings, which JSON can hold, than rank 0."""
         if self.world == 1:
             return
         own = {
@@ -184,9 +176,12 @@ class Ranks:
             rank: sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
             for rank, theirs in enumerate(others, 1)
         }
-        found = [f"other {_listed(names)} on rank {rank}" for rank, names in differing.items() if names]
-        if found:
-            raise ValueError(f"ranks: expected the settings of rank 0 on all of them, got {'; '.join(found)}")
+        lines = []
+        for rank, names in differing.items():
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines += [f"other {', '.join(names[:NAMED])}{more} on rank {rank}"] if names else []
+        if lines:
+            raise ValueError(f"ranks: expected the settings of rank 0 on all of them, got {'; '.join(lines)}")
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the ranks: the same bits on all of them."""
@@ -203,10 +198,7 @@ class Ranks:
     def sum_of_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
         """Rows [rows, K], this rank's, of the sum of a contiguous [out, K] over all ranks: the same bits in each copy.
 
-        Args:
-            mesh: of all ranks.
-            cut: its dimension over which rows are cut, as ``torch.chunk`` does; over the others they are copied.
-            rows: how many this rank has.
+        Over the dimension ``cut`` of the mesh rows are cut as ``torch.chunk`` does; over the others they are copied.
         """
         parts = mesh.size(cut)
         if parts > 1:
@@ -228,12 +220,6 @@ class Ranks:
                 self.bytes_sent += tensor.nbytes
         return tensor
 
-    def _gather(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-        self.bytes_sent += tensor.nbytes
-        rows = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(rows, tensor, group=group or self._group_of(tensor))
-        return rows
-
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup:
         return self._open(self._of_steps) if tensor.device.type == "cpu" else dist.group.WORLD
 
@@ -241,15 +227,3 @@ class Ranks:
         if group is None:
             raise RuntimeError("ranks: expected connected ones, got others; a closed trainer takes no step")
         return group
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _as_of_others(error: Exception, rank: int) -> ValueError | FailedRank:
-    """The error that the other ranks raise for one of this rank."""
-    if isinstance(error, ValueError):
-        return ValueError(f"rank {rank}: {error}" if rank else str(error))
-    return FailedRank(f"rank {rank}: {type(error).__name__}: {error}")

@@ -28,17 +28,15 @@ class BackwardPass:
     to the same layers in the same order, that happens inside backward, in this order: a slope that comes ahead of its
     turn is held. All other slopes are held until backward has ended. So the slopes of two layers are never summed up
     for those of one, whichever way the backward of a rank goes.
-
-    Attributes:
-        every_pass: whether slopes are summed up in every pass.
-        in_turn: whether a layer that is finished now has been used at most once, on each rank.
     """
 
+    # true: slopes are summed up in every pass
     every_pass = False
 
     def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
         self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
         self.hooks: list = []
+        # true while a layer that is finished has been used at most once, on each rank
         self.in_turn = True
         self.turns: collections.deque[LayerUpdater] = collections.deque()
         # backward comes by the last layers first
@@ -72,17 +70,16 @@ class BackwardPass:
 
     def alike(self, loss: Tensor) -> bool:
         """True where the turns are the same on all ranks, of a pass that is not the last one."""
-        return True
+        if not self.every_pass:
+            return True
+        own = self.order(loss)
+        return all(order == own for (order,) in self.ranks.gather([own]))
 
     def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
-        """Take the gradient of the 0-dim loss of the last forward to the logits.
+        """Take the gradient of the loss of the last forward to the logits; its slopes count by ``weight``.
 
-        Behind the last pass it gives the names of the layers in which a slope was not finite: the logits of its
-        weights, and the running mean square of the layer, are as they were. Else none.
-
-        Args:
-            weight: of its slopes in the sum over the passes of all ranks.
-            alike: whether ``order`` has given the same on all ranks.
+        ``alike`` is true where ``order`` has given the same on all ranks. Behind the last pass it gives the names of
+        the layers in which a slope was not finite: logits of its weights and mean square are as they were.
         """
         # what runs again from here on, to compute an activation anew, is no further use
         self.unwatch()
@@ -159,13 +156,11 @@ class LayerUpdater:
     """Moves the logits of one layer, inside backward or after it, as a ``StraightThrough`` says: see ``BackwardPass``.
 
     Attributes:
-        moves_logits: see ``MaskedLinear``.
         mean_square: running mean square of the slope, None until a step has given one above 0.
         latest: that of the step, on the device; None where backward has not come by.
         uses: how often the forward of a pass has used the layer.
         fisher: of the layer, see ``FisherSquares``; None where the gradient itself gives the curvature.
-        slopes: those summed up of the step, float32; None where there are none, and once the logits have moved by them.
-        weight_grad: the weight's gradient, summed up likewise where the weights learn; else None.
+        slopes, weight_grad: those summed up of the step, float32; None once the logits have moved by them.
         weight: of the slopes of a pass.
         at_once: whether the logits move by the slopes of a pass where these are computed, in one kernel.
     """
@@ -252,7 +247,6 @@ class LayerUpdater:
 
 
 def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:
-    """Raise TypeError or ValueError unless these are as for ``StraightThrough``."""
     check_float("curvature", curvature, 0.0)
     check_float("max_update", max_update, 0.0, strict=True)
     check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
@@ -267,15 +261,9 @@ def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: flo
 def descend_by_rms(
     descend: Callable[[Tensor], Tensor], lr: float, mean_square: float | None, device: torch.device
 ) -> Tensor:
-    """Move the logits of a layer by -lr * slope / rms, where rms is the root of ``mean_square``.
+    """Move logits by -lr * slope / rms, where rms is the root of ``mean_square``; None: of that of these slopes.
 
-    Args:
-        descend: see ``descent``.
-        mean_square: running one of the slopes; None: that of these.
-        device: of the layer's weight.
-
-    Returns:
-        The mean square of these slopes, 0-dim float32. Where the one divided by is 0 or not finite, nothing has moved.
+    Gives the mean square of these slopes. Where the one divided by is 0 or not finite, nothing has moved.
     """
     if mean_square is None:
         # at a rate of 0 nothing moves
@@ -309,12 +297,8 @@ class WeightLearner:
     """AdamW on the weights of one layer that a step's mask keeps, see ``ops/reference/straight_through.py``.
 
     A weight that the mask drops does not move, since the loss does not depend on it, and its moments stay as they are.
-    It goes on from there once it is kept again. Bias correction counts the steps of the layer.
-
-    Attributes:
-        master: float32 [out, K]: the weight, itself where it is float32, else what its 16 bits are rounded from.
-        first, second: the moments, float32 [out, K].
-        count: how many steps have moved the layer, 0-dim float32.
+    It goes on from there once it is kept again. Bias correction counts the steps of the layer. ``master`` is the weight
+    itself where it is float32, else what its 16 bits are rounded from.
     """
 
     def __init__(self, layer: MaskedLinear, decay: float):
@@ -355,17 +339,11 @@ class ShardedPass(BackwardPass):
 
     A slope takes the dense weight, and no rank has that of a whole layer. So ranks sum up the loss's derivative in the
     masked weight, of which each gets its own rows. The second derivative is an outer product of two vectors, which
-    ranks exchange.
-
-    Slopes are summed up in every pass, so that no rank holds those of two whole layers. Logits move behind the last
-    one: a rank holds a float32 slope for each weight of its own rows.
+    ranks exchange. Slopes are summed up in every pass, so that no rank holds those of two whole layers; logits move
+    behind the last one.
     """
 
     every_pass = True
-
-    def alike(self, loss: Tensor) -> bool:
-        own = self.order(loss)
-        return all(order == own for (order,) in self.ranks.gather([own]))
 
     def _end_pass(self) -> None:
         super()._end_pass()
@@ -384,7 +362,7 @@ class ShardUpdater(LayerUpdater):
     """``LayerUpdater`` of a layer that fully_shard has cut into rows: its logits move behind the last backward.
 
     Attributes:
-        slopes: the loss's derivative in what is gathered of the masked weight, of the pass that is under way.
+        slopes: the loss's derivative in the gathered masked weight, of the pass that is under way.
         factors: of the loss's second derivative there: for each use of the layer in that pass [out] and [K].
         own_slopes: float32 [rows, K], of the rows of this rank, summed up over the passes of all ranks.
     """
@@ -412,14 +390,13 @@ class ShardUpdater(LayerUpdater):
         # freed before the next layer comes
         self.slopes, factors, self.factors = None, self.factors, []
         second = torch.zeros_like(first)
-        in_turn = self.backward_pass.in_turn
-        uses = 1 if in_turn else max(count for (count,) in ranks.gather([len(factors)]))
+        uses = 1 if self.backward_pass.in_turn else max(count for (count,) in ranks.gather([len(factors)]))
         for use in range(int(uses)):
             own = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
             if use < len(factors):
                 own.copy_(torch.cat(factors[use]))
-            told = ranks.gather_vectors(own)[shard.mesh.mesh.flatten().to(device)]
-            outputs, inputs = told.split([*shard.shape], 1)
+            vectors = ranks.gather_vectors(own)[shard.mesh.mesh.flatten().to(device)]
+            outputs, inputs = vectors.split([*shard.shape], 1)
             second.addmm_(shard.part_of(outputs.t()), inputs)
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)

@@ -15,15 +15,11 @@ from tqdm import tqdm
 from ..files import SIZE, digest
 from ..ranks import Ranks
 
-# A label without a loss, as torch has it
-IGNORED = -100
-
 
 def content(batch, index: int) -> str:
-    """A digest of what is in a batch; of one with objects that cannot be compared that of its tensors, and its index.
+    """A digest of tensors, arrays, None, strings, bytes and numbers, in lists and mappings by strings or ints.
 
-    Compared are tensors, arrays of numpy, None, strings, bytes and numbers, in mappings with strings or ints as keys,
-    in tuples and in lists.
+    Of a batch with other objects it is that of its tensors, and its index.
     """
     tensors, parts = [], []
 
@@ -71,14 +67,10 @@ def weighted_mean(losses: Sequence[float], weights: Sequence[Fraction]) -> float
 
 
 def loss_tokens(batch) -> int:
-    """Tokens that a batch's loss is taken to be a mean over.
-
-    Of a mapping with "labels" the labels that are not -100, with "attention_mask" alone the ones in it; else as
-    ``count_tokens``.
-    """
+    """Tokens that a batch's loss is taken to be a mean over: its labels but -100, ones in its mask, or all tokens."""
     if isinstance(batch, Mapping):
         if isinstance(batch.get("labels"), Tensor):
-            return int((batch["labels"] != IGNORED).sum())
+            return int((batch["labels"] != -100).sum())
         if isinstance(batch.get("attention_mask"), Tensor):
             return int((batch["attention_mask"] != 0).sum())
     return count_tokens(batch)
@@ -121,8 +113,7 @@ class BatchStream:
     def __init__(self, batches: Iterable, accumulate: int, ranks: Ranks):
         self._batches, self._accumulate, self._ranks = batches, accumulate, ranks
         self._iterator: Iterator | None = None
-        self._step, self._taken = -1, []
-        self._count = 0
+        self._step, self._taken, self._count = -1, [], 0
         self._before = self._after = ""
 
     def of_step(self, step: int) -> list:
@@ -173,23 +164,16 @@ class BatchStream:
 class InitialLosses:
     """The loss of every batch under the initial masks m_0, the same on all ranks. Batches are compared by ``content``.
 
-    Args:
-        batches: those of the run; later they may stand in another order. None: they come one by one.
-        ranks: of the run, which share the forwards.
-        together: whether a forward takes all ranks at once, as in a model whose rows they hold.
-
-    Attributes:
-        losses: by the index of the batch at the first step; None before they are computed, and where m_0 has become
-            another.
+    ``losses`` stand by the index of the batch at the first step; None before they are computed, and of another m_0.
+    With ``together`` a forward takes all ranks at once, as in a model whose rows they hold.
     """
 
-    def __init__(self, batches: Sequence | None, ranks: Ranks, together: bool = False):
+    def __init__(self, batches: Sequence | None, ranks: Ranks, together: bool):
         self.losses: list[float] | None = None
         self._batches, self._ranks, self._together = batches, ranks, together
 
     @cached_property
     def _contents(self) -> list[str]:
-        """Of each batch by its index at the first step."""
         return [content(batch, index) for index, batch in enumerate(self._batches)]
 
     def compute(self, loss_of: Callable[[object], float], steps_done: int, progress: bool) -> list[float]:

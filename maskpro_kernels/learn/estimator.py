@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import groupby
 from numbers import Real
 from operator import itemgetter
@@ -24,7 +23,6 @@ from ..fsdp import without_gradients
 from ..functional.checks import FLOAT32_MAX, LARGEST_GAP, describe
 from ..modules import MaskedLinear, evaluating
 from ..ops.layer_groups import Uses
-from ..ranks import Ranks
 from .batches import count_tokens, weighted_mean, weights_of
 from .masks import ModelMasks
 
@@ -153,8 +151,7 @@ class Estimator(ABC):
             raise TypeError(f"{cls.__name__}: expected a method recall, since its runs have a journal, got none")
         if cls.journaled and cls.tensors is not Estimator.tensors:
             raise TypeError(
-                f"{cls.__name__}: expected no tensors of its own, since a journal rebuilds none but the logits, got a "
-                "method tensors"
+                f"{cls.__name__}: expected no tensors of its own, since a journal rebuilds none, got a method"
             )
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:  # noqa: B027
@@ -207,37 +204,20 @@ class Step:
 
     Attributes:
         index: of the step, from 0.
-        seed: of the run's draws.
+        seed, model, loss_fn, ranks: those of the trainer.
         batches: of the step.
         weights: of the batches' losses in their mean, by tokens.
         tokens: elements of the batches' input ids.
-        model, loss_fn: those of the trainer.
         masks: of all layers, see ``ModelMasks``.
         layers: the masked layers by name.
-        ranks: that take the step together.
         own: the forwards that this rank makes, as (draw, which of the step's batches).
     """
 
-    def __init__(
-        self,
-        index: int,
-        batches: Sequence,
-        model: nn.Module,
-        masks: ModelMasks,
-        loss_fn: LossFn,
-        *,
-        seed: int,
-        ranks: Ranks,
-        estimator: Estimator,
-        initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
-        begin_update: Callable[[Entry | None], None],
-    ):
-        self.index, self.seed, self.batches, self.ranks = index, seed, batches, ranks
-        self.masks, self.layers = masks, masks.layers
-        self.weights = weights_of(batches)
-        self.tokens = sum(map(count_tokens, batches))
-        self.model, self.loss_fn = model, loss_fn
-        self._estimator, draws = estimator, range(estimator.draws)
+    def __init__(self, trainer, batches: Sequence, initial_loss: Callable, begin_update: Callable):
+        self.index, self.seed, self.ranks, self.batches = trainer.steps_done, trainer.seed, trainer.ranks, batches
+        self.model, self.loss_fn, self.masks = trainer.model, trainer.loss_fn, trainer.masks
+        self.layers, self.weights, self.tokens = trainer.layers, weights_of(batches), sum(map(count_tokens, batches))
+        self._estimator, draws, ranks = trainer.estimator, range(trainer.estimator.draws), trainer.ranks
         self._by_rank = [
             [(draw, place) for draw in draws for place in range(rank, len(batches), ranks.world)]
             for rank in range(ranks.world)
@@ -271,10 +251,10 @@ class Step:
 
     @contextmanager
     def drawing(self, draw: int = 0) -> Iterator[None]:
-        """With masked layers that make one of the step's draws, and all else in eval mode.
+        """With masked layers that make one of the step's draws, and all else in eval mode; backward comes within it.
 
-        The backward of a loss has to come within it as well, see ``Step``. Masks may be drawn once for all that is in
-        it, so no logits move here but by that backward, behind which their layer is not used again.
+        Masks may be drawn once for all uses, so no logits move here but by that backward, behind which their layer is
+        not used again.
         """
         # without gradients no activation is kept
         with modes_of_step(self.model, self.layers, drawing=True, checkpointing=torch.is_grad_enabled()):
@@ -323,13 +303,8 @@ class Step:
     def begin_update(self, entry: Entry | None = None) -> None:
         """Prepare for the update, right before the first logit moves.
 
-        Args:
-            entry: of an estimator with a journal, what the update follows from. It is on disk before a logit moves: a
-                run that is killed in between takes the update from there.
-
-        Raises:
-            ValueError: if the estimator has a journal and gives no entry.
-            OSError: if the entry cannot be written.
+        An estimator with a journal gives the ``entry`` that the update follows from. It is on disk before a logit
+        moves: a run that is killed in between takes the update from there. OSError if it cannot be written.
         """
         # while the logits are those of the draw
         _ = self.flip_rate
@@ -345,6 +320,11 @@ class Step:
                 f"estimator: expected one call of begin_update in each step, since its runs have a journal, got "
                 f"{self._updates} in step {self.index}"
             )
+
+
+def top_n_loss(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn, batch) -> float:
+    with without_gradients(model), modes_of_step(model, layers, drawing=False):
+        return value_of(loss_fn(model, batch))
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class ModelMasks:
             TypeError, ValueError: if ``draw`` is no id.
             RuntimeError: inside of another such context of these layers.
         """
-        layers = self._masked_layers()
+        layers = list(self.layers.values())
         if draw is not None:
             check_scalar("draw", draw, 0, MAX_DRAWS)
         if self._inside or any(layer.cached_mask is not None for layer in layers):
@@ -106,14 +106,6 @@ class ModelMasks:
             self._free_codes()
             for state, own in zip(states, before, strict=bool(before)):
                 state.draw.copy_(own)
-
-    def _masked_layers(self) -> list[MaskedLinear]:
-        for name, layer in self.layers.items():
-            if not isinstance(layer, MaskedLinear):
-                raise TypeError(
-                    f"layers: expected MaskedLinear layers to draw, got {type(layer).__name__} for {name!r}"
-                )
-        return list(self.layers.values())
 
     def _free_codes(self) -> None:
         for layer in self.layers.values():
@@ -148,21 +140,16 @@ class ModelMasks:
 
     @torch.no_grad()
     def flip_rate(self, name: str) -> float:
-        """Share of the groups of a layer whose draw leaves the top-N mask.
+        """Share of the groups of a layer whose draw leaves the top-N mask; ValueError if no layer has that name.
 
         Of a layer that ranks share it is that of the whole layer, to which all these ranks have to come.
-
-        Raises:
-            ValueError: if no layer has that name.
         """
         if name not in self.layers:
             raise ValueError(f"name: expected that of a layer, got {describe(name)}")
         layer = self.layers[name]
-        # of what this rank has
         flips, groups = self._flips(name, layer), layer.own_logits.numel() // layer.pattern.m
         if layer.shard is not None:
-            counts = torch.tensor([flips, groups], device=layer.own_logits.device)
-            flips, groups = layer.shard.summed(counts).tolist()
+            flips, groups = layer.shard.summed(torch.tensor([flips, groups], device=layer.own_logits.device)).tolist()
         return flips / max(groups, 1)
 
     def _flips(self, name: str, layer: MaskedLinear) -> int:
@@ -201,13 +188,9 @@ class ModelMasks:
             TypeError, ValueError: an argument is not as above; the logits are then untouched.
         """
         coefs, draws = coefs_and_draws(coef, 0 if draw is None else draw, 1.0)
-        given = {"seed": (seed, -(1 << 63), 1 << 63), "step": (step, 0, MAX_STEPS)}
-        for name, (value, low, high) in given.items():
+        for name, value, low, high in (("seed", seed, -(1 << 63), 1 << 63), ("step", step, 0, MAX_STEPS)):
             if value is not None:
                 check_scalar(name, value, low, high)
-        if None in (seed, step) or draw is None:
-            # these have counters
-            self._masked_layers()
         with torch.no_grad():
             updates = [
                 self._update_of(i, coefs, None if draw is None else draws, seed, step)
@@ -226,7 +209,6 @@ class ModelMasks:
                         score_update_(logits, coef, pattern=layer.pattern, **where, **layer.place._asdict())
 
     def _update_of(self, i: int, coefs: list, draws: list | None, seed: Scalar | None, step: Scalar | None) -> tuple:
-        """Arguments of ``update_layers_`` for a group."""
         names, group = self._groups[i]
         key = self._counter(names[0], seed, step, draws)
         ids = [key[2]] if draws is None else draws
@@ -275,12 +257,10 @@ class ModelMasks:
 
 
 def _place_of(layer: MaskedLinear | ReplayedLayer) -> tuple:
-    """What a group's table is made from."""
-    logits, weight = layer.own_logits, getattr(layer, "weight", None)
+    logits, device = layer.own_logits, getattr(getattr(layer, "weight", None), "device", None)
     where = layer.layer, *layer.place, id(getattr(layer, "counter_state", None))
     address = logits.data_ptr() if type(logits) in PLAIN else 0
-    kind = logits.shape, logits.stride(), logits.dtype, logits.device, getattr(weight, "device", None)
-    return id(logits), address, *kind, *where
+    return id(logits), address, logits.shape, logits.stride(), logits.dtype, logits.device, device, *where
 
 
 def _key_of(group: LayerGroup, *counter: Scalar) -> list[int | None]:

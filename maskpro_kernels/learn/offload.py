@@ -15,7 +15,6 @@ from ..modules import MaskedLinear
 
 # Copies at a time: one comes, one computes, one is written back
 COPIES = 3
-
 Wait = Callable[[], object]
 
 
@@ -32,17 +31,13 @@ class OffloadedLogits:
     and those of the one before go back: three copies at a time. Only from and to page-locked memory do they run beside
     the computation; ``MaskedLinear.from_linear`` allocates it.
 
-    Use it as a context. Behind it all logits have been written, and nothing else may move them inside.
-
-    Args:
-        order: in which the layers are expected. Where another one comes, its copy starts then, and that of the one
-            behind it in this order.
+    Behind the context all logits have been written, and nothing else may move them inside. Where another layer comes
+    than ``order`` has it, its copy starts then, and that of the one behind it in this order.
     """
 
     def __init__(self, order: Sequence[MaskedLinear]):
-        self._order = [layer for layer in order if offloaded(layer)]
-        # Index in it of the next one to fetch
-        self._next = 0
+        # and the index in it of the next one to fetch
+        self._order, self._next = [layer for layer in order if offloaded(layer)], 0
         self._coming: tuple[MaskedLinear | None, tuple[Tensor, Wait] | None] = None, None
         self._ends: collections.deque[Wait] = collections.deque()
         self._written: set[MaskedLinear] = set()
@@ -59,7 +54,7 @@ class OffloadedLogits:
 
     @contextmanager
     def reading(self, layer: MaskedLinear, written: bool = False) -> Iterator[Tensor]:
-        """The logits [out, K] on the weight's device, not to be changed."""
+        """The logits [out, K] on the weight's device, not to be changed unless ``written``."""
         if not offloaded(layer):
             yield layer.logits.detach()
             return
@@ -118,7 +113,7 @@ class Transfers:
         return _nothing
 
     def put_back(self, logits: Tensor, target: Tensor) -> Wait:
-        """Copy to ``target`` behind what the device was given to do; gives the host's wait until that is there."""
+        """Copy to ``target`` behind what the device was given to do; gives the host's wait for that."""
         target.copy_(logits)
         return _nothing
 

@@ -18,9 +18,6 @@ from .backward import check_slope_settings, descend_by_rms, descent, running_mea
 from .estimator import check_float
 from .offload import OffloadedLogits
 
-# Where the state of all layers stands, by their ids
-STATE = "masks"
-
 
 class MaskOptimizer(torch.optim.Optimizer):
     """Moves the logits of a converted model as ``StraightThrough`` does, by slopes that backward leaves in their grad.
@@ -127,7 +124,7 @@ class MaskOptimizer(torch.optim.Optimizer):
 
     def _state_of(self, layer: MaskedLinear) -> dict:
         # not by parameter, where another optimizer that holds this one's state would look for its own, and cast it
-        return self.state.setdefault(STATE, {}).setdefault(layer.layer, {})
+        return self.state.setdefault("masks", {}).setdefault(layer.layer, {})
 
     @torch.no_grad()
     def moved(self) -> float:

@@ -115,7 +115,6 @@ class Reinforce(Estimator):
         return self._result(entry, [] if entry.skipped else self.advantages(losses, entry.initial_loss))
 
     def _result(self, entry: Entry, advantages: Sequence[float]) -> StepResult:
-        """The result of a step, behind which the tracker has moved."""
         tracker = self.delta if self.draws == 1 else None
         if entry.skipped:
             return StepResult(math.nan, tracker=tracker)
@@ -129,16 +128,13 @@ class Reinforce(Estimator):
         """The advantage of a residual; moves the tracker."""
         before = self.delta
         self.delta = self.alpha * self.delta + (1.0 - self.alpha) * residual
-        advantage = residual - (before if self.tracker == "after" else self.delta)
-        (normalized,) = self._normalized([advantage])
-        return normalized
+        return self._normalized([residual - (before if self.tracker == "after" else self.delta)])[0]
 
     def advantages(self, losses: Sequence[float], initial_loss: float = 0.0) -> list[float]:
         """The advantage of each of a step's draws by their losses; moves the tracker, which several draws have not."""
-        count = len(losses)
+        count, total = len(losses), math.fsum(losses)
         if count == 1:
             return [self.advantage(losses[0] - initial_loss)]
-        total = math.fsum(losses)
         return self._normalized([loss - (total - loss) / (count - 1) for loss in losses])
 
     def refreshes(self, loss: float, initial_loss: float) -> bool:
@@ -148,7 +144,6 @@ class Reinforce(Estimator):
         return self.refresh and initial_loss > 0.0 and -math.inf < loss <= initial_loss / 2
 
     def _normalized(self, advantages: list[float]) -> list[float]:
-        """Over their running root mean square and bounded, where asked for."""
         if not self.normalize:
             return advantages
         square = math.fsum(advantage * advantage for advantage in advantages) / len(advantages)

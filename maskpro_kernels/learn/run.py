@@ -49,7 +49,7 @@ FORMAT = 3
 JOURNAL, METRICS, LOCK = "journal", "metrics.jsonl", ".lock"
 SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})(\.safetensors)?")
 MANIFEST = "snapshot.json"
-# Names of files that are first written under others; what else is in the folder is the user's
+# Files that are first written under other names; what else is in the folder is the user's
 WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{SNAPSHOT.pattern}|{re.escape(MANIFEST)}"
 # Snapshots that are kept besides the first: where the newest is damaged, the one before counts
 KEPT = 2
@@ -83,18 +83,13 @@ def unpack_entry(record: bytes, chain: bytes) -> Entry | None:
 
 
 class Records(NamedTuple):
-    """The content of a journal.
-
-    Attributes:
-        torn: bytes of a last record that was cut short.
-        chain: digests at which the journal stood before the first step and after each one.
-        end: of the entries, in bytes.
-    """
+    """The content of a journal, whose entries end at byte ``end``; ``torn`` bytes of a cut record are behind it."""
 
     header: dict
     entries: list[Entry]
     torn: int
     draws: int
+    # digests before the first step and after each one
     chain: list[bytes]
     end: int
 
@@ -107,10 +102,7 @@ class Journal:
     the id of the run. So a record counts in its own run and at its own place alone. A record that a crash has cut short
     is the last one, and is cut off; one that is damaged anywhere else is refused.
 
-    Attributes:
-        draws: draws a step.
-        steps: how many records there are.
-        chain: the digest of the last record; before the first one that of the header.
+    ``chain`` is the digest of the last of the ``steps`` records; before the first one that of the header.
     """
 
     def __init__(self, path: Path, draws: int, steps: int, chain: bytes):
@@ -120,7 +112,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: Mapping, draws: int = 1) -> Journal:
-        """Start a journal, whose header identifies the run by an id of its own; JSON can hold it."""
+        """Start a journal, whose header identifies the run by an id of its own."""
         text = json.dumps({"draws": draws, "run": header}, sort_keys=True).encode()
         head = HEAD.pack(MAGIC, FORMAT, len(text))
         chain = digest_of_bytes(head, text)
@@ -136,11 +128,10 @@ class Journal:
         return cls(path, records.draws, len(records.entries), records.chain[-1])
 
     def append(self, entry: Entry) -> None:
-        """Write a record and wait until it is on disk.
+        """Write a record and wait until it is on disk; OSError if it cannot be written.
 
-        Raises:
-            OSError: if it cannot be written. The part that was written is taken back. Where it was the sync that
-                failed, or nothing can be taken back, no further record is taken: ``resume`` goes on.
+        What was written of it is then taken back. Where the sync has failed, or nothing can be taken back, no further
+        record is taken: ``resume`` goes on.
         """
         if self._failed:
             raise OSError(f"{self.path}: the disk has failed before, and its content is not known: resume the run")
@@ -180,7 +171,7 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> Records:
-    """Read a journal, which stays as it is; ValueError if it is none, of another format, or damaged."""
+    """Read a journal; ValueError if it is none, of another format, or damaged."""
     content = Path(path).read_bytes()
     if len(content) < HEAD.size or content[: len(MAGIC)] != MAGIC:
         raise ValueError(f"journal: expected a journal of maskpro_kernels, got {str(path)!r}")
@@ -326,7 +317,6 @@ def tensor_files(snapshot: Path) -> list[Path]:
 
 
 def digest_of_file(path: Path) -> str:
-    """``digest_of_bytes`` of a file, of which no more than a piece is in memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=SIZE)).hexdigest()
 
@@ -376,15 +366,11 @@ class SavedRun(NamedTuple):
     """A run that is resumed.
 
     Attributes:
-        steps: how many are done.
-        tensors: of the newest sound snapshot: the logits, and under ``PREFIX`` those of the estimator.
-        entries: of the journal behind that snapshot; none where there is no journal.
+        tensors: of the newest sound snapshot.
+        entries: of the journal behind that snapshot.
         state: of the estimator.
-        initial_losses: loss of each batch under the initial masks; None where they are to be computed.
-        refreshed: the step from which on the initial masks are others than at the first; None where they are not.
-        skipped: how many of the last steps in a row had a loss or gradients that were not finite.
-        batches: digest of the batches of these steps, where they were no sequence.
-        warnings: what of the folder is damaged.
+        initial_losses: None where they are to be computed.
+        refreshed: the step from which on the initial masks are others than at the first.
     """
 
     steps: int
@@ -410,14 +396,10 @@ class RunFolder:
         self.rows: list[dict] = []
         self._journal: Journal | None = None
         self._lock: FileLock | None = None
-        self._run: Mapping | None = None
+        # settings and id
+        self.run: Mapping = {}
         self._written = 0
         self._process: int | None = None
-
-    @property
-    def run_id(self) -> str | None:
-        """The id of the run, which no other one has; None before it has begun or goes on."""
-        return None if self._run is None else self._run["id"]
 
     def start(self, settings: Mapping) -> None:
         """Make the folder for a run with these ``settings_of`` and keep other trainers out of it."""
@@ -434,7 +416,7 @@ class RunFolder:
             self.close()
             raise
         # with an id of its own: files of another run are none of this one, however alike the two are
-        self._run = {**settings, "id": secrets.token_hex(16)}
+        self.run = {**settings, "id": secrets.token_hex(16)}
 
     def _check_new(self) -> None:
         learned = any(step_of(path) > 0 for path in snapshots_in(self.path))
@@ -444,22 +426,16 @@ class RunFolder:
                 "its run, and another folder begins a new one"
             )
 
-    def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
-        """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
-        header = {"run": self._run, "initial_losses": initial_losses}
-        self._journal = Journal.create(self.path / JOURNAL, header, draws)
+    def start_journal(self, initial_losses: Sequence[float]) -> None:
+        """Start the journal; from here on the folder holds a run."""
+        header = {"run": self.run, "initial_losses": initial_losses}
+        self._journal = Journal.create(self.path / JOURNAL, header, self.estimator.draws)
 
-    def resume(
-        self,
-        settings: Mapping,
-        check_batches: Callable[[int, str | None], object],
-        check_run: Callable[[str], object] | None = None,
-    ) -> SavedRun:
-        """Take the folder of a run that was broken off, and leave it as the last step would have.
+    def resume(self, settings: Mapping, check_batches: Callable, check_run: Callable | None) -> SavedRun:
+        """Take the folder of a run that was broken off, and leave it as the last step would have, and so the estimator.
 
-        The estimator goes through the journal by its ``recall``: its state is that of the last step then. What raises
-        leaves it, and the folder, as they were: also ``check_batches``, called with the steps that were taken and the
-        digest of their batches, and ``check_run``, called with the id of the run.
+        Where something raises both are as they were: also ``check_batches``, called with the steps that were taken and
+        the digest of their batches, and ``check_run``, called with the id of the run.
         """
         if self.estimator.journaled and not (self.path / JOURNAL).exists():
             raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.path)!r}")
@@ -518,7 +494,7 @@ class RunFolder:
         unusable = {*damaged, *(path for path in snapshots_in(self.path) if step_of(path) > steps)}
         for path in unusable:
             path.rename(path.with_suffix(".aside"))
-        self._run, self.rows = run, [rows[step] for step in sorted(rows)]
+        self.run, self.rows = run, [rows[step] for step in sorted(rows)]
         write_whole(self.path / METRICS, _lines(self.rows))
         self._written = len(self.rows)
         warnings = [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
@@ -532,7 +508,6 @@ class RunFolder:
             if own == other:
                 continue
             if isinstance(own, dict) and isinstance(other, dict):
-                # the first entry that differs
                 key = next(key for key in {**own, **other} if own.get(key) != other.get(key))
                 name, own, other = f"{name} {key}", own.get(key), other.get(key)
             # the digests of batches say nothing
@@ -540,9 +515,7 @@ class RunFolder:
             raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
 
     def _check_tensors(self, stored: StoredTensors) -> None:
-        """Raise ValueError unless a snapshot holds the tensors of the estimator, by names, shapes and dtypes."""
-        tensors = self.estimator.tensors().items()
-        own = {PREFIX + name: f"{list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors}
+        own = {PREFIX + name: f"{list(x.shape)} of {x.dtype}" for name, x in self.estimator.tensors().items()}
         kinds = stored.kinds.items()
         held = {name: f"{shape} of {dtype}" for name, (shape, dtype) in kinds if name.startswith(PREFIX)}
         if own != held:
@@ -553,8 +526,7 @@ class RunFolder:
 
     def _read_rows(self, steps: int) -> dict[int, dict]:
         """The metrics of the steps before that one, without lines that were cut short."""
-        rows = {}
-        path = self.path / METRICS
+        rows, path = {}, self.path / METRICS
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
@@ -595,10 +567,9 @@ class RunFolder:
             # the steps before are not taken again, and their losses are nowhere else
             sync(self.path / METRICS)
             sync(self.path)
-        return {"run": self._run, "chain": None if self._journal is None else self._journal.chain.hex(), **state}
+        return {"run": self.run, "chain": None if self._journal is None else self._journal.chain.hex(), **state}
 
     def _acquire(self) -> None:
-        """Keep other trainers out, in this process and in others."""
         self._lock = FileLock(self.path / LOCK, blocking=False)
         try:
             self._lock.acquire()
@@ -655,12 +626,7 @@ def write_parts(
 
 @torch.no_grad()
 def restore(
-    saved: SavedRun,
-    ranks: Ranks,
-    layers: Mapping[str, MaskedLinear],
-    estimator: Estimator,
-    seed: int,
-    refresh: Callable[[], object],
+    saved: SavedRun, ranks: Ranks, layers: Mapping[str, MaskedLinear], estimator: Estimator, seed: int, refresh
 ) -> None:
     """Set logits and the estimator's tensors to those of a snapshot, and take the journal's steps behind it again.
 
@@ -717,7 +683,6 @@ def replay_run(folder: str | Path, steps: int | None = None, device: torch.devic
 
 
 def _check_seen(path: Path) -> None:
-    """Raise ValueError unless this rank sees what rank 0 has in ``output_dir``."""
     if not path.exists():
         raise ValueError(
             f"output_dir: expected a folder on a disk that all ranks share, got {str(path.parent)!r}, in which this "

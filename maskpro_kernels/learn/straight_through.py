@@ -17,14 +17,7 @@ from ..fsdp import check_not_sharded
 from ..functional.checks import describe
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from .backward import (
-    BackwardPass,
-    LayerUpdater,
-    ShardedPass,
-    ShardUpdater,
-    WeightLearner,
-    check_slope_settings,
-)
+from .backward import BackwardPass, LayerUpdater, ShardedPass, ShardUpdater, WeightLearner, check_slope_settings
 from .estimator import Estimator, Step, StepResult, check_float, check_whole
 
 
@@ -101,9 +94,7 @@ class StraightThrough(Estimator):
             for name, layer in layers.items():
                 other, weight = names.setdefault(layer.weight.data_ptr(), name), layer.weight
                 if not weight.is_contiguous():
-                    raise ValueError(
-                        f"train_weights: expected layers with contiguous weights, got {weight.stride()} in {name}"
-                    )
+                    raise ValueError(f"train_weights: expected contiguous weights, got {weight.stride()} in {name}")
                 if other != name and weight.numel():
                     raise ValueError(
                         f"train_weights: expected a weight of its own in each layer, got one in {other} and {name}"
@@ -125,8 +116,8 @@ class StraightThrough(Estimator):
 
     def state(self) -> dict:
         """The running mean square of the slopes of each layer that has had one above 0, and its Fisher passes."""
-        squares = {name: updater.mean_square for name, updater in self._updaters.items()}
-        squares = {name: square for name, square in squares.items() if square is not None}
+        items = self._updaters.items()
+        squares = {name: updater.mean_square for name, updater in items if updater.mean_square is not None}
         return {"mean_squares": squares, "fisher_passes": dict(self._fisher.passes)}
 
     def load_state(self, state: Mapping) -> None:
@@ -165,7 +156,6 @@ class StraightThrough(Estimator):
         return StepResult(value, bad_layers=tuple(bad_layers))
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
-        """Of the layers, those so far, and of the Fisher pass of this step where it is to have one."""
         if not hasattr(step.loss_fn, "fisher_loss"):
             return {}
         current = self._fisher.current()
@@ -211,13 +201,9 @@ class FisherSquares:
     """The second factor of F, see ``ops.straight_through_grad``, of each layer: a running mean over Fisher passes.
 
     A Fisher pass is a forward and a backward of ``loss_fn.fisher_loss(model, batch, seed)``, whose gradient squared has
-    the curvature of the loss as its mean. What a layer keeps is the sum over tokens of the squares of its outputs'
-    gradients, times the number of tokens: over those of another batch it stays the same. The first passes count alike,
-    later ones by ``decay``, the share of the running mean that a pass leaves.
-
-    Attributes:
-        squares: float32 [out] of each layer, on the device of its weight; zeros before the first pass.
-        passes: how many passes each layer has had.
+    the curvature of the loss as its mean. A layer keeps the sum over tokens of the squares of its outputs' gradients,
+    times the number of tokens: over those of another batch it stays the same. The first passes count alike, later ones
+    by ``decay``, the share of the running mean that a pass leaves.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLinear], decay: float):
@@ -254,7 +240,6 @@ class FisherSquares:
         *parts, shares = flat.split([*(len(square) for square in totals.values()), len(shares)])
         finite = torch.stack([part.isfinite().all() for part in parts])
         after, bad = self.current(), []
-        # again one transfer
         usable, came = torch.stack([finite & (shares > 0), shares > 0]).tolist()
         for name, part, share, is_usable, has_come in zip(totals, parts, shares, usable, came, strict=True):
             if is_usable:

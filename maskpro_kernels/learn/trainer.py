@@ -31,18 +31,7 @@ from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
-from .estimator import (
-    Entry,
-    Estimator,
-    LossFn,
-    Step,
-    StepRecord,
-    StepResult,
-    check_float,
-    check_whole,
-    modes_of_step,
-    value_of,
-)
+from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
 from .masks import ModelMasks, least_margin
 from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 
@@ -143,12 +132,10 @@ class MaskTrainer:
             _check_reach(estimator, least_margin(self.layers, estimator.max_logit_travel), self.ranks.rank == 0)
         self._batches = _batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
-        self.estimator, self.seed = estimator, seed
+        self.estimator, self.seed, self.accumulate = estimator, seed, accumulate
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.snapshot_minutes, self.max_skipped = float(snapshot_minutes), max_skipped
-        self.accumulate = accumulate
-        self._masks = ModelMasks(self.layers)
-        self.steps_done = 0
+        self.masks, self.steps_done = ModelMasks(self.layers), 0
         self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, self._sharded)
         # Of rank 0 alone
         self._folder: RunFolder | None = None
@@ -164,10 +151,7 @@ class MaskTrainer:
 
     @property
     def broken(self) -> bool:
-        """True where the last step was broken off from its update on, or the trainer is closed.
-
-        The logits may then be of no step, or of another one than ``steps_done``.
-        """
+        """True where the last step was broken off in its update, or the trainer is closed: logits may be of no step."""
         return self._broken
 
     @property
@@ -177,16 +161,13 @@ class MaskTrainer:
 
     @property
     def run_id(self) -> str | None:
-        """The id of the run in ``output_dir``, which no other one has; of rank 0 alone."""
-        return None if self._folder is None else self._folder.run_id
+        """The id of the run in ``output_dir``, which no other one has; None before the run begins. Of rank 0 alone."""
+        return None if self._folder is None else self._folder.run.get("id")
 
     def begin(self, progress: bool = False) -> None:
-        """Prepare for the first step, which does it where it has not been done.
+        """Prepare for the first step, which does it where it has not been done; with ``progress`` under a bar.
 
         With ``Reinforce`` by the losses of the initial masks; and in ``output_dir`` the first snapshot and the journal.
-
-        Args:
-            progress: whether to show a bar.
 
         Raises:
             ValueError: if ``output_dir`` holds a run.
@@ -199,16 +180,15 @@ class MaskTrainer:
         if self.output_dir is not None or self.ranks.world > 1:
             settings = self._agreed_settings(with_logits=True)
         if self._sharded and self.ranks.world > 1:
-            travel = self.estimator.max_logit_travel
-            least = min(of_rank for (of_rank,) in self.ranks.gather([least_margin(self.layers, travel)]))
-            _check_reach(self.estimator, least, warn=self.ranks.rank == 0)
+            own = least_margin(self.layers, self.estimator.max_logit_travel)
+            _check_reach(self.estimator, min(least for (least,) in self.ranks.gather([own])), self.ranks.rank == 0)
         if self.output_dir is not None:
             self.ranks.first(lambda: self._folder.start(settings))
             self._save_snapshot()
         with resetting(self.model):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
-            self.ranks.first(lambda: self._folder.start_journal(losses, self.estimator.draws))
+            self.ranks.first(lambda: self._folder.start_journal(losses))
         self._begun = True
 
     def run(
@@ -217,8 +197,6 @@ class MaskTrainer:
         """Take ``steps`` steps under a progress bar and return their records.
 
         Args:
-            steps: how many.
-            progress: whether to show the bar.
             after_step: called with the record of every step; true ends the run. The ranks wait for each other's,
                 however long it takes, and all end where one is true.
 
@@ -245,8 +223,7 @@ class MaskTrainer:
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
                         break
         except BaseException:
-            # ``resume`` could not have the last steps otherwise. Of layers whose rows ranks hold there is none: the
-            # others may not come to it
+            # ``resume`` could not have the last steps otherwise. Where ranks hold rows the others may not come to it
             if not (self.broken or self.estimator.journaled or self._sharded) and self._folder is not None:
                 # the error that came first is the one to raise
                 with suppress(OSError, RuntimeError):
@@ -278,18 +255,8 @@ class MaskTrainer:
             counter_state.step.fill_(self.steps_done)
         start = time.perf_counter()
         with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.model):
-            step = Step(
-                self.steps_done,
-                self._batches.of_step(self.steps_done),
-                self.model,
-                self._masks,
-                self.loss_fn,
-                seed=self.seed,
-                ranks=self.ranks,
-                estimator=self.estimator,
-                initial_loss=self._initial_loss,
-                begin_update=self._begin_update,
-            )
+            batches = self._batches.of_step(self.steps_done)
+            step = Step(self, batches, self._initial_loss, self._begin_update)
             with resetting(self.model):
                 result = self.estimator.step(step)
         step.check_updates()
@@ -315,17 +282,14 @@ class MaskTrainer:
     def resume(self, progress: bool = False, check: Callable[[str], object] | None = None) -> int:
         """Continue the run in ``output_dir``, which another process may have left at any moment; returns its steps.
 
-        The newest sound snapshot is loaded. With ``Reinforce`` the journal's steps behind it are taken again by their
-        updates alone: the logits get the bits of a run that was never interrupted. Where initial masks were refreshed
-        behind the snapshot, their losses are computed again. Without a journal, as with
-        ``StraightThrough``, the steps behind the snapshot are lost.
+        The newest sound snapshot is loaded; damaged ones are set aside, with a warning. With ``Reinforce`` the steps of
+        the journal behind it are taken again by their updates alone: the logits get the bits of a run that was never
+        interrupted. Where initial masks were refreshed behind the snapshot, their losses are computed again. Without a
+        journal, as with ``StraightThrough``, the steps behind the snapshot are lost.
 
-        Of batches that are no sequence those of the steps before are taken again, under a bar with ``progress``, and
-        let go: they have to be those that the run has learned from.
-
-        Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
-        the masked layers, the batches and the settings, such as other weights, has to be as it was; so do objects in
-        the batches that are neither tensors nor arrays nor plain values.
+        Of batches that are no sequence those of the steps before are taken again: they have to be those that the run
+        has learned from. All else than weights and logits of the masked layers, batches and settings, such as other
+        weights, has to be as it was; so do objects in batches that are neither tensors nor arrays nor plain values.
 
         Args:
             progress: whether to show a bar.
@@ -395,8 +359,8 @@ class MaskTrainer:
             settings["logits"] = digest(layer.logits for layer in self.layers.values())
         if self.ranks.world > 1:
             own = [tensor for x in self.layers.values() for tensor in (x.weight, x.logits, *x.counter_state.buffers())]
-            known = set(map(id, own))
-            rest = [x for x in (*self.model.parameters(), *self.model.buffers()) if id(x) not in known]
+            ids = set(map(id, own))
+            rest = [x for x in (*self.model.parameters(), *self.model.buffers()) if id(x) not in ids]
             rest = digest(x for x in rest if x.layout == torch.strided and not x.is_meta)
             self.ranks.agree(settings | {"other tensors of the model": rest})
         return settings
@@ -419,38 +383,30 @@ class MaskTrainer:
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
-
-        def loss_of(batch: object) -> float:
-            with without_gradients(self.model), modes_of_step(self.model, self.layers, drawing=False):
-                return value_of(self.loss_fn(self.model, batch))
-
         initial = self._initial_losses
         if initial.losses is None:
+            loss_of = partial(top_n_loss, self.model, self.layers, self.loss_fn)
             initial.losses = initial.compute(loss_of, self.steps_done, progress)
         return initial.losses
 
     def _initial_loss(self, batches: Sequence, weights: Sequence[Fraction]) -> float:
-        """Loss under m_0 of the batches of this step."""
         self._losses_of_initial_masks(progress=False)
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
 
     def _check_steps(self, steps: int) -> None:
-        """Raise ValueError if the estimator, or the counter of draws, has not that many steps left."""
-        done, most = self.steps_done, self.estimator.steps
-        if done + steps >= MAX_STEPS:
-            raise ValueError(
-                f"steps: expected at most {MAX_STEPS - 1 - done} more, the draws that are left, got {steps}"
-            )
-        if most is not None and done + steps > most:
-            kind = type(self.estimator).__name__
-            raise ValueError(f"steps: expected at most {most - done} more of {kind}'s {most}, got {steps}")
+        left = MAX_STEPS - 1 - self.steps_done
+        if steps > left:
+            raise ValueError(f"steps: expected at most {left} more, the draws that are left, got {steps}")
+        most = self.estimator.steps
+        if most is not None and self.steps_done + steps > most:
+            whose = f"{type(self.estimator).__name__}'s {most}"
+            raise ValueError(f"steps: expected at most {most - self.steps_done} more of {whose}, got {steps}")
 
     def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
-        """Raise FloatingPointError where more steps in a row have been skipped than may be."""
         message = f"loss of step {record.step}: expected a finite number, got {record.loss}"
         if result.bad_layers:
-            layers = list(result.bad_layers)
-            message = f"gradients of step {record.step}: expected finite numbers, got others in {layers}"
+            others = list(result.bad_layers)
+            message = f"gradients of step {record.step}: expected finite numbers, got others in {others}"
         if self._skipped > self.max_skipped:
             others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
             raise FloatingPointError(message + others)
@@ -486,7 +442,6 @@ def _batches_of_steps(
 
 
 def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:
-    """Raise ValueError unless the estimator can move the logits of these layers."""
     by_id = {}
     for name, layer in layers.items():
         # shards of one layer start at groups of their own
@@ -508,18 +463,16 @@ def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> N
                 raise ValueError(f"model: expected contiguous logits, got {layer.own_logits.stride()} in {name}")
 
 
-def _check_reach(estimator: Estimator, least: float, warn: bool = True) -> None:
+def _check_reach(estimator: Estimator, least: float, warn: bool) -> None:
     """Warn if no mask can change, where the logits come as near as ``least``; of draws alone ValueError."""
     travel = estimator.max_logit_travel
-    if least <= travel:
-        return
-    if estimator.needs_flips:
+    if least > travel and estimator.needs_flips:
         raise ValueError(
             f"model: expected a kept and a dropped logit at most {travel:g} apart, got none nearer than {least:.4g}: "
             f"noise reaches no further, and {type(estimator).__name__} learns from draws that change a mask alone; "
             "give convert a smaller gap"
         )
-    if warn:
+    if least > travel and warn:
         warnings.warn(
             f"no mask will change: all steps together can cross a gap of {travel:g}, and the nearest two logits are "
             f"{least:.4g} apart; give more steps, a greater max_update or a smaller gap",
