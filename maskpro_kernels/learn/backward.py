@@ -310,12 +310,10 @@ class WeightLearner:
         self.count = torch.zeros((), device=self.master.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that steps change, 12 bytes a weight; 4 of them are the weight itself where it is float32."""
         return {"weight": self.master, "first": self.first, "second": self.second, "count": self.count}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the weight to what ``tensors`` hold."""
         self.layer.weight.copy_(self.master)
         if self.count > 0:
             self.layer.weight_changed = True

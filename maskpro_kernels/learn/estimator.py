@@ -314,7 +314,6 @@ class Step:
         self._updates += 1
 
     def check_updates(self) -> None:
-        """Raise ValueError unless the step, once it is taken, has one entry in the journal of a run that has one."""
         if self._estimator.journaled and self._updates != 1:
             raise ValueError(
                 f"estimator: expected one call of begin_update in each step, since its runs have a journal, got "

@@ -85,11 +85,7 @@ class Reinforce(Estimator):
         self.delta, self.mean_square = state["delta"], state["mean_square"]
 
     def step(self, step: Step) -> StepResult:
-        """Move the logits by the scores of the drawn masks.
-
-        Raises:
-            FloatingPointError: if a factor of the scores is no float32. Logits and tracker are then as they were.
-        """
+        """Move the logits by the scores of the drawn masks; where it raises, logits and tracker are as they were."""
         initial_loss = step.initial_loss() if self.needs_initial_losses else 0.0
         losses = step.losses()
         skipped = not all(map(math.isfinite, losses))

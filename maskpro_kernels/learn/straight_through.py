@@ -94,7 +94,9 @@ class StraightThrough(Estimator):
             for name, layer in layers.items():
                 other, weight = names.setdefault(layer.weight.data_ptr(), name), layer.weight
                 if not weight.is_contiguous():
-                    raise ValueError(f"train_weights: expected contiguous weights, got {weight.stride()} in {name}")
+                    raise ValueError(
+                        f"train_weights: expected layers with contiguous weights, got {weight.stride()} in {name}"
+                    )
                 if other != name and weight.numel():
                     raise ValueError(
                         f"train_weights: expected a weight of its own in each layer, got one in {other} and {name}"
@@ -134,11 +136,7 @@ class StraightThrough(Estimator):
         return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
 
     def step(self, step: Step) -> StepResult:
-        """Move the logits by their slopes, in the last backward, which a loss that is not finite does not reach.
-
-        Raises:
-            ValueError: if a loss has no gradient, or not by the masks of the layers alone.
-        """
+        """Move the logits by their slopes, in the last backward, which a loss that is not finite does not reach."""
         *others, last = places = [place for _, place in step.own]
         with step.drawing():
             fisher = self._fisher_squares(step)
@@ -259,7 +257,6 @@ class FisherSquares:
         return after
 
     def take(self, after: Mapping[str, Tensor]) -> None:
-        """Go on from what ``after_pass`` has given."""
         for name, square in after.items():
             if square is not self.squares[name]:
                 self.squares[name].copy_(square)

@@ -78,8 +78,8 @@ class MaskTrainer:
             "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids. Every
             rank takes its own share of the batches, so it has to be a multiple of the ranks.
         timeout: seconds that a rank waits for the others in a step, and for each of their losses of the initial masks.
-            Without a limit it waits for ``after_step`` of ``run``, and, before the first step and where initial
-            masks are refreshed, for what rank 0 reads and writes and for settings that are compared.
+            Without a limit it waits for ``after_step`` of ``run``, for settings that are compared, and for what rank 0
+            reads and writes before the first step and where initial masks are refreshed.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite, or with ``Reinforce`` all too far
