@@ -269,10 +269,12 @@ class MaskedLinear(nn.Module):
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         codes = self.drawn_codes()
+        # of a DTensor a part by which a gradient goes back, which ``own_logits`` is not
+        logits = self.logits if self.shard is None else self.logits.to_local()
         away = self.logits.device != self.weight.device
         # else the graph would keep the copies of all layers on the device until backward
         with torch.autograd.graph.save_on_cpu() if away else nullcontext():
-            own = mask_log_prob(self.logits_on_device(), codes, self.pattern).sum()
+            own = mask_log_prob(logits.to(self.weight.device), codes, self.pattern).sum()
         return own if self.shard is None else self.shard.summed(own)
 
     @property
