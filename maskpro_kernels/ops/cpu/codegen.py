@@ -90,29 +90,23 @@ class Body:
 
     def run(self) -> list[Columns]:
         """All operations; gives the results."""
-        for node in self.graph.graph.nodes:
+        *nodes, output = self.graph.graph.nodes
+        for node in nodes:
             if node.op == "get_attr":
                 number = getattr(self.graph, node.target)
                 self.known[node] = Columns([self.constant(number.item(), number.dtype)], number.dtype)
-            elif node.op == "output":
-                return [self.known[x] for x in node.args[0]]
+            elif node.target is operator.getitem:
+                source, i = node.args
+                self.known[node] = self.known[source][i]
             elif node.op == "call_function":
-                self.operation(node)
-        raise AssertionError("a graph ends with its output")
-
-    def operation(self, node: fx.Node) -> None:
-        if node.target is operator.getitem:
-            source, i = node.args
-            self.known[node] = self.known[source][i]
-            return
-        name = node.target._schema.name.split("::")[1]
-        self.refuse_what_is_not_read(node, name)
-        if name == "unbind":
-            columns = self.known[node.args[0]]
-            self.known[node] = [Columns([value], columns.dtype) for value in columns.values]
-        else:
-            dtype = node.meta["val"].dtype
-            self.known[node] = Columns(self.translated(node, name, dtype), dtype)
+                name = node.target._schema.name.split("::")[1]
+                if name == "unbind":
+                    columns = self.known[node.args[0]]
+                    self.known[node] = [Columns([value], columns.dtype) for value in columns.values]
+                else:
+                    dtype = node.meta["val"].dtype
+                    self.known[node] = Columns(self.translated(node, name, dtype), dtype)
+        return [self.known[x] for x in output.args[0]]
 
     def translated(self, node: fx.Node, name: str, dtype: torch.dtype) -> list:
         """The values of the columns of a result."""
@@ -139,26 +133,37 @@ class Body:
                 return [self.constant(0, dtype)]
             case "bitwise_not" | "logical_not":
                 return [builder.not_(self.cast(value, given.dtype, dtype)) for value in given.values]
-            case "abs":
-                magnitude = builder.module.declare_intrinsic("llvm.fabs", [TYPES[dtype]])
-                return [builder.call(magnitude, [value]) for value in given.values]
-            case "sqrt":
-                root = builder.module.declare_intrinsic("llvm.sqrt", [TYPES[dtype]])
-                return [builder.call(root, [value]) for value in given.values]
+            case "abs" | "sqrt":
+                intrinsic = builder.module.declare_intrinsic(f"llvm.{name.replace('abs', 'fabs')}", [TYPES[dtype]])
+                return [builder.call(intrinsic, [value]) for value in given.values]
             case "reciprocal":
                 return [builder.fdiv(self.constant(1.0, dtype), value) for value in given.values]
             case "where":
                 operands = [given.values, *(self.operand(x, dtype) for x in args[1:])]
                 return [builder.select(*three) for three in zip(*self.spread(operands), strict=True)]
             case "minimum" | "maximum":
-                return [self.extreme(name, dtype, *pair) for pair in self.pairs(node, dtype)]
+                sign, pairs = "<" if name == "minimum" else ">", list(self.pairs(node, dtype))
+                values = [builder.select(self.compare(sign, dtype, a, b), a, b) for a, b in pairs]
+                if not dtype.is_floating_point:
+                    return values
+                # the second of the two is chosen already where it is no number
+                nans = [builder.fcmp_unordered("uno", a, a) for a, _ in pairs]
+                return [builder.select(nan, a, x) for nan, (a, _), x in zip(nans, pairs, values, strict=True)]
             case "clamp" | "clamp_min" | "clamp_max":
-                return self.clamped(node, name, given, dtype)
+                names = ("max",) if name == "clamp_max" else ("min", "max")
+                limits, values = dict(zip(names, args[1:], strict=False)) | node.kwargs, given.values
+                for sign, limit in (("<", limits.get("min")), (">", limits.get("max"))):
+                    if limit is not None:
+                        limit = self.constant(limit, dtype)
+                        # what equals it, as the other zero does, or is no number stays
+                        values = [builder.select(self.compare(sign, dtype, x, limit), limit, x) for x in values]
+                return values
             case "rsub":
                 subtract = builder.fsub if dtype.is_floating_point else builder.sub
                 return [subtract(b, a) for a, b in self.pairs(node, dtype)]
             case _ if name in COMPARISONS:
-                return self.compared(node, COMPARISONS[name])
+                dtype = torch.result_type(*(x.meta["val"] if isinstance(x, fx.Node) else x for x in args[:2]))
+                return [self.compare(COMPARISONS[name], dtype, *pair) for pair in self.pairs(node, dtype)]
             case "__rshift__" | "bitwise_right_shift":
                 shift = builder.lshr if dtype in UNSIGNED else builder.ashr
                 return [shift(*pair) for pair in self.pairs(node, dtype)]
@@ -167,23 +172,6 @@ class Body:
             raise NotImplementedError(f"{node.target} has no translation")
         apply = getattr(builder, operations[name])
         return [apply(*pair) for pair in self.pairs(node, dtype)]
-
-    def refuse_what_is_not_read(self, node: fx.Node, name: str) -> None:
-        """Raise where an operation is another one than its name alone says."""
-        args, value = node.args, node.meta["val"]
-        odd = set(node.kwargs) - {"dtype", "layout", "device", "pin_memory", "memory_format", "min", "max"}
-        if name in ("select", "unbind", "stack"):
-            columns = value if name == "stack" else args[0].meta["val"]
-            if (args[1] if len(args) > 1 else 0) not in (-1, columns.dim() - 1):
-                odd.add("dim")
-        elif name in SAME and not isinstance(args[-1], torch.dtype):
-            before = args[0].meta["val"]
-            if (value.numel(), value.shape[:1]) != (before.numel(), before.shape[:1]):
-                odd.add("layout")
-        elif name == "arange" and len(args) > 1:
-            odd.add("start")
-        if odd:
-            raise NotImplementedError(f"{node.target} has no translation with {', '.join(sorted(odd))}")
 
     def constant(self, number, dtype: torch.dtype) -> ir.Constant:
         if dtype.is_floating_point:
@@ -204,47 +192,17 @@ class Body:
     def pairs(self, node: fx.Node, dtype: torch.dtype):
         return zip(*self.spread([self.operand(x, dtype) for x in node.args[:2]]), strict=True)
 
-    def compared(self, node: fx.Node, sign: str) -> list:
-        one, other = (x.meta["val"] if isinstance(x, fx.Node) else x for x in node.args[:2])
-        dtype = torch.result_type(one, other)
+    def compare(self, sign: str, dtype: torch.dtype, a, b):
+        """A comparison as torch's: of those with a NaN only != holds."""
         if dtype.is_floating_point:
-            # torch's != holds for NaN, all others do not
-            compare = self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered
-        else:
-            compare = self.builder.icmp_unsigned if dtype in UNSIGNED else self.builder.icmp_signed
-        return [compare(sign, *pair) for pair in self.pairs(node, dtype)]
-
-    def extreme(self, name: str, dtype: torch.dtype, a, b):
-        """The smaller or larger one; NaN where either is."""
-        sign = {"minimum": "<", "maximum": ">"}[name]
-        if not dtype.is_floating_point:
-            compare = self.builder.icmp_unsigned if dtype in UNSIGNED else self.builder.icmp_signed
-            return self.builder.select(compare(sign, a, b), a, b)
-        of_numbers = self.builder.select(self.builder.fcmp_ordered(sign, a, b), a, b)
-        return self.builder.select(self.builder.fcmp_unordered("uno", a, a), a, of_numbers)
-
-    def clamped(self, node: fx.Node, name: str, given: Columns, dtype: torch.dtype) -> list:
-        bounds = dict(zip({"clamp_max": ("max",)}.get(name, ("min", "max")), node.args[1:], strict=False)) | node.kwargs
-        values = given.values
-        for bound, sign in (("min", "<"), ("max", ">")):
-            if bounds.get(bound) is not None:
-                limit = self.constant(bounds[bound], dtype)
-                values = [self.bounded(sign, dtype, value, limit) for value in values]
-        return values
-
-    def bounded(self, sign: str, dtype: torch.dtype, value, limit):
-        """The limit where the value lies beyond it; what equals it, as the other zero does, or is no number stays."""
-        compare = self.builder.fcmp_ordered if dtype.is_floating_point else self.builder.icmp_signed
-        return self.builder.select(compare(sign, value, limit), limit, value)
+            return (self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered)(sign, a, b)
+        return (self.builder.icmp_unsigned if dtype in UNSIGNED else self.builder.icmp_signed)(sign, a, b)
 
     def cast(self, value, before: torch.dtype, after: torch.dtype):
         if before == after:
             return value
         if after == torch.bool:
-            zero = ir.Constant(TYPES[before], 0)
-            return (self.builder.fcmp_unordered if before.is_floating_point else self.builder.icmp_signed)(
-                "!=", value, zero
-            )
+            return self.compare("!=", before, value, ir.Constant(TYPES[before], 0))
         if before == torch.bfloat16:
             bits = self.builder.shl(self.builder.zext(value, TYPES[torch.int32]), TYPES[torch.int32](16))
             return self.cast(self.builder.bitcast(bits, TYPES[torch.float32]), torch.float32, after)
@@ -291,13 +249,9 @@ def lowered(
     if full is None:
         function, results = _add_loop(module, ENTRY, graph, groups, rest, in_place)
     else:
-        level, given = _add_loop(module, "level", levels, [NUMBER], rest, None)
-        if given != (LEVEL,):
-            raise ValueError(f"levels: expected {(LEVEL,)}, got {given}")
-        by_bounds, flagged = _add_loop(module, "by_bounds", graph, [*groups, LEVEL], rest, in_place)
+        level, _ = _add_loop(module, "level", levels, [NUMBER], rest, None)
+        by_bounds, _ = _add_loop(module, "by_bounds", graph, [*groups, LEVEL], rest, in_place)
         draw, results = _add_loop(module, "draw", full, [*groups, NUMBER], rest, in_place)
-        if flagged != (*results, (torch.uint8,)):
-            raise ValueError(f"full: expected the results of the function but its flags {flagged}, got {results}")
         function = _add_draws(module, level, by_bounds, draw, groups, rest, in_place, *results)
     add_shared(module, function)
     add_shared(module, _add_layers(module, function), SHARED_LAYERS)
@@ -402,13 +356,6 @@ class _Numbers:
         """The number of a group as the i-th one, as far as rows lie side by side."""
         _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
 
-    def put_all(self, first: ir.Value, end: ir.Value) -> ir.Value:
-        """Those of consecutive groups; gives how many there are."""
-        size = self.builder.sub(end, first)
-        each(self.builder, LONG(0), size, lambda i: self.put(i, self.builder.add(first, i)))
-        self.set_apart(size)
-        return size
-
     def set_apart(self, count: ir.Value) -> None:
         """Correct so many of them where rows do not; those that do need no division."""
         builder = self.builder
@@ -458,7 +405,9 @@ def _add_draws(
 
     def block(first: ir.Value) -> None:
         end = smaller(builder, builder.add(first, LONG(BLOCK)), stop)
-        size = numbers.put_all(first, end)
+        size = builder.sub(end, first)
+        each(builder, LONG(0), size, lambda i: numbers.put(i, builder.add(first, i)))
+        numbers.set_apart(size)
         builder.call(level, [LONG(0), size, memory, *others, levels])
         here, levels_here = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
         builder.call(by_bounds, [first, end, *of_groups, levels_here, *others, *written, here])
@@ -472,26 +421,26 @@ def _add_draws(
                 draw_undrawn(size)
 
         def word(group: ir.Value) -> None:
-            with builder.if_then(_some(builder, _flag_of(builder, here, group, LONG)), likely=False):
+            flags_here = _flag_of(builder, here, group, LONG)
+            with builder.if_then(builder.icmp_signed("!=", flags_here, LONG(0)), likely=False):
                 each(builder, group, smaller(builder, builder.add(group, LONG(8)), end), collect)
 
         each(builder, first, end, word, by=8)
 
     each(builder, start, stop, block, by=BLOCK)
     size = builder.load(filled, typ=LONG)
-    with builder.if_then(_some(builder, size)):
+    with builder.if_then(builder.icmp_signed("!=", size, LONG(0))):
         draw_undrawn(size)
     builder.ret_void()
     return function
 
 
-def _some(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """Say if it is not 0."""
-    return builder.icmp_signed("!=", value, LONG(0))
-
-
 def smaller(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
     return builder.select(builder.icmp_signed("<", one, other), one, other)
+
+
+def larger(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed(">", one, other), one, other)
 
 
 def _flag_of(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, typ: ir.Type) -> ir.Value:
@@ -517,10 +466,7 @@ def _add_batch(
     in_place: int | None,
     result: tuple,
 ) -> ir.Function:
-    """``batch(size, open groups, *addresses)``: up to BATCH groups, drawn side by side and put back.
-
-    A part of what ``_add_draws`` saves.
-    """
+    """``batch(size, open groups, *addresses)``: up to BATCH groups, drawn side by side and put back."""
     given, own = len(groups) + len(rest), in_place is None
     function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)
     function.attributes.add("noinline")
@@ -578,8 +524,7 @@ def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
 
     def layer(row: ir.Value) -> None:
         first, end = entry(row, 0, LONG), entry(builder.add(row, LONG(1)), 0, LONG)
-        low = builder.select(builder.icmp_signed("<", first, start), start, first)
-        high = builder.select(builder.icmp_signed("<", end, stop), end, stop)
+        low, high = larger(builder, first, start), smaller(builder, end, stop)
         with builder.if_then(builder.icmp_signed("<", low, high)):
             addresses = [entry(row, 1 + i, x.type) for i, x in enumerate(loop.args[2:])]
             builder.call(loop, [builder.sub(low, first), builder.sub(high, first), *addresses])

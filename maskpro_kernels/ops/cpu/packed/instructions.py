@@ -105,10 +105,6 @@ def copy(b: ir.IRBuilder, source: ir.Value, target: ir.Value, count: ir.Value, e
     each(b, LONG(0), count, one)
 
 
-def larger(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
-    return b.select(b.icmp_signed(">", one, other), one, other)
-
-
 def divided_up(b: ir.IRBuilder, value: ir.Value, by: int) -> ir.Value:
     """An i64 divided by a constant, and rounded up."""
     return b.sdiv(b.add(value, LONG(by - 1)), LONG(by))

@@ -14,7 +14,7 @@ import torch
 from llvmlite import ir
 
 from ...reference.groups import SCALED
-from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, smaller, use_whole_registers
+from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, larger, smaller, use_whole_registers
 from . import RUN, Packed
 from .instructions import (
     BYTE,
@@ -32,7 +32,6 @@ from .instructions import (
     fma,
     horizontal_sum,
     intrinsic,
-    larger,
     prefetch,
     stored,
     vector,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from llvmlite import ir
 
-from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, smaller
+from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, larger, smaller
 from . import RUN, Packed
 from .instructions import (
     BFLOAT,
@@ -25,7 +25,6 @@ from .instructions import (
     copy,
     divided_up,
     intrinsic,
-    larger,
     vector,
     widened,
     zeros,
