@@ -6,6 +6,7 @@ And digests, by which files, tensors and records are recognised.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -97,7 +98,15 @@ def unfinished(folder: Path, name: str = ".+") -> list[Path]:
 
 def make_folder(path: Path) -> None:
     """Make a folder, with those above it, unless it is there; their names are on disk then."""
-    for folder in reversed(_missing(path)):
+    missing = _missing(path)
+    # whoever made the folder that is there may have been ended before its name was on disk
+    try:
+        sync((missing[-1].parent if missing else path).absolute().parent)
+    except OSError as error:
+        # of a folder that is not ours, or a file system without a sync
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+    for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
     path.mkdir(exist_ok=True)
