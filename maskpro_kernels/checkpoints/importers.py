@@ -107,17 +107,13 @@ def _masks_of_torch(source: Path) -> Iterator[tuple[str, Tensor]]:
                 f"masks: expected a file of masks, got {str(file)!r}, which is damaged or holds more than tensors"
             ) from error
         for name, mask in (loaded if isinstance(loaded, Mapping) else {file.stem: loaded}).items():
-            if (
-                not isinstance(mask, Tensor)
-                or not isinstance(name, str)
-                or mask.layout != torch.strided
-                or mask.is_meta
-            ):
+            plain = isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_meta
+            if not plain or not isinstance(name, str):
                 raise ValueError(f"masks: expected plain tensors by name, got {name!r} in {str(file)!r}")
-            # of bool too: sums and products would take another byte for what it is
-            values = (
-                mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float() if mask.itemsize == 1 else mask
-            )
+            values = mask
+            if mask.itemsize == 1:
+                # of bool too: sums and products would take another byte for what it is
+                values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()
             if not ((values == 0) | (values == 1)).all():
                 raise ValueError(f"masks: expected 0 and 1, or false and true, got others in {name} of {str(file)!r}")
             yield name, mask.bool()

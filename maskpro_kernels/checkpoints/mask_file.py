@@ -221,11 +221,7 @@ def pack_ranks(ranks: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def unpack_ranks(packed: Tensor, length: int, pattern: NMPattern) -> Tensor:
-    """The first ``length`` ranks, int64 [length], of what ``pack_ranks`` gave.
-
-    Raises:
-        ValueError: if these are no such bytes, or not as many.
-    """
+    """The first ``length`` ranks, int64 [length], of what ``pack_ranks`` gave; ValueError if it gave none such."""
     digits, size = word_size(pattern)
     count = -(-length // digits)
     if packed.dtype != torch.uint8 or packed.shape != (count * size,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -91,7 +92,13 @@ class MaskCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs) -> None:
         scaler = getattr(optimizer, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        self._masks.slopes.loss_scale = scale / _batches(args, state, train_dataloader)
+        batches = args.gradient_accumulation_steps
+        # a stream has no length
+        with suppress(TypeError):
+            per_epoch = len(train_dataloader)
+            # the last step of an epoch takes what is left
+            batches = min(batches, per_epoch - state.global_step % -(-per_epoch // batches) * batches)
+        self._masks.slopes.loss_scale = scale / batches
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """In the place of a step of the Trainer's optimizer, which finds no gradient then."""
@@ -124,17 +131,6 @@ class MaskCallback(TrainerCallback):
         for parameter in self._frozen:
             parameter.requires_grad_()
         self._frozen.clear()
-
-
-def _batches(args, state, loader) -> int:
-    """How many batches the coming step takes: the last one of an epoch what is left."""
-    try:
-        per_epoch = len(loader)
-    except TypeError:
-        return args.gradient_accumulation_steps
-    most = args.gradient_accumulation_steps
-    steps = -(-per_epoch // most)
-    return min(most, per_epoch - state.global_step % steps * most)
 
 
 def _check_rate(layers: dict[str, MaskedLinear], optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -128,9 +128,9 @@ def fetch(source: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
 def _only_errors_printed() -> Iterator[None]:
     """Without transformers' table of weights that a checkpoint lacks: one line says so."""
     before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
-    for library, _ in before:
-        library.set_verbosity_error()
     try:
+        for library, _ in before:
+            library.set_verbosity_error()
         yield
     finally:
         for library, verbosity in before:
@@ -181,9 +181,8 @@ def _load_smollm2(
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     config = AutoConfig.from_pretrained(folder, gguf_file=gguf)
     # recent transformers would keep the weights in GGUF blocks where it has kernels for them; older ones always unpack
-    unpack = {}
-    if hasattr(transformers, "GgufConfig"):
-        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    new = hasattr(transformers, "GgufConfig")
+    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if new else {}
     # not by `model.to`: it would round the frequencies of the rotary embedding as well
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf, config=config, dtype=dtype, device_map=device_map, **unpack

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -156,9 +155,19 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
-        stored = _stored_dtypes(checkpoint_files or ())
+        # dtypes, as safetensors calls them, by name of the tensor
+        stored, states = {}, []
+        for file in checkpoint_files or ():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    stored |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+                    states += [opened.get_tensor(name) for name in opened.keys() if name.endswith("._extra_state")]
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}"
+                ) from error
         masked = [name for name, layer in layers.items() if "layer" in layer]
-        self._extra_states = _extra_states(checkpoint_files) if masked else {}
+        self._extra_states = _by_id(states) if masked else {}
         _check_stored(stored, layers)
         ids = [layers[name]["layer"] for name in masked]
         if sorted(self._extra_states) != sorted(ids):
@@ -190,7 +199,11 @@ class SparseQuantizer(HfQuantizer):
         states: dict[torch.device, CounterState] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, NMLinear):
-                _check_packed(name, layer)
+                try:
+                    if not layer.bitmask.is_meta:
+                        layer.packed.check()
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"checkpoint: {name}.{error}") from error
                 # as ``finalize`` leaves it; transformers makes all parameters trainable
                 layer.requires_grad_(False)
             elif isinstance(layer, MaskedLinear):
@@ -248,30 +261,12 @@ class SparseQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
+    # properties of the base class
+    is_trainable = is_qat_trainable = is_compileable = True
 
 
 def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dtype: torch.dtype) -> None:
-    """Put layers without values, on the meta device, in the place of nn.Linear modules.
-
-    Args:
-        model: on the meta device, say.
-        layers: of a SparseConfig.
-        logits_dtype: of masked layers.
-
-    Raises:
-        ValueError: if one of the names is of no nn.Linear, or a pattern does not fit.
-    """
+    """Put layers of a SparseConfig, on the meta device, in the place of nn.Linear modules."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -327,18 +322,6 @@ def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: own.get(key, name) for name, key in bare.items() if same or key.split(".")[0] in parts}
 
 
-def _stored_dtypes(files: Iterable[str | Path]) -> dict[str, str]:
-    """The dtype of each tensor of safetensors files by its name, as safetensors calls it."""
-    dtypes = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                dtypes |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}") from error
-    return dtypes
-
-
 def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> None:
     """Raise ValueError unless each part of the layers is stored as often as the config names layers that have it.
 
@@ -370,27 +353,12 @@ def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> N
                 raise ValueError(f"checkpoint: {name}.values: expected torch.int8 beside scales; {COPY_AGAIN}")
 
 
-def _extra_states(files: Iterable[str | Path] | None) -> dict[int, Tensor]:
+def _by_id(states: Sequence[Tensor]) -> dict[int, Tensor]:
     """The extra state of each masked layer by its id."""
-    states: dict[int, Tensor] = {}
-    for file in files or ():
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                if name.endswith("._extra_state"):
-                    state = opened.get_tensor(name)
-                    if state.shape != (8,):
-                        raise ValueError(f"checkpoint: expected extra state of shape [8], got {list(state.shape)}")
-                    states[int(state[0])] = state
-    counts = {tuple(state[3:5].tolist()) for state in states.values()}
+    for state in states:
+        if state.shape != (8,):
+            raise ValueError(f"checkpoint: expected extra state of shape [8], got {list(state.shape)}")
+    counts = {tuple(state[3:5].tolist()) for state in states}
     if len(counts) > 1:
         raise ValueError(f"checkpoint: expected one seed and one step for all layers, got {sorted(counts)}")
-    return states
-
-
-def _check_packed(name: str, layer: NMLinear) -> None:
-    """Raise ValueError unless transformers has given a layer a sound packed weight."""
-    try:
-        if not layer.bitmask.is_meta:
-            layer.packed.check()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint: {name}.{error}") from error
+    return {int(state[0]): state for state in states}

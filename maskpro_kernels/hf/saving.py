@@ -92,8 +92,7 @@ def save_model(
     if sparse and adapters:
         raise ValueError(
             "model: expected one without adapters of peft beside its masked or packed layers, got one with "
-            f"{min(adapters)}; save the adapter by save_pretrained of the PeftModel, and the model that its unload() "
-            "gives"
+            f"{min(adapters)}; save the adapter by save_pretrained of the PeftModel, and the model of its unload()"
         )
     for name, layer in sparse.items():
         if isinstance(layer, MaskedLinear) and layer.is_shard:
@@ -105,12 +104,9 @@ def save_model(
         if not (folder / "README.md").exists():
             name = push_to_hub or folder.resolve().name
             model_card(model, name, base_model=base_model, pattern=pattern, table=table).save(folder / "README.md")
-    except SafetensorError as error:
-        # such as of a full disk
-        raise OSError(f"{folder}: {error}") from error
     except Exception as error:
-        # tokenizers raises no other for a full disk
-        if type(error) is Exception:
+        # of a full disk, for which tokenizers raises no other
+        if isinstance(error, SafetensorError) or type(error) is Exception:
             raise OSError(f"{folder}: {error}") from error
         raise
     if push_to_hub is None:

@@ -64,14 +64,9 @@ class Agreement:
     rounding: float | None = None
 
     @property
-    def within_rounding(self) -> bool:
-        """Whether the tokens are the same, but for what rounding explains."""
-        return self.gap is None or self.gap <= self.rounding
-
-    @property
     def holds(self) -> bool:
         """False where the weights are the same and the tokens differ by more than rounding."""
-        return self.differs_in is not None or self.within_rounding
+        return self.differs_in is not None or self.gap is None or self.gap <= self.rounding
 
     def __str__(self) -> str:
         if self.gap is None:
@@ -84,7 +79,7 @@ class Agreement:
         if self.gap is None:
             return line
         gap = f"{self.gap:.2g} apart, and rounding explains {self.rounding:.2g}"
-        if self.within_rounding:
+        if self.holds:
             return f"{line}; there two candidates lie within rounding ({gap})"
         return f"{line}; THE MODELS DIFFER: there the two candidates are {gap}"
 
@@ -225,12 +220,7 @@ def _check(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: in
 
 
 def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **how) -> Tensor:
-    """int64 [rows, new_tokens]: the tokens that ``generate`` writes behind a prompt [rows, tokens].
-
-    Args:
-        model: within ``plain_generation``.
-        how: more of what ``generate`` takes.
-    """
+    """int64 [rows, new_tokens]: the tokens that ``generate`` writes, within ``plain_generation``, behind a prompt."""
     mask = torch.ones_like(prompt)
     tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **how)
     return tokens[:, prompt.shape[1] :]
@@ -308,7 +298,7 @@ def first_difference(model: nn.Module, other: nn.Module) -> str | None:
 
 def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """How to get each weight and buffer of a model, by its name."""
-    tensors: dict[str, Callable[[], Tensor]] = {}
+    tensors = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, CounterState):
@@ -340,10 +330,7 @@ class _Timer(BaseStreamer):
         tensors = (*model.parameters(), *model.buffers())
         # each storage once
         self._weight_bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-        self._prefill_seconds: list[float] = []
-        self._step_seconds: list[float] = []
-        self._device_bytes: int | None = None
-        self._times: list[float] = []
+        self._prefill_seconds, self._step_seconds, self._device_bytes, self._times = [], [], None, []
 
     def measure(self, counted: bool) -> None:
         """Take a round."""

@@ -285,7 +285,7 @@ _straight_through_grad.register_fake(lambda grad, x, weight, *_: torch.empty_lik
 
 
 def straight_through_grad(grad, x, weight, curvature, mask: MaskSource, weight_grad=None, grad_squares=None) -> Tensor:
-    """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
+    """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.group_mask_slope``.
 
     G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
     which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken

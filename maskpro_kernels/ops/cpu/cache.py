@@ -86,10 +86,7 @@ def intact(path: Path) -> tuple[bytes, Likes] | None:
     if data is None or _seal(path, data[32:]) != data[:32]:
         return None
     likes, _, code = data[32:].partition(b"\n")
-    try:
-        return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(likes))
-    except (ValueError, TypeError, AttributeError):
-        return None
+    return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(likes))
 
 
 def _seal(path: Path, body: bytes) -> bytes:

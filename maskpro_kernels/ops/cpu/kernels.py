@@ -8,9 +8,7 @@ same pass.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,31 +45,22 @@ def integers(*values: int) -> Tensor:
 
 
 class _Groups:
-    """Groups [groups, M] of logits and the counter of their draw, from flat index ``start`` of a shard on.
-
-    Attributes:
-        logits: [groups, M].
-        counter: of the draw.
-        shard: (start, groups in a row, group_row_stride, group_offset), as ``CompiledLoop`` takes it.
-    """
+    """Groups [groups, M] of logits and the counter of their draw, from flat index ``start`` of a shard on."""
 
     def __init__(self, logits: Tensor, columns: int, counter: Counter, start: int = 0):
         self.logits, self.counter = logits, counter
+        # as ``CompiledLoop`` takes it
         self.shard = start, columns, counter.group_row_stride, counter.group_offset
 
     def part(self, which: slice, logits: Tensor) -> _Groups:
         """Some of them, with other logits."""
-        start, columns, *_ = self.shard
-        return _Groups(logits, columns, self.counter, start + which.start)
+        return _Groups(logits, self.shard[1], self.counter, self.shard[0] + which.start)
 
     def by_draw(self, draw: Tensor) -> _Groups:
         """These groups in another draw."""
-        start, columns, *_ = self.shard
-        return _Groups(self.logits, columns, self.counter._replace(draw=draw), start)
+        return _Groups(self.logits, self.shard[1], self.counter._replace(draw=draw), self.shard[0])
 
-    def run(
-        self, function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor], out: Tensor, **constants
-    ) -> None:
+    def run(self, function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor], out: Tensor, **constants):
         """``run`` on (tensors, numbers in the whole layer) of all groups and (key, rest), into ``out``."""
         start, columns, row_stride, offset = self.shard
         rest = (*self.counter.key, *rest)
@@ -118,13 +107,13 @@ def _weight_words(weight: Tensor, m: int) -> Tensor:
 def _mask_words(words, kept):
     """Groups as ``_weight_words`` packs them, zeros where weights are not kept."""
     columns = reference.columns(words)
-    masked = []
     if len(columns) == len(kept):
-        masked = [torch.where(k, word, 0) for word, k in zip(columns, kept, strict=True)]
-    else:
-        for word, low, high in zip(columns, kept[::2], kept[1::2], strict=True):
-            masked.append(word & (torch.where(low, 0xFFFF, 0) | torch.where(high, -0x10000, 0)).to(torch.int32))
-    return reference.uncolumns(masked)
+        return reference.uncolumns([torch.where(k, word, 0) for word, k in zip(columns, kept, strict=True)])
+    halves = zip(columns, kept[::2], kept[1::2], strict=True)
+    return reference.uncolumns([
+        word & (torch.where(low, 0xFFFF, 0) | torch.where(high, -0x10000, 0)).to(torch.int32)
+        for word, low, high in halves
+    ])  # fmt: skip
 
 
 def spread_levels(group, seed, step, layer, draw, *rest, m):
@@ -137,9 +126,8 @@ def determined_mask(logits, levels, seed, step, layer, draw, inv_temperature, *,
     return reference.encode(kept, code_dtype(len(kept))), undetermined
 
 
-def drawn_mask(logits, group, *key_and_temperature, n):
-    *key, inv_temperature = key_and_temperature
-    return reference.group_sample_mask(logits, group, key, inv_temperature, n=n)
+def drawn_mask(logits, group, *key, n):
+    return reference.group_sample_mask(logits, group, key[:4], key[4], n=n)
 
 
 def _determined_masked_weight(logits, words, levels, seed, step, layer, draw, inv_temperature, *, n):
@@ -147,9 +135,8 @@ def _determined_masked_weight(logits, words, levels, seed, step, layer, draw, in
     return _mask_words(words, kept), undetermined
 
 
-def _drawn_masked_weight(logits, words, group, *key_and_temperature, n):
-    *key, inv_temperature = key_and_temperature
-    return _mask_words(words, reference.group_drawn(logits, group, key, inv_temperature, n))
+def _drawn_masked_weight(logits, words, group, *key, n):
+    return _mask_words(words, reference.group_drawn(logits, group, key[:4], key[4], n))
 
 
 def _determined_update(logits, levels, seed, step, layer, draw, coef, inv_temperature, *, n):
@@ -241,7 +228,6 @@ def score_update_(logits, coef, counter, inv_temperature, *, n, m):
 
 
 def _round_into(out: Tensor, groups: _Groups) -> None:
-    """16-bit logits from those of float32."""
     groups.run(_rounded, [groups.logits], (), out, dtype=out.dtype)
 
 
@@ -319,41 +305,28 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
 # Many layers by one call of machine code: loops are compiled for one layer, and a table says where each layer lies
 
 
-class _Given(NamedTuple):
-    """Arguments of a loop for one layer: tensors of groups, the rest, the last of all, and where results go."""
-
-    groups: Sequence[Tensor]
-    rest: Sequence[Tensor]
-    last: Tensor
-    out: Tensor
+# Arguments of a loop for one layer: tensors of groups, the rest, the last of all, and where results go
+_Given = tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]
 
 
 def _run_over_layers(function: Callable, given: Sequence[_Given], *how, in_place: bool = False, **constants) -> bool:
     """Run the loop of a function over layers; False, and nothing has changed, where there is no machine code.
 
-    Args:
-        given: of each layer.
-        how: what ``CompiledLoop`` takes behind ``in_place``; without it the groups are numbered.
-        in_place: whether results go where the first tensor of groups is.
+    ``how`` is what ``CompiledLoop`` takes behind ``in_place``; without it the groups are numbered. ``in_place`` has the
+    results go where the first tensor of groups is.
     """
-    which = max(range(len(given)), key=lambda i: len(given[i].out))
-    largest = given[which]
-    likes = [
-        tuple([(x.dtype, *x.shape[skipped:]) for x in tensors])
-        for tensors, skipped in ((largest.groups, 1), (largest.rest, 0))
-    ]
-    out = (largest.out.dtype, *largest.out.shape[1:])
-    loop = compiled_loop(function, *likes, not how, out, 0 if in_place else None, *how, **constants)
-    of = [[*one.groups, *one.rest, one.last] for one in given]
-    run = loop.over_layers(of[which])
+    groups, rest, last, out = max(given, key=lambda one: len(one[3]))
+    likes = tuple([(x.dtype, *x.shape[1:]) for x in groups]), tuple([(x.dtype, *x.shape) for x in rest])
+    like_out = (out.dtype, *out.shape[1:])
+    loop = compiled_loop(function, *likes, not how, like_out, 0 if in_place else None, *how, **constants)
+    run = loop.over_layers([*groups, *rest, last])
     if run is None:
         return False
-    firsts = itertools.accumulate((len(one.out) for one in given), initial=0)
-    rows = [
-        [first, *(x.data_ptr() for x in (*tensors, *([] if in_place else [one.out])))]
-        for first, tensors, one in zip(firsts, of, given, strict=False)
-    ]
-    rows.append([sum(len(one.out) for one in given), *[0] * (len(rows[0]) - 1)])
+    rows, first = [], 0
+    for groups, rest, last, out in given:
+        rows.append([first, *(x.data_ptr() for x in (*groups, *rest, last, *([] if in_place else [out])))])
+        first += len(out)
+    rows.append([first, *[0] * (len(rows[0]) - 1)])
     run(torch.tensor(rows, device="cpu"))
     return True
 
@@ -369,7 +342,7 @@ def draw_layers_(group, inv_temperature: Tensor, seed: Tensor, step: Tensor, dra
     for i, (logits, _, offset, row_stride) in enumerate(group.layers):
         rest = *_key(group, i, seed, step, draw.view(())), inv_temperature
         shard = integers(0, logits.shape[1] // group.m, row_stride, offset)
-        given.append(_Given([logits.view(-1, group.m)], rest, shard, group.codes[i].view(-1)))
+        given.append(([logits.view(-1, group.m)], rest, shard, group.codes[i].view(-1)))
     return _run_over_layers(determined_mask, given, spread_levels, drawn_mask, n=group.n)
 
 
@@ -416,7 +389,7 @@ def update_layers_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, s
         first = integers(0, 1, 1, 0)
         if group.dtype != torch.float32:
             rest, first = (*_key(group, i, seed, step, draws), *rest), integers(layer.group_offset)
-        given.append(_Given([logits, group.codes[i].view(-1)], rest, first, logits))
+        given.append(([logits, group.codes[i].view(-1)], rest, first, logits))
     if group.dtype == torch.float32:
         return _run_over_layers(_expected_update, given, _no_level, _drawn_code_update, in_place=True, n=group.n)
     return _run_over_layers(_rounded_code_update, given, in_place=True, n=group.n, dtype=group.dtype)

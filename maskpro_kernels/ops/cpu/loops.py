@@ -81,10 +81,9 @@ class _Drawn(nn.Module):
 class CompiledLoop:
     """``function(*groups, *rest, **constants)`` of tensors of groups [groups, ...], and of others.
 
-    It is called with a list of all these tensors, each contiguous, and the memory of the first result where that is to
-    be of the caller's. It gives a list of results [groups, ...], and is compiled or loaded at its first call. It checks
-    nothing: what its results depend on is in the key by which ``compiled_loop`` keeps it, and in its name on disk.
-    Where it cannot be compiled it runs eagerly.
+    It is called with a list of all these tensors, each contiguous, and memory for the first result where that is the
+    caller's. It gives a list of results [groups, ...], and is compiled or loaded at its first call. Where it cannot be
+    compiled it runs eagerly.
 
     Args:
         groups: (dtype, *shape of one group) of each tensor of groups.
@@ -119,8 +118,7 @@ class CompiledLoop:
         self.full = _Bound(full, len(groups) + 1, False, constants) if drawn else None
         self.whole = _Drawn(self.levels, self.function, self.full) if drawn else self.function
         self.groups, self.rest, self.out, self.in_place = groups, (*rest, NUMBER) if numbered else rest, out, in_place
-        self.run: Callable[..., list[Tensor]] | None = None
-        self._over_layers: Callable[..., None] | None = None
+        self.run = self._over_layers = None
 
     def __call__(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
         self._make(tensors)
@@ -182,19 +180,16 @@ class CompiledLoop:
         # here, for it brings all of LLVM
         from . import codegen, machine
 
-        rest = [_zeros(*like) for like in self.rest]
-        of_function = (*self.groups, LEVELS) if self.full else self.groups
-        graph, levels, full = (
-            bound and codegen.traced(bound, [_zeros(dtype, TRACED, *shape) for dtype, *shape in groups] + rest)
-            for bound, groups in (
-                (self.function, of_function),
-                (self.levels, (NUMBERS,)),
-                (self.full, (*self.groups, NUMBERS)),
-            )
-        )
+        def traced(bound: _Bound, *groups: tuple) -> nn.Module:
+            sizes = [(dtype, TRACED, *shape) for dtype, *shape in groups]
+            sample = [torch.zeros(shape, dtype=dtype, device="cpu") for dtype, *shape in (*sizes, *self.rest)]
+            return codegen.traced(bound, sample)
+
+        levels = full = None
+        if self.full:
+            levels, full = traced(self.levels, NUMBERS), traced(self.full, *self.groups, NUMBERS)
+        graph = traced(self.function, *self.groups, *([LEVELS] if self.full else []))
         assembly, results = codegen.lowered(graph, self.groups, self.rest, self.in_place, levels, full)
-        if self.out not in (None, results[0]):
-            raise ValueError(f"out: expected {results[0]}, got {self.out}")
         return machine.object_code(assembly), results
 
     def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
@@ -240,7 +235,7 @@ class CompiledLoop:
         """Few groups like ``tensors``: with their integers, for not all may be codes of groups, and any floats."""
         generator = torch.Generator("cpu").manual_seed(0)
 
-        def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+        def like(x: Tensor, *shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
 
         # as far apart as determines some draws and leaves others open, and factors that keep them so
@@ -250,13 +245,13 @@ class CompiledLoop:
             *rest, _ = rest
             rest.append(torch.tensor(SAMPLE_SHARD, device="cpu"))
         return [
-            *(16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some] for x in groups),
-            *(1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),
+            *(16.0 * like(x, SAMPLE, *x.shape[1:]) if x.is_floating_point() else x[some] for x in groups),
+            *(1.0 + like(x, *x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),
         ]
 
 
 def warn_of_failure(error: Exception, consequence: str) -> None:
-    """Warn that compilation has failed; what a compiler, its cache or its settings raise differs between releases."""
+    """Warn that compilation has failed: releases of compilers differ in what they raise."""
     first_line = (str(error) or repr(error)).splitlines()[0]
     warnings.warn(f"compilation failed ({first_line}); {consequence}", stacklevel=5)
 
@@ -273,10 +268,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     nan = one.isnan()
     bits = [x.masked_fill(nan, 0.0).view(INTEGERS[x.itemsize]) for x in (one, other)]
     return torch.equal(nan, other.isnan()) and torch.equal(*bits)
-
-
-def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 @functools.cache
@@ -309,10 +300,7 @@ def run(
         return [out]
     like_groups = tuple([(x.dtype, *x.shape[1:]) for x in tensors])
     like_rest = tuple([(x.dtype, *x.shape) for x in rest])
-    like_out, address, in_place = (out.dtype, *out.shape[1:]), out.data_ptr(), None
-    for i, x in enumerate(tensors):
-        if x.data_ptr() == address:
-            in_place = i
-    how = first is not None, like_out, in_place, levels, full
+    in_place = next((i for i, x in enumerate(tensors) if x.data_ptr() == out.data_ptr()), None)
+    how = first is not None, (out.dtype, *out.shape[1:]), in_place, levels, full
     made = compiled_loop(function, like_groups, like_rest, *how, **constants)
     return made([*tensors, *rest, *(x for x in (first, shard) if x is not None)], out)

@@ -49,7 +49,6 @@ from .straight_through import (
     group_descended_logits,
     group_mask_slope,
     group_straight_through_logits,
-    mask_slope,
     straight_through_grad,
     straight_through_update_,
 )

@@ -70,16 +70,8 @@ def group_sample_mask(logits, group, key, inv_temperature, *, n):
     return encode(kept, code_dtype(logits.shape[-1]))
 
 
-def group_sample_masked_weight(weight, logits, group, key, inv_temperature, *, n):
-    return masked(weight, group_drawn(logits, group, key, inv_temperature, n))
-
-
 def group_top_n_mask(scores, *, n):
     return encode(top_n(columns(scores), n), code_dtype(scores.shape[-1]))
-
-
-def group_code_masked_weight(weight, codes):
-    return masked(weight, decode(codes, weight.shape[-1]))
 
 
 def sample_mask(logits, counter, inv_temperature, *, n, m):
@@ -90,10 +82,8 @@ def sample_mask(logits, counter, inv_temperature, *, n, m):
 
 def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
     """The weight [rows, K] under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
-    group = group_index(logits, counter, m)
-    return group_sample_masked_weight(
-        grouped(weight, m), grouped(logits, m), group, counter.key, inv_temperature, n=n
-    ).view(weight.shape)
+    kept = group_drawn(grouped(logits, m), group_index(logits, counter, m), counter.key, inv_temperature, n)
+    return masked(grouped(weight, m), kept).view(weight.shape)
 
 
 def top_n_mask(scores, *, n, m):
@@ -103,4 +93,4 @@ def top_n_mask(scores, *, n, m):
 
 def code_masked_weight(weight, codes, *, n, m):
     """The weight [rows, K] where its group code [rows, K / M] keeps it, exact zeros elsewhere."""
-    return group_code_masked_weight(grouped(weight, m), codes).view(weight.shape)
+    return masked(grouped(weight, m), decode(codes, m)).view(weight.shape)

@@ -52,17 +52,10 @@ def extremes(z, kept):
 
 def kept_positions(kept):
     """How many weights of its group are kept before each column."""
-    position = torch.zeros_like(kept[0], dtype=torch.int32)
-    positions = []
-    for k in kept:
-        positions.append(position)
-        position = position + k.to(torch.int32)
+    positions = [torch.zeros_like(kept[0], dtype=torch.int32)]
+    for k in kept[:-1]:
+        positions.append(positions[-1] + k.to(torch.int32))
     return positions
-
-
-def slot_columns(slot, n, m):
-    """The columns that can be the ``slot``-th kept one of N."""
-    return range(slot, m - n + slot + 1)
 
 
 def gather_slots(xs, kept, positions, n):
@@ -70,7 +63,8 @@ def gather_slots(xs, kept, positions, n):
     slots = []
     for a in range(n):
         value = torch.zeros_like(xs[0])
-        columns = slot_columns(a, n, len(xs))
+        # those that can be the a-th kept one
+        columns = range(a, len(xs) - n + a + 1)
         # the first kept column is the one that stays when all are taken from the last on
         for i in reversed(columns) if a == 0 else columns:
             here = kept[i] if a in (0, n - 1) else kept[i] & (positions[i] == a)
@@ -85,7 +79,7 @@ def scatter_slots(slots, dropped, kept, positions):
     result = []
     for i in range(m):
         # the slots that this column can be, of which one is chosen as if it were kept
-        *others, last = [a for a in range(n) if i in slot_columns(a, n, m)]
+        *others, last = range(max(0, i - (m - n)), min(i, n - 1) + 1)
         value = slots[last]
         for a in others:
             value = torch.where(positions[i] == a, slots[a], value)

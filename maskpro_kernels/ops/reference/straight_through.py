@@ -14,38 +14,29 @@ BETA, BETA_OF_SQUARES = 0.9, 0.95
 EPSILON = 1e-8
 
 
-def mask_slope(weight, grad, square, kept):
-    """Columns of a loss's slope in the mask, less its mean over the group: keeping N holds the sum of the mask.
+def group_mask_slope(weight, grad, square, codes):
+    """A loss's slope in the mask, less its mean over the group: keeping N holds the sum of the mask.
 
     For G the derivative in the masked weight and F the second one, the loss changes by w G (m' - m) +
     w^2 F (m' - m)^2 / 2 when a weight goes from m to m'. Its slope halfway between kept and dropped, w G +
     (1/2 - m) w^2 F, is what going either way costs; w G alone is blind to a change that overshoots.
     """
-    h = []
+    h, kept = [], decode(codes, weight.shape[-1])
     for w, g, s, k in zip(columns(weight), columns(grad), columns(square), kept, strict=True):
         w = w.to(torch.float32)
         half = 0.5 * (w * w * s)
         h.append(w * g.to(torch.float32) + torch.where(k, 0.0 - half, half))
     mean = fixed_sum(h) * (1.0 / len(h))
-    return [h_i - mean for h_i in h]
-
-
-def bounded_step(gradient, rate, max_update):
-    """rate * gradient within +-max_update; none where one of the two is not finite."""
-    step = gradient * torch.where(rate < torch.inf, rate, 0.0)
-    step = torch.maximum(torch.minimum(step, max_update), 0.0 - max_update)
-    return torch.where(gradient.abs() < torch.inf, step, 0.0)
-
-
-def group_mask_slope(weight, grad, square, codes):
-    return uncolumns(mask_slope(weight, grad, square, decode(codes, weight.shape[-1])))
+    return uncolumns([h_i - mean for h_i in h])
 
 
 def group_descended_logits(gradient, logits, rate, max_update):
     """(float32 groups: logits less the bounded step; each group's sum of squares of the gradient)."""
-    gradient = [g.to(torch.float32) for g in columns(gradient)]
-    steps = [bounded_step(g, rate, max_update) for g in gradient]
-    new = [x.to(torch.float32) - step for x, step in zip(columns(logits), steps, strict=True)]
+    gradient, new = [g.to(torch.float32) for g in columns(gradient)], []
+    for x, g in zip(columns(logits), gradient, strict=True):
+        step = g * torch.where(rate < torch.inf, rate, 0.0)
+        step = torch.maximum(torch.minimum(step, max_update), 0.0 - max_update)
+        new.append(x.to(torch.float32) - torch.where(g.abs() < torch.inf, step, 0.0))
     return uncolumns(new), fixed_sum([g * g for g in gradient])
 
 

@@ -50,7 +50,7 @@ def column_sum(columns, M: tl.constexpr):
 
 @triton.jit
 def mask_slope(weight, grad, square, code, M: tl.constexpr):
-    """``reference.mask_slope`` of columns."""
+    """``reference.group_mask_slope`` of columns."""
     kept = d.decode(code, M)
     h = ()
     for i in tl.static_range(M):

@@ -273,8 +273,7 @@ def configuration(kernel: str, m: int, count: int, target: str) -> Configuration
         lanes = 64 if target.startswith("gfx") or m <= 4 else 32
         config = Configuration(block=lanes, num_warps=1, steps=8)
     else:
-        # A thread holds the M columns of one group in registers, of two where M is small. The quadrature of a
-        # log-probability runs NODES passes over them, so it too takes a group a thread.
+        # a thread holds the M columns of one group in registers, of two where M is small
         config = Configuration(block=256 if m <= 4 else 128)
     if INTERPRETED:
         # as many steps as there are programs with several
@@ -319,9 +318,7 @@ def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int
 
 @functools.lru_cache(maxsize=1 << 12)
 def _from_table(product: str, target: str, itemsize: int, tokens: int, rows: int, k: int) -> Tiles:
-    """Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of these the last
-    that still gives every processor a program, or else the first.
-    """
+    """Of the tiles of fewest blocks and least padding the last that keeps all processors busy, or the first."""
     candidates = tiles_of(product, target, itemsize)
     padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
     fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]

@@ -74,21 +74,6 @@ def test_the_check_sees_what_is_drawn_wrongly(part, monkeypatch):
         loop._check(wrong, given)
 
 
-def test_flags_of_another_kind_are_refused():
-    def of_no_flags(x, threshold, level, scale, *, power):
-        return x * scale, threshold
-
-    loop = drawn_loop(function=of_no_flags)
-    with pytest.raises(ValueError, match="full: expected the results of the function but its flags"):
-        loop._build()
-
-
-def test_memory_of_another_kind_is_refused(folder):
-    loop = CompiledLoop(add_numbers, ((torch.float32, 2),), (), True, (torch.float32, 4), constants={"factor": 2})
-    with pytest.raises(ValueError, match="out: expected .torch.float32, 2., got .torch.float32, 4."):
-        loop._compiled([torch.ones(3, 2), torch.tensor(0)])
-
-
 SHARD = (3, 10, 17, 5)
 
 

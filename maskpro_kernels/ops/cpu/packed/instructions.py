@@ -25,12 +25,6 @@ class _BFloat(ir.Type):
     def _to_string(self) -> str:
         return "bfloat"
 
-    def __eq__(self, other) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
 
 BFLOAT = _BFloat()
 
@@ -135,22 +129,16 @@ def stored(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, dtype: torch.dty
     b.store(value, pointer, align=1)
 
 
-def _table(b: ir.IRBuilder, rows: list[list[int]]) -> ir.GlobalVariable:
-    """The constant matrix of bytes of a module."""
-    name = "table"
-    if name in b.module.globals:
-        return b.module.globals[name]
-    content = bytearray(x & 0xFF for row in rows for x in row)
-    table = ir.GlobalVariable(b.module, ir.ArrayType(BYTE, len(content)), name)
-    table.initializer = ir.Constant(table.value_type, content)
-    table.global_constant, table.linkage, table.align = True, "private", 64
-    return table
-
-
-def _row_of(b: ir.IRBuilder, table: ir.GlobalVariable, bits: ir.Value, bytes_each: int) -> ir.Value:
-    """The row of a table that a piece of the bitmask names."""
-    at = b.mul(b.zext(bits, LONG), LONG(bytes_each))
-    return b.load(b.gep(table, [at], source_etype=BYTE), typ=vector(BYTE, bytes_each), align=8)
+def _row_of(b: ir.IRBuilder, rows: list[list[int]], bits: ir.Value, bytes_each: int) -> ir.Value:
+    """The row that a piece of the bitmask names, of the module's one table of bytes."""
+    table = b.module.globals.get("table")
+    if table is None:
+        content = bytearray(x & 0xFF for row in rows for x in row)
+        table = ir.GlobalVariable(b.module, ir.ArrayType(BYTE, len(content)), "table")
+        table.initializer = ir.Constant(table.value_type, content)
+        table.global_constant, table.linkage, table.align = True, "private", 64
+    place = b.mul(b.zext(bits, LONG), LONG(bytes_each))
+    return b.load(at(b, table, place, BYTE), typ=vector(BYTE, bytes_each), align=8)
 
 
 def _ranks(lanes: int) -> list[list[int | None]]:
@@ -220,8 +208,8 @@ class Avx2(Instructions):
     needs, lanes, tokens = ("avx2", "fma", "f16c"), 8, 8
 
     def placed(self, b, values, bits):
-        table = _table(b, [[-1 if x is None else x for x in row] for row in _ranks(8)])
-        order = b.sext(_row_of(b, table, bits, 8), vector(WORD, 8))
+        rows = [[-1 if x is None else x for x in row] for row in _ranks(8)]
+        order = b.sext(_row_of(b, rows, bits, 8), vector(WORD, 8))
         moved = intrinsic(b, "llvm.x86.avx2.permd", vector(WORD, 8), values, order)
         return b.select(b.icmp_signed("<", order, zeros(order.type)), zeros(moved.type), moved)
 
@@ -232,7 +220,7 @@ class Neon(Instructions):
     def placed(self, b, values, bits):
         # a place beyond the 16 bytes gives zero
         rows = [[255 if x is None else 4 * x + byte for x in row for byte in range(4)] for row in _ranks(4)]
-        order = _row_of(b, _table(b, rows), bits, 16)
+        order = _row_of(b, rows, bits, 16)
         octets = vector(BYTE, 16)
         moved = intrinsic(b, "llvm.aarch64.neon.tbl1.v16i8", octets, b.bitcast(values, octets), order)
         return b.bitcast(moved, vector(WORD, 4))
@@ -244,7 +232,4 @@ KINDS: tuple[type[Instructions], ...] = (Avx512, Avx2, Neon)
 
 def chosen(features: Mapping[str, bool]) -> Instructions | None:
     """The best of a CPU with these features, if it has any."""
-    for kind in KINDS:
-        if all(features.get(name) for name in kind.needs):
-            return kind(features)
-    return None
+    return next((kind(features) for kind in KINDS if all(features.get(name) for name in kind.needs)), None)

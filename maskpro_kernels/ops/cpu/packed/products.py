@@ -162,8 +162,8 @@ def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> T
 def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, biased: bool) -> Runner:
     kind = Packed(n, m, values, x)
     how = way(available(), tokens, kind)
-    # their code is the same for all numbers of tokens
-    return _runner(how, kind, FEW + 1 if how in ("tiles", "blocks", "unpack") else tokens, biased)
+    # the code of the others is the same for all numbers of tokens
+    return _runner(how, kind, tokens if how in ("registers", "octets") else FEW + 1, biased)
 
 
 def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
@@ -242,12 +242,11 @@ def _pieces(tokens: int, most: int, make: Callable[[int], Callable]) -> list[tup
 def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
     from . import rows
 
-    use = available()
-    most = use.tokens // 2 if kind.values == torch.int8 else use.tokens
+    use, quantized = available(), kind.values == torch.int8
+    most, pairs = use.tokens // 2 if quantized else use.tokens, rows.multiplies_pairs(kind, use)
     pieces = _pieces(
         tokens, most, lambda count: compiled("packed_registers", 8, rows.product, kind, use, count, biased)
     )
-    pairs, quantized = rows.multiplies_pairs(kind, use), kind.values == torch.int8
     _, one = pieces[0]
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:

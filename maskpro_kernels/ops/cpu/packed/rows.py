@@ -84,11 +84,7 @@ class RowProduct:
         # of a row
         self.scales_count = divided_up(self.b, self.row_values, SCALED)
 
-    def add_row(self, row: ir.Value) -> None:
-        raise NotImplementedError
-
     def assembly(self) -> str:
-        """Of the module."""
         each(self.b, self.start, self.stop, self.add_row)
         self.b.ret_void()
         add_shared(self.module, self.function)
@@ -125,8 +121,6 @@ def multiplies_pairs(kind: Packed, use: Instructions) -> bool:
 
 
 class RegisterProduct(RowProduct):
-    """The function of ``product``, of a weight of ``weight_class``."""
-
     weight_class = Weight
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
@@ -175,8 +169,7 @@ class RegisterProduct(RowProduct):
             for i, own in enumerate(sums):
                 here = b.add(run, LONG(i))
                 if i % line == 0:
-                    ahead = at(b, weight.values_of(place, here), LONG(AHEAD_BYTES), BYTE)
-                    prefetch(b, ahead)
+                    prefetch(b, at(b, weight.values_of(place, here), LONG(AHEAD_BYTES), BYTE))
                 multiply(here, own)
 
         def last(run: ir.Value) -> None:
@@ -195,7 +188,6 @@ class RegisterProduct(RowProduct):
         return totals
 
     def _x_of(self, token: int, run: ir.Value) -> ir.Value:
-        """Pointer to what a token has for a run."""
         b = self.b
         return at(b, self.x, b.add(b.mul(self.k, LONG(token)), b.mul(run, LONG(RUN))), self.x_element)
 
@@ -236,10 +228,25 @@ def as_integers(kind: Packed) -> str:
     columns = LONG(kind.scaled_runs * RUN)
     padded = b.mul(divided_up(b, k, OCTETS), LONG(OCTETS))
     blocks = divided_up(b, k, kind.scaled_runs * RUN)
-    lanes = _Lanes(b, kind.x)
+    element, aside = TYPES[kind.x], buffer(b, TYPES[kind.x], LANES)
+
+    def lanes(row: ir.Value, first: ir.Value, last: ir.Value, take: Callable[[ir.Value, ir.Value], None]) -> None:
+        """``take(column, values)`` of columns [first, last), LANES at a time, as float32; zeros beyond the last."""
+        whole = b.add(first, b.mul(b.sdiv(b.sub(last, first), LONG(LANES)), LONG(LANES)))
+
+        def taken(column: ir.Value, pointer: ir.Value) -> None:
+            take(column, as_float32(b, b.load(pointer, typ=vector(element, LANES), align=1), kind.x))
+
+        def rest(column: ir.Value) -> None:
+            b.store(zeros(ir.ArrayType(element, LANES)), aside)
+            copy(b, at(b, row, column, element), aside, b.sub(last, column), element)
+            taken(column, aside)
+
+        each(b, first, whole, lambda column: taken(column, at(b, row, column, element)), by=LANES)
+        each(b, whole, last, rest, by=LANES)
 
     def token_integers(token: ir.Value) -> None:
-        row = at(b, x, b.mul(token, k), lanes.element)
+        row = at(b, x, b.mul(token, k), element)
         targets = [at(b, target, b.mul(token, padded), BYTE) for target in (high, low)]
 
         def block_integers(block: ir.Value) -> None:
@@ -250,12 +257,19 @@ def as_integers(kind: Packed) -> str:
                 b.store(LONG(1), refused)
             b.store(scale, at(b, scales, b.add(b.mul(token, blocks), block), FLOAT), align=4)
             factor = broadcast(b, b.fdiv(ir.Constant(FLOAT, 1.0), scale), LANES)
+            words = vector(WORD, LANES)
 
             def write(column: ir.Value, values: ir.Value) -> None:
-                for target, part in zip(targets, _bytes(b, b.fmul(values, factor)), strict=True):
-                    b.store(part, at(b, target, column, BYTE), align=1)
+                nearest = intrinsic(b, f"llvm.rint.v{LANES}f32", values.type, b.fmul(values, factor))
+                # what is no number has no integer
+                number = intrinsic(b, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", words, nearest)
+                number = b.add(number, ir.Constant(words, [MIDDLE] * LANES))
+                for target, part in zip(
+                    targets, (b.lshr(number, ir.Constant(words, [8] * LANES)), number), strict=True
+                ):
+                    b.store(b.trunc(part, vector(BYTE, LANES)), at(b, target, column, BYTE), align=1)
 
-            lanes.each(row, first, last, write)
+            lanes(row, first, last, write)
 
         each(b, LONG(0), blocks, block_integers)
 
@@ -265,31 +279,7 @@ def as_integers(kind: Packed) -> str:
     return str(module)
 
 
-class _Lanes:
-    """Columns of a row of a dtype, LANES of them at a time, as float32."""
-
-    def __init__(self, b: ir.IRBuilder, dtype: torch.dtype):
-        self.b, self.dtype, self.element = b, dtype, TYPES[dtype]
-        self.aside = buffer(b, self.element, LANES)
-
-    def each(self, row: ir.Value, first: ir.Value, last: ir.Value, take: Callable[[ir.Value, ir.Value], None]) -> None:
-        """``take(column, values)`` of all columns in [first, last), zeros beyond the last."""
-        b = self.b
-        whole = b.add(first, b.mul(b.sdiv(b.sub(last, first), LONG(LANES)), LONG(LANES)))
-
-        def rest(column: ir.Value) -> None:
-            b.store(zeros(ir.ArrayType(self.element, LANES)), self.aside)
-            copy(b, at(b, row, column, self.element), self.aside, b.sub(last, column), self.element)
-            take(column, self._loaded(self.aside))
-
-        each(b, first, whole, lambda column: take(column, self._loaded(at(b, row, column, self.element))), by=LANES)
-        each(b, whole, last, rest, by=LANES)
-
-    def _loaded(self, pointer: ir.Value) -> ir.Value:
-        return as_float32(self.b, self.b.load(pointer, typ=vector(self.element, LANES), align=1), self.dtype)
-
-
-def _scale(b: ir.IRBuilder, lanes: _Lanes, row: ir.Value, first: ir.Value, last: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, last: ir.Value) -> tuple:
     """(By which the integers of those columns are to be multiplied, whether integers are fine enough for them)."""
     none = zeros(vector(FLOAT, LANES))
     most, total = Variable(b, none), Variable(b, none)
@@ -299,7 +289,7 @@ def _scale(b: ir.IRBuilder, lanes: _Lanes, row: ir.Value, first: ir.Value, last:
         most.set(intrinsic(b, f"llvm.maximum.v{LANES}f32", values.type, most.get(), magnitude))
         total.set(b.fadd(total.get(), magnitude))
 
-    lanes.each(row, first, last, widen)
+    lanes(row, first, last, widen)
     largest = intrinsic(b, f"llvm.vector.reduce.fmaximum.v{LANES}f32", FLOAT, most.get())
     mean = b.fdiv(horizontal_sum(b, total.get()), b.sitofp(b.sub(last, first), FLOAT))
     # false of what is no number
@@ -310,25 +300,12 @@ def _scale(b: ir.IRBuilder, lanes: _Lanes, row: ir.Value, first: ir.Value, last:
     return intrinsic(b, "llvm.maximum.f32", FLOAT, scale, ir.Constant(FLOAT, least)), b.and_(near, finite)
 
 
-def _bytes(b: ir.IRBuilder, values: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(High, low) bytes of the nearest integers, MIDDLE added."""
-    words = vector(WORD, LANES)
-    nearest = intrinsic(b, f"llvm.rint.v{LANES}f32", values.type, values)
-    # what is no number has no integer
-    number = intrinsic(b, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", words, nearest)
-    number = b.add(number, ir.Constant(words, [MIDDLE] * LANES))
-    octets = vector(BYTE, LANES)
-    return b.trunc(b.lshr(number, ir.Constant(words, [8] * LANES)), octets), b.trunc(number, octets)
-
-
 def octet_product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
     """``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``: as ``RowProduct``."""
     return _OctetProduct(kind, use, tokens, biased).assembly()
 
 
 class _OctetProduct(RowProduct):
-    """The function of ``octet_product``."""
-
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
         super().__init__(kind, use, tokens, biased, pointers=6)
         self.values, self.bits, self.scales, self.high, self.low, self.x_scales = self.pointers

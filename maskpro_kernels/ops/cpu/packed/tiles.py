@@ -243,18 +243,16 @@ class _Product:
         token = b.mul(tile, LONG(TILE))
         tokens = smaller(b, LONG(TILE), b.sub(self.tokens, token))
         sums = at(b, self.sums, b.mul(tile, LONG(STRIP * TILE)), FLOAT)
-        bias = None
         if self.biased:
             copy(b, at(b, self.bias, first, element), self.bias_aside, rows, element)
-            bias = self.bias_aside
         for half in range(2):
             loaded = [
                 b.load(at(b, sums, LONG((half * TILE + i) * TILE), FLOAT), typ=vector(FLOAT, TILE), align=64)
                 for i in range(TILE)
             ]
             columns = transposed(b, loaded)
-            if bias is not None:
-                given = b.load(at(b, bias, LONG(half * TILE), element), typ=vector(element, TILE), align=1)
+            if self.biased:
+                given = b.load(at(b, self.bias_aside, LONG(half * TILE), element), typ=vector(element, TILE), align=1)
                 columns = [b.fadd(column, as_float32(b, given, self.kind.x)) for column in columns]
             own = b.sub(rows, LONG(half * TILE))
             for i, column in enumerate(columns):

@@ -63,19 +63,15 @@ class Weight:
         self.row_values = b.mul(b.sdiv(k, LONG(kind.m)), LONG(kind.n))
         self.row_bytes = divided_up(b, k, 8)
         self.runs = divided_up(b, k, RUN)
-        self.direct_runs = self._direct_runs()
+        # runs of a row that can be read where they lie, whatever the bitmask says
+        self.direct_runs = b.sdiv(k, LONG(RUN))
+        if not self.fixed:
+            # the vector of the last lanes may start behind as many values as there are other lanes
+            beyond = b.sdiv(b.sub(self.row_values, LONG(RUN - kind.kept)), LONG(kind.kept))
+            self.direct_runs = smaller(b, self.direct_runs, larger(b, beyond, LONG(0)))
         self.aside = buffer(b, self.element, 2 * RUN)
         # what is read there beyond the values that are copied
         b.store(zeros(ir.ArrayType(self.element, 2 * RUN)), self.aside)
-
-    def _direct_runs(self) -> ir.Value:
-        """Runs of a row that can be read where they lie, whatever the bitmask says."""
-        b, kept, whole = self.b, self.kind.kept, self.b.sdiv(self.k, LONG(RUN))
-        if self.fixed:
-            return whole
-        # the vector of the last lanes may start behind as many values as there are other lanes
-        beyond = b.sdiv(b.sub(self.row_values, LONG(RUN - kept)), LONG(kept))
-        return smaller(b, whole, larger(b, beyond, LONG(0)))
 
     def within(self, first: ir.Value, last: ir.Value) -> ir.Value:
         """Where the direct ones of the runs [first, last) end."""
@@ -115,13 +111,7 @@ class Weight:
         return self.vectors(self.aside, word.get(), scale)
 
     def vectors(self, values: ir.Value, word: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
-        """The weights of a run in order.
-
-        Args:
-            values: pointer to the run's.
-            word: i32, its bitmask.
-            scale: float32, that of int8 values, to be multiplied in.
-        """
+        """The weights in order of a run at that pointer, with that bitmask; the float32 scale is multiplied in."""
         b, n, m = self.b, self.kind.n, self.kind.m
         if self.form == "halves":
             return [self.use.placed(b, self._loaded(values, self.kind.kept, scale), word)]
