@@ -18,18 +18,14 @@ from .decoding import next_logits, preallocated_cache
 from .loading import SMOLLM2, check_model, checkpoint_activations, fetch, load_model, show_bars
 from .quantizer import SparseConfig, SparseQuantizer, check_not_quantized, describe
 from .saving import model_card, save_model
-from .speed import Agreement, ModelSpeed, SpeedReport, Spread, measure_speed
+from .speed import measure_speed
 
 __all__ = [
     "SMOLLM2",
-    "Agreement",
     "KeepMask",
     "MaskCallback",
-    "ModelSpeed",
     "SparseConfig",
     "SparseQuantizer",
-    "SpeedReport",
-    "Spread",
     "check_model",
     "check_not_quantized",
     "checkpoint_activations",

@@ -120,10 +120,7 @@ class MaskCallback(TrainerCallback):
         self.release()
 
     def release(self) -> None:
-        """Let the model go: the parameters that were frozen require gradients again. Training that ends does it.
-
-        The Trainer calls none of its callbacks after an error.
-        """
+        """Let the model go, as training that ends without an error does: parameters that were frozen train again."""
         if self._hook is not None:
             self._hook.remove()
             self._masks.detach()

@@ -323,10 +323,8 @@ def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> None:
-    """Raise ValueError unless each part of the layers is stored as often as the config names layers that have it.
-
-    Names in files are not those of the modules: transformers renames some as it loads them.
-    """
+    """Raise ValueError unless each part of the layers is stored as often as the config names layers that have it."""
+    # by number, for transformers renames some tensors as it loads them
     if any(".base_layer." in name for name in stored):
         raise ValueError(
             "checkpoint: expected one without adapters of peft, got base_layer in the names of its tensors; save the "

@@ -136,7 +136,7 @@ class SpeedReport:
 
     @property
     def agree(self) -> bool:
-        """Whether no two models with the same weights write other tokens than rounding explains."""
+        """False where two models with the same weights write other tokens than rounding explains."""
         return all(agreement.holds for agreement in self.agreements)
 
 
@@ -214,9 +214,9 @@ def _check(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: in
                 f"models: expected one vocabulary, got {vocabulary} tokens in {next(iter(models))!r} and "
                 f"{embeddings.num_embeddings} in {name!r}"
             )
-    if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
-        ends = f"{int(prompt.min())} to {int(prompt.max())}"
-        raise ValueError(f"prompt: expected tokens below {vocabulary}, the vocabulary, got {ends}")
+    low, high = int(prompt.min()), int(prompt.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"prompt: expected tokens below {vocabulary}, the vocabulary, got {low} to {high}")
 
 
 def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **how) -> Tensor:
@@ -280,11 +280,7 @@ def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
 
 
 def first_difference(model: nn.Module, other: nn.Module) -> str | None:
-    """The name of the first weight or buffer that is not the same in two models on one device; None if all are.
-
-    Weights of packed layers are unpacked, those of masked ones taken under their mask, a layer at a time. Modules that
-    are taken apart in one of them alone are compared as layers. A zero is a zero, whatever its sign.
-    """
+    """The name of the first weight, unpacked or under its mask, or buffer that differs between two models, if any."""
     with torch.no_grad(), in_linear_form(model), in_linear_form(other):
         own, others = _tensors(model), _tensors(other)
         for name in [*own, *(name for name in others if name not in own)]:
@@ -313,12 +309,9 @@ def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 def stored_as(model: nn.Module) -> str:
     """How the linear layers of a model are stored: "dense", or such as "packed 2:4", "packed 2:4 int8"."""
-    kinds = set()
-    for module in model.modules():
-        if isinstance(module, NMLinear):
-            kinds.add(f"packed {module.pattern}" + ("" if module.scales is None else " int8"))
-        elif isinstance(module, MaskedLinear):
-            kinds.add(f"masked {module.pattern}")
+    masked = {f"masked {layer.pattern}" for layer in model.modules() if isinstance(layer, MaskedLinear)}
+    packed = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    kinds = masked | {f"packed {x.pattern}" + ("" if x.scales is None else " int8") for x in packed}
     return ", ".join(sorted(kinds)) or "dense"
 
 

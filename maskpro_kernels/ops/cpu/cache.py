@@ -34,12 +34,7 @@ Likes = tuple[tuple, ...]
 
 
 def compiled(name: str, made_of: object, make: Callable[[], tuple[bytes, Likes]]) -> tuple[bytes, Likes]:
-    """(Machine code, results) of a loop: that of an earlier process, or what ``make`` gives, which is kept.
-
-    Args:
-        name: in the name of the file.
-        made_of: all that the code depends on beside the sources, the processor and the compiler, by its ``repr``.
-    """
+    """(Machine code, results) of a loop: that of an earlier process, or what ``make`` gives, which is kept."""
     path = folder() / f"{name}-{digest(made_of)}.o"
     # the folder may be deleted at any time
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,7 +57,7 @@ def compiled(name: str, made_of: object, make: Callable[[], tuple[bytes, Likes]]
 
 
 def digest(made_of: object) -> str:
-    """Of all that compiled code depends on."""
+    """Of all that compiled code depends on: the compiler, the processor, the sources, and the ``repr`` of the rest."""
     made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
     return hashlib.sha256(repr((made_of, made_by)).encode()).hexdigest()[:32]
 
@@ -143,12 +138,9 @@ def folder() -> Path:
                 return shared
     except OSError:
         pass
-    return Path(_of_this_process().name)
-
-
-@functools.cache
-def _of_this_process() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
+    # it lies there as long as it is held
+    folder.own = tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
+    return Path(folder.own.name)
 
 
 @functools.cache

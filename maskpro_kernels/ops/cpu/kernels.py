@@ -83,11 +83,7 @@ def _draw_into(
     others: Sequence[Tensor] = (),
     **constants,
 ) -> None:
-    """out [groups, ...] = ``full`` of (logits, others, numbers, key, rest), where ``by_bounds`` has not determined it.
-
-    ``by_bounds`` takes (logits, others, spread levels, key, rest) and gives ``Expected.flags`` as well. ``out`` may be
-    the logits themselves.
-    """
+    """out = ``full`` of (logits, others, numbers, key, rest) where ``by_bounds``, of levels, has not determined it."""
     rest = (*groups.counter.key, *rest)
     how = {"shard": integers(*groups.shard), "levels": spread_levels, "full": full}
     run(by_bounds, [groups.logits, *others], rest, out=out, **how, **constants)

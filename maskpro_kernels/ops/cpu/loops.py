@@ -40,11 +40,7 @@ LEVELS = (torch.uint8,)
 
 
 class _Bound(nn.Module):
-    """``function(*tensors, **constants)``, as a tuple.
-
-    Where ``numbered``, the last tensor is the number of the first group, and the function gets the numbers of all
-    groups behind the first ``groups`` tensors. It gets all numbers in int64.
-    """
+    """``function(*tensors, **constants)``, as a tuple; where ``numbered``, with all numbers in place of the first."""
 
     def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
         super().__init__()
@@ -288,13 +284,9 @@ def run(
     full: Callable | None = None,
     **constants,
 ) -> list[Tensor]:
-    """The results [groups, ...] of ``function`` on tensors [groups, ...], by a compiled loop; of no groups the first.
+    """The results [groups, ...] of ``function`` on tensors [groups, ...], by a ``CompiledLoop``; of no groups ``out``.
 
-    Args:
-        out: memory for the first result: of its own, or that of one of the tensors.
-        first: the number of the first group, where the function takes those of consecutive groups.
-        levels, full, shard: what draws the groups that the function leaves open, and where these lie, as
-            ``CompiledLoop`` says.
+    ``out`` is memory for the first result, maybe that of one of the tensors; ``first`` the number of the first group.
     """
     if not tensors[0].shape[0]:
         return [out]

@@ -256,11 +256,8 @@ def _target_of(name: str, otherwise: str) -> str:
 
 
 def scores_in_short(target: str) -> bool:
-    """Say whether the update of 2:4 takes ``device.score_of_largest_2_of_4``.
-
-    On gfx942 LLVM then multiplies two scaled logits at a time by 1 (``v_pk_mul_f32`` with the constant 1.0), and no
-    document defines that constant's upper half.
-    """
+    """Say whether the update of 2:4 takes ``device.score_of_largest_2_of_4``."""
+    # LLVM then multiplies by 1 in ``v_pk_mul_f32`` on gfx942, and no document defines that constant's upper half
     return not target.startswith("gfx")
 
 
@@ -282,10 +279,7 @@ def configuration(kernel: str, m: int, count: int, target: str) -> Configuration
 
 
 def parts_for(tile: Tiles, blocks: int, steps: int, target: str) -> int:
-    """Into how many parts a product of so many blocks splits the dimension that each of them sums in ``steps``.
-
-    As few as give every processor LEAST_WARPS, each part of at least LEAST_STEPS.
-    """
+    """Into how many parts a product of so many blocks splits the dimension that each of them sums in ``steps``."""
     parts, enough = 1, LEAST_WARPS * TARGETS[target].processors
     while blocks * parts * tile.num_warps < enough and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
         parts *= 2

@@ -143,10 +143,8 @@ def _row_of(b: ir.IRBuilder, rows: list[list[int]], bits: ir.Value, bytes_each: 
 
 def _ranks(lanes: int) -> list[list[int | None]]:
     """For each bitmask of so many lanes: which value stands in each lane, None where none does."""
-    return [
-        [bin(bits & ((1 << lane) - 1)).count("1") if bits >> lane & 1 else None for lane in range(lanes)]
-        for bits in range(1 << lanes)
-    ]
+    places = range(lanes)
+    return [[(x & (1 << i) - 1).bit_count() if x >> i & 1 else None for i in places] for x in range(1 << lanes)]
 
 
 class Instructions:

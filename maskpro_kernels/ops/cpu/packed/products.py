@@ -132,9 +132,8 @@ def unpack_nm(values, bitmask, *, n, m):
 def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     """How a CPU with those instructions computes a product with so many tokens.
 
-    "registers" and "octets": row by row, see ``rows``, in floats or in integers. "tiles": by AMX. "blocks": blocks of
-    rows are unpacked one after the other, and multiplied by torch. "unpack": the whole weight is, as the CPU has no
-    instructions for more.
+    "registers" and "octets": row by row, see ``rows``, in floats or in integers. "tiles": by AMX. "blocks", "unpack":
+    by torch, once blocks of rows, or the whole weight without such instructions, are unpacked.
     """
     if use is None:
         return "unpack"

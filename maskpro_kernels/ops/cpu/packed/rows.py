@@ -64,14 +64,7 @@ LEAST_SCALE = 1e-37
 class RowProduct:
     """``loop(start, stop, k, rows, *pointers, bias, out)``: rows start to stop of x @ weight.T + bias.
 
-    Subclasses say what a row does, by ``add_row``.
-
-    Args:
-        kind: of which weight.
-        use: the CPU's instructions.
-        tokens: of x, and of out [tokens, rows].
-        biased: whether there is a bias [rows], of ``kind.x`` as out is.
-        pointers: how many others there are.
+    Subclasses say what a row does, by ``add_row``. out [tokens, rows] and bias [rows] are of ``kind.x``.
     """
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool, pointers: int):

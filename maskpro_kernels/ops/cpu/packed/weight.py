@@ -32,15 +32,9 @@ from .instructions import (
 
 
 class Weight:
-    """The rows of a packed weight, run by run, in a function that is being built.
+    """The rows of a packed weight, of ``k`` weights each, run by run, in a function that is being built.
 
-    Args:
-        b: builder of the function.
-        kind: of which weight.
-        use: the CPU's instructions.
-        form: what vectors hold: "halves", 32 values of 16 bits; "floats", float32; "words", values as 32-bit integers.
-        values, bits: pointers.
-        k: weights of a row, an i64.
+    ``form`` says what vectors hold: "halves", 32 values of 16 bits; "floats"; "words", values as 32-bit integers.
     """
 
     def __init__(
