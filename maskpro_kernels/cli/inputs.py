@@ -1,4 +1,4 @@
-"""What commands share: lines on stderr, devices, models, and windows of the texts that are evaluated."""
+"""Shared by the commands: lines on stderr, devices, models, and windows of the texts that are evaluated."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """What a run of this version wrote; ValueError otherwise."""
+    """Read what a run of this version wrote; ValueError otherwise."""
     try:
         content = json.loads(path.read_bytes())
         found = content.get("format")
@@ -184,7 +184,7 @@ def read_report(run: Path) -> dict:
 
 
 def packed_size(model: nn.Module) -> str:
-    """What the packed layers of a model take, beside what they would take dense."""
+    """Memory of the packed layers of a model, beside that of dense ones."""
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     weights, bits = sum(layer.packed.shape.numel() for layer in layers), bits_a_weight(layers)
     dtype = layers[0].packed.dtype

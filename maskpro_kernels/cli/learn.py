@@ -429,7 +429,7 @@ def _table_row(method: str, model: nn.Module, tests: Mapping[str, Tensor], secon
 
 
 def _name_of(method: str, options: Learn, trained: bool = False) -> str:
-    """What a mask is called in the table, with what became of the weights."""
+    """Name a mask in the table, with what became of the weights."""
     changes = ([f"{options.refit} refitted"] if options.refit != "none" else []) + ["weights trained"] * trained
     return ", ".join([method, *changes])
 
