@@ -38,19 +38,20 @@ def fused_up(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.where(below, np.nextafter(nearest, np.float32(np.inf)), nearest)[()]
 
 
-def faithful(exact: np.ndarray, operand: np.ndarray) -> np.ndarray:
+def faithful(exact: np.ndarray, operand: np.ndarray, flush: bool = True) -> np.ndarray:
     """float64 as an approximation may give it in float32: one of the two neighbours of the exact value.
 
     Instruction sets state an error of one unit in the last place, and no bits. Here the operand's bits say which
-    neighbour it is, as if at random, so that a kernel is seen to be wrong whose results depend on it. What would be
-    subnormal is 0.
+    neighbour it is, as if at random, so that a kernel is seen to be wrong whose results depend on it. With ``flush`` a
+    result that would be subnormal is 0.
     """
     nearest = np.asarray(exact).astype(np.float32)
     below = nearest.astype(np.float64) < exact
     other = np.nextafter(nearest, np.where(below, np.float32(np.inf), np.float32(-np.inf)))
     nearer = operand.view(np.uint32) * np.uint32(2654435761) >> np.uint32(31) == 0
     exactly = nearest.astype(np.float64) == exact
-    return without_subnormal(np.where(nearer | exactly | ~np.isfinite(nearest), nearest, other))
+    result = np.where(nearer | exactly | ~np.isfinite(nearest), nearest, other)
+    return without_subnormal(result) if flush else result
 
 
 def without_subnormal(a: np.ndarray) -> np.ndarray:

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hand_written.ptx import kernel
+
 from gpu_emulators import plugin
 from gpu_emulators.driver import ALIGNMENT, MOST_FILLED, MachineDriver, RecordingTorch, number, spans
 from gpu_emulators.findings import Fault
 from gpu_emulators.ptx import Program
-from hand_written.ptx import kernel
 
 # -- arguments
 

@@ -1,7 +1,7 @@
 """Floating-point instructions (PTX ISA 9.7.3 float32 and float64, 9.7.4 16 bits, 9.7.5 mixed precision).
 
-Rounding is to the nearest, that of fma.f32 also towards plus infinity. Of approximations rcp.approx.ftz is known; .ftz
-elsewhere, and .sat, are refused.
+Rounding is to the nearest, that of fma.f32 also towards plus infinity. Approximations give one of the two neighbours of
+the exact value. .ftz elsewhere, and .sat, are refused.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..findings import refusal
+from ..rounding import faithful, without_subnormal
 from . import formats
 from .arithmetic import elementwise, packed
 from .formats import HALVES, canonical
@@ -94,7 +95,36 @@ def approximate_reciprocal(ins: Instruction, kernel: Kernel):
     return elementwise(ins, kernel, np.float32, 1, formats.near_reciprocal)
 
 
-@instruction("sqrt")
+APPROXIMATIONS = {"ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a)}
+
+
+@instruction(*(f"{name}.approx" for name in APPROXIMATIONS))
+def approximate(ins: Instruction, kernel: Kernel):
+    """PTX ISA 9.7.3.16, 9.7.3.18, 9.7.3.21 and 9.7.3.22: sqrt, rsqrt, lg2 and ex2 with .approx."""
+    _, flush, _ = modifiers(ins, "approx", {"ftz"}, "f32")
+    compute = APPROXIMATIONS[ins.opcode[0]]
+
+    def run(a: np.ndarray) -> np.ndarray:
+        operand = without_subnormal(a) if flush else a
+        return canonical(faithful(compute(operand.astype(np.float64)), a, bool(flush)))
+
+    return elementwise(ins, kernel, np.float32, 1, run)
+
+
+@instruction("div.full")
+def approximate_quotient(ins: Instruction, kernel: Kernel):
+    """PTX ISA 9.7.3.8, div.full."""
+    _, flush, _ = modifiers(ins, "full", {"ftz"}, "f32")
+
+    def run(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if flush:
+            a, b = without_subnormal(a), without_subnormal(b)
+        return canonical(faithful(a.astype(np.float64) / b.astype(np.float64), a, bool(flush)))
+
+    return elementwise(ins, kernel, np.float32, 2, run)
+
+
+@instruction("sqrt.rn")
 def square_root(ins: Instruction, kernel: Kernel):
     """PTX ISA 9.7.3.15, sqrt.rn."""
     modifiers(ins, "rn", "f32")

@@ -147,8 +147,12 @@ BASES = (16, 8, 2, 10)
 ATTRIBUTE = re.compile(r"\.(\w+)\s*([\d,\s]*)")
 BLOCK_SIZES = ("reqntid", "maxntid")
 FOR_THE_ASSEMBLER = ("maxnreg", "minnctapersm")
-# outside of the kernel
-MODULE = re.compile(r"\s*\.(version|target|address_size|file)\b[^\n]*|\s*\.section\s+[.\w]+\s*\{.*?\}", re.S)
+# Outside of the kernel. A constant in global memory is let stand: a kernel that reads it is refused by its name.
+MODULE = re.compile(
+    r"\s*\.(version|target|address_size|file)\b[^\n]*|\s*\.section\s+[.\w]+\s*\{.*?\}"
+    r"|\s*\.global\s+\.align\s+\d+\s+\.b8\s+[\w$]+\[\d+\]\s*=\s*\{[\d,\s]*\};",
+    re.S,
+)
 
 
 def parse(text: str) -> Kernel:

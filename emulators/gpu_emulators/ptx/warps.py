@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ..findings import refusal
+from . import formats
 from .batch import LANE, WARP
 from .bits import LOGIC
 from .control import whole_membership
@@ -71,20 +74,28 @@ def source_lanes(way: str, by: np.ndarray, clamp: np.ndarray) -> tuple[np.ndarra
 
 @instruction("redux")
 def reduce(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.13.12, redux.sync."""
-    _, name, kind = modifiers(ins, "sync", tuple(REDUCTIONS | LOGIC), ("u32", "s32", "b32"))
-    if (kind == "b32") != (name in LOGIC):
-        raise refusal(ins, f".{name} of .{kind}")
+    """PTX ISA 9.7.13.12, redux.sync; of float32 the smallest and the largest."""
+    _, name, nan, kind = modifiers(ins, "sync", tuple(REDUCTIONS | LOGIC), {"NaN"}, ("u32", "s32", "b32", "f32"))
+    if (kind == "b32") != (name in LOGIC) or (kind == "f32" and name == "add") or (nan and kind != "f32"):
+        raise refusal(ins, f".{name}{nan and '.NaN'} of .{kind}")
     dtype = numpy_type(kind)
     to, source, members_operand = operands(ins, 3)
     index, read = destination(to, dtype, ins, kernel), reader(source, dtype, ins, kernel)
     check = members(members_operand, ins, kernel)
-    function = (REDUCTIONS | LOGIC)[name]
+    if kind == "f32":
+        pair = getattr(formats, f"{name}32{'_or_nan' if nan else ''}")
+
+        def combined(values):
+            return functools.reduce(pair, values.T)
+    else:
+
+        def combined(values):
+            return (REDUCTIONS | LOGIC)[name].reduce(values, 1, dtype=dtype)
 
     def run(batch, mask):
         batch.whole_warps(mask, ins)
         check(batch, mask)
-        batch.write(index, np.repeat(function.reduce(by_warp(batch, read(batch, mask)), 1, dtype=dtype), WARP), mask)
+        batch.write(index, np.repeat(combined(by_warp(batch, read(batch, mask))), WARP), mask)
 
     return run
 

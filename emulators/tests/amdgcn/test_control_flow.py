@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.findings import Fault
 from hand_written.amdgcn import Run, kinds
+
+from gpu_emulators.findings import Fault
 
 STORE = """v_lshlrev_b32_e32 v2, 2, v1
     global_store_dword v2, v10, s[4:5]"""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hand_written.amdgcn import kernel
+
 from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_behind_long_divisions
 from gpu_emulators.amdgcn.parser import parse
-from hand_written.amdgcn import kernel
 
 LONG = "v_mul_f32_e32 v4, 0x5f7ffffc, v4"
 TEXT = """v_cmp_eq_u32_e32 vcc, 0, v0

@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from gpu_emulators.amdgcn import formats
 from hand_written.amdgcn import compute
+
+from gpu_emulators.amdgcn import formats
 
 COUNT = 1 << 10
 EDGES = np.array(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.findings import Refused
 from hand_written.amdgcn import Run, compute, kinds
+
+from gpu_emulators.findings import Refused
 
 WORD, LONG = (1 << 32) - 1, (1 << 64) - 1
 EDGES = [0, 1, 2, 3, 31, 32, 63, 64, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hand_written.amdgcn import Run, compute, kernel, kinds
+
 from gpu_emulators.amdgcn import Program
 from gpu_emulators.findings import Refused
-from hand_written.amdgcn import Run, compute, kernel, kinds
 
 LANE = np.arange(64, dtype=np.uint32)
 OLD = 1000

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.findings import Fault
 from hand_written.amdgcn import Run, kinds
+
+from gpu_emulators.findings import Fault
 
 ADDRESS = "v_lshlrev_b32_e32 v2, 2, v1\n"
 # s[8:11]: a buffer over the first array, of as many bytes as s12 has

@@ -6,10 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from hand_written.amdgcn import kernel
+
 from gpu_emulators.amdgcn import Program
 from gpu_emulators.amdgcn.parser import Literal, Modified, Scalar, Vector, Word, parse
 from gpu_emulators.findings import Findings, Refused
-from hand_written.amdgcn import kernel
 
 
 def parsed(text: str):

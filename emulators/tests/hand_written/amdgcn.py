@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from gpu_emulators.amdgcn import Program
 from gpu_emulators.findings import Findings
 

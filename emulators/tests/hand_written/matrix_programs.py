@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from gpu_emulators.ptx import Findings, GlobalMemory, Program
 
 IN, OUT = 1 << 20, 1 << 24

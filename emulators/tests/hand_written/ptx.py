@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from gpu_emulators.ptx import Findings, GlobalMemory, Program
 
 HEAD = """.version 8.8

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx import Fault
 from hand_written.ptx import Run, kinds
+
+from gpu_emulators.ptx import Fault
 
 NOTHING: set[str] = set()
 AFTER_WRITE = "shared race: read after another thread's write"

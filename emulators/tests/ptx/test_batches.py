@@ -7,8 +7,9 @@ import weakref
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx import Findings, GlobalMemory, Program, machine
 from hand_written.ptx import kernel
+
+from gpu_emulators.ptx import Findings, GlobalMemory, Program, machine
 
 THREADS, CTAS = 128, 3
 

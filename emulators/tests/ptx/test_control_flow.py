@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx import Fault, Findings, GlobalMemory, Program, control, registry
 from hand_written.ptx import Run, kernel, kinds
+
+from gpu_emulators.ptx import Fault, Findings, GlobalMemory, Program, control, registry
 
 STORE = "mad.wide.u32 %rd9, %r72, 4, %rd0;\n st.global.b32 [%rd9], %r1;\n ret;"
 

@@ -8,8 +8,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx.formats import decode, encode
 from hand_written.ptx import compute
+
+from gpu_emulators.ptx.formats import decode, encode
 
 # bits of the significand, the exponents of the smallest normal and of the largest number
 FORMATS = {"f32": (24, -126, 127), "bf16": (8, -126, 127), "f16": (11, -14, 15)}
@@ -176,6 +177,36 @@ def test_approximate_reciprocals_of_what_has_none():
     found = compute("rcp.approx.ftz.f32 $d, $a;", special, out=np.float32)
     assert np.array_equal(found, [math.inf, -math.inf, 0, 0, math.nan, math.inf, -math.inf, 0], equal_nan=True)
     assert np.signbit(found[3]) and not np.signbit(found[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [("ex2", np.exp2), ("lg2", np.log2), ("sqrt", np.sqrt), ("rsqrt", lambda a: 1 / np.sqrt(a))],
+)
+@pytest.mark.parametrize("flush", ["", ".ftz"])
+def test_approximations_lie_beside_the_exact_values(name, exact, flush):
+    a = np.concatenate([operands("f32", 1).view(np.float32), np.linspace(-20, 20, 999, dtype=np.float32)])
+    found = compute(f"{name}.approx{flush}.f32 $d, $a;", a, out=np.float32)
+    with np.errstate(all="ignore"):
+        flushed = np.where(np.abs(a) < 2.0**-126, np.copysign(np.float32(0), a), a) if flush else a
+        expected = exact(flushed.astype(np.float64))
+        nearest = expected.astype(np.float32)
+        # in units of the last place
+        off = np.abs(found.astype(np.float64) - expected) / np.spacing(np.abs(nearest))
+    ordinary = np.isfinite(nearest) & (np.abs(nearest) >= 2.0**-126)
+    assert ordinary.sum() > 500 and (off[ordinary] < 1).all() and (off[ordinary] > 0.5).any()
+    assert np.array_equal(found[~np.isfinite(nearest)], nearest[~np.isfinite(nearest)], equal_nan=True)
+
+
+def test_full_range_quotients_lie_beside_the_exact_ones():
+    a, b = (operands("f32", seed).view(np.float32) for seed in (1, 2))
+    found = compute("div.full.f32 $d, $a, $b;", a, b, out=np.float32)
+    with np.errstate(all="ignore"):
+        exact = a.astype(np.float64) / b.astype(np.float64)
+        nearest = exact.astype(np.float32)
+        off = np.abs(found.astype(np.float64) - exact) / np.spacing(np.abs(nearest))
+    ordinary = np.isfinite(nearest) & (np.abs(nearest) >= 2.0**-126)
+    assert ordinary.sum() > 500 and (off[ordinary] < 1).all() and (off[ordinary] > 0.5).any()
 
 
 def test_square_roots():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx import Fault
 from hand_written.ptx import Run, kinds
+
+from gpu_emulators.ptx import Fault
 
 # %r60 is the stack's address, %rd60 its generic one
 STACK = """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hand_written.ptx import kernel
+
 from gpu_emulators.ptx.loops import only_goes_to, replaces_a_loop
 from gpu_emulators.ptx.parser import parse
-from hand_written.ptx import kernel
 
 SUMS = "mov.b32 %r1, 0; mov.b32 %r2, %r1;"
 STEP = "add.s32 %r1, %r1, %r70; add.s32 %r2, %r2, 3;"

@@ -6,8 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx.matrix import descriptors, fragments, sparsity
 from hand_written.matrix_layouts import TCGEN05_SWIZZLES, WGMMA_SWIZZLES, canonical, encoded, swizzled
+
+from gpu_emulators.ptx.matrix import descriptors, fragments, sparsity
 
 WARPS = 3
 LANES = range(32)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hand_written.ptx import Run, compute, kernel, kinds
+
 from gpu_emulators.global_memory import marks
 from gpu_emulators.ptx import Fault, GlobalMemory, Program, Refused
-from hand_written.ptx import Run, compute, kernel, kinds
 
 NOTHING: set[str] = set()
 

@@ -7,9 +7,10 @@ import re
 
 import numpy as np
 import pytest
+from hand_written.matrix_programs import names, run, text
+
 from gpu_emulators.ptx import Program, Refused
 from gpu_emulators.ptx.matrix import fragments, sparsity
-from hand_written.matrix_programs import names, run, text
 
 WARPS = 2
 THREADS = 32 * WARPS

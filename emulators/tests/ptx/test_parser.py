@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hand_written.ptx import Run, kernel
+
 from gpu_emulators.ptx import Program, Refused
 from gpu_emulators.ptx.parser import (
     Address,
@@ -17,7 +19,6 @@ from gpu_emulators.ptx.parser import (
     Vector,
     parse,
 )
-from hand_written.ptx import Run, kernel
 
 
 def parsed(body, **options):

@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
+from hand_written.matrix_programs import run
+
 from gpu_emulators.ptx import Fault
 from gpu_emulators.ptx.matrix import tensor_access
-from hand_written.matrix_programs import run
 
 STORED = """
     mov.b32 %out0, 0; setp.lt.u32 %p2, %r1, 128;

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx import Fault, Program, Refused
-from gpu_emulators.ptx.matrix import tensor_products
 from hand_written.matrix_layouts import TCGEN05_SWIZZLES, encoded, image, strides
 from hand_written.matrix_programs import names, run, text
+
+from gpu_emulators.ptx import Fault, Program, Refused
+from gpu_emulators.ptx.matrix import tensor_products
 
 THREADS = 128
 COLUMNS = 32

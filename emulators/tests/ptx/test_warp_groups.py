@@ -6,10 +6,11 @@ import re
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx import Fault, Program, Refused
-from gpu_emulators.ptx.matrix import fragments
 from hand_written.matrix_layouts import WGMMA_SWIZZLES, encoded, image, strides
 from hand_written.matrix_programs import names, run, text
+
+from gpu_emulators.ptx import Fault, Program, Refused
+from gpu_emulators.ptx.matrix import fragments
 
 GROUP = 128
 COLUMNS = 32

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_emulators.ptx import Refused
 from hand_written.ptx import Run, compute, kinds
+
+from gpu_emulators.ptx import Refused
 
 LANES = np.arange(32)
 VALUES = np.random.default_rng(1).integers(0, 1 << 32, 96, np.uint64).astype(np.uint32)
@@ -54,6 +55,18 @@ def test_reductions(name, kind):
     assert np.array_equal(found, wanted.astype(np.uint32))
     everyone = np.full(VALUES.size, 0xFFFFFFFF, np.uint32)
     assert np.array_equal(compute(f"redux.sync.{name}.{kind} $d, $a, $b;", typed, everyone, out=np.uint32), found)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("max", np.fmax), ("min", np.fmin)])
+@pytest.mark.parametrize("nan", ["", ".NaN"])
+def test_extremes_of_floats(name, expected, nan):
+    values = np.random.default_rng(0).standard_normal(96).astype(np.float32)
+    values[40] = np.nan
+    found = compute(f"redux.sync.{name}{nan}.f32 $d, $a, -1;", values, out=np.float32)
+    wanted = expected.reduce(values.reshape(-1, 32), 1)
+    if nan:
+        wanted[1] = np.nan
+    assert np.array_equal(found, np.repeat(wanted, 32), equal_nan=True)
 
 
 def test_votes():
