@@ -6,10 +6,10 @@ OLDEST := .venv-oldest
 # wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/test_kills cli/test_learn \
+LONGEST := $(wildcard $(patsubst %,tests/%.py,docs/test_documents cli/test_kills cli/test_learn \
 	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks \
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
-	benchmarks/test_characters learn/test_memory sharding/test_shards_of_layers)
+	benchmarks/test_characters learn/test_memory sharding/test_shards_of_layers))
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
@@ -98,10 +98,11 @@ GPU_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/triton/test_masked_gemm 
 	ops/triton/test_straight_through functional/test_straight_through learn/test_straight_through \
 	learn/test_slopes_refused prune/test_reconstruction)
 GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear packed step straight_through model startup)
+ON_GPU := PYTHONPATH=emulators $(PYTHON) -m pytest -p gpu_emulators.plugin
 gpu-check:
 	failed=0; \
-	$(PYTHON) -m pytest tests/test_gpu.py -m gpu || failed=1; \
-	$(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" -k "not error_budget" || failed=1; \
+	$(ON_GPU) tests/test_gpu.py -m gpu || failed=1; \
+	$(ON_GPU) $(GPU_TESTS) -m "not slow" -k "not error_budget" || failed=1; \
 	$(PYTHON) -m pytest $(GPU_BENCHMARKS) --rows $(ROWS) --within 270 -rs || failed=1; \
 	exit $$failed
 
