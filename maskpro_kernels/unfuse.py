@@ -367,7 +367,7 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
         for form in FORMS
         if form.is_built(module)
     }
-    beside = set(base_layers(model))
+    beside = {layer.get_base_layer() for layer in model.modules() if _has_adapters(layer)}
     # of what FSDP2 has cut, the parameters are DTensors then
     resharded(model)
     reasons = {name: _reason_against(form, module, beside) for name, (form, module) in found.items()}
@@ -531,10 +531,6 @@ def refuse_merging(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None
                 layer.__dict__.pop(method, None)
                 if sparse:
                     setattr(layer, method, partial(_refuse, method, name))
-
-
-def base_layers(model: nn.Module) -> list[nn.Module]:
-    return [layer.get_base_layer() for layer in model.modules() if _has_adapters(layer)]
 
 
 def fit_adapters(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import pkgutil
 import hypothesis
 import pytest
 import torch
+
 from gpu_emulators.plugin import TARGET
 
 # helpers are imported below that alone

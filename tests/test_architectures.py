@@ -31,14 +31,7 @@ MASKED = {
     "convolutions": 2,
 }  # fmt: skip
 # One of each way in which weights lie in a model
-EVERY_KIND = (
-    "LLaMA",
-    "GPT-2",
-    "T5",
-    "gpt-oss",
-    "Mamba",
-    "convolutions",
-)
+EVERY_KIND = ("LLaMA", "GPT-2", "T5", "gpt-oss", "Mamba", "convolutions")
 # Layers that the loss does not depend on
 UNUSED = {"LLaVA": ["vision_tower.encoder.layers.1."], "Gemma 3 with images": ["vision_tower.head."]}
 

@@ -123,8 +123,7 @@ def test_bitmasks_of_codes_and_back(m):
 @pytest.mark.parametrize(
     ("pattern", "dtype"),
     cases(
-        itertools.product(PATTERNS, DTYPES),
-        slow=lambda pattern, dtype: pattern == "1:16" and dtype != torch.bfloat16,
+        itertools.product(PATTERNS, DTYPES), slow=lambda pattern, dtype: pattern == "1:16" and dtype != torch.bfloat16
     ),
     ids=str,
 )

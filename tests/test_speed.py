@@ -14,15 +14,7 @@ from transformers import BertConfig, BertModel, GenerationConfig
 
 from maskpro_kernels import NMLinear, convert, finalize
 from maskpro_kernels.hf import measure_speed, speed
-from maskpro_kernels.hf.speed import (
-    WARM_UP,
-    Spread,
-    first_difference,
-    greedy,
-    plain_generation,
-    rounding_of,
-    stored_as,
-)
+from maskpro_kernels.hf.speed import WARM_UP, Spread, first_difference, greedy, plain_generation, rounding_of, stored_as
 from maskpro_kernels.unfuse import replace_modules
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -174,7 +166,7 @@ def test_rates_are_tokens_over_seconds(models, monkeypatch):
     assert (report.batch_size, report.prompt_tokens, report.new_tokens) == (2, 6, 5)
     assert model.prefill_seconds == model.step_seconds == [1.0] * 3
     assert report.prefill_rate(model) == Spread(12, 12, 12) and report.decode_rate(model) == Spread(2, 2, 2)
-    assert model.step_milliseconds.median == 1000 and model.device_bytes is None
+    assert model.device_bytes is None
     assert done == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 

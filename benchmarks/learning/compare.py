@@ -40,14 +40,7 @@ from maskpro_kernels.prune.convert import convert
 from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.prune.selection import layers_to_convert
 from maskpro_kernels.prune.sparsegpt import sparsegpt
-from maskpro_kernels.text.batches import (
-    MixedBatches,
-    parse_sources,
-    sample_windows,
-    start_token,
-    texts_of,
-    windows,
-)
+from maskpro_kernels.text.batches import MixedBatches, parse_sources, sample_windows, start_token, texts_of, windows
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
 from maskpro_kernels.text.sources import SELF, load_text
 
@@ -68,11 +61,7 @@ class Comparison:
         learners: by name.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        learners: Mapping[str, Learner] = LEARNERS,
-    ):
+    def __init__(self, args: argparse.Namespace, learners: Mapping[str, Learner] = LEARNERS):
         self.args, self.learners, self.pattern = args, learners, NMPattern(args.pattern)
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
         self.model = model.to(device_of(args.device))

@@ -18,17 +18,7 @@ from ..prune.convert import convert
 from ..prune.finalize import finalize
 from ..prune.refit import put_weights
 from .config import DTYPES, Export
-from .inputs import (
-    REPORT,
-    base_name,
-    check_new_file,
-    digest_of_weights,
-    load,
-    naming,
-    packed_size,
-    read_report,
-    save,
-)
+from .inputs import REPORT, base_name, check_new_file, digest_of_weights, load, naming, packed_size, read_report, save
 
 
 def export(options: Export, source: str, output: str) -> None:

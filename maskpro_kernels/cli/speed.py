@@ -17,7 +17,7 @@ from .config import Speed
 from .inputs import Progress, check_least, check_new_file, device_of, load, positions_of, windows_of
 
 MB = 1e6
-TITLES = ("model", "stored", "weights MB", "peak MB", "prefill tokens/s", "decode tokens/s", "times", "ms a token")
+TITLES = ("model", "stored", "weights MB", "peak MB", "prefill tokens/s", "decode tokens/s", "times")
 
 
 def speed(options: Speed, models: list[str]) -> int:
@@ -63,7 +63,6 @@ def speed(options: Speed, models: list[str]) -> int:
             "peak_memory": model.device_bytes,
             "prefill_tokens_per_second": asdict(measured.prefill_rate(model)),
             "decode_tokens_per_second": asdict(measured.decode_rate(model)),
-            "milliseconds_per_token": asdict(model.step_milliseconds),
         }
         for model in measured.models
     ]
@@ -112,5 +111,4 @@ def _figures(row: dict, first: dict) -> tuple[str, ...]:
         spread("prefill_tokens_per_second"),
         spread(decode),
         f"{row[decode]['median'] / first[decode]['median']:.2f}",
-        spread("milliseconds_per_token"),
     )

@@ -21,21 +21,7 @@ from .saving import model_card, save_model
 from .speed import measure_speed
 
 __all__ = [
-    "SMOLLM2",
-    "KeepMask",
-    "MaskCallback",
-    "SparseConfig",
-    "SparseQuantizer",
-    "check_model",
-    "check_not_quantized",
-    "checkpoint_activations",
-    "describe",
-    "fetch",
-    "load_model",
-    "measure_speed",
-    "model_card",
-    "next_logits",
-    "preallocated_cache",
-    "save_model",
-    "show_bars",
-]
+    "SMOLLM2", "KeepMask", "MaskCallback", "SparseConfig", "SparseQuantizer", "check_model", "check_not_quantized",
+    "checkpoint_activations", "describe", "fetch", "load_model", "measure_speed", "model_card", "next_logits",
+    "preallocated_cache", "save_model", "show_bars",
+]  # fmt: skip

@@ -104,11 +104,6 @@ class ModelSpeed:
     step_seconds: Sequence[float]
     device_bytes: int | None
 
-    @property
-    def step_milliseconds(self) -> Spread:
-        """Between two tokens."""
-        return Spread.of([1000 * seconds for seconds in self.step_seconds])
-
 
 @dataclass(frozen=True)
 class SpeedReport:

@@ -56,11 +56,6 @@ def _product(word, multiplier):
     return ((product >> 32) + word) & WORD, product & WORD
 
 
-def counter_word3(block, stream, draw):
-    """Word 3 of the counter: block in bits 0-7, stream in bits 8-15, draw id in bits 16-31."""
-    return block | stream << 8 | draw << 16
-
-
 def group_index(rows: int, columns: int, offset: int, row_stride: int, device: torch.device) -> torch.Tensor:
     """Index in the whole layer of every group of a [rows, columns * M] shard, int64 [rows, columns]."""
     row = torch.arange(rows, device=device, dtype=torch.int64)
@@ -82,6 +77,6 @@ def group_words(group, m, stream, key):
     seed_words = (seed & WORD, (seed >> 32) & WORD)
     words = []
     for block in range((m + 3) // 4):
-        counter = (group & WORD, layer, step, counter_word3(block, stream, draw))
+        counter = (group & WORD, layer, step, block | stream << 8 | draw << 16)
         words.extend(philox4x32(counter, seed_words))
     return words[:m]

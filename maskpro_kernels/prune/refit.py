@@ -32,11 +32,7 @@ Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def refit(
-    model: nn.Module,
-    calibration: Iterable,
-    to: str = "weights",
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, calibration: Iterable, to: str = "weights", *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, float]:
     """Refit the weights of a converted model under its top-N masks, so that each layer gives what the dense one would.
 

@@ -11,10 +11,7 @@ from helpers.command import report
 STEPS = 20
 SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 4 --eval-windows 2"
 COMMON = f"{SIZES} --init magnitude --eval-every 10 --dtype float32 --device cpu --accumulate 2".split()
-WAYS = {
-    "reinforce": "--estimator reinforce".split(),
-    "straight-through": "--estimator straight-through --lr 1".split(),
-}
+WAYS = {"reinforce": "--estimator reinforce".split(), "straight-through": "--estimator straight-through --lr 1".split()}
 
 # Imports what a command needs, for all that are forked. Without a backward: torch refuses one in a fork behind it.
 WARMING = """

@@ -20,10 +20,7 @@ from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-WAYS = {
-    "reinforce": [],
-    "straight-through": ["--estimator", "straight-through", "--lr", "1", "--refit", "weights"],
-}
+WAYS = {"reinforce": [], "straight-through": ["--estimator", "straight-through", "--lr", "1", "--refit", "weights"]}
 
 
 class Command:
@@ -87,8 +84,7 @@ def test_a_power_cut_loses_nothing_that_the_command_has_told(
 
 
 @pytest.mark.parametrize(
-    ("how", "numbers"),
-    [("reinforce", [9]), *(pytest.param(how, count(), marks=pytest.mark.slow) for how in WAYS)],
+    ("how", "numbers"), [("reinforce", [9]), *(pytest.param(how, count(), marks=pytest.mark.slow) for how in WAYS)]
 )
 def test_a_sync_that_fails_ends_the_command_in_one_line(inputs, tmp_path, capsys, fast_and_often, how, numbers):
     command = Command(inputs, how)

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_behind_long_divisions
-from gpu_emulators.ptx.loops import only_goes_to, replaces_a_loop
 from helpers.bits import assert_same_bits
 from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
 from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
 from helpers.layers import DRAWS, OVER_LAYERS, ManyLayers, numbers
 
+from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_behind_long_divisions
+from gpu_emulators.ptx.loops import only_goes_to, replaces_a_loop
 from maskpro_kernels import ops
 from maskpro_kernels.ops.triton import grouped, packed, sampling, straight_through
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, architecture, scores_in_short, tiles_of

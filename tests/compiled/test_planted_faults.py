@@ -24,8 +24,7 @@ PRODUCT_AND_SUM = (
 )
 # The product is there again behind the sum, for what else it goes into
 contracted_on_amd = replaced(
-    PRODUCT_AND_SUM,
-    r"\3\tv_mov_b32_e32 v200, \2\n\tv_fma_f32 \4, v200, \1, \5\n\tv_mul_f32_e32 \1, v200, \1",
+    PRODUCT_AND_SUM, r"\3\tv_mov_b32_e32 v200, \2\n\tv_fma_f32 \4, v200, \1, \5\n\tv_mul_f32_e32 \1, v200, \1"
 )
 
 
@@ -74,12 +73,7 @@ PLANTED = {
         replaced(r"(ld\.global\.v4\.b32[^\[]*\[ %rd\d+) \+ 0 \]", r"\1 + 4 ]"),
         "misaligned",
     ),
-    "a store without its mask": (
-        "sm_80",
-        groups(top_n_mask),
-        replaced(r"@%p\d+ (st\.global)", r"\1"),
-        "out of bounds",
-    ),
+    "a store without its mask": ("sm_80", groups(top_n_mask), replaced(r"@%p\d+ (st\.global)", r"\1"), "out of bounds"),
     "products of 4 x 8 places swapped in an operand": (
         "sm_80",
         product("sm_80"),

@@ -150,10 +150,7 @@ def text_of(machine, call) -> str:
     return str(ended.value)
 
 
-@pytest.mark.parametrize(
-    ("target", "kernel"),
-    cases(CASES, slow=lambda *case: case not in QUICK),
-)
+@pytest.mark.parametrize(("target", "kernel"), cases(CASES, slow=lambda *case: case not in QUICK))
 def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine):
     compiled_for(target)
     call = call_of(kernel, target)

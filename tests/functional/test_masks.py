@@ -55,8 +55,7 @@ def test_seed_and_step_may_be_tensors(function):
 def test_every_part_of_the_counter_changes_the_draw(changed):
     logits = torch.zeros(1, 256)
     assert not torch.equal(
-        mk.sample_mask(logits, "2:4", **DRAW),
-        mk.sample_mask(logits, "2:4", **DRAW | {changed: DRAW[changed] + 1}),
+        mk.sample_mask(logits, "2:4", **DRAW), mk.sample_mask(logits, "2:4", **DRAW | {changed: DRAW[changed] + 1})
     )
 
 

@@ -6,10 +6,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.enumerated import KERNEL_DEVICE
-from helpers.products import (
-    COUNTER,
-    normal,
-)
+from helpers.products import COUNTER, normal
 from helpers.slopes import slope_operands, source_of
 from torch import nn
 

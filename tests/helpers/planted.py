@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from gpu_emulators.findings import Fault
 
 SYNCHRONISATION = re.compile(

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from helpers.products import (
-    DRAW,
-    TEMPERATURE,
-    normal,
-)
+from helpers.products import DRAW, TEMPERATURE, normal
 from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.functional.checks import counter_of
 

@@ -10,14 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.small_trainer import (
-    a_model,
-    a_trainer,
-    logits_of,
-    some_batches,
-    under_masks,
-    uneven_batches,
-)
+from helpers.small_trainer import a_model, a_trainer, logits_of, some_batches, under_masks, uneven_batches
 
 import maskpro_kernels as mk
 from maskpro_kernels.learn.batches import loss_tokens, weighted_mean, weights_of

@@ -9,9 +9,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits, first_difference
 from helpers.cases import slow
-from helpers.products import (
-    normal,
-)
+from helpers.products import normal
 from helpers.straight_through import (
     Broken,
     Twice,

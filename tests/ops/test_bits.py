@@ -239,8 +239,7 @@ def test_log_prob_and_score_have_the_same_bits_on_all_routes(n, m, route):
     grad = torch.randn(codes.shape)
     inverse = scalar(TEMPERATURE)
     assert_same_bits(
-        route.mask_log_prob(logits, codes, inverse, n=n, m=m),
-        sampling.mask_log_prob(logits, codes, n, m, TEMPERATURE),
+        route.mask_log_prob(logits, codes, inverse, n=n, m=m), sampling.mask_log_prob(logits, codes, n, m, TEMPERATURE)
     )
     assert_same_bits(
         route.mask_score(logits, codes, grad, inverse, n=n, m=m),

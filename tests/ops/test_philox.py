@@ -239,10 +239,7 @@ INTERPRETED = [*((name, "2:4") for name in KERNELS), ("score_update_", "5:8")]
 
 @pytest.mark.parametrize(
     "route, name, pattern, dtype, offset",
-    cases(
-        SHARDED_CASES,
-        slow=lambda route, name, pattern, *_: route is public and (name, pattern) not in INTERPRETED,
-    ),
+    cases(SHARDED_CASES, slow=lambda route, name, pattern, *_: route is public and (name, pattern) not in INTERPRETED),
 )
 def test_shards_draw_the_bits_of_the_whole_layer(route, name, pattern, dtype, offset, launched):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m

@@ -150,10 +150,7 @@ REFUSED = {
     ),
     "placed by hand": (lambda: placed_by_hand(Shard(0), Shard(0)), f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
     "a plan": (cut_by_a_plan, f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
-    "a plan and fully_shard": (
-        cut_by_a_plan_and_fully_shard,
-        f"{OTHERS}; got (Shard(dim=0), Shard(dim=0)) in ",
-    ),
+    "a plan and fully_shard": (cut_by_a_plan_and_fully_shard, f"{OTHERS}; got (Shard(dim=0), Shard(dim=0)) in "),
     "experts that are cut": (converted_experts_behind, "targets: expected each to match an nn.Linear, '*.experts.*'"),
     "finished experts": (
         finished_experts,
@@ -188,14 +185,8 @@ REFUSED = {
         "init: expected one of magnitude, random, wanda, reconstruction, or group codes in a model that is "
         "cut over ranks, got 'sparsegpt'; convert it ahead of fully_shard",
     ),
-    "calibration": (
-        lambda: converted_behind(init="wanda"),
-        'calibration: expected batches for init="wanda", got none',
-    ),
-    "refit": (
-        lambda: converted_behind(refit="weights"),
-        'calibration: expected batches for refit="weights", got none',
-    ),
+    "calibration": (lambda: converted_behind(init="wanda"), 'calibration: expected batches for init="wanda", got none'),
+    "refit": (lambda: converted_behind(refit="weights"), 'calibration: expected batches for refit="weights", got none'),
     "weights that learn": (
         lambda: trained(a_sharded_model([2]), how="trained weights").begin(),
         f"model: expected whole layers, {CUT}: weights learn as wholes alone",

@@ -9,15 +9,7 @@ from ..findings import refusal
 from . import formats
 from .encodings import old_value, sdwa_result, sdwa_sources
 from .parser import VCC, Instruction, Kernel
-from .registry import (
-    instruction,
-    lane_mask_source,
-    no_modifiers,
-    operands,
-    scalar_register,
-    source,
-    vector_result,
-)
+from .registry import instruction, lane_mask_source, no_modifiers, operands, scalar_register, source, vector_result
 
 
 def _unordered(a, b):

@@ -104,11 +104,7 @@ _add("u32", "u32 u32", mul_lo_u32=np.multiply, mul_hi_u32=_high_product)
 _add("i32", "i32 i32", mul_hi_i32=_high_product)
 _add("u32", "u32 u32", mul_u32_u24=lambda a, b: _low(24)(a) * _low(24)(b))
 _add("i32", "u32 u32", mul_i32_i24=lambda a, b: _signed_24(a) * _signed_24(b))
-_add(
-    "u32",
-    "u32 u32",
-    bcnt_u32_b32=_bit_count,
-)
+_add("u32", "u32 u32", bcnt_u32_b32=_bit_count)
 _add("u16", "u16 u16", add_u16=np.add, sub_u16=np.subtract, mul_lo_u16=np.multiply)
 _add("u16", "u16 u16", min_u16=np.minimum, max_u16=np.maximum)
 _add("i16", "i16 i16", min_i16=np.minimum, max_i16=np.maximum)

@@ -54,12 +54,7 @@ def text(body: str, inputs: int, outputs: int, threads: int = 32, target: str = 
 
 
 def run(
-    body: str,
-    inputs: np.ndarray,
-    outputs: int,
-    shared_bytes: int = 0,
-    ctas: int = 1,
-    target: str = "sm_90a",
+    body: str, inputs: np.ndarray, outputs: int, shared_bytes: int = 0, ctas: int = 1, target: str = "sm_90a"
 ) -> tuple[np.ndarray, Findings]:
     """(uint32 [threads, outputs], findings) of a body whose threads load uint32 [threads, inputs]."""
     threads = len(inputs) // ctas

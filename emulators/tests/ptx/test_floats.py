@@ -180,8 +180,7 @@ def test_approximate_reciprocals_of_what_has_none():
 
 
 @pytest.mark.parametrize(
-    ("name", "exact"),
-    [("ex2", np.exp2), ("lg2", np.log2), ("sqrt", np.sqrt), ("rsqrt", lambda a: 1 / np.sqrt(a))],
+    ("name", "exact"), [("ex2", np.exp2), ("lg2", np.log2), ("sqrt", np.sqrt), ("rsqrt", lambda a: 1 / np.sqrt(a))]
 )
 @pytest.mark.parametrize("flush", ["", ".ftz"])
 def test_approximations_lie_beside_the_exact_values(name, exact, flush):

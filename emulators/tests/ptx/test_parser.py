@@ -7,18 +7,7 @@ import pytest
 from hand_written.ptx import Run, kernel
 
 from gpu_emulators.ptx import Program, Refused
-from gpu_emulators.ptx.parser import (
-    Address,
-    Immediate,
-    Label,
-    Pair,
-    Parameter,
-    Register,
-    Sink,
-    Special,
-    Vector,
-    parse,
-)
+from gpu_emulators.ptx.parser import Address, Immediate, Label, Pair, Parameter, Register, Sink, Special, Vector, parse
 
 
 def parsed(body, **options):

@@ -133,9 +133,7 @@ def test_products_of_all_layouts(widths, rows, k_major):
     a, b = operands(rows)
     at = [descriptor(start, *layout) for start, *layout in zip((0, B_START), widths, k_major, strict=True)]
     lines = body(
-        rows,
-        descriptors=f"mov.b64 %rd10, {at[0]}; mov.b64 %rd11, {at[1]};",
-        product=product(rows, k_major=k_major),
+        rows, descriptors=f"mov.b64 %rd10, {at[0]}; mov.b64 %rd11, {at[1]};", product=product(rows, k_major=k_major)
     )
     got, findings = execute(lines, shared_image(bits_of(a), bits_of(b), widths, k_major), rows)
     assert (sums(got, rows)[0] == a @ b.T).all()
@@ -186,9 +184,7 @@ def found_of_stored(before=None, after=""):
     given = np.concatenate([shared_image(bits_of(a), bits_of(b)), words_of(a, 64)], 1)
     before = stored(64) if before is None else before
     lines = body(
-        proxy=f"{before} fence.proxy.async.shared::cta;",
-        product=product(a=f"[%r20+{A_COLUMN}]"),
-        commit=COMMIT + after,
+        proxy=f"{before} fence.proxy.async.shared::cta;", product=product(a=f"[%r20+{A_COLUMN}]"), commit=COMMIT + after
     )
     return execute(lines, given)[1].kinds
 

@@ -72,11 +72,7 @@ def test_extremes_of_floats(name, expected, nan):
 def test_votes():
     votes = np.concatenate([np.ones(32, bool), np.zeros(32, bool), LANES == 5, LANES != 5])
     by_warp = votes.reshape(-1, 32)
-    for way, wanted in (
-        ("all", by_warp.all(1)),
-        ("any", by_warp.any(1)),
-        ("uni", by_warp.all(1) | ~by_warp.any(1)),
-    ):
+    for way, wanted in (("all", by_warp.all(1)), ("any", by_warp.any(1)), ("uni", by_warp.all(1) | ~by_warp.any(1))):
         found = compute(f"vote.sync.{way}.pred $d, $a, -1;", votes, out=bool)
         assert np.array_equal(found, np.repeat(wanted, 32))
     found = compute("vote.sync.ballot.b32 $d, $a, -1;", votes, out=np.uint32)

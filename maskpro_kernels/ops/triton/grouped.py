@@ -17,15 +17,7 @@ import triton.language as tl
 
 from . import device as d
 from .launch import launch_layers, programs_of_layers
-from .sampling import (
-    first_draw,
-    group_index,
-    load_codes,
-    load_columns,
-    store_codes,
-    store_less,
-    summed_terms,
-)
+from .sampling import first_draw, group_index, load_codes, load_columns, store_codes, store_less, summed_terms
 from .tiles import INTERPRETED, architecture, configuration, scores_in_short
 
 FIELDS = tl.constexpr(7)

@@ -26,13 +26,7 @@ from .masked_gemm import (
     tile_logits,
     weight_grad_tile,
 )
-from .sampling import (
-    UNSPECIALIZED,
-    counter_arguments,
-    group_index,
-    load_columns,
-    store_columns,
-)
+from .sampling import UNSPECIALIZED, counter_arguments, group_index, load_columns, store_columns
 from .tiles import architecture, configuration, fused_tokens, tiles_for
 
 # Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory

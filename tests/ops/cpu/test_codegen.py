@@ -130,12 +130,7 @@ def test_threads_share_the_groups(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for count in (
-            1,
-            LEAST_SHARED - 1,
-            LEAST_SHARED,
-            5 * LEAST_SHARED + 7,
-        ):
+        for count in (1, LEAST_SHARED - 1, LEAST_SHARED, 5 * LEAST_SHARED + 7):
             x = torch.arange(2 * count, dtype=torch.float32).view(count, 2)
             check(lambda x: (x + 1.0,), x)
     finally:

@@ -74,11 +74,7 @@ def test_compiled_draws_match_the_enumerated_probabilities(pattern, kind, temper
 # The bits of all routes are the same (tests/ops/test_bits.py), and the larger the groups the slower the interpreter
 @pytest.mark.parametrize(
     "draw, pattern, kind, temperature",
-    [
-        (reference_codes, "4:8", "ramp", 0.6),
-        (kernel_codes, "2:4", "ramp", 0.6),
-        (kernel_codes, "4:8", "normal", 1.0),
-    ],
+    [(reference_codes, "4:8", "ramp", 0.6), (kernel_codes, "2:4", "ramp", 0.6), (kernel_codes, "4:8", "normal", 1.0)],
 )
 def test_other_routes_draw_as_enumerated(draw, pattern, kind, temperature, launched):
     assert p_value(draw, pattern, kind, temperature, seed=21) > P_VALUE

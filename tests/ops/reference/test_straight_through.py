@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.products import (
-    DTYPES,
-    PATTERNS,
-    mask_of,
-)
+from helpers.products import DTYPES, PATTERNS, mask_of
 from helpers.slopes import CURVATURE, slope_operands
 
 from maskpro_kernels.functional.checks import counter_of

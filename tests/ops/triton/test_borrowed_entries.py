@@ -52,11 +52,7 @@ def test_the_memory_of_each_is_known():
 @pytest.mark.parametrize("name", BORROWERS)
 def test_kernels_compile_and_tiles_fit(name):
     done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        input=json.dumps([name]),
-        capture_output=True,
-        text=True,
-        env=environment(),
+        [sys.executable, "-c", CHILD], input=json.dumps([name]), capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

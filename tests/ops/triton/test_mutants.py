@@ -8,14 +8,7 @@ import pytest
 import torch
 from helpers.cases import cases
 from helpers.planted import mutant_of
-from helpers.products import (
-    COUNTER,
-    TEMPERATURE,
-    mask_of,
-    normal,
-    operands,
-    small_tiles,
-)
+from helpers.products import COUNTER, TEMPERATURE, mask_of, normal, operands, small_tiles
 from torch import nn
 
 import maskpro_kernels as mk

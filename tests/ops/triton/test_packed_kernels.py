@@ -66,9 +66,7 @@ def on_8(monkeypatch):
     monkeypatch.setattr(packed, "sparse_available", lambda device: True)
     monkeypatch.setattr(packed.torch, "_sparse_semi_structured_mm", asserted_product)
     monkeypatch.setattr(
-        packed.torch,
-        "_sparse_semi_structured_addmm",
-        lambda bias, *operands: asserted_product(*operands, bias),
+        packed.torch, "_sparse_semi_structured_addmm", lambda bias, *operands: asserted_product(*operands, bias)
     )
 
 

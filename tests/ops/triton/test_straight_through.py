@@ -9,16 +9,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.enumerated import KERNEL_DEVICE
-from helpers.products import (
-    DRAW,
-    DTYPES,
-    mask_of,
-    normal,
-    problems,
-    small_tiles,
-    tiled_cases,
-    within_budget,
-)
+from helpers.products import DRAW, DTYPES, mask_of, normal, problems, small_tiles, tiled_cases, within_budget
 from helpers.slopes import CURVATURE, slope_in, slope_operands, source_of
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -38,14 +38,7 @@ class Weight:
     """
 
     def __init__(
-        self,
-        b: ir.IRBuilder,
-        kind: Packed,
-        use: Instructions,
-        form: str,
-        values: ir.Value,
-        bits: ir.Value,
-        k: ir.Value,
+        self, b: ir.IRBuilder, kind: Packed, use: Instructions, form: str, values: ir.Value, bits: ir.Value, k: ir.Value
     ):
         self.b, self.kind, self.use, self.form, self.k = b, kind, use, form, k
         self.values, self.bits = values, bits

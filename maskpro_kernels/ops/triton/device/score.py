@@ -24,16 +24,7 @@ from .arithmetic import (
     saturated_columns,
     scaled_reciprocal,
 )
-from .gumbel_top_k import (
-    decode,
-    decode_tile,
-    descending,
-    expected,
-    join_columns,
-    noisy_code,
-    scaled,
-    split_columns,
-)
+from .gumbel_top_k import decode, decode_tile, descending, expected, join_columns, noisy_code, scaled, split_columns
 from .philox import group_words
 
 
