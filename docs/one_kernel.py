@@ -1,8 +1,10 @@
 """The idea of this package in one kernel: draw a 2:4 mask, take its log-probability, mask the weight and multiply.
 
 A frozen weight [out, K] has one logit a weight. Of every 4 consecutive weights of a row, a *group*, a mask keeps 2. The
-mask is drawn from the logits and never stored: its random words are a function of (seed, step, group), so whoever needs
-it draws it again. Run this file: it learns a mask of a small layer. Without a GPU, Triton interprets the kernels.
+mask is drawn from the logits and never stored. Its random words are a function of a counter: seed, step, layer, draw
+and group. Until the logits move, whoever needs the mask draws it again.
+
+Run this file: it learns a mask of a small layer. Without a GPU, Triton interprets the kernels.
 """
 
 import os
@@ -25,7 +27,8 @@ def draw(logits, at, groups, counter):
     Gumbel-top-k: add Gumbel noise to the logits and keep the 2 largest. That is drawing 2 of 4 without replacement from
     softmax(logits). Philox makes the noise from a counter: seed, step, layer and draw give the same mask at any time.
     """
-    z = d.scaled(d.split_columns(tl.load(logits + at), 4), 1.0, 4)
+    TEMPERATURE: tl.constexpr = 1.0
+    z = d.scaled(d.split_columns(tl.load(logits + at), 4), TEMPERATURE, 4)
     key = d.load_key(counter, counter + 1, counter + 2, counter + 3)
     keys = d.drawn_keys(z, groups.to(tl.uint32), 4, key)
     return z, d.top_n(keys, 2, 4)
@@ -40,8 +43,9 @@ def masked_linear_kernel(x, weight, logits, y, log_prob, counter, tokens, out,
     at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]  # a row of a tile [groups, 4] is a group
     z, kept = draw(logits, at, groups, counter)
     tl.store(log_prob + tl.program_id(0), tl.sum(d.exact_log_prob(z, kept, 2, 4), 0))
-    # here the tile of the weight is masked, in registers
-    w = tl.where(d.decode_tile(d.encode(kept, 4), 4), tl.load(weight + at), 0.0)
+    # here the tile of the weight is masked, in registers: the 4 columns of booleans become a tile [groups, 4]
+    mask = d.decode_tile(d.encode(kept, 4), 4)
+    w = tl.where(mask, tl.load(weight + at), 0.0)
     rows, token, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, K)
     inputs = tl.load(x + token[None, :] * K + k[:, None], token[None, :] < tokens, 0.0)
     result = tl.dot(tl.reshape(w, (ROWS, K)), inputs, input_precision="ieee")
@@ -84,11 +88,12 @@ class MaskedLinear(torch.autograd.Function):
 
 
 def reinforce_step(x, target, weight, logits, counter, baseline, lr):
-    """Move the logits by lr * advantage * score and return the loss: REINFORCE, as in MaskPro (arXiv 2506.12876)."""
+    """Take lr * advantage * score from the logits; return the loss. REINFORCE, as in MaskPro (arXiv 2506.12876)."""
     logits.requires_grad_()
     y, log_prob = MaskedLinear.apply(x, weight, logits, counter)
     loss = (y - target).square().mean()
-    (lr * (loss.detach() - baseline) * log_prob).backward()  # a worse mask than expected becomes less probable
+    # the gradient of log_prob is the score: a mask with a larger loss than the baseline becomes less probable
+    (lr * (loss.detach() - baseline) * log_prob).backward()
     with torch.no_grad():
         logits -= logits.grad
     logits.grad = None

@@ -1,4 +1,4 @@
-"""Kernels run under Triton's interpreter where there is no GPU, or compiled on a machine that executes them."""
+"""Kernels run under Triton's interpreter where there is no GPU, or compiled on an emulator that executes them."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(machine, monkeypatch):
+def poisoned(emulator, monkeypatch):
     """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end.
 
-    The machine sees both by itself, to the byte, in what its own torch has allocated.
+    The emulator sees both by itself, to the byte, in what its own torch has allocated.
     """
     from helpers.poison import PoisonedTorch
 
@@ -72,14 +72,14 @@ def poisoned(machine, monkeypatch):
     for file in pkgutil.iter_modules(kernel_files.__path__):
         module = importlib.import_module(f"{kernel_files.__name__}.{file.name}")
         if hasattr(module, "torch"):
-            monkeypatch.setattr(module, "torch", machine.torch if machine else poisoned_torch)
-    if machine:
+            monkeypatch.setattr(module, "torch", emulator.torch if emulator else poisoned_torch)
+    if emulator:
         from maskpro_kernels.ops.triton import grouped
 
         launch = grouped.launch_on_group
 
         def launch_on_group(kernel, name, group, *args, **how):
-            with machine.reaching("table", [*(layer.logits for layer in group.layers), *(group.codes or ())]):
+            with emulator.reaching("table", [*(layer.logits for layer in group.layers), *(group.codes or ())]):
                 launch(kernel, name, group, *args, **how)
 
         monkeypatch.setattr(grouped, "launch_on_group", launch_on_group)
@@ -106,7 +106,7 @@ def eager_reference(monkeypatch):
 
 @pytest.fixture
 def compiled_reference(monkeypatch):
-    """CPU tensors go to the reference as machine code, as users have it: for tests of many steps."""
+    """CPU tensors go to the reference as emulator code, as users have it: for tests of many steps."""
     from helpers.routes import take_route
 
     take_route(monkeypatch, "compiled")

@@ -1,8 +1,8 @@
-"""A driver of Triton's whose device is a machine: kernels are compiled for a GPU and executed on CPU tensors.
+"""A driver of Triton's whose device is an emulator: kernels are compiled for a GPU and executed on CPU tensors.
 
 After ``install("sm_80")``, ``kernel[grid](*cpu_tensors)`` does what it does on that GPU: Triton specialises the
 arguments, compiles down to PTX, or to AMDGCN for a GPU of AMD's, keeps the result in its cache on disk, and orders the
-parameters. The machine then executes that text on the tensors' own memory.
+parameters. The emulator then executes that text on the tensors' own memory.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SHARED_MEMORY["gfx942"] = 64 << 10
 TARGETS = tuple(SHARED_MEMORY)
 # Larger tensors are not filled: what nobody touches costs no memory
 MOST_FILLED = 1 << 28
-# Memory of a launch lies that many bytes apart on the machine, further than a kernel's offsets reach. Of its address it
-# keeps what CUDA's own allocations are multiples of, which vector accesses depend on
+# Memory of a launch lies that many bytes apart on the emulator, further than a kernel's offsets reach. Of its address
+# it keeps what CUDA's own allocations are multiples of, which vector accesses depend on
 APART, ALIGNMENT = 1 << 40, 256
 # Kinds of findings that Triton gives rise to by itself, in all releases or in one, and why kernels may run nonetheless
 UNDEFINED = {"read of an unwritten register": "bytes that LLVM leaves undefined are moved, and not used"}
@@ -93,7 +93,7 @@ class GCNBackend(HIPBackend):
 
 @dataclasses.dataclass
 class Launch:
-    """What a launch ran: the kernel, its grid, the seconds that the machine took."""
+    """What a launch ran: the kernel, its grid, the seconds that the emulator took."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -103,11 +103,11 @@ class Launch:
 class Utilities:
     """What Triton asks a driver about its device, and has it do with what is compiled."""
 
-    def __init__(self, machine: MachineDriver):
-        self.machine = machine
+    def __init__(self, emulator: EmulatorDriver):
+        self.emulator = emulator
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[self.machine.target]}
+        return {"max_shared_mem": SHARED_MEMORY[self.emulator.target]}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         """(module, function, registers, spilled registers, most threads); the function is the text."""
@@ -120,11 +120,11 @@ class Utilities:
 class Launcher:
     """Launches of a compiled kernel, which Triton calls with all arguments in the order of its signature."""
 
-    def __init__(self, machine: MachineDriver, source, metadata):
+    def __init__(self, emulator: EmulatorDriver, source, metadata):
         scratch = [getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
         if metadata.num_ctas != 1 or any(scratch):
             raise NotImplementedError(f"{metadata.name}: clusters and scratch memory are not modelled")
-        self.machine, self.shared, self.signature = machine, metadata.shared, source.signature
+        self.emulator, self.shared, self.signature = emulator, metadata.shared, source.signature
 
     def __call__(self, x, y, z, stream, text, packed, launch_metadata, enter, leave, *arguments):
         given = [
@@ -132,10 +132,10 @@ class Launcher:
             for (name, kind), value in zip(self.signature.items(), arguments, strict=True)
             if kind != "constexpr"
         ]
-        self.machine.launch(text, (x, y, z), given, self.shared)
+        self.emulator.launch(text, (x, y, z), given, self.shared)
 
 
-class MachineDriver(DriverBase):
+class EmulatorDriver(DriverBase):
     """The driver, and what it has seen.
 
     Attributes:
@@ -265,9 +265,9 @@ class MachineDriver(DriverBase):
 
 
 def number(kind: str, value, moved: dict[range, int]) -> int | float:
-    """An argument as the machine takes it: an address, an integer or a float.
+    """An argument as the emulator takes it: an address, an integer or a float.
 
-    ``moved`` tells where ranges of addresses begin on the machine. A tensor without elements is nowhere, at 0.
+    ``moved`` tells where ranges of addresses begin on the emulator. A tensor without elements is nowhere, at 0.
     """
     if isinstance(value, torch.Tensor):
         return address(value.data_ptr(), moved, 0) if value.numel() else 0
@@ -275,7 +275,7 @@ def number(kind: str, value, moved: dict[range, int]) -> int | float:
 
 
 def address(start: int, moved: dict[range, int], otherwise: int | None = None) -> int:
-    """Where an address lies on the machine; ``otherwise``, or as it is, where it is none of those that are moved."""
+    """Where an address lies on the emulator; ``otherwise``, or as it is, where it is none of those that are moved."""
     found = (own + start - here.start for here, own in moved.items() if start in here)
     return next(found, start if otherwise is None else otherwise)
 
@@ -336,10 +336,10 @@ class RecordingTorch:
         self.sizes.pop(start, None)
 
 
-def install(target: str) -> MachineDriver:
-    """Have Triton compile for a GPU and launch on the machine, from here on in this process."""
-    machine = MachineDriver(target)
+def install(target: str) -> EmulatorDriver:
+    """Have Triton compile for a GPU and launch on the emulator, from here on in this process."""
+    emulator = EmulatorDriver(target)
     backends["nvidia"] = dataclasses.replace(backends["nvidia"], compiler=PTXBackend)
     backends["amd"] = dataclasses.replace(backends["amd"], compiler=GCNBackend)
-    triton_driver.set_active(machine)
-    return machine
+    triton_driver.set_active(emulator)
+    return emulator

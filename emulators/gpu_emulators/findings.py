@@ -1,4 +1,4 @@
-"""What a machine has to say of a program: faults, refusals, and findings after which it goes on."""
+"""Reports on a program: faults, refusals, and findings after which it goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Fault(Exception):
 
 
 class Refused(NotImplementedError):
-    """What the machine does not model; the message holds the instruction."""
+    """What the emulator does not model; the message holds the instruction."""
 
 
 def refusal(ins: Instruction, why: str) -> Refused:

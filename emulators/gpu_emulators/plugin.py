@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 import pytest
 
-MACHINE = pytest.StashKey()
+EMULATOR = pytest.StashKey()
 # Environment variable with the target of --compiled: a conftest.py can read it before the options are parsed
 TARGET = "GPU_EMULATORS_TARGET"
 
@@ -35,30 +35,30 @@ def pytest_addoption(parser, pluginmanager):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "compiled: runs compiled kernels on a CPU; run by `pytest --compiled TARGET`")
-    config.stash[MACHINE] = None
+    config.stash[EMULATOR] = None
     if target := config.getoption("compiled"):
         from .driver import TARGETS, install
 
         if target not in TARGETS:
             raise pytest.UsageError(f"--compiled: expected one of {', '.join(TARGETS)}, got {target}")
-        config.stash[MACHINE] = install(target)
+        config.stash[EMULATOR] = install(target)
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.stash[MACHINE] is None:
+    if config.stash[EMULATOR] is None:
         marked = [item for item in items if item.get_closest_marker("compiled")]
         config.hook.pytest_deselected(items=marked)
         items[:] = [item for item in items if item not in marked]
 
 
 @pytest.fixture
-def machine(request):
+def emulator(request):
     """The driver, None without ``--compiled``. After the test it compiles for the target of the command line again."""
-    machine = request.config.stash[MACHINE]
-    yield machine
-    if machine is not None:
-        machine.aim(request.config.getoption("compiled"))
-        machine.last, machine.rewrite = None, str
+    emulator = request.config.stash[EMULATOR]
+    yield emulator
+    if emulator is not None:
+        emulator.aim(request.config.getoption("compiled"))
+        emulator.last, emulator.rewrite = None, str
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,28 +73,28 @@ def pytest_runtest_call(item):
 
 def _watched(item) -> Generator:
     """Run a phase of a test, and fail it by the findings of its launches; an error of its own is shown with them."""
-    machine = item.config.stash[MACHINE]
-    if machine is None:
+    emulator = item.config.stash[EMULATOR]
+    if emulator is None:
         return (yield)
-    with machine.apart() as findings:
+    with emulator.apart() as findings:
         try:
             result = yield
         except BaseException:
             if findings:
-                item.add_report_section("call", "machine", str(findings))
+                item.add_report_section("call", "emulator", str(findings))
             raise
-    if faults := machine.faults(findings):
+    if faults := emulator.faults(findings):
         lines = "\n".join(map(str, faults))
         pytest.fail(f"the emulator has found:\n{lines}", pytrace=False)
     return result
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    machine = config.stash[MACHINE]
-    if machine is None:
+    emulator = config.stash[EMULATOR]
+    if emulator is None:
         return
     seconds, counts = Counter(), Counter()
-    for launch in machine.launches:
+    for launch in emulator.launches:
         seconds[launch.kernel] += launch.seconds
         counts[launch.kernel] += 1
     for kernel in sorted(counts):

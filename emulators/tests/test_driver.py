@@ -1,4 +1,4 @@
-"""The driver that has Triton launch on the machines, and the plugin that fails tests by what the machine finds."""
+"""The driver that has Triton launch on the emulators, and the plugin that fails tests by what the emulator finds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hand_written.ptx import kernel
 
 from gpu_emulators import plugin
-from gpu_emulators.driver import ALIGNMENT, MOST_FILLED, MachineDriver, RecordingTorch, number, spans
+from gpu_emulators.driver import ALIGNMENT, MOST_FILLED, EmulatorDriver, RecordingTorch, number, spans
 from gpu_emulators.findings import Fault
 from gpu_emulators.ptx import Program
 
@@ -64,7 +64,7 @@ def stored(offset: int, into: int, *tensors: torch.Tensor) -> None:
     """A launch whose 32 threads each write 7 into a tensor of int32, so many bytes behind their place."""
     body = f"mul.wide.u32 %rd9, %r70, 4; add.s64 %rd9, %rd{into}, %rd9; st.global.b32 [%rd9+{offset}], 7; ret;"
     given = [(f"t{k}", "*i32", tensor) for k, tensor in enumerate(tensors)]
-    MachineDriver("sm_80").launch(kernel(body, arrays=len(tensors)), (1, 1, 1), given, shared=0)
+    EmulatorDriver("sm_80").launch(kernel(body, arrays=len(tensors)), (1, 1, 1), given, shared=0)
 
 
 @pytest.mark.parametrize(("into", "offset", "beyond"), [(0, 4, "4 bytes beyond t0"), (1, -4, "")])
@@ -125,17 +125,17 @@ def test_large_tensors_take_no_memory():
 
 @pytest.fixture
 def phase():
-    """phase(): a phase of a test with a machine of its own, and its report sections."""
+    """phase(): a phase of a test with an emulator of its own, and its report sections."""
 
     def begin():
-        machine, sections = MachineDriver("sm_80"), []
+        emulator, sections = EmulatorDriver("sm_80"), []
         item = SimpleNamespace(
-            config=SimpleNamespace(stash={plugin.MACHINE: machine}),
+            config=SimpleNamespace(stash={plugin.EMULATOR: emulator}),
             add_report_section=lambda *part: sections.append(part),
         )
         phase = plugin._watched(item)
         next(phase)
-        return machine, phase, sections
+        return emulator, phase, sections
 
     return begin
 
@@ -147,45 +147,45 @@ def end(phase):
 
 
 def test_a_phase_without_findings_passes(phase):
-    machine, running, _ = phase()
-    assert end(running) == "result" and not machine.findings
+    emulator, running, _ = phase()
+    assert end(running) == "result" and not emulator.findings
 
 
 def test_what_is_found_fails_the_test_that_caused_it(phase):
-    machine, running, _ = phase()
-    machine.findings.note("shared race", "some_kernel")
+    emulator, running, _ = phase()
+    emulator.findings.note("shared race", "some_kernel")
     with pytest.raises(pytest.fail.Exception, match="the emulator has found:\nshared race: some_kernel"):
         running.send("result")
     # and no other one
-    assert not machine.findings
+    assert not emulator.findings
 
 
 def test_what_the_release_of_triton_gives_rise_to_passes(phase, monkeypatch):
-    machine, running, _ = phase()
-    monkeypatch.setattr(MachineDriver, "let_pass", {"shared race"})
-    machine.findings.note("shared race", "some_kernel")
+    emulator, running, _ = phase()
+    monkeypatch.setattr(EmulatorDriver, "let_pass", {"shared race"})
+    emulator.findings.note("shared race", "some_kernel")
     assert end(running) == "result"
 
 
 def test_an_error_of_the_test_is_shown_with_what_was_found(phase):
-    machine, running, sections = phase()
-    machine.findings.note("shared race", "some_kernel")
+    emulator, running, sections = phase()
+    emulator.findings.note("shared race", "some_kernel")
     with pytest.raises(KeyError):
         running.throw(KeyError("own"))
     ((_, name, told),) = sections
-    assert name == "machine" and "shared race: some_kernel" in told
+    assert name == "emulator" and "shared race: some_kernel" in told
 
 
 def test_findings_apart_are_none_of_the_others():
-    machine = MachineDriver("sm_80")
-    with machine.apart() as findings:
-        machine.findings.note("shared race", "some_kernel")
-    assert findings.kinds == {"shared race"} and not machine.findings
+    emulator = EmulatorDriver("sm_80")
+    with emulator.apart() as findings:
+        emulator.findings.note("shared race", "some_kernel")
+    assert findings.kinds == {"shared race"} and not emulator.findings
 
 
 def test_targets_are_checked():
     with pytest.raises(ValueError, match="^target: expected one of sm_80, .*, got sm_70"):
-        MachineDriver("sm_70")
+        EmulatorDriver("sm_70")
     config = SimpleNamespace(addinivalue_line=lambda *line: None, stash={}, getoption=lambda name: "sm_70")
     with pytest.raises(pytest.UsageError, match="^--compiled: expected one of sm_80, .*, got sm_70"):
         plugin.pytest_configure(config)

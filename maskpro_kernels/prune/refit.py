@@ -1,7 +1,8 @@
 """Refit: kept weights that make up for dropped ones, so that each layer gives what its dense weight would.
 
 For inputs X of a layer, H = X^T X, a row w of its dense weight and a row v with zeros where the mask drops, the squared
-error of the outputs is E(v) = (w - v) H (w - v)^T. Over the kept set S it is least where H_SS v_S = (H w^T)_S.
+error of the outputs is E(v) = (w - v) H (w - v)^T. Over the kept set S it is least where H_SS v_S = (H w^T)_S. With the
+initial mask "reconstruction", masks are chosen for the refit as well: ``reconstruction.py``.
 """
 
 from __future__ import annotations

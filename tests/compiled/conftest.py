@@ -1,4 +1,4 @@
-"""Tests of compiled kernels, on the machines that execute them."""
+"""Tests of compiled kernels, on the emulators that execute them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 
 
 @pytest.fixture
-def compiled_for(machine, monkeypatch):
+def compiled_for(emulator, monkeypatch):
     """compiled_for(target): kernels are compiled for that GPU, and launched with its entries of the launch tables."""
     from maskpro_kernels.ops.triton import tiles
 
     def aim(target):
-        machine.aim(target)
+        emulator.aim(target)
         monkeypatch.setattr(tiles, "ON_CPU", tiles.TARGET_OF[target])
         tiles.architecture.cache_clear()
 

@@ -42,31 +42,31 @@ def one_hot(tokens: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kernel", OVER_GROUPS)
 @pytest.mark.parametrize("target", [*TARGETS, "gfx942"])
-def test_kernels_over_groups(target, kernel, compiled_for, machine, monkeypatch):
+def test_kernels_over_groups(target, kernel, compiled_for, emulator, monkeypatch):
     compiled_for(target)
     # one block a program
     monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", ALL_ROWS * GROUPS)
     block = tiles.configuration(kernel, NEAR.m, NEAR.groups, target).block
     each = NEAR.groups * (NEAR.m if kernel == "adamw" else 1)
-    machine.last = LAST * each // block - 1
+    emulator.last = LAST * each // block - 1
     found = OVER_GROUPS[kernel](FAR, far)
     take_route(monkeypatch, "eager")
     expected = OVER_GROUPS[kernel](NEAR)
     # which those programs have written whole
-    rows = machine.last * block // each - 1
+    rows = emulator.last * block // each - 1
     assert rows > LAST - 4
     assert_same_bits([part[-rows:] for part in found], [part[-rows:] for part in expected])
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_products_of_many_rows(target, compiled_for, machine, monkeypatch):
+def test_products_of_many_rows(target, compiled_for, emulator, monkeypatch):
     """Of the last tile of rows, three of them."""
     compiled_for(target)
     tile = tiles_of("masked_linear", target, 2)[0]
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tile)
     edge, k = ALL_ROWS % tile.out, GROUPS * NEAR.m
     weight, x = normal(LAST, k, dtype=torch.bfloat16), one_hot(16, k)
-    machine.last = 1
+    emulator.last = 1
     y, _ = ops.masked_linear(x, far(weight), None, False, *FAR.source(logits=far(NEAR.logits)).flat())
     take_route(monkeypatch, "eager")
     expected, _ = ops.masked_linear(x, weight, None, False, *NEAR.source().flat())
@@ -74,7 +74,7 @@ def test_products_of_many_rows(target, compiled_for, machine, monkeypatch):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeypatch):
+def test_steps_and_gradients_of_many_rows(target, compiled_for, emulator, monkeypatch):
     compiled_for(target)
     tile = tiles_of("straight_through", target, 2)[0]
     for module in (masked_gemm, straight_through):
@@ -86,7 +86,7 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeyp
     squares[-edge:] = 0.7
     # tiles of columns go in groups, the last of them row by row of tiles
     tiles = -(-k // tile.k)
-    machine.last = columns = tiles % straight_through.SHARING.value
+    emulator.last = columns = tiles % straight_through.SHARING.value
     logits, step = far(NEAR.logits), (torch.tensor(0.4), 2.0)
     ops.straight_through_update_(grad, x, far(weight), 1.0, *step, FAR.source(logits=logits), grad_squares=squares)
     weight_grad = ops.masked_linear_weight_grad(grad, x, FAR.source(logits=far(NEAR.logits)))
@@ -104,7 +104,7 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeyp
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_gradients_of_many_columns(target, compiled_for, machine, monkeypatch):
+def test_gradients_of_many_columns(target, compiled_for, emulator, monkeypatch):
     compiled_for(target)
     tile = tiles_of("masked_linear_input_grad", target, 2)[0]
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tile)
@@ -122,7 +122,7 @@ def test_gradients_of_many_columns(target, compiled_for, machine, monkeypatch):
     # each row of the layer is as long as those here
     source = of.source(logits=widened(of.logits))
     source = source._replace(counter=source.counter._replace(group_offset=7, group_row_stride=k // 4))
-    machine.last = 4
+    emulator.last = 4
     found = ops.masked_linear_input_grad(grad, widened(weight), source)
     take_route(monkeypatch, "eager")
     near = source._replace(tensor=of.logits, counter=source.counter._replace(group_offset=7 + (k - width) // 4))
@@ -132,14 +132,14 @@ def test_gradients_of_many_columns(target, compiled_for, machine, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize("target", TARGETS)
-def test_packed_products_of_many_rows(target, tokens, compiled_for, machine, monkeypatch):
+def test_packed_products_of_many_rows(target, tokens, compiled_for, emulator, monkeypatch):
     compiled_for(target)
     config = PACKED_ROWS[0] if tokens == 1 else tiles_of("packed_linear", target, 2)[0]
     monkeypatch.setattr(packed, "rows_for" if tokens == 1 else "tiles_for", lambda *_: config)
     edge = ALL_ROWS % (config.rows if tokens == 1 else config.out)
     values = normal(LAST, GROUPS * 2, seed=7, dtype=torch.bfloat16)
     bitmask, x = bitmask_of(NEAR.codes, 4), one_hot(tokens, GROUPS * 4)
-    machine.last = 1
+    emulator.last = 1
     found = ops.nm_linear(x, far(values), far(bitmask), None, None, 2, 4)
     expected = x.float() @ reference.unpack_nm(values, bitmask, n=2, m=4).float().t()
     assert_same_bits(found[:, -edge:] + 0.0, expected.bfloat16()[:, -edge:] + 0.0)

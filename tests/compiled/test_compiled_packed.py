@@ -57,12 +57,12 @@ def test_packed_products(target, row, pattern, dtype, values, compiled_for, laun
 @pytest.mark.parametrize(
     ("target", "dtype"), cases(itertools.product(TARGETS, DTYPES), slow=lambda target, dtype: target == "sm_100")
 )
-def test_values_of_every_code_stand_at_their_places(target, dtype, tokens, compiled_for, machine):
+def test_values_of_every_code_stand_at_their_places(target, dtype, tokens, compiled_for, emulator):
     compiled_for(target)
-    machine.programs.clear()
+    emulator.programs.clear()
     assert_every_code_is_placed(tokens, dtype)
     # that is how they got there
-    assert any("prmt.b32" in text for text in machine.programs)
+    assert any("prmt.b32" in text for text in emulator.programs)
 
 
 @pytest.mark.parametrize(

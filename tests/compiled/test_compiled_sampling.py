@@ -119,7 +119,7 @@ def test_weights_under_given_masks(target, pattern, dtype, compiled_for):
         slow=lambda target, kernel: (target, kernel) != ("sm_80", "sample_mask"),
     ),
 )
-def test_blocks_with_and_without_noise(target, kernel, spread, compiled_for, machine, monkeypatch):
+def test_blocks_with_and_without_noise(target, kernel, spread, compiled_for, emulator, monkeypatch):
     """A block whose draws are all determined branches around the noise; a program takes several."""
     compiled_for(target)
     monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", 0)
@@ -155,7 +155,7 @@ def of_layers_in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
     ids=str,
 )
 def test_layers_of_one_launch(target, kernel, pattern, dtype, shard, compiled_for, launched):
-    """The machine finds them by the addresses in a table, as a GPU does."""
+    """The emulator finds them by the addresses in a table, as a GPU does."""
     compiled_for(target)
     of = ManyLayers(*pattern, dtype, shard)
     assert_bits_of_reference(lambda: of.call(kernel))

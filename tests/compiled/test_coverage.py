@@ -133,10 +133,10 @@ def run_packed(target):
     packed.metadata(torch.full((64, 24), 0b0101_1010, dtype=torch.uint8))
 
 
-def not_executed(machine, reason) -> tuple[int, int, list]:
+def not_executed(emulator, reason) -> tuple[int, int, list]:
     """(blocks, how many of them nothing has executed, those of them without a reason)."""
     total, missed, unnamed = 0, 0, []
-    for program in machine.programs.values():
+    for program in emulator.programs.values():
         blocks = program.kernel.blocks
         total += len(blocks)
         of_program = set(range(len(blocks))) - program.covered
@@ -147,24 +147,24 @@ def not_executed(machine, reason) -> tuple[int, int, list]:
     return total, missed, unnamed
 
 
-def test_basic_blocks_for_amd_are_executed(compiled_for, machine):
-    """Of the kernels that the machine for AMDGCN executes."""
+def test_basic_blocks_for_amd_are_executed(compiled_for, emulator):
+    """Of the kernels that the emulator for AMDGCN executes."""
     compiled_for("gfx942")
-    machine.programs.clear()
+    emulator.programs.clear()
     run_over_groups()
     run_over_layers()
-    _, _, unnamed = not_executed(machine, reason_on_amd)
+    _, _, unnamed = not_executed(emulator, reason_on_amd)
     assert not unnamed, unnamed
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_basic_blocks_are_executed(target, compiled_for, machine, monkeypatch):
+def test_basic_blocks_are_executed(target, compiled_for, emulator, monkeypatch):
     compiled_for(target)
-    machine.programs.clear()
+    emulator.programs.clear()
     run_over_groups()
     run_over_layers()
     run_products(target, monkeypatch)
     run_packed(target)
-    total, missed, unnamed = not_executed(machine, reason)
+    total, missed, unnamed = not_executed(emulator, reason)
     assert not unnamed, unnamed
     assert missed <= 0.05 * total, (missed, total)

@@ -155,19 +155,19 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_a_planted_fault_is_found(fault, compiled_for, machine):
+def test_a_planted_fault_is_found(fault, compiled_for, emulator):
     target, call, rewrite, kind = PLANTED[fault]
     compiled_for(target)
-    before = what_is_found(machine, call, str)
-    assert before <= machine.let_pass
-    found = what_is_found(machine, call, rewrite) - before
+    before = what_is_found(emulator, call, str)
+    assert before <= emulator.let_pass
+    found = what_is_found(emulator, call, rewrite) - before
     assert any(kind in each for each in found), found
 
 
-def test_a_fault_that_cannot_be_planted_is_no_finding(compiled_for, machine):
+def test_a_fault_that_cannot_be_planted_is_no_finding(compiled_for, emulator):
     compiled_for("sm_80")
     with pytest.raises(pytest.fail.Exception, match="no such text is not in the kernel"):
-        what_is_found(machine, groups(top_n_mask), replaced("no such text", ""))
+        what_is_found(emulator, groups(top_n_mask), replaced("no such text", ""))
 
 
 # By mutation: of which file, the text, by what it is replaced, and a kind of finding
@@ -183,11 +183,11 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutation", MUTANTS)
-def test_a_mutant_is_found(mutation, compiled_for, machine, monkeypatch, tmp_path):
+def test_a_mutant_is_found(mutation, compiled_for, emulator, monkeypatch, tmp_path):
     module, before, after, kind = MUTANTS[mutation]
     compiled_for("sm_80")
     mutant = mutant_of(module, before, after, tmp_path)
-    mutant.torch = machine.torch
+    mutant.torch = emulator.torch
     if module is packed:
         config = tiles_of("packed_linear", "sm_80", 2)[0]
         mutant.tiles_for = lambda *_: config
@@ -198,5 +198,5 @@ def test_a_mutant_is_found(mutation, compiled_for, machine, monkeypatch, tmp_pat
         mutant.tiles_for = lambda *_: tile
         monkeypatch.setattr(masked_gemm, LINEAR, mutant.masked_linear)
         call = Product(LINEAR, tile, log_prob=True).assert_right
-    found = what_is_found(machine, call, str)
+    found = what_is_found(emulator, call, str)
     assert any(kind in each for each in found), found

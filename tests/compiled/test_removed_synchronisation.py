@@ -1,4 +1,4 @@
-"""Each barrier, wait and fence of compiled kernels is taken away in turn: the machine finds it, or it did nothing."""
+"""Each barrier, wait and fence of compiled kernels is taken away in turn: the emulator finds it, or it did nothing."""
 
 from __future__ import annotations
 
@@ -137,33 +137,33 @@ class Compiled(BaseException):
     """Ends a call ahead of its launch; nothing takes it for an error."""
 
 
-def text_of(machine, call) -> str:
+def text_of(emulator, call) -> str:
     """The kernel that a call would launch."""
 
     def keep(text):
         raise Compiled(text)
 
-    machine.rewrite = keep
+    emulator.rewrite = keep
     with pytest.raises(Compiled) as ended:
         call()
-    machine.rewrite = str
+    emulator.rewrite = str
     return str(ended.value)
 
 
 @pytest.mark.parametrize(("target", "kernel"), cases(CASES, slow=lambda *case: case not in QUICK))
-def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine):
+def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, emulator):
     compiled_for(target)
     call = call_of(kernel, target)
-    before = what_is_found(machine, call, str)
-    assert before <= machine.let_pass
-    text = text_of(machine, call)
+    before = what_is_found(emulator, call, str)
+    assert before <= emulator.let_pass
+    text = text_of(emulator, call)
     if kernel.endswith(WIDE):
         assert UNIT[target] in text
     found = synchronisations(text)
     assert found
 
     def finds(numbers):
-        return what_is_found(machine, call, lambda text: without(text, numbers)) - before
+        return what_is_found(emulator, call, lambda text: without(text, numbers)) - before
 
     missed = {k: " ".join(found[k][0][0].split()) for k in range(len(found)) if not finds({k})}
     redundant = redundant_in(kernel, target)
@@ -175,18 +175,18 @@ def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine)
 
 
 @pytest.mark.parametrize("kernel", ["sample_mask", "masked_weight", "score_update", *OF_LAYERS])
-def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, machine):
+def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, emulator):
     compiled_for("sm_80")
-    assert not synchronisations(text_of(machine, call_of(kernel, "sm_80")))
+    assert not synchronisations(text_of(emulator, call_of(kernel, "sm_80")))
 
 
 @pytest.mark.slow
-def test_most_that_are_taken_away_are_found(compiled_for, machine):
+def test_most_that_are_taken_away_are_found(compiled_for, emulator):
     """Of all kernels for NVIDIA, by the numbers that the test above holds; docs/verification.md states both ratios."""
     total, reasons = 0, []
     for target, kernel in OF_NVIDIA:
         compiled_for(target)
-        total += len(synchronisations(text_of(machine, call_of(kernel, target))))
+        total += len(synchronisations(text_of(emulator, call_of(kernel, target))))
         reasons += redundant_in(kernel, target).values()
     # found alone; found with others at once, or idle with all others that are
     alone, explained = 1 - len(reasons) / total, 1 - reasons.count(LET_PASS) / total

@@ -1,4 +1,4 @@
-"""Calls of operations by compiled kernels, which a machine executes, and by the eager reference."""
+"""Calls of operations by compiled kernels, which an emulator executes, and by the eager reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products by compiled kernels, which a machine executes, on chosen tiles, beside torch and float64."""
+"""Products by compiled kernels, which an emulator executes, on chosen tiles, beside torch and float64."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def contracted(text: str) -> str:
     return replaced(r"add\.rn\.f32\s+(%\w+), ([^,;]+), ([^,;]+);", fused, count=0)(text)
 
 
-def what_is_found(machine, call: Callable[[], None], rewrite: Callable[[str], str]) -> set[str]:
+def what_is_found(emulator, call: Callable[[], None], rewrite: Callable[[str], str]) -> set[str]:
     """Kinds of findings of a call whose kernels are rewritten; a fault by its first words, and "wrong result".
 
     The call raises AssertionError where a result is wrong. A rewrite that raises it fails the test.
@@ -116,9 +116,9 @@ def what_is_found(machine, call: Callable[[], None], rewrite: Callable[[str], st
         except AssertionError as error:
             pytest.fail(f"the text cannot be rewritten: {error}")
 
-    machine.rewrite, kinds = rewritten, set()
+    emulator.rewrite, kinds = rewritten, set()
     try:
-        with machine.apart() as findings:
+        with emulator.apart() as findings:
             try:
                 call()
             except Fault as fault:
@@ -126,7 +126,7 @@ def what_is_found(machine, call: Callable[[], None], rewrite: Callable[[str], st
             except AssertionError:
                 kinds.add("wrong result")
     finally:
-        machine.rewrite = str
+        emulator.rewrite = str
     return kinds | findings.kinds
 
 

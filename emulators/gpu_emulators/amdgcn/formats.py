@@ -1,4 +1,4 @@
-"""Arithmetic of float32 as CDNA3 does it in the modes that the machine models: nearest even, subnormal numbers kept.
+"""Arithmetic of float32 as CDNA3 does it in the modes that the emulator models: nearest even, subnormal numbers kept.
 
 CDNA3 ISA, Vector ALU Operations, and the descriptions of the instructions. A NaN that comes in goes out with its quiet
 bit set; one that comes of numbers has the bits 0x7fc00000.

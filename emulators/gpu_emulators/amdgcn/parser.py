@@ -2,7 +2,7 @@
 
 Syntax after LLVM's "User Guide for AMDGPU Backend" (Assembler, Code Object V5 Metadata, .amdhsa_kernel) and "Syntax of
 AMDGPU Instruction Operands" and "... Modifiers". A text holds one kernel, as Triton writes it. What a descriptor asks
-for beyond what the machine gives is refused.
+for beyond what the emulator gives is refused.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ EXPLICIT = ("by_value", "global_buffer")
 HIDDEN = re.compile(r"hidden_(?:(?:block_count|group_size|remainder|global_offset)_[xyz]|grid_dims|dynamic_lds_size)")
 ENCODINGS = ("e32", "e64", "sdwa", "dpp")
 FLAGS = {"offen", "sc0", "sc1", "nt", "row_mirror", "row_half_mirror"}
-# Entries of a descriptor by the one value that the machine models: LLVM, User Guide for AMDGPU Backend, .amdhsa_kernel.
+# Entries of a descriptor by the one value that is modelled: LLVM, User Guide for AMDGPU Backend, .amdhsa_kernel.
 # Floats of all sizes round to the nearest and keep subnormal numbers; minima and maxima heed IEEE's rules.
 MODELLED = {
     "private_segment_fixed_size": 0,
@@ -184,7 +184,7 @@ ALLOCATION = re.compile(r"next_free_[vs]gpr|accum_offset|reserve_\w+|exception_\
 
 
 def parse(text: str) -> Kernel:
-    """The kernel of an assembly text; raises ``Refused`` for what the machine does not know."""
+    """The kernel of an assembly text; raises ``Refused`` for what the emulator does not know."""
     descriptors = list(DESCRIPTOR.finditer(text))
     if len(descriptors) != 1:
         raise Refused(f"a text with one kernel is expected, this one has {len(descriptors)}")

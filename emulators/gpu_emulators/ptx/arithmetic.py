@@ -127,7 +127,7 @@ def multiply_and_add(ins: Instruction, kernel: Kernel):
 
 @instruction("div", "rem")
 def divide(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.1.8 and 9.7.1.9, div and rem. By zero the result is the machine's affair, and so a finding."""
+    """PTX ISA 9.7.1.8 and 9.7.1.9, div and rem. By zero the result is undefined, which is a finding."""
     (kind,) = modifiers(ins, INTEGERS)
     dtype = numpy_type(kind)
     to, dividend, divisor = operands(ins, 3)

@@ -1,7 +1,7 @@
 """PTX text into a kernel: basic blocks of instructions with their operands, registers, parameters, source lines.
 
 Syntax after PTX ISA 4 (syntax), 5.1 (state spaces), 9.3 (predicated execution) and 11 (directives). A text holds one
-kernel, as Triton writes it. Directives that would change what it does are refused where the machine does not know them.
+kernel, as Triton writes it. Directives that would change what it does are refused where the emulator lacks them.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ MODULE = re.compile(
 
 
 def parse(text: str) -> Kernel:
-    """The kernel of a PTX text; raises ``Refused`` for what the machine does not know."""
+    """The kernel of a PTX text; raises ``Refused`` for what the emulator does not know."""
     text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.S)
     entries = list(ENTRY.finditer(text))
     if len(entries) != 1:

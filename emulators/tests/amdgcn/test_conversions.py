@@ -1,4 +1,4 @@
-"""Conversions of the AMDGCN machine, over all halves, and at the ends of the ranges of integers."""
+"""Conversions of the AMDGCN emulator, over all halves, and at the ends of the ranges of integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floating-point instructions of the AMDGCN machine against exact values."""
+"""Floating-point instructions of the AMDGCN emulator against exact values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer instructions of the AMDGCN machine against integers of Python's."""
+"""Integer instructions of the AMDGCN emulator against integers of Python's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the AMDGCN machine finds in memory: bounds, alignment, unwritten places, waits that are missing, races."""
+"""What the AMDGCN emulator finds in memory: bounds, alignment, unwritten places, waits that are missing, races."""
 
 from __future__ import annotations
 

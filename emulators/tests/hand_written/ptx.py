@@ -1,4 +1,4 @@
-"""Kernels written by hand for the PTX machine, and single instructions on arrays of operands."""
+"""Kernels written by hand for the PTX emulator, and single instructions on arrays of operands."""
 
 from __future__ import annotations
 

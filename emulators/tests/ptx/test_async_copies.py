@@ -1,4 +1,4 @@
-"""Copies that a thread begins and waits for later, cp.async, on the PTX machine."""
+"""Copies that a thread begins and waits for later, cp.async, on the PTX emulator."""
 
 from __future__ import annotations
 

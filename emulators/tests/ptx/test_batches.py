@@ -1,4 +1,4 @@
-"""CTAs that run together on the PTX machine leave nothing behind."""
+"""CTAs that run together on the PTX emulator leave nothing behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hand_written.ptx import kernel
 
-from gpu_emulators.ptx import Findings, GlobalMemory, Program, machine
+from gpu_emulators.ptx import Findings, GlobalMemory, Program, program
 
 THREADS, CTAS = 128, 3
 
@@ -52,7 +52,7 @@ def living(monkeypatch):
         return make
 
     for name in ("Batch", "SharedMemory"):
-        monkeypatch.setattr(machine, name, remembered(getattr(machine, name)))
+        monkeypatch.setattr(program, name, remembered(getattr(program, name)))
     gc.disable()
     yield count
     gc.enable()

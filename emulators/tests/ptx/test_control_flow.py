@@ -1,4 +1,4 @@
-"""Loops, branches, ends and barriers on the PTX machine, by kernels written by hand."""
+"""Loops, branches, ends and barriers on the PTX emulator, by kernels written by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cvt of the PTX machine: all 2^16 inputs of the formats of 16 bits, and rationals for the others."""
+"""cvt of the PTX emulator: all 2^16 inputs of the formats of 16 bits, and rationals for the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floating-point instructions of the PTX machine against exact rationals."""
+"""Floating-point instructions of the PTX emulator against exact rationals."""
 
 from __future__ import annotations
 

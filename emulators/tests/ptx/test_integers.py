@@ -1,4 +1,4 @@
-"""Integer, bit and comparison instructions of the PTX machine against Python's integers."""
+"""Integer, bit and comparison instructions of the PTX emulator against Python's integers."""
 
 from __future__ import annotations
 

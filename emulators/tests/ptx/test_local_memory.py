@@ -1,4 +1,4 @@
-"""Memory of each thread's own, and generic addresses, on the PTX machine."""
+"""Memory of each thread's own, and generic addresses, on the PTX emulator."""
 
 from __future__ import annotations
 

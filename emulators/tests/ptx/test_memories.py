@@ -1,4 +1,4 @@
-"""Loads, stores, races, what is unwritten, out of bounds or misaligned, on the PTX machine."""
+"""Loads, stores, races, what is unwritten, out of bounds or misaligned, on the PTX emulator."""
 
 from __future__ import annotations
 

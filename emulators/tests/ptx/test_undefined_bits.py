@@ -1,4 +1,4 @@
-"""Registers that are packed, computed with and unpacked where a part of them was never written, on the PTX machine."""
+"""Registers that are packed, computed with and unpacked where a part of them was never written, on the PTX emulator."""
 
 from __future__ import annotations
 

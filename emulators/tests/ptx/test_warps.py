@@ -1,4 +1,4 @@
-"""What the threads of a warp do together, on the PTX machine."""
+"""What the threads of a warp do together, on the PTX emulator."""
 
 from __future__ import annotations
 
