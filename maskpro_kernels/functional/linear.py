@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..counter import MaskSource
+from ..counter import NO_COUNTER, MaskSource
 from ..pattern import NMPattern
 from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_input, tokens_of
 
@@ -196,7 +196,9 @@ class _MaskedLinear(torch.autograd.Function):
         if log_prob and not (needs_x or needs_weight or needs_bias):
             # logits alone: the loss needs no graph, only the log-probability does
             ctx.mark_non_differentiable(output[0])
-        if mask.kind != "applied" and (needs_x or needs_weight or needs_logits):
+        if not (needs_x or needs_weight or needs_logits and (log_prob or slopes)):
+            mask = mask._replace(counter=NO_COUNTER, codes=None)
+        elif mask.kind != "applied":
             mask = mask._replace(tensor=source)
         # the weight as it is given, whatever autocast takes: FSDP2 frees it between forward and backward
         operands = x if needs_weight or slopes else None, weight if needs_x or slopes else None

@@ -208,6 +208,13 @@ def mask_log_prob(logits, codes, n, m, inv_temperature):
     return run_reference("mask_log_prob", logits, codes, inverse, n=n, m=m)
 
 
+def _no_second_derivative(ctx, grad):
+    raise RuntimeError("mask_score: no autograd formula, second derivatives of a log-probability are refused")
+
+
+torch.library.register_autograd(f"{NAMESPACE}::mask_score", _no_second_derivative)
+
+
 def _mask_log_prob_context(ctx, inputs, output):
     logits, codes, *ctx.constants = inputs
     ctx.save_for_backward(logits, codes)
@@ -347,16 +354,8 @@ descend_.register_fake(_fake_scalar)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::adamw_", mutates_args=("weight", "master", "first", "second"))
-def adamw_(
-    weight: Tensor,
-    master: Tensor,
-    first: Tensor,
-    second: Tensor,
-    gradient: Tensor,
-    codes: Tensor,
-    scalars: Tensor,
-    m: int,
-) -> None:
+def adamw_(weight: Tensor, master: Tensor, first: Tensor, second: Tensor, gradient: Tensor, codes: Tensor,
+           scalars: Tensor, m: int) -> None:  # fmt: skip
     """A step of AdamW in place, where the codes [rows, K / M] keep a weight.
 
     ``master``, the moments ``first`` and ``second`` and the gradient are float32 [rows, K]; ``weight`` is rounded from

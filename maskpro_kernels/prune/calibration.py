@@ -303,15 +303,9 @@ def masks_of(
     return LayerMasks(layers, codes, patterns)
 
 
-def layer_by_layer(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    calls: list[Call],
-    masks: LayerMasks,
-    visit: Visit,
-    unvisited: str,
-    progress: Callable[[int, int], None] | None,
-) -> list[str]:
+def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call],
+                   masks: LayerMasks, visit: Visit, unvisited: str,
+                   progress: Callable[[int, int], None] | None) -> list[str]:  # fmt: skip
     """Visit the layers in the order in which they run, on all batches, under the masks of those before.
 
     In a chain of blocks only the inputs of one block and one Gram matrix are held; of the experts of a mixture as many

@@ -165,16 +165,9 @@ def initial_codes(
     return {name: part_of(codes[name], layer.weight, pattern.m) for name, layer in layers.items()}
 
 
-def refitted_masks(
-    layers: Mapping[str, nn.Module],
-    pattern: NMPattern,
-    init: Init,
-    refit: str,
-    model: nn.Module,
-    calibration: Iterable | None,
-    progress: Progress | None = None,
-    seed: int = 0,
-) -> Reconstruction:
+def refitted_masks(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Init, refit: str,
+                   model: nn.Module, calibration: Iterable | None, progress: Progress | None = None,
+                   seed: int = 0) -> Reconstruction:  # fmt: skip
     """Group codes as of ``initial_codes``, and with ``refit`` "scales" or "weights" weights refitted under them.
 
     "reconstruction" does both in one pass, and its masks are chosen for the refit. Other masks stay as without one.

@@ -177,14 +177,9 @@ def fit_scales(dense: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
 FITS: dict[str, Fit] = {"scales": fit_scales, "weights": fit_weights}
 
 
-def conjugate_gradients(
-    dense: Tensor,
-    start: Tensor,
-    kept: Tensor,
-    gram: Tensor,
-    iterations: int = ITERATIONS,
-    least_fall: float = LEAST_FALL,
-) -> tuple[Tensor, Tensor]:
+def conjugate_gradients(dense: Tensor, start: Tensor, kept: Tensor, gram: Tensor,
+                        iterations: int = ITERATIONS,
+                        least_fall: float = LEAST_FALL) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Descend on E over the kept values of every row, by conjugate gradients with the diagonal of H as preconditioner.
 
     Hestenes and Stiefel 1952, with steps of each row's own, all rows in one product with H an iteration. An iteration

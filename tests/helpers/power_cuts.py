@@ -185,7 +185,8 @@ class Watched:
 
     def _open(self, real, file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True,
               opener=None):  # fmt: skip
-        if not self._below(file) or not set(mode) & set("wax+"):
+        # one with an opener has no name, and leaves nothing
+        if opener is not None or not self._below(file) or not set(mode) & set("wax+"):
             return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
         raw = WatchedFile(self, file, mode)
         if buffering == 0:

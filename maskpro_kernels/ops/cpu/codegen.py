@@ -231,14 +231,9 @@ def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.trunc(builder.lshr(rounded, WORD(16)), TYPES[torch.bfloat16])
 
 
-def lowered(
-    graph: fx.GraphModule,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None = None,
-    levels: fx.GraphModule | None = None,
-    full: fx.GraphModule | None = None,
-) -> tuple[str, tuple[tuple, ...]]:
+def lowered(graph: fx.GraphModule, groups: Sequence[tuple], rest: Sequence[tuple],
+            in_place: int | None = None, levels: fx.GraphModule | None = None,
+            full: fx.GraphModule | None = None) -> tuple[str, tuple[tuple, ...]]:  # fmt: skip
     """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
 
     The addresses are those of tensors of groups, of the rest, of the shard where there is ``full``, and of results,
@@ -290,14 +285,8 @@ def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[
     builder.position_at_end(done)
 
 
-def _add_loop(
-    module: ir.Module,
-    name: str,
-    graph: fx.GraphModule,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None,
-) -> tuple[ir.Function, tuple[tuple, ...]]:
+def _add_loop(module: ir.Module, name: str, graph: fx.GraphModule, groups: Sequence[tuple],
+              rest: Sequence[tuple], in_place: int | None) -> tuple[ir.Function, tuple[tuple, ...]]:  # fmt: skip
     """``loop`` of a function by itself, and its results, as ``lowered`` says."""
     nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
@@ -370,16 +359,9 @@ class _Numbers:
             each(builder, LONG(0), count, correct)
 
 
-def _add_draws(
-    module: ir.Module,
-    level: ir.Function,
-    by_bounds: ir.Function,
-    draw: ir.Function,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None,
-    result: tuple,
-) -> ir.Function:
+def _add_draws(module: ir.Module, level: ir.Function, by_bounds: ir.Function, draw: ir.Function,
+               groups: Sequence[tuple], rest: Sequence[tuple], in_place: int | None,
+               result: tuple) -> ir.Function:  # fmt: skip
     """``loop`` that determines BLOCK groups at a time, and draws what they leave open whenever BATCH groups are."""
     batch = _add_batch(module, draw, groups, rest, in_place, result)
     given, own = len(groups) + len(rest), in_place is None
@@ -454,14 +436,8 @@ def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorTyp
     builder.store(builder.load(read, typ=typ, align=1), written, align=1)
 
 
-def _add_batch(
-    module: ir.Module,
-    draw: ir.Function,
-    groups: Sequence[tuple],
-    rest: Sequence[tuple],
-    in_place: int | None,
-    result: tuple,
-) -> ir.Function:
+def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], rest: Sequence[tuple],
+               in_place: int | None, result: tuple) -> ir.Function:  # fmt: skip
     """``batch(size, open groups, *addresses)``: up to BATCH groups, drawn side by side and put back."""
     given, own = len(groups) + len(rest), in_place is None
     function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)

@@ -74,15 +74,8 @@ class _Groups:
             run(function, [*(x[which] for x in tensors), number], rest, out=out[which], **constants)
 
 
-def _draw_into(
-    out: Tensor,
-    by_bounds: Callable,
-    full: Callable,
-    groups: _Groups,
-    rest: Sequence[Tensor],
-    others: Sequence[Tensor] = (),
-    **constants,
-) -> None:
+def _draw_into(out: Tensor, by_bounds: Callable, full: Callable, groups: _Groups, rest: Sequence[Tensor],
+               others: Sequence[Tensor] = (), **constants) -> None:  # fmt: skip
     """out = ``full`` of (logits, others, numbers, key, rest) where ``by_bounds``, of levels, has not determined it."""
     rest = (*groups.counter.key, *rest)
     how = {"shard": integers(*groups.shard), "levels": spread_levels, "full": full}

@@ -95,18 +95,9 @@ class CompiledLoop:
             group i has the number l // columns * row_stride + l % columns + offset, with l = start + i.
     """
 
-    def __init__(
-        self,
-        function: Callable,
-        groups: Likes,
-        rest: Likes,
-        numbered: bool = False,
-        out: tuple | None = None,
-        in_place: int | None = None,
-        levels: Callable | None = None,
-        full: Callable | None = None,
-        constants: Mapping = MappingProxyType({}),
-    ):
+    def __init__(self, function: Callable, groups: Likes, rest: Likes, numbered: bool = False,
+                 out: tuple | None = None, in_place: int | None = None, levels: Callable | None = None,
+                 full: Callable | None = None, constants: Mapping = MappingProxyType({})):  # fmt: skip
         self.name = function.__name__.strip("_")
         drawn = full is not None
         self.function = _Bound(function, len(groups) + drawn, numbered, constants)
@@ -272,18 +263,9 @@ def compiled_loop(*given, **constants: int | torch.dtype) -> CompiledLoop:
     return CompiledLoop(*given, constants=constants)
 
 
-def run(
-    function: Callable,
-    tensors: Sequence[Tensor],
-    rest: Sequence[Tensor] = (),
-    *,
-    out: Tensor,
-    first: Tensor | None = None,
-    shard: Tensor | None = None,
-    levels: Callable | None = None,
-    full: Callable | None = None,
-    **constants,
-) -> list[Tensor]:
+def run(function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor] = (), *, out: Tensor,
+        first: Tensor | None = None, shard: Tensor | None = None, levels: Callable | None = None,
+        full: Callable | None = None, **constants) -> list[Tensor]:  # fmt: skip
     """The results [groups, ...] of ``function`` on tensors [groups, ...], by a ``CompiledLoop``; of no groups ``out``.
 
     ``out`` is memory for the first result, maybe that of one of the tensors; ``first`` the number of the first group.

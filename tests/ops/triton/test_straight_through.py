@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
-from maskpro_kernels.ops import reference, registry
+from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import straight_through, tiles
 from maskpro_kernels.pattern import NMPattern
 
@@ -245,7 +245,7 @@ def test_opcheck():
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, rows=4, k=16)
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
-    mask, squares = registry.flat(source_of(logits, pattern)), torch.rand(4, device=KERNEL_DEVICE)
+    mask, squares = source_of(logits, pattern).flat(), torch.rand(4, device=KERNEL_DEVICE)
     for more in ((None, None), (torch.empty_like(weight), squares)):
         of = (grad, x, weight, 1.0)
         torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (*of, *more, *mask))
