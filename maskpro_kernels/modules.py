@@ -89,18 +89,9 @@ class MaskedLinear(nn.Module):
         TypeError, ValueError: shapes or dtypes are not as above.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        logits: Tensor,
-        pattern: str | NMPattern,
-        *,
-        layer: int = 0,
-        counter_state: CounterState | None = None,
-        group_offset: int = 0,
-        group_row_stride: int | None = None,
-    ):
+    def __init__(self, weight: Tensor, bias: Tensor | None, logits: Tensor, pattern: str | NMPattern, *,
+                 layer: int = 0, counter_state: CounterState | None = None, group_offset: int = 0,
+                 group_row_stride: int | None = None):  # fmt: skip
         super().__init__()
         self.pattern = NMPattern(pattern)
         check_weight(weight, self.pattern, whole=False)
@@ -125,20 +116,11 @@ class MaskedLinear(nn.Module):
         self.weight_changed = self.is_dense = False
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        pattern: str | NMPattern,
-        init: str | Tensor = "magnitude",
-        gap: float = 10.0,
-        *,
-        logits_dtype: torch.dtype = torch.float32,
-        logits_device: torch.device | str | None = None,
-        layer: int = 0,
-        counter_state: CounterState | None = None,
-        group_offset: int = 0,
-        group_row_stride: int | None = None,
-    ) -> MaskedLinear:
+    def from_linear(cls, linear: nn.Linear, pattern: str | NMPattern, init: str | Tensor = "magnitude",
+                    gap: float = 10.0, *, logits_dtype: torch.dtype = torch.float32,
+                    logits_device: torch.device | str | None = None, layer: int = 0,
+                    counter_state: CounterState | None = None, group_offset: int = 0,
+                    group_row_stride: int | None = None) -> MaskedLinear:  # fmt: skip
         """A MaskedLinear that shares the weight, where that is contiguous, and bias of ``linear``.
 
         Args:

@@ -122,14 +122,8 @@ def load_masks(path: str | Path) -> MaskFile:
     return MaskFile(tensors, metadata, checksum)
 
 
-def save_masks(
-    path: str | Path,
-    layers: Iterable[tuple[str, Tensor, Tensor]],
-    pattern: str | NMPattern,
-    *,
-    model: str,
-    provenance: Mapping[str, object] | None = None,
-) -> MaskFile:
+def save_masks(path: str | Path, layers: Iterable[tuple[str, Tensor, Tensor]], pattern: str | NMPattern,
+               *, model: str, provenance: Mapping[str, object] | None = None) -> MaskFile:  # fmt: skip
     """Write masks into a file, and give what ``load_masks`` reads of it.
 
     Layers may be made one at a time: no more than one is held, and what the file will hold.

@@ -375,14 +375,9 @@ def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: L
     return tokens
 
 
-def _evaluate_initial_masks(
-    options: Learn,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    init: str | Mapping[str, Tensor],
-    tests: Mapping[str, Tensor],
-    initial: Sequence[Tensor],
-) -> dict:
+def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[str, nn.Module],
+                            init: str | Mapping[str, Tensor], tests: Mapping[str, Tensor],
+                            initial: Sequence[Tensor]) -> dict:  # fmt: skip
     """Convert the model and evaluate the initial masks; that of ``--init`` stays, with its weights.
 
     Returns:

@@ -214,16 +214,8 @@ class CounterKeywords(TypedDict, total=False):
     group_row_stride: int | None
 
 
-def counter_of(
-    matrix: Tensor,
-    pattern: NMPattern,
-    seed: Scalar,
-    step: Scalar = 0,
-    layer: Scalar = 0,
-    draw: Scalar = 0,
-    group_offset: int = 0,
-    group_row_stride: int | None = None,
-) -> Counter:
+def counter_of(matrix: Tensor, pattern: NMPattern, seed: Scalar, step: Scalar = 0, layer: Scalar = 0,
+               draw: Scalar = 0, group_offset: int = 0, group_row_stride: int | None = None) -> Counter:  # fmt: skip
     """The checked counter of a draw from logits [rows, K]."""
     check_scalar("seed", seed, -(1 << 63), 1 << 63)
     check_scalar("step", step, 0, philox.MAX_STEPS)

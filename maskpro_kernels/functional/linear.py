@@ -18,17 +18,9 @@ from .checks import CounterKeywords, check_codes, check_like, check_weight, draw
 LogitsBackward = Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None]
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bias: Tensor | None = None,
-    *,
-    pattern: str | NMPattern,
-    temperature: float = 1.0,
-    log_prob: bool = True,
-    **counter: Unpack[CounterKeywords],
-) -> tuple[Tensor, Tensor | None]:
+def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, *,
+                  pattern: str | NMPattern, temperature: float = 1.0, log_prob: bool = True,
+                  **counter: Unpack[CounterKeywords]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Linear layer under a drawn mask: (x @ (weight * mask).T + bias, log-probability of the mask).
 
     Gradients flow to x, weight, bias, and through the log-probability to the logits (the score): of first order
@@ -86,17 +78,10 @@ def straight_through_gradient(
     return ops.straight_through_grad(grad, x, weight, curvature, mask).to(mask.tensor.dtype)
 
 
-def straight_through_linear(
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bias: Tensor | None = None,
-    *,
-    pattern: str | NMPattern,
-    temperature: float = 1.0,
-    logits_backward: LogitsBackward = straight_through_gradient,
-    **counter: Unpack[CounterKeywords],
-) -> Tensor:
+def straight_through_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, *,
+                            pattern: str | NMPattern, temperature: float = 1.0,
+                            logits_backward: LogitsBackward = straight_through_gradient,
+                            **counter: Unpack[CounterKeywords]) -> Tensor:  # fmt: skip
     """Linear layer under a drawn mask, with a gradient that passes straight through the draw to the logits.
 
     Gradients flow to x, weight and bias as in ``masked_linear``.
@@ -142,15 +127,9 @@ def codes_linear(
     return linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m))[0]
 
 
-def linear_under(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: MaskSource,
-    log_prob: bool = False,
-    logits_backward: LogitsBackward | None = None,
-    is_current: Callable[[], bool] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSource, log_prob: bool = False,
+                 logits_backward: LogitsBackward | None = None,
+                 is_current: Callable[[], bool] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``masked_linear`` under a mask of any source; x and bias are checked here.
 
     Backward asks ``is_current`` whether an applied mask is still that of the forward.

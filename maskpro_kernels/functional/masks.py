@@ -63,14 +63,8 @@ def sample_mask(
     return ops.codes_under(mask).view(*logits.shape[:-1], logits.shape[-1] // pattern.m)
 
 
-def sample_masked_weight(
-    weight: Tensor,
-    logits: Tensor,
-    pattern: str | NMPattern,
-    *,
-    temperature: float = 1.0,
-    **counter: Unpack[CounterKeywords],
-) -> Tensor:
+def sample_masked_weight(weight: Tensor, logits: Tensor, pattern: str | NMPattern, *,
+                         temperature: float = 1.0, **counter: Unpack[CounterKeywords]) -> Tensor:  # fmt: skip
     """The weight under the mask that ``sample_mask`` draws from the same arguments, exact zeros elsewhere.
 
     Args:
@@ -191,15 +185,9 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
     return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m, 1.0).view(codes.shape)
 
 
-def score_update_(
-    logits: Tensor,
-    coef: float | Tensor | Sequence[float | Tensor],
-    *,
-    pattern: str | NMPattern,
-    temperature: float = 1.0,
-    draw: Scalar | Sequence[Scalar] = 0,
-    **counter: Unpack[CounterKeywords],
-) -> Tensor:
+def score_update_(logits: Tensor, coef: float | Tensor | Sequence[float | Tensor], *,
+                  pattern: str | NMPattern, temperature: float = 1.0, draw: Scalar | Sequence[Scalar] = 0,
+                  **counter: Unpack[CounterKeywords]) -> Tensor:  # fmt: skip
     """logits -= sum of coef * score, in place; the masks are drawn again from their counters.
 
     The score is the gradient of log p(S) in the logits at the temperature of the draw. Up to N = 4 it

@@ -41,14 +41,8 @@ class SparseConfig(QuantizationConfigMixin):
         TypeError, ValueError: an argument is not as above, or of a version that this release does not know.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, Mapping],
-        taken_apart: Sequence[str] = (),
-        version: int = VERSION,
-        loading: str = HOW_TO_LOAD,
-        **others,
-    ):
+    def __init__(self, layers: Mapping[str, Mapping], taken_apart: Sequence[str] = (),
+                 version: int = VERSION, loading: str = HOW_TO_LOAD, **others):  # fmt: skip
         others.pop("quant_method", None)
         if version != VERSION or others:
             raise ValueError(

@@ -50,18 +50,10 @@ Masks are learned by MaskPro, [arXiv 2506.12876](https://arxiv.org/abs/2506.1287
 """
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    *,
-    base_model: str | None = None,
-    pattern: str | None = None,
-    table: Sequence[Mapping[str, object]] = (),
-    max_shard_size: int | str = "50GB",
-    push_to_hub: str | None = None,
-    private: bool | None = None,
-) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *,
+               base_model: str | None = None, pattern: str | None = None,
+               table: Sequence[Mapping[str, object]] = (), max_shard_size: int | str = "50GB",
+               push_to_hub: str | None = None, private: bool | None = None) -> None:  # fmt: skip
     """Write a checkpoint (config, safetensors weights, tokenizer, model card) that ``from_pretrained(folder)`` loads.
 
     Packed weights and logits are written as such, with the ``quantization_config`` by which they are loaded. A
@@ -122,14 +114,8 @@ def save_model(
         ) from error
 
 
-def model_card(
-    model: PreTrainedModel,
-    name: str,
-    *,
-    base_model: str | None = None,
-    pattern: str | None = None,
-    table: Sequence[Mapping[str, object]] = (),
-) -> ModelCard:
+def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = None,
+               pattern: str | None = None, table: Sequence[Mapping[str, object]] = ()) -> ModelCard:  # fmt: skip
     """The card of a model that will be loaded by a name; the other arguments are those of ``save_model``."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
     patterns = sorted({str(layer.pattern) for layer in layers.values()}) or ([pattern] if pattern else [])

@@ -136,13 +136,9 @@ class SpeedReport:
 
 
 @torch.inference_mode()
-def measure_speed(
-    models: Mapping[str, PreTrainedModel],
-    prompt: Tensor,
-    new_tokens: int = 128,
-    rounds: int = 5,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> SpeedReport:
+def measure_speed(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: int = 128,
+                  rounds: int = 5,
+                  progress: Callable[[int, int], object] = lambda done, total: None) -> SpeedReport:  # fmt: skip
     """Compare what models write behind a prompt, then time how fast they read it and write.
 
     Models take turns: each round measures all of them, another one first each time. A round is one forward over the
@@ -232,14 +228,8 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = before
 
 
-def _agreement(
-    names: tuple[str, str],
-    differs_in: str | None,
-    other_model: PreTrainedModel,
-    prompt: Tensor,
-    written: Tensor,
-    other: Tensor,
-) -> Agreement:
+def _agreement(names: tuple[str, str], differs_in: str | None, other_model: PreTrainedModel,
+               prompt: Tensor, written: Tensor, other: Tensor) -> Agreement:  # fmt: skip
     differ, new_tokens = written != other, written.shape[1]
     if not differ.any():
         return Agreement(*names, differs_in, new_tokens, new_tokens)

@@ -166,14 +166,9 @@ class ModelMasks:
         codes, kept = layer.drawn_codes(), top_n_mask(layer.logits_on_device(), layer.pattern)
         return int((codes != kept).sum())
 
-    def score_update_(
-        self,
-        coef: float | Tensor | Sequence[float | Tensor],
-        *,
-        draw: Scalar | Sequence[Scalar] | None = None,
-        seed: Scalar | None = None,
-        step: Scalar | None = None,
-    ) -> None:
+    def score_update_(self, coef: float | Tensor | Sequence[float | Tensor], *,
+                      draw: Scalar | Sequence[Scalar] | None = None, seed: Scalar | None = None,
+                      step: Scalar | None = None) -> None:  # fmt: skip
         """The logits of all layers -= sum of coef * score, in place: ``score_update_`` of each.
 
         Of the draw of the last ``drawn``, with the logits as they were, masks are not drawn again.

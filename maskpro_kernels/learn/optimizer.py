@@ -42,16 +42,9 @@ class MaskOptimizer(torch.optim.Optimizer):
         TypeError, ValueError: an argument is not as above, or logits are no plain tensors in memory.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 0.3,
-        *,
-        curvature: float = 1.0,
-        max_update: float = 2.0,
-        decay: float = 0.9,
-        loss_scale: float | Callable[[], float] = 1.0,
-    ):
+    def __init__(self, model: nn.Module, lr: float = 0.3, *, curvature: float = 1.0,
+                 max_update: float = 2.0, decay: float = 0.9,
+                 loss_scale: float | Callable[[], float] = 1.0):  # fmt: skip
         check_float("lr", lr, 0.0)
         check_slope_settings(curvature, max_update, decay)
         if not callable(loss_scale):

@@ -45,16 +45,9 @@ class Reinforce(Estimator):
     needs_flips = True
     journaled = True
 
-    def __init__(
-        self,
-        lr: float = 50.0,
-        alpha: float = 0.99,
-        tracker: str = "after",
-        normalize: bool = False,
-        draws: int = 1,
-        refresh: bool = False,
-        steps: int | None = None,
-    ):
+    def __init__(self, lr: float = 50.0, alpha: float = 0.99, tracker: str = "after",
+                 normalize: bool = False, draws: int = 1, refresh: bool = False,
+                 steps: int | None = None):  # fmt: skip
         check_float("lr", lr, 0.0, strict=True)
         check_float("alpha", alpha, 0.0, 1.0)
         if tracker not in ("after", "before"):

@@ -330,14 +330,8 @@ def snapshots_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("snapshot-*") if SNAPSHOT.fullmatch(path.name))
 
 
-def settings_of(
-    layers: Mapping[str, MaskedLinear],
-    estimator: Estimator,
-    batches: Sequence | None,
-    seed: int,
-    accumulate: int,
-    loss_fn: LossFn,
-) -> dict:
+def settings_of(layers: Mapping[str, MaskedLinear], estimator: Estimator, batches: Sequence | None,
+                seed: int, accumulate: int, loss_fn: LossFn) -> dict:  # fmt: skip
     """The settings that a run goes on with, as JSON; of a loss its ``settings()`` where it has them.
 
     Of batches that are no sequence, None, there is nothing: snapshots hold a digest of those that were taken.

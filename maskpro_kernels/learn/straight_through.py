@@ -57,18 +57,9 @@ class StraightThrough(Estimator):
     name = "straight-through"
     needs_gradients = True
 
-    def __init__(
-        self,
-        lr: float = 0.3,
-        steps: int | None = None,
-        *,
-        curvature: float = 1.0,
-        max_update: float = 2.0,
-        decay: float = 0.9,
-        fisher_every: int = 16,
-        train_weights: float | None = None,
-        weight_decay: float = 0.0,
-    ):
+    def __init__(self, lr: float = 0.3, steps: int | None = None, *, curvature: float = 1.0,
+                 max_update: float = 2.0, decay: float = 0.9, fisher_every: int = 16,
+                 train_weights: float | None = None, weight_decay: float = 0.0):  # fmt: skip
         check_whole("fisher_every", fisher_every, 1)
         check_float("lr", lr, 0.0, strict=True)
         check_slope_settings(curvature, max_update, decay)

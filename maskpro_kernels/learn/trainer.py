@@ -92,20 +92,9 @@ class MaskTrainer:
     in time, and ValueError on all ranks where one has another model, batches or settings.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable,
-        estimator: Estimator,
-        *,
-        seed: int,
-        output_dir: str | Path | None = None,
-        snapshot_minutes: float = 10.0,
-        max_skipped: int = 0,
-        accumulate: int = 1,
-        timeout: float = 600.0,
-    ):
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable, estimator: Estimator, *,
+                 seed: int, output_dir: str | Path | None = None, snapshot_minutes: float = 10.0,
+                 max_skipped: int = 0, accumulate: int = 1, timeout: float = 600.0):  # fmt: skip
         check_no_flat_parameters("model", model)
         self.layers = masked_layers(model)
         if not callable(loss_fn):

@@ -56,20 +56,11 @@ class Conversion:
     unmasked: dict[str, str] = field(default_factory=dict)
 
 
-def convert(
-    model: nn.Module,
-    pattern: str | NMPattern,
-    targets: Sequence[str] | None = None,
-    init: Init = "magnitude",
-    gap: float = DEFAULT_GAP,
-    flip_rate: float | None = None,
-    calibration: Iterable | None = None,
-    logits_dtype: torch.dtype = torch.float32,
-    logits_device: torch.device | str | None = None,
-    refit: str = "none",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Conversion:
+def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] | None = None,
+            init: Init = "magnitude", gap: float = DEFAULT_GAP, flip_rate: float | None = None,
+            calibration: Iterable | None = None, logits_dtype: torch.dtype = torch.float32,
+            logits_device: torch.device | str | None = None, refit: str = "none", seed: int = 0,
+            progress: Progress | None = None) -> Conversion:  # fmt: skip
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
     Transformers' Conv1D and mixtures of experts are taken apart into layers first, see ``unfuse``. Weights that they

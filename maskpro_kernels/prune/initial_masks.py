@@ -131,15 +131,9 @@ def check_initial_mask(init: Init) -> None:
     )
 
 
-def initial_codes(
-    layers: Mapping[str, nn.Module],
-    pattern: str | NMPattern,
-    init: Init,
-    model: nn.Module | None = None,
-    calibration: Iterable | None = None,
-    progress: Progress | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]:
+def initial_codes(layers: Mapping[str, nn.Module], pattern: str | NMPattern, init: Init,
+                  model: nn.Module | None = None, calibration: Iterable | None = None,
+                  progress: Progress | None = None, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
     """Group codes of an initial mask for every layer.
 
     Args:

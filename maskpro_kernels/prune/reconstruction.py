@@ -48,16 +48,9 @@ class Reconstruction(NamedTuple):
 
 
 @torch.no_grad()
-def reconstruct(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    codes: Mapping[str, Tensor],
-    pattern: str | NMPattern,
-    calibration: Iterable,
-    *,
-    refit: str = "none",
-    progress: Callable[[int, int], None] | None = None,
-) -> Reconstruction:
+def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor],
+                pattern: str | NMPattern, calibration: Iterable, *, refit: str = "none",
+                progress: Callable[[int, int], None] | None = None) -> Reconstruction:  # fmt: skip
     """Masks under which the layers' outputs come near to those of the whole weights, on the inputs that they see.
 
     Layer by layer in the order in which they run. Layers that are given the same tensor share its Gram matrix.

@@ -128,13 +128,8 @@ def _none_fits(model: nn.Module, pattern: NMPattern, skipped: Mapping[str, str])
     return ValueError(f"model: expected an nn.Linear that {pattern} fits, all matrices were left out: {reasons}")
 
 
-def _by_targets(
-    model: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    pattern: NMPattern,
-    bypassed: Mapping[str, str],
-    targets: Sequence[str],
-) -> Selection:
+def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern,
+                bypassed: Mapping[str, str], targets: Sequence[str]) -> Selection:  # fmt: skip
     expected = "targets: expected a sequence of fnmatch patterns"
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")

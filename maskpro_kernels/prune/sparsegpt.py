@@ -75,15 +75,9 @@ def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPatter
 
 
 @torch.no_grad()
-def sparsegpt(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    pattern: str | NMPattern,
-    calibration: Iterable,
-    *,
-    keep_weights: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Reconstruction:
+def sparsegpt(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str | NMPattern,
+              calibration: Iterable, *, keep_weights: bool = False,
+              progress: Callable[[int, int], None] | None = None) -> Reconstruction:  # fmt: skip
     """Masks of all layers, each found on what the layers before it give once they are pruned and have made up for it.
 
     In a chain of blocks only the inputs of one block, its new weights and one Gram matrix are held, but for

@@ -253,16 +253,9 @@ def start_token(tokenizer) -> int | None:
     return next((token for token in tokens if token is not None), None)
 
 
-def sample_windows(
-    model: torch.nn.Module,
-    start: int | None,
-    windows: int,
-    length: int,
-    *,
-    batch_size: int = TOGETHER,
-    seed: int = 0,
-    progress: Callable[[int, int], object] | None = None,
-) -> Tensor:
+def sample_windows(model: torch.nn.Module, start: int | None, windows: int, length: int, *,
+                   batch_size: int = TOGETHER, seed: int = 0,
+                   progress: Callable[[int, int], object] | None = None) -> Tensor:  # fmt: skip
     """Draw windows of tokens from a model's own next-token probabilities, at temperature 1.
 
     A window begins with ``start`` and goes on behind an end of text, as text does that is cut into windows. Tokens are

@@ -127,13 +127,8 @@ class WordPerplexity(NamedTuple):
     bits_per_byte: float
 
 
-def word_perplexity(
-    model: torch.nn.Module,
-    tokenizer: Callable,
-    documents: Sequence[str],
-    length: int | None = None,
-    progress: bool = False,
-) -> WordPerplexity:
+def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequence[str],
+                    length: int | None = None, progress: bool = False) -> WordPerplexity:  # fmt: skip
     """Perplexity by word, as the task wikitext of lm-eval finds it (EleutherAI/lm-evaluation-harness 0.4).
 
     Each document is detokenized and made into tokens on its own, every token is predicted, and the sum is divided by
