@@ -117,7 +117,7 @@ def run(folder: Path, estimator: dict, pattern: str = "2:4", logits_dtype=torch.
 def cases():
     """Every pattern, dtype and route; what takes the interpreter seconds, or the compiler a minute, is slow."""
     for route, pattern, dtype in itertools.product(("eager", "compiled", "kernels"), PATTERNS, DTYPES):
-        wide = mk.NMPattern(pattern).m >= 16 and DTYPES[dtype] != torch.float32
+        wide = mk.NMPattern(pattern).m >= 8 and (pattern, dtype) not in (("4:8", "bfloat16"), ("8:16", "float32"))
         dear = route == "kernels" and (pattern, dtype) not in INTERPRETED or route == "compiled" and wide
         yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if dear else [])
 

@@ -138,7 +138,7 @@ def test_shards_odd_addresses_and_given_masks(child, pattern):
     check_kernels(child, [*shards, *layers, *weights])
 
 
-@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("target", list(cases(((t,) for t in SHARED_LIMITS), slow=lambda target: target != "sm_90")))
 def test_products_under_drawn_masks_and_by_codes(child, target):
     check_products(child, "bf16", (2, 4), [target], ends=True, LOG_PROB=True)
     check_products(child, "bf16", (2, 4), [target], ends=True, KIND="codes")
