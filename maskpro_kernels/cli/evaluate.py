@@ -70,7 +70,8 @@ def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
     """How a text is evaluated; it is read now."""
     bars = wants_bars()
     if options.protocol == "held-out":
-        text = load_text(name, options.text_column, options.documents)["test"]
+        documents = options.documents or (settings.get("documents") if options.data is None else None)
+        text = load_text(name, options.text_column, documents)["test"]
         count = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS)
 
         def measure(model: nn.Module, tokenizer) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoints.logits import LOGITS_FILE, load_logits
 from ..checkpoints.mask_file import save_masks
-from ..files import check_output
+from ..files import check_output, digest
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..packed import KEEP
@@ -40,6 +40,9 @@ def export(options: Export, source: str, output: str) -> None:
         if not all(logits.dim() == 2 and logits.isfinite().all() for logits in learned.logits.values()):
             raise ValueError("expected finite logits [out, K], got others")
         codes = {name: top_n_mask(logits, pattern) for name, logits in learned.logits.items()}
+        own = digest(learned.logits[name] for name in sorted(learned.logits))
+        if (Path(source) / REPORT).is_file() and read_report(Path(source))["logits"] != own:
+            raise ValueError(f"expected the logits that {REPORT} has the digest of, got others; restore {LOGITS_FILE}")
     if options.to == "mask" and learned.weights:
         raise ValueError("run: expected a mask of the base model's weights, got changed weights; export a checkpoint")
     name = options.model or metadata["model"]

@@ -48,6 +48,8 @@ def import_checkpoint(options: Import, source: str) -> None:
 def _masked(options: Import, path: Path):
     """(pattern, layers, model, tokenizer) of a mask file over its base model."""
     masks = load_masks(path)
+    if options.dtype is not None:
+        raise ValueError(f"dtype: expected none with a mask file, which names that of its base, got {options.dtype!r}")
     dtype = str(masks.dtype).removeprefix("torch.")
     model, tokenizer = load(options.model, dtype, "cpu")
     # its fingerprint is compared with that of the base
@@ -88,7 +90,7 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
         count = len(conversion.converted)
     else:
         count, kinds = len(layers), {layer.kind for layer in layers}
-        (pattern,) = {layer.pattern for layer in layers}
+        pattern = " and ".join(sorted({str(layer.pattern) for layer in layers}))
         if options.to == "packed" and kinds == {options.values}:
             raise ValueError(f"source: expected weights with zeros, got {str(path)!r}, which is packed already")
         if options.to == "packed":

@@ -24,6 +24,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,7 +36,7 @@ from ..functional.checks import LARGEST_GAP, check_gap
 from ..functional.masks import top_n_mask
 from ..learn.estimator import Estimator, LossFn, StepRecord
 from ..learn.reinforce import Reinforce
-from ..learn.run import newest_snapshot, snapshots_in
+from ..learn.run import LOCK, newest_snapshot, snapshots_in
 from ..learn.straight_through import StraightThrough
 from ..learn.trainer import MaskTrainer
 from ..modules import MaskedLinear, initial_logits, masked_layers
@@ -63,6 +64,7 @@ from ..text.batches import (
 from ..text.losses import TeacherCache, distillation_loss
 from ..text.perplexity import perplexity
 from ..text.sources import SELF, load_text
+from ..unfuse import as_linears
 from .config import EVAL_LENGTH, Learn
 from .inputs import (
     COLUMNS,
@@ -78,6 +80,7 @@ from .inputs import (
     how_to_go_on,
     load,
     naming,
+    positions_of,
     print_table,
     read_json,
     report,
@@ -119,7 +122,7 @@ def learn(options: Learn) -> None:
     resuming = options.resume is not None
     if resuming:
         options = ranks.first(lambda: read_options(options))
-    given, options = options, ranks.all_of(lambda: complete(options, ranks.world))
+    given, options = options, ranks.all_of(lambda: complete(options, ranks.world, resuming))
     output, progress = Path(options.output), Path(options.output) / PROGRESS
     begun = ranks.first(lambda: (progress / START).is_file())
     if not resuming:
@@ -129,7 +132,9 @@ def learn(options: Learn) -> None:
     texts = ranks.all_of(lambda: _load_texts(options))
     device = options.device if options.device == "auto" else device_of(options.device)
     model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
+    apart = ranks.all_of(lambda: as_linears(model))
     layers, skipped = ranks.all_of(lambda: layers_to_convert(model, options.pattern))
+    skipped = apart | skipped
     if options.gradient_checkpointing:
         from ..hf import checkpoint_activations
 
@@ -215,7 +220,7 @@ def read_options(given: Learn) -> Learn:
     return Learn(**stored, output=str(folder))
 
 
-def complete(options: Learn, world: int = 1) -> Learn:
+def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
     """Options with the defaults of their estimator, once all that can be checked without a model is.
 
     Raises:
@@ -240,7 +245,7 @@ def complete(options: Learn, world: int = 1) -> Learn:
         for name in ("train_weights", "gradient_checkpointing"):
             if getattr(options, name):
                 raise ValueError(f"{name}: expected none with --estimator reinforce, which takes no gradients")
-    if options.init not in INITIAL_MASKS and not Path(options.init).exists():
+    if options.init not in INITIAL_MASKS and not resuming and not Path(options.init).exists():
         raise ValueError(
             f"init: expected one of {', '.join(INITIAL_MASKS)}, or the path of a mask file, a run or a sparse "
             f"checkpoint, got {options.init!r}"
@@ -290,19 +295,28 @@ def _check_output(output: Path) -> None:
     check_output(output)
 
 
-def _write_settings(options: Learn, output: Path) -> None:
-    """Write options by which a run goes on from whatever folder; remove what one left that has not begun."""
+def _with_absolute_paths(options: Learn) -> dict:
+    """The options by name, whose paths hold in every folder."""
     stored = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
     if Path(options.model).exists():
         stored["model"] = str(Path(options.model).resolve())
     if options.init not in (None, *INITIAL_MASKS):
         stored["init"] = str(Path(options.init).resolve())
-    stored["data"] = resolved(options.data)
+    return stored | {"data": resolved(options.data)}
+
+
+def _write_settings(options: Learn, output: Path) -> None:
+    """Write options by which a run goes on from whatever folder; remove what one left that has not begun."""
     make_folder(output / PROGRESS)
-    for path in (output / PROGRESS).iterdir():
-        if path.name not in (SAMPLES, TEACHER):
-            discard(path)
-    write_whole(output / SETTINGS, json.dumps({"format": FORMAT, "options": stored}, indent=1).encode())
+    try:
+        with FileLock(output / PROGRESS / LOCK, blocking=False):
+            for path in (output / PROGRESS).iterdir():
+                if path.name not in (SAMPLES, TEACHER, LOCK):
+                    discard(path)
+            content = {"format": FORMAT, "options": _with_absolute_paths(options)}
+            write_whole(output / SETTINGS, json.dumps(content, indent=1).encode())
+    except Timeout as error:
+        raise ValueError(f"output: expected a folder that no other process learns in, got {str(output)!r}") from error
 
 
 def _load_texts(options: Learn) -> dict[str, dict[str, str]]:
@@ -345,6 +359,8 @@ def _windows(
     with naming("data", "give a longer text, or a smaller --batch-size or --seq-len"):
         check_windows(every, windows, options.batch_size)
     if SELF in dict(every):
+        if (positions := positions_of(model)) is not None and options.seq_len > positions:
+            raise ValueError(f"seq_len: expected at most {positions}, which the model has positions for")
         whose = turns([share for _, share in every], options.batch_size * max(_learned_from(options), INIT_BATCHES))
         wanted = min(MOST_SAMPLES, whose.count([name for name, _ in every].index(SELF)))
         held_out = 0 if sources else 2 * options.eval_windows
@@ -590,7 +606,7 @@ class _Run:
         figure.savefig(output / "perplexity.png", dpi=120)
         found = {
             "format": FORMAT,
-            "settings": vars(options),
+            "settings": _with_absolute_paths(options),
             "table": table,
             "validation": self.rows,
             "weights": _name_of("", options, trained).removeprefix(", ") or "weights frozen",

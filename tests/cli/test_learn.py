@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.command import learn, nonzeros, report
+from helpers.command import broken_off, learn, nonzeros, refuses, report
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import maskpro_kernels as mk
 from maskpro_kernels.checkpoints.logits import load_logits
@@ -233,3 +241,47 @@ def test_a_model_of_learned_positions_and_one_in_bfloat16(inputs, tmp_path):
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "run").get_submodule("model.layers.0.mlp.up_proj").weight
     assert weight.dtype == torch.bfloat16
     assert report(tmp_path / "run")["validation"][-1]["tokens"] == 3 * 2 * 4 * 16
+
+
+def tiny_gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+    )
+
+
+def tiny_mixtral():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 2, "max_position_embeddings": 64}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=32, bos_token_id=None, eos_token_id=None, **sizes, **experts))
+
+
+@pytest.mark.parametrize("model", [tiny_gpt2, tiny_mixtral])
+def test_modules_with_matrices_of_their_own_are_learned_as_layers(model, inputs, tmp_path):
+    torch.manual_seed(0)
+    dense = model().eval()
+    dense.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text((inputs / "text.txt").read_text())
+    assert main.main(learn(tmp_path, tmp_path / "run")) == 0
+    learned = type(dense).from_pretrained(tmp_path / "run").state_dict()
+    sparse = [name for name, tensor in learned.items() if (tensor == 0).float().mean() > 0.45]
+    assert len(sparse) >= 4 and learned.keys() == dense.state_dict().keys()
+
+
+def test_a_run_goes_on_without_the_file_of_its_initial_mask(inputs, run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "first")
+    options = ["--init", str(tmp_path / "first")]
+
+    def stop():
+        raise KeyboardInterrupt
+
+    assert broken_off(inputs, tmp_path / "run", monkeypatch, 2, options, stop) == 130
+    shutil.rmtree(tmp_path / "first")
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_logits_of_another_run_are_not_exported(inputs, run, tmp_path, capsys):
+    assert main.main(learn(inputs, tmp_path / "other", "--seed", "5", "--lr", "7")) == 0
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copy(tmp_path / "other" / "logits.safetensors", tmp_path / "run" / "logits.safetensors")
+    refuses(capsys, tmp_path, ["export", str(tmp_path / "run"), str(tmp_path / "dense")], "expected the logits that")
