@@ -118,6 +118,8 @@ class Ranks:
 
     def on_any(self, function: Callable[[], object] | None) -> bool:
         """Say whether a function gives a true value on any rank; a rank without one counts as false."""
+        if self.world > 1 and not any(given for (given,) in self.gather([function is not None])):
+            return False
         return any(self.gather_objects(function is not None and bool(function())))
 
     def gather_objects(self, thing: object) -> list:

@@ -308,3 +308,12 @@ def test_a_step_that_no_draw_has_is_refused(step):
         model.load_state_dict(saved)
     model.load_state_dict(before)
     assert int(shared.step) == 0
+
+
+@pytest.mark.parametrize("logits_backward", [None, mk.straight_through_gradient])
+def test_an_undefined_gradient_gives_none(logits_backward):
+    layer = mk.MaskedLinear.from_linear(torch.nn.Linear(16, 8), "2:4")
+    layer.logits_backward = logits_backward
+    x = torch.randn(3, 16, requires_grad=True)
+    torch._C._functions.UndefinedGrad()(layer(x)).sum().backward()
+    assert x.grad is None and layer.logits.grad is None

@@ -191,6 +191,8 @@ class _MaskedLinear(torch.autograd.Function):
                 "weight: expected the mask of the forward in its backward, got another one: logits, seed, step, draw "
                 "or mode have changed in between"
             )
+        if grad is None and log_prob_grad is None:
+            return (None,) * 8
         mask, (x, weight) = ops.saved_mask(ctx)
         source = mask.tensor
         mask = mask.of(source, (log_prob_grad if grad is None else grad).device)

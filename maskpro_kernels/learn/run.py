@@ -502,7 +502,7 @@ class RunFolder:
             if own == other:
                 continue
             if isinstance(own, dict) and isinstance(other, dict):
-                key = next(key for key in {**own, **other} if own.get(key) != other.get(key))
+                key = next(key for key in {**own, **other} if own.get(key, ...) != other.get(key, ...))
                 name, own, other = f"{name} {key}", own.get(key), other.get(key)
             # the digests of batches say nothing
             values = "of this trainer, got others" if name == "batches" else f"{own!r}, got {other!r}"

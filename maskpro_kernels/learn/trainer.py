@@ -172,8 +172,16 @@ class MaskTrainer:
             own = least_margin(self.layers, self.estimator.max_logit_travel)
             _check_reach(self.estimator, min(least for (least,) in self.ranks.gather([own])), self.ranks.rank == 0)
         if self.output_dir is not None:
-            self.ranks.first(lambda: self._folder.start(settings))
-            self._save_snapshot()
+
+            def start() -> None:
+                self._folder.start(settings)
+                if not self._sharded:
+                    # an error of rank 0 alone ends all ranks
+                    self._save_snapshot()
+
+            self.ranks.first(start)
+            if self._sharded:
+                self._save_snapshot()
         with resetting(self.model):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:

@@ -177,6 +177,8 @@ class CompiledLoop:
             levels, full = traced(self.levels, NUMBERS), traced(self.full, *self.groups, NUMBERS)
         graph = traced(self.function, *self.groups, *([LEVELS] if self.full else []))
         assembly, results = codegen.lowered(graph, self.groups, self.rest, self.in_place, levels, full)
+        if self.out not in (None, results[0]):
+            raise ValueError(f"out: expected {results[0]}, got {self.out}")
         return machine.object_code(assembly), results
 
     def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
