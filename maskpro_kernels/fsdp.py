@@ -514,7 +514,7 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
 def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[str, tuple[list[int], torch.dtype]]:
     """(shape, dtype) of the tensors of which files hold parts or wholes, by name.
 
-    Files may lack the end of a tensor, which they do not tell: it is then of a smaller shape. ValueError, which begins
+    Where files lack the end of a tensor, nothing shows it: the shape is smaller then. ValueError, which begins
     with ``argument``, if they do not hold each element of a tensor once, or hold what torch does not read; OSError or
     SafetensorError if a file cannot be read.
     """

@@ -65,7 +65,7 @@ def under_torchrun() -> Iterator[int]:
 
 
 class FailedRank(RuntimeError):
-    """Another rank has raised an error that is no ValueError; the message tells which rank, and the error."""
+    """Another rank has raised an error that is no ValueError; the message names the rank and the error."""
 
 
 class Ranks:

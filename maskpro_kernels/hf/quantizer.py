@@ -35,7 +35,7 @@ class SparseConfig(QuantizationConfigMixin):
             ``values``, "keep" or "int8" as in ``pack_nm``, of an NMLinear.
         taken_apart: names of the modules that hold some of them and were built otherwise, see ``unfuse``.
         version: of the format.
-        loading: tells who reads the checkpoint without this package what transformers needs to load it.
+        loading: says what transformers needs to load it, to readers without this package.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or of a version that this release does not know.

@@ -25,7 +25,7 @@ READ_ELSEWHERE = "other code reads its weight past the module"
 ITSELF_SHARDED = "fully_shard is around this layer itself: put it around a module that holds the layer"
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
 ATTENTION = "nn.MultiheadAttention multiplies with it past its module"
-# Below that share of its matrix weights, a warning tells that a model is masked in part alone
+# Below that share of its matrix weights, a warning says that a model is masked in part alone
 MOST_OF_A_MODEL = 0.9
 
 # (layers by name, the reason by name of the layers left out)
