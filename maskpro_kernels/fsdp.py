@@ -2,8 +2,8 @@
 
 Each rank holds its own rows of weight and logits. FSDP2 gathers a layer's rows ahead of each use. What it then sends of
 a masked layer are the values that its mask keeps and their bitmask: each rank draws the masks of its own rows, which
-needs no other rank. Logits stay where they are, on the ranks of their weight's rows. Checkpoints are read, and snapshots
-written and read, by rows as well: no rank holds a whole.
+needs no other rank. Logits stay where they are, on the ranks of their weight's rows. Checkpoints are read by rows as
+well, and snapshots written and read: no rank holds a whole.
 
 The hooks are FSDP2's own: it calls ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a shard that has them.
 Which parameter has them, and that logits are none of its parameters, is set in its parameter groups, for which torch
@@ -345,7 +345,8 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
     if cut:
         check_cut_by_fsdp(model, params)
     for name, layer in cut.items():
-        own, other = [(x.device_mesh, x.placements) if is_distributed(x) else "none" for x in (layer.weight, layer.logits)]
+        pair = layer.weight, layer.logits
+        own, other = [(x.device_mesh, x.placements) if is_distributed(x) else "none" for x in pair]
         if own != other:
             raise ValueError(
                 f"model: expected logits with the mesh and placements of their weight, {own}, got {other} in {name}"
@@ -407,7 +408,7 @@ def resharded(model: nn.Module) -> Params:
 
 @contextmanager
 def resetting(model: nn.Module) -> Iterator[None]:
-    """Behind an error, bring FSDP2 back to where it stands between two iterations, without gradients: all is sharded."""
+    """After an error, bring FSDP2 back to its state between two iterations: all is sharded, without gradients."""
     try:
         yield
     except BaseException:
@@ -694,7 +695,7 @@ def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Ma
             raise ValueError(f"checkpoint: expected {name} of shape {own}, got {shape} in {str(checkpoint)!r}")
     others = sorted(kinds.keys() - {name for of in held for name in of.names})
     if others:
-        warnings.warn(f"{checkpoint}: it holds what the model has not, and is left out: {_listed(others)}", stacklevel=3)
+        warnings.warn(f"{checkpoint}: left out, as the model has none of the name: {_listed(others)}", stacklevel=3)
     return stored
 
 
