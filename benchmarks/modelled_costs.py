@@ -24,6 +24,7 @@ from aot import Built, build, build_packed, build_product
 
 from maskpro_kernels.ops import bounds
 from maskpro_kernels.ops.layer_groups import Costs
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton.packed import MULTIPLIED, chunk_length
 from maskpro_kernels.ops.triton.tiles import (
     INTERPRETED,
@@ -34,7 +35,6 @@ from maskpro_kernels.ops.triton.tiles import (
     tiles_for,
     tiles_of,
 )
-from maskpro_kernels.pattern import NMPattern
 
 # By pipe: the first part of the instruction's name. "half", at half the rate of FP32: integers but for multiplication,
 # comparisons, selections, moves and, from sm_90 on, conversions. "other": branches, barriers, constants and uniform

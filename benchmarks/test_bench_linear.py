@@ -13,7 +13,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 
 PATTERN, N, M = "2:4", 2, 4
 DTYPE = "bfloat16 operands, float32 logits"

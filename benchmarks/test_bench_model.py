@@ -14,7 +14,7 @@ from harness import DEVICE, Work
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytest.importorskip("gguf", reason="reading SmolLM2-135M needs the extra demo")

@@ -12,5 +12,5 @@ from .functional.masks import (
     top_n_mask,
 )
 from .modules import MaskedLinear, advance, dense, log_prob
+from .ops.pattern import NMPattern
 from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
-from .pattern import NMPattern

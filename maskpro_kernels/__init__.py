@@ -19,8 +19,8 @@ from .learn.reinforce import Reinforce
 from .learn.straight_through import StraightThrough
 from .learn.trainer import MaskTrainer
 from .modules import MaskedLinear, advance, dense, log_prob
+from .ops.pattern import NMPattern
 from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
-from .pattern import NMPattern
 from .prune.convert import Conversion, convert
 from .prune.finalize import finalize
 from .prune.refit import refit

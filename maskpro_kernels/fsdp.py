@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .counter import version_of, versions
-from .pattern import bitmask_of
+from .ops.counter import version_of, versions
+from .ops.pattern import bitmask_of
 
 if TYPE_CHECKING:
     from .ranks import Ranks

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .fsdp import check_in_memory
 from .functional.masks import expand_mask, top_n_mask
-from .pattern import NMPattern
+from .ops.pattern import NMPattern
 from .unfuse import Matrix, adapter_modules, matrices
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .counter import CachedMask, Counter, CounterState, MaskSource
 from .fsdp import Place, RowShard, attach, check_in_memory, check_not_sharded
 from .functional.checks import (
     check_codes,
@@ -27,9 +26,10 @@ from .functional.checks import (
 )
 from .functional.linear import LogitsBackward, linear_under
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
+from .ops.counter import CachedMask, Counter, CounterState, MaskSource
 from .ops.dispatch import in_onnx_export
+from .ops.pattern import NMPattern
 from .ops.philox import MAX_LAYERS, MAX_STEPS
-from .pattern import NMPattern
 
 
 @torch._disable_dynamo

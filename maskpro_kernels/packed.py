@@ -26,8 +26,8 @@ from .functional.checks import (
 from .functional.masks import expand_mask
 from .modules import MaskedLinear
 from .ops.dispatch import in_onnx_export
+from .ops.pattern import NMPattern, bitmask_of, codes_of
 from .ops.reference import INTEGERS, SCALED, dequantized
-from .pattern import NMPattern, bitmask_of, codes_of
 
 # How values are stored: as they are, or as int8 with scales
 KEEP, INT8 = VALUE_KINDS = ("keep", "int8")

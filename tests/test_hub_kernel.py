@@ -68,7 +68,7 @@ def another(repository, tmp_path_factory):
     for name in ("hub", "maskpro_kernels"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "LICENSE", root / "LICENSE")
-    with open(root / "maskpro_kernels" / "pattern.py", "a", encoding="utf-8") as file:
+    with open(root / "maskpro_kernels" / "ops" / "pattern.py", "a", encoding="utf-8") as file:
         file.write("# another version\n")
     command = [sys.executable, root / "hub" / "build.py", root / "repository"]
     subprocess.run(command, check=True, capture_output=True)

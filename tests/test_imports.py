@@ -21,12 +21,8 @@ MOST_FILES_OF_LEARN = 80
 
 
 def rooms_of(house: str) -> dict[str, set[str]]:
-    """The rooms that each room of a house imports from; a room is a folder or a file at its top.
-
-    ``__main__``, the door to the command, is in the room of ``cli``.
-    """
+    """The rooms that each room of a house imports from; a room is a folder or a file at its top."""
     of = {module: module.removeprefix(f"{house}.").split(".")[0] for module in BELOW if module.startswith(f"{house}.")}
-    of |= {module: "cli" for module in of if module == f"{NAME}.__main__"}
     rooms = {room: set() for room in of.values()}
     for module, room in of.items():
         rooms[room] |= {of[other] for other in BELOW[module] if other in of} - {room}

@@ -20,9 +20,9 @@ from maskpro_kernels import NMPattern, ops
 from maskpro_kernels import packed as packed_file
 from maskpro_kernels.ops import reference, registry
 from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops.pattern import GROUP_SIZES, bitmask_of, codes_of
 from maskpro_kernels.ops.triton import packed as kernels_file
 from maskpro_kernels.packed import HUGE_PAGE, move_into_huge_pages, ranges
-from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:16", "15:16"]
 MULTIPLIED = ["2:4", "1:4", "4:8", "8:16"]

@@ -35,7 +35,7 @@ from maskpro_kernels.hf import load_model
 from maskpro_kernels.learn.estimator import Estimator
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.modules import MaskedLinear, initial_logits, masked_layers
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.prune.convert import convert
 from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.prune.selection import layers_to_convert

@@ -20,7 +20,7 @@ from torch import Tensor
 from maskpro_kernels.functional.masks import expand_mask, pack_mask, top_n_mask
 from maskpro_kernels.learn.estimator import check_float
 from maskpro_kernels.modules import MaskedLinear
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 
 # A group of 4:8 has 70; one of 8:16 has 12,870, each with a logit and two moments
 MOST_MASKS = 128

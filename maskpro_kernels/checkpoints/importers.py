@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..files import INDEX, SINGLE, weight_files, write_tensors
+from ..ops.pattern import NMPattern
 from ..packed import PackedNM
-from ..pattern import NMPattern
 
 # Of compressed-tensors: the parts that a weight is stored in
 COMPRESSED = ("compressed", "bitmask", "shape")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..files import digest, digest_of_bytes, digest_of_named, write_tensors
 from ..functional.checks import check_codes, check_exactly_n
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 
 FORMAT = "maskpro-mask 2"
 METADATA = ("format", "pattern", "dtype", "model", "layers", "base", "provenance")

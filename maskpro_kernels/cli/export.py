@@ -12,8 +12,8 @@ from ..checkpoints.mask_file import save_masks
 from ..files import check_output, digest
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
+from ..ops.pattern import NMPattern
 from ..packed import KEEP
-from ..pattern import NMPattern
 from ..prune.convert import convert
 from ..prune.finalize import finalize
 from ..prune.refit import put_weights

@@ -11,8 +11,8 @@ from ..checkpoints.importers import read_masks, write_plain
 from ..checkpoints.mask_file import is_mask_file, load_masks
 from ..files import check_output
 from ..functional.masks import top_n_mask
+from ..ops.pattern import NMPattern
 from ..packed import KEEP, NMLinear
-from ..pattern import NMPattern
 from ..prune.convert import convert
 from ..prune.finalize import finalize, pack, repack, unpack
 from ..unfuse import in_linear_form

@@ -40,7 +40,7 @@ from ..learn.run import LOCK, newest_snapshot, snapshots_in
 from ..learn.straight_through import StraightThrough
 from ..learn.trainer import MaskTrainer
 from ..modules import MaskedLinear, initial_logits, masked_layers
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from ..prune.convert import convert
 from ..prune.finalize import finalize
 from ..prune.initial_masks import INITIAL_MASKS, initial_codes, refitted_masks

@@ -10,9 +10,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..counter import Counter, MaskSource
 from ..ops import philox
-from ..pattern import NMPattern
+from ..ops.counter import Counter, MaskSource
+from ..ops.pattern import NMPattern
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

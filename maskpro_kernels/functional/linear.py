@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..counter import NO_COUNTER, MaskSource
-from ..pattern import NMPattern
+from ..ops.counter import NO_COUNTER, MaskSource
+from ..ops.pattern import NMPattern
 from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_input, tokens_of
 
 # (gradient of y [tokens, out], x [tokens, K], weight [out, K], the mask's source) -> gradient of the logits, if any

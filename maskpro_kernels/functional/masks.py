@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import philox
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from .checks import (
     CounterKeywords,
     Scalar,

@@ -14,7 +14,7 @@ from ..learn.backward import check_slope_settings
 from ..learn.masks import margins
 from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from ..unfuse import adapter_modules
 
 # Slopes of so many root mean squares are rare

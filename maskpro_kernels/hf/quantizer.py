@@ -13,9 +13,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..fsdp import check_in_memory
 from ..modules import CounterState, MaskedLinear
+from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
 from ..packed import INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, hold_in_huge_pages, packed_class
-from ..pattern import NMPattern
 from ..unfuse import as_built, as_linears, fit_adapters, refuse_merging, replace_modules, taken_apart
 
 METHOD, VERSION = "maskpro", 1

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..counter import MaskSource
 from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
+from ..ops.counter import MaskSource
 from ..ops.reference import adamw_scalars
 from ..ranks import Ranks
 from .estimator import Estimator, check_float

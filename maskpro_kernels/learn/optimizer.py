@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..counter import MaskSource
 from ..fsdp import check_in_memory, is_distributed
 from ..functional.linear import straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
+from ..ops.counter import MaskSource
 from .backward import check_slope_settings, descend_by_rms, descent, running_mean_square, values_of
 from .estimator import check_float
 from .offload import OffloadedLogits

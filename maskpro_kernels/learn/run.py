@@ -38,7 +38,7 @@ from torch import Tensor
 from ..files import SIZE, append_whole, digest, digest_of_bytes, discard, make_folder, sync, unfinished, write_whole
 from ..fsdp import is_distributed, is_sharded, kinds_of_parts, planned_parts, read_parts
 from ..modules import MaskedLinear
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from ..ranks import Ranks
 from .batches import content
 from .estimator import Draw, Entry, Estimator, LossFn, replay

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..counter import MaskSource
 from ..fsdp import check_not_sharded
 from ..functional.checks import describe
 from ..modules import MaskedLinear
+from ..ops.counter import MaskSource
 from ..ranks import Ranks
 from .backward import BackwardPass, LayerUpdater, ShardedPass, ShardUpdater, WeightLearner, check_slope_settings
 from .estimator import Estimator, Step, StepResult, check_float, check_whole

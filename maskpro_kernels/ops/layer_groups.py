@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..counter import Counter
-from ..pattern import code_dtype
 from . import reference
+from .counter import Counter
 from .dispatch import kernels, machine_code, run_reference, scalar, uses_kernels, uses_machine_code
+from .pattern import code_dtype
 from .registry import top_n_mask
 from .triton import tiles
 

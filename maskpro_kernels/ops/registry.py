@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..counter import Counter, MaskSource
-from ..pattern import code_dtype
 from . import reference
+from .counter import Counter, MaskSource
 from .dispatch import (
     NAMESPACE,
     compiler_available,
@@ -28,6 +27,7 @@ from .dispatch import (
     uses_kernels,
     without_autocast,
 )
+from .pattern import code_dtype
 
 COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
 MASK = (

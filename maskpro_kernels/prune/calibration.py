@@ -23,7 +23,7 @@ from ..fsdp import gathers_within, is_distributed, like_shards, local, part_of, 
 from ..functional.linear import codes_linear
 from ..functional.masks import expand_mask
 from ..modules import evaluating
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from ..ranks import Ranks
 from ..unfuse import expert_groups
 

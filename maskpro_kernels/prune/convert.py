@@ -17,8 +17,8 @@ from ..fsdp import check_no_flat_parameters, is_distributed, like_shards, reshar
 from ..functional.checks import LARGEST_GAP, check_gap, check_int, device_of_logits
 from ..learn.batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits, masked_layers
+from ..ops.pattern import NMPattern
 from ..packed import SPARSE
-from ..pattern import NMPattern
 from ..ranks import Ranks
 from ..unfuse import as_built, check_not_merged, fit_adapters, in_linear_form, refuse_merging, replace_modules
 from .calibration import check_calibration

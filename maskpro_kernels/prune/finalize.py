@@ -10,8 +10,8 @@ from torch import nn
 
 from ..fsdp import check_in_memory, check_not_sharded, check_not_wrapped
 from ..modules import masked_layers
+from ..ops.pattern import NMPattern
 from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
-from ..pattern import NMPattern
 from ..unfuse import in_linear_form, taken_apart
 from .convert import Conversion, check_replaceable, replace_layers
 from .selection import coverage, reasons_by_name, select_layers

@@ -23,9 +23,9 @@ from ..fsdp import local, part_of, resharded
 from ..functional.checks import check_codes, check_exactly_n, check_int
 from ..functional.masks import expand_mask, sample_mask, top_n_mask
 from ..modules import MaskedLinear
+from ..ops.pattern import NMPattern, codes_of
 from ..ops.philox import MAX_STEPS
 from ..packed import INT8, SPARSE, NMLinear
-from ..pattern import NMPattern, codes_of
 from ..unfuse import in_linear_form
 from .calibration import check_calibration, input_squares
 from .reconstruction import Reconstruction, reconstruct

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..functional.checks import check_codes
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from .calibration import calls_of, layer_by_layer, masks_of
 from .refit import DAMPING, FITS, PIECE, check_refit, conjugate_gradients, refit_rows, row_errors
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..fsdp import check_in_memory, is_distributed, local
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear, masked_layers
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from .calibration import calls_of, layer_by_layer, masks_of
 
 # What is added to the diagonal of a Gram matrix, as a share of its mean

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from ..fsdp import check_cut_by_fsdp, check_in_memory, check_row_shard, is_finite, resetting, resharded
 from ..functional.checks import LOGIT_DTYPES
 from ..modules import MaskedLinear, evaluating
+from ..ops.pattern import NMPattern
 from ..packed import NMLinear
-from ..pattern import NMPattern
 from ..unfuse import ADAPTER, adapter_modules, lost_with
 from .calibration import Call, as_call, check_calibration, run_call
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.masks import expand_mask, top_n_mask
-from ..pattern import NMPattern
+from ..ops.pattern import NMPattern
 from .calibration import LayerMasks, calls_of, layer_by_layer
 from .reconstruction import Reconstruction
 from .refit import DAMPING

@@ -23,7 +23,7 @@ import torch
 from harness import Work
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 
 harness.VISIT_SECONDS[harness.DEVICE] = 0.0
 

@@ -22,7 +22,7 @@ from maskpro_kernels.checkpoints.mask_file import (
     unpack_ranks,
     word_size,
 )
-from maskpro_kernels.pattern import GROUP_SIZES
+from maskpro_kernels.ops.pattern import GROUP_SIZES
 
 PATTERNS = [NMPattern(f"{n}:{m}") for m in GROUP_SIZES for n in range(1, m)]
 

@@ -13,9 +13,9 @@ from helpers.routes import take_route
 
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.pattern import bitmask_of
 from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through, tiles
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
-from maskpro_kernels.pattern import bitmask_of
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 

@@ -12,7 +12,7 @@ from helpers.products import DRAW
 from helpers.routes import take_route
 
 import maskpro_kernels as mk
-from maskpro_kernels.pattern import GROUP_SIZES
+from maskpro_kernels.ops.pattern import GROUP_SIZES
 
 PATTERNS = [f"{n}:{m}" for m in GROUP_SIZES for n in sorted({1, m // 2, m - 1})]
 

@@ -11,7 +11,7 @@ from helpers.slopes import slope_operands, source_of
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 
 
 @pytest.mark.parametrize("tokens", [20, 150])

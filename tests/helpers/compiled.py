@@ -14,10 +14,10 @@ from helpers.bits import assert_same_bits
 from helpers.products import normal
 from helpers.routes import take_route
 from maskpro_kernels import ops
-from maskpro_kernels.counter import NO_COUNTER, Counter, MaskSource
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-from maskpro_kernels.pattern import NMPattern, bitmask_of
+from maskpro_kernels.ops.counter import NO_COUNTER, Counter, MaskSource
+from maskpro_kernels.ops.pattern import NMPattern, bitmask_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INVERSE = 1 / 0.7

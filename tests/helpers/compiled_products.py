@@ -13,10 +13,10 @@ from helpers.compiled import INVERSE, Matrix, as_it_is, by_both
 from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.pattern import bitmask_of
 from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
 from maskpro_kernels.ops.triton.tiles import ONE_PASS_TOKENS, Rows, Tiles
 from maskpro_kernels.packed import quantized
-from maskpro_kernels.pattern import bitmask_of
 
 CURVATURE = 0.7
 PRODUCTS = ("masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad", "straight_through")

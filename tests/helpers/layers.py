@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from helpers.compiled import DRAW, INVERSE, SEED, STEP, Matrix, as_it_is
-from maskpro_kernels.counter import Counter
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.counter import Counter
 from maskpro_kernels.ops.dispatch import scalar
 from maskpro_kernels.ops.layer_groups import GroupedLayer, LayerGroup, draw_layers_, update_layers_
 

@@ -8,7 +8,7 @@ import maskpro_kernels as mk
 from helpers.bits import assert_same_bits
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import normal
-from maskpro_kernels.pattern import bitmask_of
+from maskpro_kernels.ops.pattern import bitmask_of
 
 CODES = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
 

@@ -13,8 +13,8 @@ from helpers.cases import cases
 from helpers.enumerated import KERNEL_DEVICE
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import tiles
-from maskpro_kernels.pattern import NMPattern
 
 KINDS = ["drawn", "codes"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

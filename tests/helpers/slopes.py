@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from helpers.products import DRAW, TEMPERATURE, normal
-from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.functional.checks import counter_of
+from maskpro_kernels.ops.counter import MaskSource
 
 CURVATURE = 0.25
 

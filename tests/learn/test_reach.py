@@ -13,7 +13,7 @@ from maskpro_kernels.learn.masks import margins
 from maskpro_kernels.learn.reinforce import Reinforce
 from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

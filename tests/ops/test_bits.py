@@ -10,13 +10,13 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import cases, slow
 
-from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.counter import MaskSource
 from maskpro_kernels.ops.cpu import kernels, loops
 from maskpro_kernels.ops.cpu.loops import CompiledLoop
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import sampling, tiles
-from maskpro_kernels.pattern import NMPattern
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 OTHERS = [(n, m) for m in (2, 4, 8, 16) for n in range(1, m) if (n, m) not in PATTERNS]

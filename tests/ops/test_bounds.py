@@ -17,7 +17,7 @@ from helpers.cases import cases, slow
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import bounds, reference
 from maskpro_kernels.ops.cpu import kernels
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 
 SEED, STEP, LAYER, OFFSET = 0x123456789ABCDEF, (1 << 32) - 3, 3, 21
 INVERSE_TEMPERATURE = 1.3

@@ -16,7 +16,7 @@ from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import dispatch, reference
 from maskpro_kernels.ops.cpu import kernels, loops
 from maskpro_kernels.ops.cpu.loops import CompiledLoop
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 
 
 def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkeypatch):

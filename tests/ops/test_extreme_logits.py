@@ -15,9 +15,9 @@ from helpers.slopes import CURVATURE, slope_operands, source_of
 
 import maskpro_kernels as mk
 from maskpro_kernels import ops
-from maskpro_kernels.counter import NO_COUNTER
 from maskpro_kernels.ops import reference
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.counter import NO_COUNTER
+from maskpro_kernels.ops.pattern import NMPattern
 
 # differences that overflow are what is tested
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskpro_kernels as mk
-from maskpro_kernels.counter import Counter
 from maskpro_kernels.ops import philox, reference
+from maskpro_kernels.ops.counter import Counter
 from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import device as device
-from maskpro_kernels.pattern import NMPattern
 
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

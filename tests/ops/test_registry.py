@@ -7,7 +7,7 @@ import torch
 from helpers.arguments import cpu_normal, some_codes
 from helpers.cases import slow
 
-from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.ops.counter import MaskSource
 
 
 def op_arguments(name: str, dtype: torch.dtype) -> tuple:

@@ -15,7 +15,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.prune import reconstruction
 from maskpro_kernels.prune.reconstruction import by_place, conditional_blocks, reconstruct, swap_and_refit, swap_descent
 from maskpro_kernels.prune.refit import FITS, conjugate_gradients, refit_rows, row_errors

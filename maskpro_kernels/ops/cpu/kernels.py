@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...counter import Counter
-from ...pattern import code_dtype
 from .. import bounds, reference
+from ..counter import Counter
+from ..pattern import code_dtype
 from .loops import compiled_loop, run
 from .packed import products
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...pattern import codes_of
 from .. import philox
+from ..pattern import codes_of
 
 # Integers of so many bytes hold the bits of floats
 INTEGERS = {2: torch.int16, 4: torch.int32}

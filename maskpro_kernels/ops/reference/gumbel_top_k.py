@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...pattern import code_dtype
 from .. import philox
+from ..pattern import code_dtype
 from .arithmetic import ln
 from .groups import columns, decode, encode, group_index, grouped, uncolumns
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...counter import MaskSource
+from ..counter import MaskSource
 from ..reference.plackett_luce import EXACT_SCORE_MAX_N
 from . import device as d
 from . import sampling

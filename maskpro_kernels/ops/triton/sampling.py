@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...pattern import code_dtype
+from ..pattern import code_dtype
 from ..reference.plackett_luce import NODE_COUNT, NODE_STEP
 from . import device as d
 from .device.arithmetic import EXACT_SCORE_MAX_N

@@ -20,8 +20,8 @@ from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import cache, kernels, machine
 from maskpro_kernels.ops.cpu.packed import Packed, products
 from maskpro_kernels.ops.cpu.packed.instructions import chosen
+from maskpro_kernels.ops.pattern import NMPattern, bitmask_of
 from maskpro_kernels.packed import quantized
-from maskpro_kernels.pattern import NMPattern, bitmask_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("1:2", "2:4", "1:4", "3:4", "4:8", "3:8", "8:16", "1:16", "9:16")

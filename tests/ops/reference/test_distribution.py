@@ -17,7 +17,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import dispatch, reference
 from maskpro_kernels.ops.cpu import kernels as cpu_kernels
-from maskpro_kernels.pattern import GROUP_SIZES, NMPattern
+from maskpro_kernels.ops.pattern import GROUP_SIZES, NMPattern
 
 PATTERNS = ["2:4", "1:4", "4:8", "2:8", "8:16"]
 ROWS, GROUPS = 1000, 1000

@@ -14,8 +14,8 @@ from helpers.noise import BLOCK, without_contraction
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import device as device
-from maskpro_kernels.pattern import NMPattern
 
 DTYPES = [torch.bfloat16, torch.float16]
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -23,8 +23,8 @@ import maskpro_kernels as mk
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import philox, reference
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton.launch import launches
-from maskpro_kernels.pattern import NMPattern
 
 EXACT_PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "4:16"]
 # By quadrature, for which the interpreter takes seconds

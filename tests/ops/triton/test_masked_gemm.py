@@ -30,10 +30,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskpro_kernels as mk
-from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.counter import MaskSource
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import masked_gemm, tiles
-from maskpro_kernels.pattern import NMPattern
 
 
 def product(kind, x, weight, logits, codes, bias, pattern):

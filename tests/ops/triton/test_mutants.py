@@ -13,9 +13,9 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import device, masked_gemm, packed
 from maskpro_kernels.ops.triton.tiles import INTERPRETED
-from maskpro_kernels.pattern import NMPattern
 
 # By mutation: the text of masked_gemm.py, by what it is replaced, and the results that then are wrong. Tiles are
 # counted whose log-probability is computed.

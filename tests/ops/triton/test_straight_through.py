@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import straight_through, tiles
-from maskpro_kernels.pattern import NMPattern
 
 
 @settings(max_examples=15)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ....pattern import bitmask_of, codes_of
 from ... import reference
+from ...pattern import bitmask_of, codes_of
 from .. import cache
 from ..loops import run, warn_of_failure
 from . import RUN, Packed
