@@ -48,8 +48,8 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
     if len(arrays) > 1:
         raise ValueError(f"masks: expected one .npz file in {str(source)!r}, got {len(arrays)}; give the path of one")
     source = arrays[0] if arrays else source
-    masks = {}
-    for stored, mask in MASK_FORMATS.get(source.suffix, _masks_of_torch)(source):
+    masks, most = {}, max((layer.weight.numel() for layer in layers.values()), default=0)
+    for stored, mask in MASK_FORMATS.get(source.suffix, _masks_of_torch)(source, most):
         name = stored.removesuffix(".mask").removesuffix(".weight")
         if name not in layers:
             raise ValueError(f"masks: expected masks of the model's linear layers, got one of {stored!r}")
@@ -72,8 +72,11 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
     return masks
 
 
-def _masks_of_maskllm(source: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, uint8 [bytes]) of each mask in an .npz file: its first element stands in the highest bit of a byte."""
+def _masks_of_maskllm(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, uint8 [bytes]) of each mask in an .npz file: its first element stands in the highest bit of a byte.
+
+    ``most``: elements that a mask may have. What claims more is refused before there is memory for it.
+    """
     expected = f"masks: expected an .npz file of MaskLLM, got {str(source)!r}"
     if not zipfile.is_zipfile(source):
         # numpy would take it for a pickle, and advise to load it as one
@@ -81,16 +84,23 @@ def _masks_of_maskllm(source: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with open(source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             for name in arrays.files:
-                array = arrays[name]
-                if array.dtype != np.uint8 or array.ndim != 1:
-                    raise ValueError(f"flat uint8 arrays expected, {name} is {array.dtype}")
-                yield name, torch.from_numpy(array)
+                with arrays.zip.open(f"{name}.npy") as header:
+                    if np.lib.format.read_magic(header) != (1, 0):
+                        raise ValueError(f"arrays in version 1.0 of the format expected, {name} is in another one")
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+                if dtype != np.uint8 or len(shape) != 1:
+                    raise ValueError(f"flat uint8 arrays expected, {name} is {dtype}")
+                if shape[0] > (most + 7) // 8:
+                    raise ValueError(
+                        f"at most {most} bits expected, those of the largest layer, {name} has {shape[0]} bytes"
+                    )
+                yield name, torch.from_numpy(arrays[name])
     except Exception as error:
         # zipfile, zlib and numpy each have errors of their own for damage
         raise ValueError(f"{expected}: {error}") from error
 
 
-def _masks_of_torch(source: Path) -> Iterator[tuple[str, Tensor]]:
+def _masks_of_torch(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
     """(name, mask as bool) from a file that holds a dict of masks, or from a folder with a file for each.
 
     MaskPro's program writes bool tensors, a file for each mask or one for all; MaskLLM's ``tool_compute_mask_hf.py``
@@ -98,6 +108,9 @@ def _masks_of_torch(source: Path) -> Iterator[tuple[str, Tensor]]:
     """
     for file in sorted(source.glob("*.pt")) if source.is_dir() else [source]:
         try:
+            sizes = [part.file_size for part in zipfile.ZipFile(file).infolist()] if zipfile.is_zipfile(file) else []
+            if sum(sizes) > file.stat().st_size:
+                raise ValueError("torch stores tensors as they are, and this file claims to hold more than it has")
             with warnings.catch_warnings(action="ignore"):
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -110,6 +123,11 @@ def _masks_of_torch(source: Path) -> Iterator[tuple[str, Tensor]]:
             plain = isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_meta
             if not plain or not isinstance(name, str):
                 raise ValueError(f"masks: expected plain tensors by name, got {name!r} in {str(file)!r}")
+            # such as a view that repeats one element
+            if mask.numel() > most:
+                raise ValueError(
+                    f"masks: expected at most {most} elements, as the largest layer, got {mask.numel()} in {name}"
+                )
             values = mask
             if mask.itemsize == 1:
                 # of bool too: sums and products would take another byte for what it is

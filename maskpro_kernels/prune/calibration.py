@@ -108,6 +108,8 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
                 batches += 1
     if not batches:
         raise ValueError("calibration: expected at least one batch, got none")
+    for name, squares in sums.items():
+        _check_finite(name, squares)
     unseen = {name: layer for name, layer in layers.items() if name not in sums}
     _check_all_reached(model, unseen)
     _warn_of_experts(list(unseen), "get masks by magnitude", stacklevel=3)
@@ -142,6 +144,11 @@ def _check_all_reached(model: nn.Module, unseen: Mapping[str, nn.Module]) -> Non
     experts = expert_groups(model)
     if names := [name for name, layer in unseen.items() if layer not in experts]:
         raise ValueError(f"calibration: expected batches that reach every layer, {names} saw no input")
+
+
+def _check_finite(name: str, sums: Tensor) -> None:
+    if not sums.isfinite().all():
+        raise ValueError(f"calibration: expected inputs whose squares are finite in float32, got others in {name}")
 
 
 def _warn_of_experts(names: Sequence[str], result: str, stacklevel: int) -> None:
@@ -330,6 +337,7 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
                         # masks before may have routed an expert's last token away from it
                         if gram is None:
                             continue
+                        _check_finite(names[0], gram)
                         steps = visit(names, gram.to(layers[names[0]].weight.device))
                         for name, _ in zip(names, steps, strict=True):
                             visited.append(name)

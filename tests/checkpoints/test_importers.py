@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_masks_of_floats_and_integers(tmp_path, dtype):
 
 
 def test_a_new_format_of_masks_is_one_function_and_one_entry(tmp_path, monkeypatch):
-    def stored_masks(source):
+    def stored_masks(source, most):
         for name, rows in json.loads(source.read_text()).items():
             yield name, torch.tensor(rows).bool()
 
@@ -94,10 +95,41 @@ def test_bad_masks_are_refused(message, tmp_path):
 
 
 def test_bad_arrays_are_refused(tmp_path):
-    for array, message in ((np.zeros(8, np.uint8), "32 bits for a, got 64"), (np.zeros((4, 8), bool), "a is bool")):
+    for array, message in (
+        (np.zeros(8, np.uint8), "at most 32 bits expected, .* a has 8 bytes"),
+        (np.zeros(2, np.uint8), "32 bits for a, got 16"),
+        (np.zeros((4, 8), bool), "a is bool"),
+    ):
         np.savez(tmp_path / "m.npz", a=array)
         with pytest.raises(ValueError, match=message):
             read_masks(tmp_path / "m.npz", {"a": nn.Linear(8, 4)}, "2:4")
+
+
+@pytest.mark.parametrize("form", ["header.npz", "zeros.npz", "view.pt", "zip.pt"])
+def test_sizes_are_checked_before_there_is_memory_for_them(form, tmp_path, monkeypatch):
+    """Small files that ask for 64 GiB: by a header, by what is compressed, by a view that repeats one element."""
+    file, size = tmp_path / form, 1 << 36
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (size,)})
+    if form == "view.pt":
+        torch.save({"a": torch.zeros(1, dtype=torch.bool).expand(size)}, file)
+    elif form == "zip.pt":
+        torch.save({"a": torch.zeros(4 << 20, dtype=torch.bool)}, tmp_path / "stored.pt")
+        with (
+            zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as small,
+        ):
+            for name in stored.namelist():
+                small.writestr(name, stored.read(name))
+    else:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as small:
+            small.writestr("a.npy", header.getvalue() + bytes(1 << 20 if form == "zeros.npz" else 0))
+    assert file.stat().st_size < 1 << 16
+    monkeypatch.setattr(np, "ndarray", lambda *_, **__: pytest.fail("memory for an array"))
+    expected = "more than it has" if form == "zip.pt" else "at most 32 "
+    with pytest.raises(ValueError, match="^masks: expected") as caught:
+        read_masks(file, {"a": nn.Linear(8, 4)}, "2:4")
+    assert expected in f"{caught.value} {caught.value.__cause__}"
 
 
 @pytest.mark.parametrize("form", ["npz", "pt", "legacy.pt"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import learn, report
-from helpers.nets import Net, token_batches
+from helpers.nets import Net, refused, token_batches
 from helpers.tiny_llama import write_inputs
 from torch import nn
 
@@ -76,6 +76,21 @@ def test_what_layers_see_is_summed_over_batches_and_hooks_are_removed():
     with pytest.raises(RuntimeError):
         input_squares(model, layers_of(model), [torch.ones(2, 3)])
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e30])
+@pytest.mark.parametrize("init", ["wanda", "reconstruction", "sparsegpt"])
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_inputs_that_are_not_finite_are_refused_with_the_layer(layer, init, value):
+    model, bad = two_layers(), torch.ones(3, 8)
+    if layer == "0":
+        bad[1, 2] = value
+    else:
+        model[1].register_forward_hook(lambda module, args, y: y.index_fill(0, torch.tensor([1]), value))
+    message = f"^calibration: expected inputs whose squares are finite in float32, got others in {layer}$"
+    refused(model, ValueError, message, init=init, calibration=[torch.ones(3, 8), bad])
+    codes = dict.fromkeys(("0", "2"), mk.top_n_mask(torch.ones(8, 8), "2:4"))
+    refused(model, ValueError, message, init={**codes, "2": codes["2"][:4]}, calibration=[bad], refit="scales")
 
 
 def test_a_forward_pass_ends_where_nothing_behind_it_is_wanted():
