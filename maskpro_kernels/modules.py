@@ -1,4 +1,4 @@
-"""MaskedLinear, whose weights stand under a learned N:M mask, and the counter state that a model's layers share."""
+"""MaskedLinear, a linear layer under a learned N:M mask, and functions over all such layers of a model."""
 
 from __future__ import annotations
 
@@ -34,56 +34,56 @@ from .ops.philox import MAX_LAYERS, MAX_STEPS
 
 @torch._disable_dynamo
 def _outside_of_graphs(layer: MaskedLinear, input: Tensor) -> Tensor:
-    # a graph would hold the ``logits_backward`` of the step it was made in, and what else that reads and writes
+    # a compiled graph would keep the ``logits_backward`` of one step, with the tensors that it reads and writes
     return layer.forward(input)
 
 
 def _warn_of_lost_slopes(grad: Tensor) -> None:
     warnings.warn(
-        "MaskedLinear: a backward came through masks that do not learn from it, only other parameters do. Take "
-        "MaskTrainer, MaskOptimizer, or in transformers' Trainer the callback MaskCallback. If masks are to stay as "
-        "they are, call requires_grad_(False) of their logits",
+        "MaskedLinear: this backward gives the logits no gradient, so the masks do not learn. Train them by "
+        "MaskTrainer, MaskOptimizer, or the callback MaskCallback of transformers' Trainer. To keep the masks "
+        "unchanged without this warning, call requires_grad_(False) on the logits",
         stacklevel=2,
     )
 
 
 def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Logits [..., K] of group codes [..., K / M]: ``gap`` where kept, 0 where dropped."""
+    """Logits [..., K] for group codes [..., K / M]: ``gap`` where kept, 0 where dropped."""
     return expand_mask(codes, pattern) * torch.tensor(gap, dtype=dtype, device=codes.device)
 
 
 class MaskedLinear(nn.Module):
     """nn.Linear under an N:M mask with one logit a weight.
 
-    In training mode the mask is drawn anew at the current step of ``counter_state``; in eval mode it keeps
-    the N largest logits of each group. ``forward`` returns y alone and changes no state.
+    In training mode the mask is drawn at the current step of ``counter_state``. In eval mode it keeps the N largest
+    logits of each group. ``forward`` returns y alone and changes no state.
 
     Args:
         weight: float32, bfloat16 or float16 [out, K], K divisible by M. Kept as a frozen Parameter.
         bias: [out] or None.
-        logits: float32, bfloat16 or float16 [out, K]. They may live on another device than the weight, such as the CPU:
-            each use copies them to the weight's device for as long as it lasts, and what moves them writes them back.
+        logits: float32, bfloat16 or float16 [out, K]. They may be on another device than the weight, such as the CPU.
+            Then each use makes a temporary copy on the weight's device, and each update writes its result back.
         pattern: "N:M" or NMPattern.
-        layer: id of the layer in the counter; layers with the same id draw the same noise.
-        counter_state: seed and step, shared by the layers of a model; default: one of its own.
-        group_offset: index in the whole layer of the first group, where the weight is a shard; see ``shard_counter``.
+        layer: id of the layer in the counter. Layers with the same id draw the same noise.
+        counter_state: seed and step, shared by the layers of a model; default: a new one.
+        group_offset: for a shard, the index of its first group in the whole layer; see ``shard_counter``.
         group_row_stride: groups in a row of the whole layer; default: of the given weight.
 
-    A shard draws the bits of its part of the whole layer, and its logits move by the same bits. Two things are of the
-    shard alone: ``log_prob``, the sum over its groups, and the root mean square by which ``StraightThrough`` divides.
+    A shard draws the same bits as the whole layer does at its place, and its logits get the same updates. Two values
+    cover the shard alone: ``log_prob``, a sum over its groups, and the root mean square that ``StraightThrough``
+    divides by.
 
     Attributes:
-        logits_backward: what takes the gradient that passes straight through a draw to the logits, see
-            ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
-            at first: a gradient comes to them by ``log_prob`` alone. One that moves the logits itself has an attribute
-            ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
-        cached_mask: the current draw, where all layers have made it together, see ``ModelMasks``; None where each use
-            draws by itself.
+        logits_backward: function that computes the straight-through gradient of the logits, see
+            ``straight_through_linear``. With ``straight_through_gradient`` the gradient arrives in ``logits.grad``.
+            None, the default: the logits get a gradient through ``log_prob`` alone. A function that updates the logits
+            itself needs an attribute ``moves_logits`` that is true, so that ``torch.compile`` leaves it out of graphs.
+        cached_mask: the current draw, if all layers drew together, see ``ModelMasks``; None if each use draws again.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
-            is gone. Who changes them sets it; a state_dict holds it.
+            is lost. Code that changes them sets it. The state_dict contains it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
-        shard: what this rank holds where fully_shard of torch has cut the layer over ranks, a ``RowShard``; else None.
-            ``weight`` and ``logits`` are then DTensors, and codes those of these rows.
+        shard: a ``RowShard``, the rows on this rank, if fully_shard of torch has cut the layer; else None. ``weight``
+            and ``logits`` are then DTensors, and codes are those of these rows.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -121,19 +121,19 @@ class MaskedLinear(nn.Module):
                     logits_device: torch.device | str | None = None, layer: int = 0,
                     counter_state: CounterState | None = None, group_offset: int = 0,
                     group_row_stride: int | None = None) -> MaskedLinear:  # fmt: skip
-        """A MaskedLinear that shares the weight, where that is contiguous, and bias of ``linear``.
+        """Make a MaskedLinear that shares the bias of ``linear``, and its weight if that is contiguous.
 
         Args:
             linear: float32, bfloat16 or float16, in_features divisible by M.
             pattern: "N:M" or NMPattern.
-            init: "magnitude" for the N largest weights of each group, or group codes [out, K / M].
-            gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
+            init: "magnitude" to keep the N largest weights of each group, or group codes [out, K / M].
+            gap: initial logit of a kept weight; that of a dropped one is 0.
             logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
-            logits_device: where the logits live; default: with the weight.
+            logits_device: device of the logits; default: that of the weight.
             layer, counter_state, group_offset, group_row_stride: as for the class.
 
         Raises:
-            TypeError, ValueError: an argument is not as above, or a weight is not finite.
+            TypeError, ValueError: an argument is not as above, or weights are not finite.
         """
         pattern = NMPattern(pattern)
         if not isinstance(linear, nn.Linear):
@@ -155,13 +155,15 @@ class MaskedLinear(nn.Module):
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
         if linear.weight.is_cuda and device.type == "cpu":
             try:
-                # from which a GPU copies while it computes; torch rounds its bytes up to a power of two
+                # a GPU copies from it while it computes; torch rounds the size up to a power of two
                 logits = logits.pin_memory()
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"logits_device: no page-locked memory, logits are waited for: {reason}", stacklevel=2)
+                warnings.warn(
+                    f"logits_device: no page-locked memory, so copies of the logits block: {reason}", stacklevel=2
+                )
         where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
-        # a layer that stands for one stored transposed has a view of it
+        # a layer made of a transposed weight has a view of it
         weight = linear.weight.detach().contiguous()
         return cls(weight, linear.bias, logits, pattern, counter_state=counter_state, **where).train(linear.training)
 
@@ -181,11 +183,11 @@ class MaskedLinear(nn.Module):
         return self._warning(y) if backward is None else y
 
     def gathered_product(self, input: Tensor, weight: Tensor, is_current: Callable[[], bool]) -> Tensor:
-        """``forward`` by a masked weight [out, K] that ranks have gathered, while ``is_current()`` that of now."""
+        """Run ``forward`` with a masked weight [out, K] gathered from ranks, stale where ``is_current()`` is false."""
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "weight: expected a frozen one in a layer that fully_shard has cut, got one that requires a gradient; "
-                "weights learn as wholes alone"
+                "only whole weights can learn"
             )
         backward = self.logits_backward if self.training else None
         mask = MaskSource(None if backward is None else self.logits, "applied", self.pattern.n, self.pattern.m)
@@ -193,13 +195,13 @@ class MaskedLinear(nn.Module):
         return self._warning(y) if backward is None else y
 
     def _warning(self, y: Tensor) -> Tensor:
-        """The output; in training its backward warns that the logits get no gradient from it."""
+        """Return y; in training mode its backward warns that the logits get no gradient."""
         if self.training and self.logits.requires_grad and y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(_warn_of_lost_slopes)
         return y
 
     def _mask(self, drawn: bool) -> MaskSource:
-        """The source of the mask that is drawn at the current step, or else of the N largest logits."""
+        """Source of the mask: the draw of the current step if ``drawn``, else the N largest logits."""
         weight, n, m = self.own_weight, self.pattern.n, self.pattern.m
         check_weight(weight, self.pattern)
         cached = self.cached_codes if drawn else None
@@ -211,12 +213,12 @@ class MaskedLinear(nn.Module):
         return MaskSource(ops.top_n_mask(logits.detach().to(weight.device), n, m), "codes", n, m)
 
     def logits_on_device(self) -> Tensor:
-        """The logits that this rank holds on the weight's device: themselves, or where they live elsewhere a copy."""
+        """Logits of this rank on the weight's device: a copy if they are on another device."""
         return self.own_logits.to(self.weight.device)
 
     @property
     def own_weight(self) -> Tensor:
-        """The weight, or what this rank holds of it; and likewise the logits."""
+        """The weight, or on this rank of a layer that is cut; ``own_logits`` likewise."""
         return self.weight if self.shard is None else self.shard.weight
 
     @property
@@ -225,22 +227,22 @@ class MaskedLinear(nn.Module):
 
     @property
     def place(self) -> Place:
-        """Where ``own_logits`` lie in the whole layer."""
+        """Place of ``own_logits`` in the whole layer."""
         return Place(self.group_offset, self.group_row_stride) if self.shard is None else self.shard.place
 
     def masked_weight(self, drawn: bool | None = None) -> Tensor:
-        """The weight [out, K] under the drawn mask or that of the N largest logits; default: of the current mode."""
+        """The weight [out, K] under the drawn mask, or under the N largest logits; by default as the mode asks."""
         mask = self._mask(self.training if drawn is None else drawn)
         weight = ops.masked_weight(self.own_weight.contiguous(), mask.of(mask.tensor.detach(), self.weight.device))
         return weight if self.shard is None else self.shard.distributed(weight)
 
     def top_n_weight(self) -> Tensor:
-        """The weight [out, K] where its logit is among the N largest of its group, exact zeros elsewhere."""
+        """The weight [out, K] with exact zeros where the logit is not among the N largest of its group."""
         return self.masked_weight(drawn=False)
 
     @property
     def cached_codes(self) -> Tensor | None:
-        """Group codes [out, K / M] of the cached draw; RuntimeError where it is no longer the current one."""
+        """Group codes [out, K / M] of the cached draw, or None; RuntimeError if it is no longer the current draw."""
         return None if self.cached_mask is None else self.cached_mask.codes_of(self.own_logits, self.counter_state)
 
     def drawn_codes(self) -> Tensor:
@@ -251,17 +253,17 @@ class MaskedLinear(nn.Module):
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         codes = self.drawn_codes()
-        # of a DTensor a part by which a gradient goes back, which ``own_logits`` is not
+        # ``to_local`` of a DTensor passes a gradient back, ``own_logits`` does not
         logits = self.logits if self.shard is None else self.logits.to_local()
         away = self.logits.device != self.weight.device
-        # else the graph would keep the copies of all layers on the device until backward
+        # otherwise the graph keeps the copies of all layers on the device until backward
         with torch.autograd.graph.save_on_cpu() if away else nullcontext():
             own = mask_log_prob(logits.to(self.weight.device), codes, self.pattern).sum()
         return own if self.shard is None else self.shard.summed(own)
 
     @property
     def layer(self) -> int:
-        """Id of the layer in the counter. Draws read its tensor ``layer_id``, which no compiled graph holds."""
+        """Id of the layer in the counter. Draws read the tensor ``layer_id``, so no compiled graph contains it."""
         return self._layer
 
     @layer.setter
@@ -271,21 +273,20 @@ class MaskedLinear(nn.Module):
 
     @property
     def is_shard(self) -> bool:
-        """True where the layer starts behind the first group, or its rows end before those of the whole layer."""
+        """True if the weight is a part of a layer: its first group is another, or its rows are shorter."""
         return (self.group_offset, self.group_row_stride) != (0, self.in_features // self.pattern.m)
 
     def counter(self) -> Counter:
         """The counter of the current step and draw, on the device of the weight.
 
         Raises:
-            ValueError: if seed and step are on meta, where they have no value, or the step is on the CPU and not in
-                [0, 2**32).
+            ValueError: if seed and step are on meta, or the step is on the CPU and not in [0, 2**32).
         """
         state, device = self.counter_state, self.weight.device
         key = state.seed, state.step, self.layer_id, state.draw
         check_scalar("step", state.step, 0, MAX_STEPS)
         if any(part.device != device for part in key):
-            # the layers of a model may have been spread over devices since they were made
+            # a model's layers may have been moved to several devices since they were made
             if any(part.is_meta for part in key):
                 raise ValueError("counter_state: expected seed and step in memory, got some on meta: load a state_dict")
             key = [part.to(device) for part in key]
@@ -293,7 +294,7 @@ class MaskedLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> MaskedLinear:
         super()._apply(fn, recurse)
-        # ``to_empty`` has made it anew, without its value
+        # ``to_empty`` makes new tensors without values
         self.layer_id.fill_(self._layer)
         return self
 
@@ -308,7 +309,7 @@ class MaskedLinear(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         layer, _, _, seed, step, _, _, weight_changed = state.tolist()
-        # a state_dict that is assigned brings weights alone out of meta
+        # loading with assign=True moves only weights out of meta
         if self.layer_id.is_meta:
             self.layer_id = torch.empty_like(self.layer_id, device=self.weight.device)
         if self.counter_state.seed.is_meta:
@@ -325,7 +326,11 @@ class MaskedLinear(nn.Module):
             own = [self.group_offset, self.group_row_stride]
             _, n, m, _, step, *place, _ = saved.tolist() if saved.shape == (8,) else [0] * 8
             for fits, expected, got in (
-                (saved.shape == (8,), "extra state of shape [8]", f"{list(saved.shape)}, as another version saves it"),
+                (
+                    saved.shape == (8,),
+                    "extra state of shape [8]",
+                    f"{list(saved.shape)}, the format of another version",
+                ),
                 (0 <= step < MAX_STEPS, f"a step in [0, {MAX_STEPS})", step),
                 ((n, m) == (self.pattern.n, self.pattern.m), f"logits of pattern {self.pattern}", f"{n}:{m}"),
                 (place == own, f"group_offset and group_row_stride {own}", f"those of another shard, {place}"),
@@ -344,8 +349,8 @@ class MaskedLinear(nn.Module):
 
 
 def _onnx_weight(weight: Tensor, logits: Tensor, n: int, m: int) -> Tensor:
-    """The weight [out, K] under the N largest logits [out, K] of every group, in operations that ONNX has."""
-    # ties go to the lower index in ONNX's TopK
+    """The weight [out, K] under the N largest logits [out, K] of each group, by operations that ONNX has."""
+    # ONNX's TopK takes the lower index of a tie
     largest = logits.unflatten(-1, (-1, m)).topk(n, dim=-1).indices
     kept = largest.unsqueeze(-2) == torch.arange(m, device=weight.device).unsqueeze(-1)
     return torch.where(kept.any(-1).flatten(-2), weight, 0.0)
@@ -353,7 +358,7 @@ def _onnx_weight(weight: Tensor, logits: Tensor, n: int, m: int) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; each one's own mode is restored afterwards."""
+    """Put all modules in eval mode, and restore the mode of each afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -364,7 +369,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    """The MaskedLinear modules of a model by name, those that FSDP2 has cut with a ``shard``; ValueError if none."""
+    """MaskedLinear modules of a model by name, those that FSDP2 has cut with a ``shard``; ValueError if none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if not layers:
         raise ValueError("model: expected a model with MaskedLinear layers, got none; call convert first")
@@ -374,25 +379,25 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """All masked layers multiply with their whole weights, in train and in eval mode: the model is its own teacher.
+    """Make all masked layers multiply with their whole weights: the model becomes its own teacher.
 
-    There is no second copy of a weight, and no memory is needed beyond activations. Other modules keep their modes. The
-    backward of a forward whose activations are computed anew has to come within it as well.
+    This holds in train and in eval mode, and the modes of other modules stay. It copies no weight and needs no memory
+    beyond activations. With activation checkpointing, call backward inside the context as well.
 
     Args:
         model: with MaskedLinear layers.
 
     Raises:
-        ValueError: if the model has no MaskedLinear, fully_shard has cut layers, or kept weights have changed: what it
-            was converted from is no longer there.
+        ValueError: if the model has no MaskedLinear, fully_shard has cut layers, or kept weights have changed, so that
+            the dense weights are lost.
     """
     layers = masked_layers(model)
-    check_not_sharded(layers, "ranks are sent kept values alone; take a dense model of its own")
+    check_not_sharded(layers, "ranks exchange kept values alone; load the dense model as well")
     changed = [name for name, layer in layers.items() if layer.weight_changed]
     if changed:
         raise ValueError(
-            f"model: expected the weights that it was converted with, got kept ones that were refitted or trained in "
-            f"{changed}: what the dense model gives has to be computed before"
+            f"model: expected the weights that it was converted with, got refitted or trained ones in {changed}; "
+            "compute the dense model's outputs before weights change"
         )
     before = {layer: layer.is_dense for layer in layers.values()}
     try:
@@ -405,19 +410,19 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 
 def counter_states(model: nn.Module) -> list[CounterState]:
-    """The distinct counter_states of a model: one, or one a device where layers are spread over several."""
+    """Distinct counter_states of a model: one for each device that has layers."""
     return list({id(layer.counter_state): layer.counter_state for layer in masked_layers(model).values()}.values())
 
 
 def advance(model: nn.Module) -> None:
-    """Step += 1 on the device: every layer draws a new mask from here on.
+    """Add 1 to the step on the device, so that every layer draws a new mask.
 
-    All forwards between two calls see the same masks. A backward through the weights of a forward comes
-    before the next call, since it draws the mask again.
+    All forwards between two calls use the same masks. Call backward before the next ``advance``: it draws the masks of
+    its forward again.
 
     Raises:
-        ValueError: if the model has no MaskedLinear; or if the step is on the CPU and the next one is not below 2**32:
-            it then stays. On a device that is not checked, and the masks of the last step are drawn again from there.
+        ValueError: if the model has no MaskedLinear, or the step is on the CPU and the next one is not below 2**32. The
+            step then stays. A step on a GPU is not checked: beyond the last one, its masks repeat.
     """
     states = counter_states(model)
     for counter_state in states:
@@ -427,7 +432,7 @@ def advance(model: nn.Module) -> None:
 
 
 def log_prob(model: nn.Module) -> Tensor:
-    """log-probability of the masks of the current step, summed over all layers: 0-dim float32, differentiable.
+    """Log-probability of the masks of the current step, summed over all layers: 0-dim float32, differentiable.
 
     Raises:
         ValueError: if the model has no MaskedLinear.

@@ -1,4 +1,4 @@
-"""Packed N:M weights: the kept values and a bitmask, products with them, and the modules that hold them."""
+"""Packed N:M weights: kept values and a bitmask, products with them, and modules with packed weights."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .ops.dispatch import in_onnx_export
 from .ops.pattern import NMPattern, bitmask_of, codes_of
 from .ops.reference import INTEGERS, SCALED, dequantized
 
-# How values are stored: as they are, or as int8 with scales
+# How values are stored: unchanged, or as int8 with scales
 KEEP, INT8 = VALUE_KINDS = ("keep", "int8")
-# Linux's advice that memory be moved into huge pages at once, from 6.1 on; earlier ones refuse it
+# Asks Linux to move memory into huge pages at once; Linux before 6.1 refuses
 MADV_COLLAPSE = 25
 HUGE_PAGE = 2 << 20
 
@@ -44,12 +44,12 @@ class PackedNM:
         values: float32, bfloat16, float16 or int8 [out, K N / M], contiguous: the kept values in order.
         bitmask: uint8 [out, ceil(K / 8)], contiguous: bit j of byte b is set where weight 8 b + j is kept.
         pattern: "N:M" or NMPattern.
-        scales: of int8 values, float32, bfloat16 or float16 [out, ceil(K N / M / 128)], contiguous: by which each block
-            of 128 values of a row is multiplied. None beside other values.
+        scales: for int8 values, float32, bfloat16 or float16 [out, ceil(K N / M / 128)], contiguous: a factor for each
+            block of 128 values of a row. None for other values.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes are not as above. That the bitmask keeps N of every M is not checked
-            here, see ``check``.
+        TypeError, ValueError: shapes or dtypes are not as above. ``check`` tests the bits of the bitmask, this does
+            not.
     """
 
     values: Tensor
@@ -93,12 +93,12 @@ class PackedNM:
 
     @property
     def kind(self) -> str:
-        """Storage of its values: one of VALUE_KINDS."""
+        """Storage of the values: one of VALUE_KINDS."""
         return KEEP if self.scales is None else INT8
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Bytes of values, bitmask and scales."""
         return self.values.nbytes + self.bitmask.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def __repr__(self) -> str:
@@ -108,15 +108,15 @@ class PackedNM:
         )
 
     def to(self, *args, **kwargs) -> PackedNM:
-        """The weight on another device, or of another dtype: itself where nothing changes.
+        """Move the weight to another device or dtype; return itself if nothing changes.
 
-        Of int8 values the scales alone change their dtype, as those of ``NMLinear`` do.
+        With int8 values a dtype changes the scales alone, as in ``NMLinear``.
 
         Args:
-            args, kwargs: as of ``torch.Tensor.to``.
+            args, kwargs: as for ``torch.Tensor.to``.
 
         Raises:
-            TypeError: if the dtype is not float32, bfloat16 or float16, or ``torch.Tensor.to`` would not take them.
+            TypeError: if the dtype is not float32, bfloat16 or float16, or ``torch.Tensor.to`` refuses the arguments.
         """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype not in LOGIT_DTYPES:
@@ -131,10 +131,10 @@ class PackedNM:
         return self if same else PackedNM(values, bitmask, self.pattern, scales)
 
     def stored_as(self, values: str) -> PackedNM:
-        """The weight with values stored as in ``pack_nm``: "keep" gives int8 values the weight's dtype again.
+        """Store the values as ``pack_nm`` would: "int8" quantizes them, "keep" gives them the weight's dtype.
 
         Raises:
-            ValueError: if ``values`` is unknown, or a value that is to become an int8 is not finite.
+            ValueError: if ``values`` is neither, or a value to quantize is not finite.
         """
         check_values_kind(values)
         if values == self.kind:
@@ -146,38 +146,39 @@ class PackedNM:
         return PackedNM(kept, self.bitmask, self.pattern, scales)
 
     def check(self) -> PackedNM:
-        """Itself, if the bitmask keeps N of every M, and the scales are finite and not negative.
+        """Check that the bitmask keeps N of every M and that scales are finite and not negative; return itself.
 
         Raises:
-            ValueError: if not.
+            ValueError: if the bitmask or the scales are not so.
         """
         k = self.shape[1]
         check_exactly_n("bitmask", codes_of(self.bitmask, k, self.pattern.m), self.pattern)
         if k % 8 and (self.bitmask[:, -1] >> k % 8).any():
             raise ValueError(f"bitmask: expected no bits beyond the {k} weights of a row, got some")
         if self.scales is not None and not (self.scales.isfinite() & (self.scales >= 0)).all():
-            raise ValueError("scales: expected finite numbers, none below 0, got others")
+            raise ValueError("scales: expected finite numbers of at least 0, got others")
         return self
 
     def unpack(self) -> Tensor:
-        """The weight [out, K] of ``dtype``, +0.0 where nothing is stored."""
+        """Unpack the weight [out, K] of ``dtype``, with +0.0 for dropped weights."""
         return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
 
 
 def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> PackedNM:
     """Pack a weight in which at most N of every M consecutive values are not zero.
 
-    Where fewer are, zeros are stored as well, -0.0 before +0.0. A -0.0 for which no room is left comes back as +0.0.
+    If fewer are not zero, zeros fill the N values, -0.0 before +0.0. A -0.0 that is not stored unpacks as +0.0.
 
     Args:
         weight: float32, bfloat16 or float16 [out, K], K divisible by M.
         pattern: "N:M" or NMPattern.
-        values: "keep" stores them as they are. "int8" rounds them to integers from -127 to 127, times a scale of each
-            block of 128 values of a row, the least of the weight's dtype that the largest one fits in.
+        values: "keep" stores them unchanged. "int8" rounds them to integers from -127 to 127 times a scale for each
+            block of 128 values of a row. The scale is the smallest number of the weight's dtype with which the block's
+            largest value fits.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, more than N of a group are not zero, or a value that is to
-            become an int8 is not finite.
+        TypeError, ValueError: an argument is not as above, more than N of a group are not zero, or a value to quantize
+            is not finite.
     """
     pattern = NMPattern(pattern)
     check_values_kind(values)
@@ -190,11 +191,11 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
         row, group = wrong[0].tolist()
         first = group * pattern.m
         raise ValueError(
-            f"weight: expected at most {pattern.n} of every {pattern.m} values that are not zero, got "
+            f"weight: expected at most {pattern.n} nonzero of every {pattern.m} values, got "
             f"{int(counts[row, group])} in row {row}, columns {first} to {first + pattern.m - 1} ({len(wrong)} groups "
             "have too many)"
         )
-    # a value that is not zero before -0.0, and that before +0.0
+    # keep nonzero values first, then -0.0, then +0.0
     worth = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
     codes = ops.top_n_mask(worth, pattern.n, pattern.m)
     kept = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
@@ -202,20 +203,20 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
 
 
 def check_values_kind(values: str) -> None:
-    """Raise ValueError unless this is how values can be stored."""
+    """Raise ValueError unless ``values`` is one of VALUE_KINDS."""
     if values not in VALUE_KINDS:
         raise ValueError(f"values: expected one of {', '.join(VALUE_KINDS)}, got {values!r}")
 
 
 def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 values, scales) of values [rows, values]; ValueError where one is not finite."""
+    """Quantize values [rows, values] into (int8 values, scales); ValueError if one is not finite."""
     if not values.isfinite().all():
         raise ValueError("weight: expected finite values for int8, got others")
     rows, kept = values.shape
     blocks = nn.functional.pad(values.float(), (0, -kept % SCALED)).view(rows, -1, SCALED)
     largest = blocks.abs().amax(-1)
     scales = (largest / 127).to(values.dtype)
-    # rounded down it is too small for the largest; the integer of the next number is one more
+    # a scale that was rounded down is too small for the largest value; take the next number, whose bits are one more
     short = scales.float() * 127 < largest
     scales = (scales.view(INTEGERS[scales.itemsize]) + short).view(values.dtype)
     numbers = (blocks / scales.float().unsqueeze(-1)).nan_to_num_(0.0).round_().to(torch.int8)
@@ -223,15 +224,15 @@ def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias of a packed weight.
+    """Compute x @ weight.T + bias with a packed weight.
 
-    The values are put at their places inside the product where there is code for it: on most CPUs, and on a GPU for
-    up to 64 tokens of 16 bits and 2:4, 1:4, 4:8 and 8:16 with K divisible by 16 (1:4: 32). Otherwise the weight, or a
-    block of its rows, is unpacked first. docs/serving.md has the table.
+    Two routes: a product that reads the packed values, or one after the weight, or a block of its rows, is unpacked.
+    The first runs on most CPUs, and on a GPU for up to 64 tokens of 16 bits and 2:4, 1:4, 4:8 and 8:16 with K divisible
+    by 16 (1:4: 32). docs/serving.md has the table.
 
     Args:
-        x: [..., K] of the weight's dtype, or under autocast of any. Gradients flow to it.
-        packed: from ``pack_nm``. Gradients flow to its values where they require one.
+        x: [..., K] of the weight's dtype, under autocast of any dtype. Gradients flow to it.
+        packed: from ``pack_nm``. Gradients flow to its values if they require one.
         bias: [out] of the weight's dtype. Gradients flow to it.
 
     Returns:
@@ -248,25 +249,25 @@ def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor
 def packed_linear(
     x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, bias: Tensor | None, pattern: NMPattern
 ) -> Tensor:
-    """``nm_linear`` of the parts of a packed weight."""
+    """``nm_linear`` with the parts of a packed weight."""
     check_not_distributed("values", values)
     rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
     name, own = ("values", values) if scales is None else ("scales", scales)
     check_floats(name, own)
     for name, part in (("bitmask", bitmask), ("scales", scales)):
         if part is not None and part.device != values.device:
-            raise ValueError(f"{name}: expected a tensor on {values.device}, as the values are, got {describe(part)}")
+            raise ValueError(f"{name}: expected a tensor on the values' device {values.device}, got {describe(part)}")
     x = linear_input(x, bias, (rows, k), own.dtype, values.device)
-    # no promise of torch's, but asking each tensor takes longer than a small product
+    # a private variable of torch: asking each tensor takes longer than a small product
     if getattr(forward_ad, "_current_level", 0) >= 0:
         for name, part in (("x", x), ("values", values), ("scales", scales), ("bias", bias)):
             if part is not None and forward_ad.unpack_dual(part).tangent is not None:
                 raise ValueError(
-                    f"{name}: expected a tensor without a forward-mode derivative, got one with: packed products have "
-                    "gradients alone; take the dense model that finalize gives"
+                    f"{name}: expected a tensor without a forward-mode derivative, got one with it: packed products "
+                    "support backward alone; use the dense model that finalize returns"
                 )
     if x.dtype != own.dtype:
-        # autocast has another one
+        # under autocast
         bias = None if bias is None else bias.to(x.dtype)
         values, scales = (values.to(x.dtype), None) if scales is None else (values, scales.to(x.dtype))
     if in_onnx_export():
@@ -278,10 +279,10 @@ def packed_linear(
 
 
 def _onnx_weight(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
-    """The weight [out, K] of its values [out, K N / M] and bitmask [out, ceil(K / 8)], in operations that ONNX has."""
+    """Unpack values [out, K N / M] and bitmask [out, ceil(K / 8)] to [out, K], by operations that ONNX has."""
     k = values.shape[1] // n * m
     powers = 2 ** torch.arange(8, device=bitmask.device, dtype=torch.int32)
-    # ONNX shifts unsigned integers alone
+    # ONNX shifts only unsigned integers
     bits = torch.remainder(torch.div(bitmask.to(torch.int32).unsqueeze(-1), powers, rounding_mode="floor"), 2)
     kept = bits.flatten(-2)[:, :k].unflatten(-1, (-1, m))
     place = (kept.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
@@ -289,21 +290,21 @@ def _onnx_weight(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
 
 
 def pack_24(weight: Tensor) -> PackedNM:
-    """``pack_nm`` of 2:4."""
+    """``pack_nm`` with the pattern 2:4."""
     return pack_nm(weight, "2:4")
 
 
 def sparse24_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor:
-    """``nm_linear`` of a 2:4 weight."""
+    """``nm_linear`` with a 2:4 weight."""
     return nm_linear(x, packed, bias)
 
 
 class NMLinear(nn.Module):
-    """nn.Linear with a packed N:M weight: half the values of 2:4, and a bit for each weight.
+    """nn.Linear with a packed N:M weight: for 2:4, half of the values and a bit for each weight.
 
-    Gradients flow to the input, and to bias and values where they require one. At first they do not. int8 values are a
-    buffer, which stays as it is: ``to(dtype)`` changes their scales, and ``requires_grad_()`` the bias alone. The
-    state_dict holds ``values``, ``bitmask``, ``bias``, and ``scales`` of int8 values; ``weight`` can only be read.
+    Gradients flow to the input, and to bias and values if they require one, which by default they do not. int8 values
+    are a buffer and never change: ``to(dtype)`` converts their scales, and ``requires_grad_()`` affects the bias alone.
+    The state_dict contains ``values``, ``bitmask``, ``bias``, and ``scales`` of int8 values. ``weight`` is read-only.
 
     Args:
         packed: the weight, see ``pack_nm``.
@@ -320,7 +321,7 @@ class NMLinear(nn.Module):
         self.pattern = packed.pattern
         self.out_features, self.in_features = packed.shape
         if packed.kind == INT8:
-            # no parameter: of integers torch takes no gradient, and a model's requires_grad_() would fail
+            # a buffer: as a parameter of integers it would make the model's requires_grad_() fail
             self.register_buffer("values", packed.values)
         else:
             self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
@@ -336,7 +337,7 @@ class NMLinear(nn.Module):
         """Pack an nn.Linear in which at most N of every M consecutive weights are not zero; values as in ``pack_nm``.
 
         Raises:
-            TypeError, ValueError: ``linear`` is no nn.Linear, or as ``pack_nm``.
+            TypeError, ValueError: ``linear`` is not an nn.Linear, or as in ``pack_nm``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
@@ -347,7 +348,7 @@ class NMLinear(nn.Module):
         """Pack the weight of a MaskedLinear under the N largest logits of every group; values as in ``pack_nm``.
 
         Raises:
-            TypeError, ValueError: ``layer`` is no MaskedLinear, or one that is cut over ranks, or as ``pack_nm``.
+            TypeError, ValueError: ``layer`` is not a MaskedLinear, is cut over ranks, or as in ``pack_nm``.
         """
         if not isinstance(layer, MaskedLinear):
             raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
@@ -355,15 +356,15 @@ class NMLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, K], unpacked at each use: for code that reads it past the module, or asks for its dtype.
+        """The weight [out, K], unpacked at each access, for code that reads a module's weight or its dtype.
 
-        A gradient flows to values that require one. What is written into it is lost.
+        Gradients flow to values that require one. Writes into the result have no effect on the module.
         """
         return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
 
     @property
     def kind(self) -> str:
-        """Storage of its values: one of VALUE_KINDS."""
+        """Storage of the values: one of VALUE_KINDS."""
         return KEEP if self.scales is None else INT8
 
     @property
@@ -374,13 +375,13 @@ class NMLinear(nn.Module):
         """y [..., out] of input [..., K]."""
         pattern = self.pattern
         try:
-            # torch looks for an attribute of a module in three other places first
+            # faster than attributes, which torch looks for in three other places first
             parameters, buffers = self._parameters, self._buffers
             scales = buffers["scales"]
             values = (parameters if scales is None else buffers)["values"]
             parts = values, buffers["bitmask"], scales, parameters["bias"]
         except KeyError:
-            # DataParallel and FSDP put plain attributes in the place of parameters
+            # DataParallel and FSDP replace parameters by plain attributes
             parts = self.values, self.bitmask, self.scales, self.bias
         y = ops.direct_nm_linear(input, *parts, pattern.n, pattern.m)
         return packed_linear(input, *parts, pattern) if y is None else y
@@ -409,7 +410,7 @@ class NMLinear(nn.Module):
 
 
 class Sparse24Linear(NMLinear):
-    """``NMLinear`` of 2:4."""
+    """``NMLinear`` with the pattern 2:4."""
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4", values: str = KEEP) -> Sparse24Linear:
@@ -421,7 +422,7 @@ SPARSE = (MaskedLinear, NMLinear)
 
 
 def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
-    """An nn.Linear with exact zeros where a layer drops weights; a MaskedLinear does so by its N largest logits."""
+    """Make an nn.Linear with exact zeros for dropped weights; a MaskedLinear keeps its N largest logits."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     if isinstance(layer, MaskedLinear) and layer.shard is not None:
         layer.shard.bake_into(linear)
@@ -436,21 +437,20 @@ def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
 
 
 def bits_a_weight(layers: Iterable[NMLinear]) -> float:
-    """Bits that packed layers hold for each of their weights, those that are dropped counted as well."""
-    held = [layer.packed for layer in layers]
-    return 8 * sum(packed.nbytes for packed in held) / sum(packed.shape.numel() for packed in held)
+    """Bits that packed layers store for each weight, dropped weights included."""
+    weights = [layer.packed for layer in layers]
+    return 8 * sum(packed.nbytes for packed in weights) / sum(packed.shape.numel() for packed in weights)
 
 
 def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
-    """The class of layers with packed weights of a pattern."""
+    """Class of the layers with packed weights of a pattern."""
     return Sparse24Linear if NMPattern(pattern) == NMPattern("2:4") else NMLinear
 
 
 def hold_in_huge_pages(model: nn.Module) -> None:
-    """Have the system hold the packed weights of a model on a CPU in huge pages; where it does not, all stays as it is.
+    """Ask Linux to move the packed weights of a model on a CPU into huge pages; do nothing if it cannot.
 
-    Decoding is bound by how fast weights come from memory. The CPU asks for what comes next by itself, but only up to
-    the end of a page.
+    The bandwidth of memory bounds decoding. A CPU prefetches sequential memory only up to the end of a page.
     """
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     parts = (part for layer in layers for part in (layer.values, layer.bitmask, layer.scales))
@@ -458,7 +458,7 @@ def hold_in_huge_pages(model: nn.Module) -> None:
 
 
 def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """The [start, end) of tensors in memory, in whole pages: one of neighbours, none of what is mostly other memory."""
+    """Whole pages [start, end) of tensors: neighbours joined, ranges that are mostly other memory left out."""
     spans = sorted((x.data_ptr(), x.nbytes) for x in tensors if x.numel())
     joined: list[tuple[int, int, int]] = []
     for start, nbytes in spans:
@@ -477,7 +477,7 @@ def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def move_into_huge_pages(tensors: Iterable[Tensor]) -> None:
-    """Ask the system to hold tensors of the CPU in huge pages, where they are; small neighbours share a page."""
+    """Ask Linux to move tensors on the CPU into huge pages, without a copy; small neighbours share a page."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     for start, end in ranges(x for x in tensors if x.device.type == "cpu") if madvise is not None else ():
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)

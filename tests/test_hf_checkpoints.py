@@ -364,7 +364,7 @@ DAMAGES = [
     ("int8", "expected scales of the 14 layers .*, got 13", without("scales")),
     ("int8", "values: expected torch.int8 beside scales", on("values", lambda values: values.bfloat16())),
     ("int8", f"{LAYER}.scales: expected .*float32 or .*, got .*int32", on("scales", lambda t: t.int())),
-    ("int8", f"{LAYER}.scales: expected finite numbers, none below 0", on("scales", with_one(-1.0))),
+    ("int8", f"{LAYER}.scales: expected finite numbers of at least 0", on("scales", with_one(-1.0))),
     ("int8", f"{LAYER}.scales: expected finite", on("scales", with_one(float("nan")))),
     ("int8", f"{LAYER}.bitmask: expected exactly 2 of every 4", on("bitmask", lambda mask: mask ^ 1)),
     ("int8", "expected the pattern, and layer or values", layer_is(pattern="2:4", values="int4")),

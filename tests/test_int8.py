@@ -157,7 +157,7 @@ class TestLayers:
     def test_scales_that_are_none_are_refused(self, value):
         state = copy.deepcopy(layer().state_dict())
         state["scales"][3, 0] = value
-        with pytest.raises(RuntimeError, match="state_dict: scales: expected finite numbers, none below 0"):
+        with pytest.raises(RuntimeError, match="state_dict: scales: expected finite numbers of at least 0"):
             layer().load_state_dict(state)
 
 

@@ -440,7 +440,7 @@ def test_compiles_as_a_whole():
 WEIGHT = sparse(4, 16, "2:4")
 PACKED = mk.PackedNM(*(lambda p: (p.values, p.bitmask))(mk.pack_24(WEIGHT)), "2:4")
 BAD_CALLS = {
-    "weight: expected at most 2 of every 4 values that are not zero, got 4 in row 0, columns 0 to 3": (
+    "weight: expected at most 2 nonzero of every 4 values, got 4 in row 0, columns 0 to 3": (
         lambda: mk.pack_24(torch.ones(4, 16))
     ),
     "weight: expected .* divisible by 4": lambda: mk.pack_24(torch.zeros(4, 18)),

@@ -133,7 +133,7 @@ def test_from_linear_takes_a_shard():
     [
         ({"group_offset": -1}, ValueError, "^group_offset: expected an int in"),
         ({"group_offset": 1.0}, TypeError, "^group_offset: expected an int"),
-        ({"group_row_stride": 1}, ValueError, "^group_row_stride: expected at least the 2 groups"),
+        ({"group_row_stride": 1}, ValueError, "^group_row_stride: expected at least 2, the groups"),
         ({"group_row_stride": True}, TypeError, "^group_row_stride: expected an int"),
         ({"group_offset": (1 << 32) - 3}, ValueError, "^group_offset: expected group indices below"),
         ({"group_row_stride": (1 << 32) - 1}, ValueError, "^group_offset: expected group indices below"),
@@ -157,7 +157,7 @@ def test_a_place_that_cannot_be_is_refused(arguments, error, message):
         ({"in_features": 10}, ValueError, "^in_features: .*divisible by 4, above 0, got 10"),
         ({"in_features": "8"}, TypeError, "^in_features: expected an int"),
         ({"row": -1}, ValueError, "^row: expected an int in"),
-        ({"column": 6}, ValueError, "^column: .*divisible by 4, or groups are torn, got 6"),
+        ({"column": 6}, ValueError, "^column: .*divisible by 4, so that no group is cut, got 6"),
         ({"column": 8}, ValueError, r"^column: expected an int in \[0, 8\), got 8"),
     ],
 )

@@ -150,7 +150,7 @@ def damaged_scales_are_seen(folder: Path) -> None:
     tensors = load_file(file)
     tensors[SCALES][3] *= -1
     save_file(tensors, file, {"format": "pt"})
-    refused(folder, "scales: expected finite numbers, none below 0")
+    refused(folder, "scales: expected finite numbers of at least 0")
 
 
 def values_that_are_no_integers_are_seen(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks of arguments: once, in the public functions. What stands below them trusts its arguments."""
+"""Checks of arguments, done once, in the public functions. Operations below trust their arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..ops.pattern import NMPattern
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Between a kept and a dropped logit, the largest distance that noise of 32 bits crosses
+# The largest gap between a kept and a dropped logit that noise of 32 bits can cross
 LARGEST_GAP = 26.0
 
 Scalar = int | Tensor
@@ -26,7 +26,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def describe(value) -> str:
-    """Describe an argument in a line, however much it holds."""
+    """Describe an argument in one short line."""
     if isinstance(value, Tensor):
         kind = "a tensor" if value.layout is torch.strided else f"a tensor of layout {value.layout}"
         return f"{kind} {list(value.shape)} of {value.dtype} on {value.device}"
@@ -44,28 +44,28 @@ def check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
 
 
 def matrix_of(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
-    """The tensor [..., K], checked, as a contiguous matrix [rows, K]."""
+    """Check a tensor [..., K] and return it as a contiguous matrix [rows, K]."""
     check_floats(name, tensor)
     check_groups(name, tensor, pattern)
     return (tensor if tensor.dim() == 2 else tokens_of(tensor)).contiguous()
 
 
 def check_no_overlap(name: str, tensor: Tensor) -> None:
-    """Raise unless each stride leads beyond all elements of the smaller ones: else a write may reach two of them."""
+    """Raise if two elements may share memory: a stride must exceed the extent of the dimensions with smaller ones."""
     last = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= last:
-            raise ValueError(f"{name}: expected elements at places of their own, got strides {tensor.stride()}")
+            raise ValueError(f"{name}: expected elements that share no memory, got strides {tensor.stride()}")
         last += stride * (size - 1)
 
 
 def tokens_of(x: Tensor) -> Tensor:
-    """x [..., K] as a contiguous matrix [tokens, K]."""
+    """Reshape x [..., K] to a contiguous matrix [tokens, K]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 def check_weight(weight: Tensor, pattern: NMPattern, name: str = "weight", whole: bool = True) -> None:
-    """Raise unless a weight is a matrix [out, K] that the pattern divides, and if ``whole`` all of it on this rank."""
+    """Raise unless a weight is a matrix [out, K], K divisible by M, and with ``whole`` not a DTensor."""
     check_floats(name, weight)
     if whole:
         check_not_distributed(name, weight)
@@ -82,7 +82,7 @@ def check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
 
 
 def linear_input(x: Tensor, bias: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device) -> Tensor:
-    """x [..., K], checked with bias, in the dtype of its product with a weight [out, K]: autocast's or the weight's."""
+    """Check x [..., K] and bias; return x in the dtype of the product: autocast's or that of the weight [out, K]."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != shape[1] or x.device != device:
         raise ValueError(f"x: expected a tensor [..., {shape[1]}] on {device}, got {describe(x)}")
     check_floats("x", x)
@@ -97,16 +97,16 @@ def linear_input(x: Tensor, bias: Tensor | None, shape: Sequence[int], dtype: to
 
 
 def check_not_distributed(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if a tensor is a DTensor, whose parts on several ranks no operation here puts together."""
+    """Raise ValueError for a DTensor: no operation here gathers its parts from several ranks."""
     if hasattr(tensor, "to_local"):
         raise ValueError(
-            f"{name}: expected a plain tensor, got a DTensor {list(tensor.shape)}; give its to_local() and the place "
-            "that shard_counter gives, or split the dense model that finalize gives"
+            f"{name}: expected a plain tensor, got a DTensor {list(tensor.shape)}; pass its to_local() with the "
+            "keywords of shard_counter, or shard the dense model that finalize returns"
         )
 
 
 def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
-    """Raise unless ``codes`` are group codes of the pattern, and fit ``like`` [..., K] where it is given."""
+    """Raise unless ``codes`` are group codes of the pattern; they must fit ``like`` [..., K] if it is given."""
     if not isinstance(codes, Tensor) or codes.dtype != pattern.code_dtype:
         raise TypeError(f"{name}: expected group codes of dtype {pattern.code_dtype}, got {describe(codes)}")
     if codes.layout is not torch.strided or codes.dim() == 0:
@@ -119,7 +119,7 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
 def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
     """Raise unless every code keeps exactly N of M; waits for the device."""
     value = codes.to(torch.int64)
-    # bits beyond the group count as too many
+    # a bit beyond the group counts as M kept weights, so the check fails
     kept = sum(value >> i & 1 for i in range(pattern.m)) + (value >> pattern.m != 0) * pattern.m
     wrong = (kept != pattern.n).nonzero()
     if len(wrong):
@@ -131,7 +131,7 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
 
 
 def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
-    """Raise unless ``gap`` can stand between kept and dropped logits of ``dtype``."""
+    """Raise unless ``gap`` is a finite gap of logits of ``dtype``, at least 0."""
     if dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits_dtype: expected float32, bfloat16 or float16, got {dtype}")
     if isinstance(gap, bool) or not isinstance(gap, (int, float)):
@@ -142,13 +142,13 @@ def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
 
 
 def device_of_logits(device: torch.device | str) -> torch.device:
-    """The device that ``logits_device`` names; ValueError if it names none, or meta, which holds nothing."""
+    """Return the device that ``logits_device`` names; ValueError if it names none, or meta."""
     try:
         named = torch.device(device)
     except (RuntimeError, TypeError):
         named = None
     if named is None or named.type == "meta":
-        raise ValueError(f"logits_device: expected a device that holds what is learnt, got {describe(device)}")
+        raise ValueError(f"logits_device: expected a device with memory, got {describe(device)}")
     return named
 
 
@@ -160,7 +160,7 @@ def check_int(name: str, value: int, limit: int, low: int = 0) -> None:
 
 
 def check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
-    """Raise unless this is an int in [low, high), or a 0-dim int64 tensor that may be one, where its value is read."""
+    """Raise unless ``value`` is an int in [low, high) or a 0-dim int64 tensor; only a CPU tensor's value is checked."""
     if not isinstance(value, Tensor):
         return check_int(name, value, high, low)
     if value.dim() or value.dtype != torch.int64:
@@ -171,7 +171,7 @@ def check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
 
 
 def readable_value(value: float | Tensor) -> float | int | None:
-    """A number, or that of a 0-dim tensor where it takes no wait for a device and no look out of a traced graph."""
+    """Value of a number or 0-dim tensor; None if reading would wait for a device or break a traced graph."""
     if not isinstance(value, Tensor):
         return value
     if torch.compiler.is_compiling() or type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
@@ -188,23 +188,23 @@ def inverse_of(temperature: float) -> float:
 
 
 def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-dim tensor; a Python number is filled on the device, which neither copies nor synchronises."""
+    """Make a 0-dim tensor on the device; a Python number is filled in without a copy or a synchronisation."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
-    # a ``to`` and a ``detach`` that change nothing cost much beside a small layer
+    # ``to`` and ``detach`` take time even if they change nothing, much for a small layer
     if value.dtype != dtype or value.device != device:
         value = value.to(device=device, dtype=dtype)
     return value.detach() if value.requires_grad else value
 
 
 def stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 1-dim tensor of the values; a single one takes no launch but its own."""
+    """Make a 1-dim tensor of the values; a single value takes one launch."""
     tensors = [on_device(value, dtype, device) for value in values]
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].view(1)
 
 
 class CounterKeywords(TypedDict, total=False):
-    """Keywords by which public functions take a counter, see ``sample_mask``. All but ``seed`` may be left out."""
+    """Keywords of a counter in public functions, see ``sample_mask``. Only ``seed`` is required."""
 
     seed: Scalar
     step: Scalar
@@ -216,7 +216,7 @@ class CounterKeywords(TypedDict, total=False):
 
 def counter_of(matrix: Tensor, pattern: NMPattern, seed: Scalar, step: Scalar = 0, layer: Scalar = 0,
                draw: Scalar = 0, group_offset: int = 0, group_row_stride: int | None = None) -> Counter:  # fmt: skip
-    """The checked counter of a draw from logits [rows, K]."""
+    """Check the counter of a draw from logits [rows, K] and return it."""
     check_scalar("seed", seed, -(1 << 63), 1 << 63)
     check_scalar("step", step, 0, philox.MAX_STEPS)
     check_scalar("layer", layer, 0, philox.MAX_LAYERS)
@@ -227,13 +227,15 @@ def counter_of(matrix: Tensor, pattern: NMPattern, seed: Scalar, step: Scalar = 
 
 
 def check_shard(shape: Sequence[int], pattern: NMPattern, group_offset: int, group_row_stride: int | None) -> int:
-    """The checked groups in a row of the whole layer that a matrix [rows, K] of that shape is a shard of."""
+    """Check the place of a shard of shape [rows, K]; return the groups in a row of the whole layer."""
     rows, groups = shape[0], shape[1] // pattern.m
     check_int("group_offset", group_offset, philox.MAX_GROUPS)
     stride = groups if group_row_stride is None else group_row_stride
     check_int("group_row_stride", stride, philox.MAX_GROUPS)
     if stride < groups:
-        raise ValueError(f"group_row_stride: expected at least the {groups} groups of a row given, got {stride}")
+        raise ValueError(
+            f"group_row_stride: expected at least {groups}, the groups in a row of the shard, got {stride}"
+        )
     last = group_offset + (rows - 1) * stride + groups
     if last > philox.MAX_GROUPS:
         raise ValueError(f"group_offset: expected group indices below {philox.MAX_GROUPS}, got up to {last}")
@@ -241,14 +243,14 @@ def check_shard(shape: Sequence[int], pattern: NMPattern, group_offset: int, gro
 
 
 def drawn_from(logits: Tensor, pattern: NMPattern, temperature: float, counter: CounterKeywords) -> MaskSource:
-    """The checked source of a mask that is drawn from logits [..., K]."""
+    """Check the arguments of a draw from logits [..., K] and return the source of its mask."""
     matrix = matrix_of("logits", logits, pattern)
     inverse = inverse_of(temperature)
     return MaskSource(matrix, "drawn", pattern.n, pattern.m, inverse, counter_of(matrix, pattern, **counter))
 
 
 def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[Scalar]]:
-    """The checked coefficients and draw ids of an update, one each for every draw."""
+    """Check the coefficients and draw ids of an update; return both as lists, one element for each draw."""
     several = isinstance(draw, Sequence)
     draws = list(draw) if several else [draw]
     for i in draws:
@@ -263,12 +265,12 @@ def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[
             )
     if listed != several or len(coefs) != len(draws) or not coefs:
         raise ValueError(
-            f"coef: expected one for each draw, a sequence exactly where draw is one, got {coef!r} for draw {draw!r}"
+            f"coef: expected one for each draw, a sequence exactly if draw is one, got {coef!r} for draw {draw!r}"
         )
     total = sum(abs(c) for c in map(readable_value, coefs) if c is not None)
     if not max(total, total * inverse_temperature) <= FLOAT32_MAX:
         raise ValueError(
-            "coef: expected numbers whose absolute values sum up to a finite float32, also over the temperature, "
+            "coef: expected numbers whose absolute values, divided by the temperature, sum to a finite float32, "
             f"got {total:g}"
         )
     ids = [readable_value(i) for i in draws]

@@ -1,4 +1,4 @@
-"""Linear layers under a mask: the public functions, and the one backward that all of them have."""
+"""Linear layers under a mask: the public functions, and the one backward that they share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops.counter import NO_COUNTER, MaskSource
 from ..ops.pattern import NMPattern
 from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_input, tokens_of
 
-# (gradient of y [tokens, out], x [tokens, K], weight [out, K], the mask's source) -> gradient of the logits, if any
+# (gradient of y [tokens, out], x [tokens, K], weight [out, K], source of the mask) -> gradient of the logits or None
 LogitsBackward = Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None]
 
 
@@ -23,11 +23,12 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None
                   **counter: Unpack[CounterKeywords]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Linear layer under a drawn mask: (x @ (weight * mask).T + bias, log-probability of the mask).
 
-    Gradients flow to x, weight, bias, and through the log-probability to the logits (the score): of first order
-    and by backward only, not by ``torch.func.jvp``.
+    Gradients flow to x, weight and bias. The gradient of the log-probability flows to the logits: it is the score. Only
+    first derivatives are supported, and only backward, not ``torch.func.jvp``.
 
     Args:
-        x: [..., K] in the weight's dtype; under autocast float32, bfloat16 or float16, and y in autocast's dtype.
+        x: [..., K] in the weight's dtype. Under autocast x may be float32, bfloat16 or float16, and y has autocast's
+            dtype.
         weight: float32, bfloat16 or float16 [out, K].
         logits: float32, bfloat16 or float16 [out, K].
         bias: [out] or None.
@@ -35,7 +36,7 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None
         The others: as for ``sample_mask``.
 
     Returns:
-        y [..., out], and the sum over the layer of log p(S), 0-dim float32, or None if not asked for.
+        y [..., out], and log p(S) summed over the layer, 0-dim float32, or None without ``log_prob``.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -49,22 +50,22 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None
 def straight_through_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource, curvature: float = 1.0
 ) -> Tensor:
-    """Slope of the loss in the mask, which passes straight through a draw to its logits.
+    """Straight-through gradient of the logits: the slope of the loss in the mask.
 
-    It is w G + (1/2 - m) w^2 F, the slope halfway between kept and dropped, less its mean over every group, as a
-    group's mask has a fixed sum. G is the loss's derivative in the masked weight, and F = curvature * (sum of grad^2
-    over the tokens) (sum of x^2 over the tokens) its second one: of a loss that is a mean over the tokens, in nats,
-    the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv 1503.05671). With w G alone, weights
-    of which any change overshoots would be dropped and kept in turn without end.
+    The slope is w G + (1/2 - m) w^2 F, taken halfway between kept and dropped. Its mean over each group is subtracted,
+    since a group's mask has a fixed sum. G is the first derivative of the loss in the masked weight. F approximates the
+    second: F = curvature * (sum of grad^2 over the tokens) (sum of x^2 over the tokens). For a loss that is a mean over
+    tokens, in nats, this is the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv 1503.05671). With
+    w G alone, a weight for which any change overshoots would be dropped and kept in turn without end.
 
-    Serves as ``logits_backward`` of ``straight_through_linear`` and of ``MaskedLinear``, which call it with their
-    contiguous operands; ``functools.partial`` binds another curvature.
+    Pass it as ``logits_backward`` of ``straight_through_linear`` or ``MaskedLinear``. They call it with contiguous
+    operands. ``functools.partial`` sets another curvature.
 
     Args:
         grad: gradient of y [tokens, out].
         x: [tokens, K].
         weight: [out, K].
-        mask: the source of the mask under which y was computed.
+        mask: source of the mask that y was computed with.
         curvature: factor of F, at least 0.
 
     Returns:
@@ -88,8 +89,8 @@ def straight_through_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Ten
 
     Args:
         x, weight, logits, bias: as for ``masked_linear``.
-        logits_backward: gives the gradient of the logits, see ``straight_through_gradient``. It is called after the
-            other gradients are computed, so it may move the logits itself, and then returns None.
+        logits_backward: function that returns the gradient of the logits, see ``straight_through_gradient``. It is
+            called after the other gradients are computed. So it may update the logits itself and return None.
         The others: as for ``sample_mask``.
 
     Returns:
@@ -112,7 +113,7 @@ def codes_linear(
 
     Args:
         x, weight, bias: as for ``masked_linear``. Gradients flow to them.
-        codes: group codes [out, K / M]; those of ``top_n_mask(logits, pattern)`` keep the N largest logits.
+        codes: group codes [out, K / M], such as ``top_n_mask(logits, pattern)``, which keeps the N largest logits.
         pattern: "N:M" or NMPattern.
 
     Returns:
@@ -132,26 +133,26 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
                  is_current: Callable[[], bool] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``masked_linear`` under a mask of any source; x and bias are checked here.
 
-    Backward asks ``is_current`` whether an applied mask is still that of the forward.
+    Backward raises if ``is_current()`` is false: an applied mask is then no longer that of the forward.
     """
     operand = linear_input(x, bias, weight.shape, weight.dtype, weight.device)
     tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
     if not log_prob and logits_backward is None and mask.kind != "applied":
-        # its codes are all that the product needs, where they are there
+        # the product needs no more than the codes, if there are any
         mask = mask.by_codes
         mask = mask._replace(tensor=mask.tensor.detach())
     source, mask = mask.tensor, mask._replace(tensor=None)
     out = _MaskedLinear.apply(tokens, matrix, vector, source, mask, log_prob, logits_backward, is_current)
     y, total = out if log_prob else (out, None)
-    # FSDP2 warns of a view that a module gives
+    # FSDP2 warns if a module returns a view
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), total
 
 
 class _MaskedLinear(torch.autograd.Function):
     """x [tokens, K] @ (weight * mask).T + bias, or with ``log_prob`` (that, log p of the drawn mask).
 
-    ``source`` is the mask's tensor, beside the mask because autograd sees plain arguments alone. Backward draws a mask
-    again: of the weight's size nothing is kept but weight and logits themselves.
+    ``source`` is the mask's tensor. It is an argument of its own because autograd finds tensors only there. Backward
+    draws the mask again, so no tensor of the weight's size is saved but weight and logits.
     """
 
     @staticmethod
@@ -159,7 +160,7 @@ class _MaskedLinear(torch.autograd.Function):
         if mask.kind == "applied":
             return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         mask = mask.of(source, x.device)
-        # a log-probability takes the logits
+        # a log-probability needs the logits
         y, total = ops.masked_linear(x, weight, bias, log_prob, *(mask if log_prob else mask.by_codes).flat())
         return (y, total) if log_prob else y
 
@@ -170,16 +171,16 @@ class _MaskedLinear(torch.autograd.Function):
         slopes = needs_logits and ctx.logits_backward is not None
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         if not torch.compiler.is_compiling():
-            # dynamo has no such call, and fills in zeros
+            # dynamo does not support this call, and fills in zeros
             ctx.set_materialize_grads(False)
         if log_prob and not (needs_x or needs_weight or needs_bias):
-            # logits alone: the loss needs no graph, only the log-probability does
+            # only the log-probability needs a graph
             ctx.mark_non_differentiable(output[0])
         if not (needs_x or needs_weight or needs_logits and (log_prob or slopes)):
             mask = mask._replace(counter=NO_COUNTER, codes=None)
         elif mask.kind != "applied":
             mask = mask._replace(tensor=source)
-        # the weight as it is given, whatever autocast takes: FSDP2 frees it between forward and backward
+        # save the given weight, not autocast's copy: FSDP2 frees the weight between forward and backward
         operands = x if needs_weight or slopes else None, weight if needs_x or slopes else None
         ops.save_mask(ctx, mask, *operands)
 
@@ -189,7 +190,7 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.is_current is not None and not ctx.is_current():
             raise RuntimeError(
                 "weight: expected the mask of the forward in its backward, got another one: logits, seed, step, draw "
-                "or mode have changed in between"
+                "or mode have changed since"
             )
         if grad is None and log_prob_grad is None:
             return (None,) * 8
@@ -208,7 +209,7 @@ class _MaskedLinear(torch.autograd.Function):
             each = log_prob_grad.expand(codes.shape).contiguous()
             logits_grad = ops.mask_score(mask.tensor, codes, each, mask.n, mask.m, mask.inv_temperature)
         if needs_logits and ctx.logits_backward is not None and grad is not None:
-            # last: logits that have moved would draw another mask
+            # last: moved logits would draw another mask
             logits_grad = ctx.logits_backward(grad, x, weight, mask)
         if logits_grad is not None:
             logits_grad = logits_grad.to(source)

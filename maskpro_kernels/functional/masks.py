@@ -1,4 +1,4 @@
-"""Masks by draw or by scores, their codes, their log-probability, and the update of the logits."""
+"""Masks: draw, top-N, codes, log-probability, and the update of the logits."""
 
 from __future__ import annotations
 
@@ -35,21 +35,20 @@ def sample_mask(
 ) -> Tensor:
     """Draw N of every M weights without replacement from softmax(logits / temperature).
 
-    Gumbel-top-N: the N largest logit / temperature + noise are kept. The draw is a pure function of
-    the logits and of (seed, step, layer, draw, group index), whatever the device. Noise spans
-    [-3.13, 22.87]: no draw crosses a gap above 26, and rates are exact to 1% up to a gap of 21.
+    Gumbel-top-N: keep the N weights with the largest logit / temperature + noise. The draw is a pure function of the
+    logits and of (seed, step, layer, draw, group index), on every device. Noise spans [-3.13, 22.87]: no draw crosses a
+    gap above 26, and rates are exact to 1% up to a gap of 21.
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
         pattern: "N:M" or NMPattern.
-        temperature: positive; at most 1e30 and at least 1e-30.
-        counter: where the draw stands, by the keywords ``seed`` (int of 64 bits or 0-dim int64 tensor); ``step`` = 0
-            (in [0, 2**32)), ``layer`` = 0 (id in [0, 2**32): two layers of one id draw the same noise) and ``draw`` = 0
-            (id in [0, 2**16) of one of several draws in a step), each an int or a 0-dim int64 tensor; and where logits
-            are a shard, ``group_offset`` = 0 (index in the whole layer of the first group) and ``group_row_stride``
-            (groups in a row of the whole layer; default: of the given logits), see ``shard_counter``. Tensors on the
-            CPU are checked. On another device a step out of its range counts as the nearest in it; layer and draw have
-            to be in theirs.
+        temperature: in [1e-30, 1e30].
+        counter: keywords, each an int or a 0-dim int64 tensor: ``seed`` of 64 bits; ``step`` = 0 in [0, 2**32);
+            ``layer`` = 0, an id in [0, 2**32): two layers with the same id draw the same noise; ``draw`` = 0, an id in
+            [0, 2**16) for several draws in a step. For a shard also the ints ``group_offset`` = 0, the index of its
+            first group in the whole layer, and ``group_row_stride``, the groups in a row of the whole layer (default:
+            of the given logits), see ``shard_counter``. Tensors are checked on the CPU alone. On another device a step
+            is clamped to its range, and layer and draw must be in theirs.
 
     Returns:
         Group codes [..., K / M]: bit i is set where weight i of the group is kept; uint8 for M <= 8,
@@ -65,10 +64,10 @@ def sample_mask(
 
 def sample_masked_weight(weight: Tensor, logits: Tensor, pattern: str | NMPattern, *,
                          temperature: float = 1.0, **counter: Unpack[CounterKeywords]) -> Tensor:  # fmt: skip
-    """The weight under the mask that ``sample_mask`` draws from the same arguments, exact zeros elsewhere.
+    """Mask a weight as ``sample_mask`` draws from the same arguments, with exact zeros for dropped weights.
 
     Args:
-        weight: float32, bfloat16 or float16, shaped and placed like ``logits``. Gradients flow to it.
+        weight: float32, bfloat16 or float16, with the shape and device of ``logits``. Gradients flow to it.
         logits and the others: as for ``sample_mask``.
 
     Returns:
@@ -85,13 +84,13 @@ def sample_masked_weight(weight: Tensor, logits: Tensor, pattern: str | NMPatter
 
 
 def shard_counter(pattern: str | NMPattern, in_features: int, *, row: int = 0, column: int = 0) -> dict[str, int]:
-    """Where a shard lies in its layer, as the keywords of the functions that draw and of ``MaskedLinear``.
+    """Place of a shard in its layer, as keywords of the functions that draw and of ``MaskedLinear``.
 
     Args:
         pattern: "N:M" or NMPattern.
         in_features: K of the whole layer, divisible by M.
-        row: of the whole layer, where the shard's first one stands.
-        column: of the whole layer, where the shard's first one stands; divisible by M.
+        row: index in the whole layer of the shard's first row.
+        column: index in the whole layer of the shard's first column, divisible by M.
 
     Returns:
         ``group_offset`` and ``group_row_stride``.
@@ -106,13 +105,13 @@ def shard_counter(pattern: str | NMPattern, in_features: int, *, row: int = 0, c
     check_int("row", row, philox.MAX_GROUPS)
     check_int("column", column, in_features)
     if column % pattern.m:
-        raise ValueError(f"column: expected an int divisible by {pattern.m}, or groups are torn, got {column}")
+        raise ValueError(f"column: expected an int divisible by {pattern.m}, so that no group is cut, got {column}")
     stride = in_features // pattern.m
     return {"group_offset": row * stride + column // pattern.m, "group_row_stride": stride}
 
 
 def top_n_mask(scores: Tensor, pattern: str | NMPattern) -> Tensor:
-    """Group codes of the N largest scores of every group, ties to the lower index.
+    """Keep the N largest scores of each group; of equal scores those with the lower index.
 
     Args:
         scores: float32, bfloat16 or float16 [..., K], K divisible by M, no NaN.
@@ -130,7 +129,7 @@ def top_n_mask(scores: Tensor, pattern: str | NMPattern) -> Tensor:
 
 
 def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
-    """Group codes [..., K / M] of a bool mask [..., K].
+    """Pack a bool mask [..., K] into group codes [..., K / M].
 
     Raises:
         TypeError: if ``mask`` is not a bool tensor.
@@ -147,7 +146,7 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
 
 
 def expand_mask(codes: Tensor, pattern: str | NMPattern) -> Tensor:
-    """bool mask [..., K] of group codes [..., K / M].
+    """Expand group codes [..., K / M] to a bool mask [..., K].
 
     Raises:
         TypeError: if ``codes`` does not have the pattern's code dtype.
@@ -160,16 +159,15 @@ def expand_mask(codes: Tensor, pattern: str | NMPattern) -> Tensor:
 
 
 def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Tensor:
-    """log p(S) of drawing each group's mask S from softmax(logits), in any order; differentiable in the logits.
+    """Log-probability of each group's mask S as drawn from softmax(logits), in any order; differentiable in the logits.
 
-    Exact without cancellation: up to N = 4 by recursion over the subsets of S, above by quadrature over
-    the first dropped arrival (150 to 300 nodes: slow, meant for checks rather than for training). A logit that lies
-    further below the largest of its group than float32 can hold counts as the lowest finite float32 below it, where
-    log p(S) ends too: finite logits give finite results.
+    Exact, without cancellation. Up to N = 4 by recursion over the subsets of S. Above by quadrature over the arrival
+    time of the first dropped weight, with 150 to 300 nodes: slow, for checks rather than for training. Finite logits
+    give finite results: the distance of a logit from its group's largest and log p(S) are clamped to finite float32.
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
-        codes: group codes [..., K / M] that keep exactly N; not checked, because the check would wait for the device.
+        codes: group codes [..., K / M] that keep exactly N. This is not checked: the check would wait for the device.
         pattern: "N:M" or NMPattern.
 
     Returns:
@@ -188,34 +186,33 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
 def score_update_(logits: Tensor, coef: float | Tensor | Sequence[float | Tensor], *,
                   pattern: str | NMPattern, temperature: float = 1.0, draw: Scalar | Sequence[Scalar] = 0,
                   **counter: Unpack[CounterKeywords]) -> Tensor:  # fmt: skip
-    """logits -= sum of coef * score, in place; the masks are drawn again from their counters.
+    """Update logits in place: logits -= sum of coef * score. The masks are drawn again from their counters.
 
-    The score is the gradient of log p(S) in the logits at the temperature of the draw. Up to N = 4 it
-    is exact; above, it is the unbiased estimate from the arrival times of the draw, whose mean given S
-    is the exact score. All scores are taken at the logits as given, which are read once and written
-    once. 16-bit logits are rounded stochastically, once, so small updates are right on average.
+    The score is the gradient of log p(S) in the logits at the temperature of the draw. Up to N = 4 it is exact. Above,
+    it is an unbiased estimate by the arrival times of the draw: its mean given S is the exact score. All scores are
+    taken at the given logits, which are read once and written once. 16-bit logits are rounded stochastically, once, so
+    small updates are right on average.
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M; changed.
-        coef: float or 0-dim tensor, or a sequence of K of them with ``draw`` a sequence of K ids. Their absolute values
-            sum up to a float32. A tensor on a device is not looked at: one that is not finite, there, gives logits
-            that are not.
+        coef: float or 0-dim tensor, or with K draws a sequence of K of them. Their absolute values sum to a finite
+            float32. A tensor on a GPU is not checked: if it is not finite, neither are the logits.
         draw: id of the draw, or a sequence of distinct ones.
-        pattern, temperature, counter: as they were given to ``sample_mask``.
+        pattern, temperature, counter: as for ``sample_mask``.
 
     Returns:
         ``logits``.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the logits are then untouched.
+        TypeError, ValueError: an argument is not as above. The logits are then unchanged.
     """
     pattern = NMPattern(pattern)
     matrix = matrix_of("logits", logits, pattern).detach()
     if not logits.is_contiguous():
         check_no_overlap("logits", logits)
-    # dynamo does not trace the question, and refuses such a tensor itself
+    # dynamo cannot trace ``is_inference``, and refuses such a tensor itself
     if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")
+        raise ValueError("logits: expected a tensor that may change, got one made in inference mode, outside of it")
     inverse = inverse_of(temperature)
     coefs, draws = coefs_and_draws(coef, draw, inverse)
     where = counter_of(matrix, pattern, **counter)._replace(draw=stacked(draws, torch.int64, logits.device))

@@ -1,4 +1,4 @@
-"""The batches of a run: their content, which of them a step takes, and their losses under the initial masks."""
+"""Batches of a run: digests of their content, the batches of a step, and losses under the initial masks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..ranks import Ranks
 
 
 def content(batch, index: int) -> str:
-    """A digest of tensors, arrays, None, strings, bytes and numbers, in lists and mappings by strings or ints.
+    """Digest of tensors, arrays, None, strings, bytes and numbers, in lists and mappings by strings or ints.
 
-    Of a batch with other objects it is that of its tensors, and its index.
+    For a batch with other objects: a digest of its tensors, and its index.
     """
     tensors, parts = [], []
 
     def plain(part) -> bool:
-        """Note what is in a part; true where all of it can be compared."""
+        """Add the content of a part; return whether all of it can be compared."""
         if isinstance(part, Mapping):
             names = sorted(part, key=str)
             parts.append(f"mapping {names!r}")
             return all([plain(part[name]) and isinstance(name, (str, int)) for name in names])
         if isinstance(part, (tuple, list)):
-            # a word of its own, or [1, [2]] would be [[1], 2]
+            # the length, so that [1, [2]] and [[1], 2] differ
             parts.append(f"list {len(part)}")
             return all([plain(one) for one in part])
         if isinstance(part, (np.ndarray, np.generic)) and not part.dtype.hasobject:
@@ -50,7 +50,7 @@ def content(batch, index: int) -> str:
 
 
 def weights_of(batches: Sequence) -> list[Fraction]:
-    """Weights of the losses of a step's batches in their mean: by tokens, see ``loss_tokens``; equal where none are."""
+    """Weights of the losses of a step's batches: shares of their ``loss_tokens``, or equal weights without tokens."""
     tokens = [loss_tokens(batch) for batch in batches] if len(batches) > 1 else [1]
     if not any(tokens):
         tokens = [1] * len(batches)
@@ -58,7 +58,7 @@ def weights_of(batches: Sequence) -> list[Fraction]:
 
 
 def weighted_mean(losses: Sequence[float], weights: Sequence[Fraction]) -> float:
-    """Correctly rounded, and so the same in any order; NaN where one of several losses is not finite."""
+    """Mean, rounded correctly and so the same in any order; NaN if one of several losses is not finite."""
     if len(losses) == 1:
         return losses[0]
     if not all(map(math.isfinite, losses)):
@@ -67,7 +67,7 @@ def weighted_mean(losses: Sequence[float], weights: Sequence[Fraction]) -> float
 
 
 def loss_tokens(batch) -> int:
-    """Tokens that a batch's loss is taken to be a mean over: its labels but -100, ones in its mask, or all tokens."""
+    """Number of tokens in a batch's mean loss: labels other than -100, ones of the attention mask, or all tokens."""
     if isinstance(batch, Mapping):
         if isinstance(batch.get("labels"), Tensor):
             return int((batch["labels"] != -100).sum())
@@ -77,7 +77,7 @@ def loss_tokens(batch) -> int:
 
 
 def count_tokens(batch) -> int:
-    """Elements of a batch's input ids: those of the tensor, of "input_ids", or of the first element."""
+    """Number of a batch's input ids: elements of the tensor, of "input_ids", or of the first element."""
     if isinstance(batch, Mapping):
         batch = batch["input_ids"] if "input_ids" in batch else next(iter(batch.values()), None)
     elif isinstance(batch, (tuple, list)):
@@ -86,7 +86,7 @@ def count_tokens(batch) -> int:
 
 
 class BatchCycle:
-    """The batches of a sequence in their order, round and round, ``accumulate`` a step."""
+    """Batches of a sequence in order and again from the start, ``accumulate`` a step."""
 
     def __init__(self, sequence: Sequence, accumulate: int):
         self.sequence, self._accumulate = sequence, accumulate
@@ -96,16 +96,16 @@ class BatchCycle:
         return [self.sequence[(first + place) % len(self.sequence)] for place in range(self._accumulate)]
 
     def digest_before(self, step: int) -> None:
-        """None: the settings of a run hold digests of all batches of a sequence."""
+        """None: the settings of a run have digests of all batches of a sequence."""
 
     def skip(self, steps: int, digest: None, progress: bool) -> None:
-        """Do nothing: each step finds its batches by its index."""
+        """Do nothing: the index of a step gives its batches."""
 
 
 class BatchStream:
-    """The batches of an iterable, ``accumulate`` a step, and a digest of those that were taken; the same on all ranks.
+    """Batches of an iterable, ``accumulate`` a step, and a digest of those taken; the same on all ranks.
 
-    What can be gone through again, as a DataLoader, begins anew where it ends.
+    An iterable that can start again, such as a DataLoader, does so at its end.
     """
 
     sequence = None
@@ -117,7 +117,7 @@ class BatchStream:
         self._before = self._after = ""
 
     def of_step(self, step: int) -> list:
-        """The batches of a step, which is the next one, or the last one again; ValueError if there are no more."""
+        """Batches of the next step, or of the last one again; ValueError if there are no more."""
         batches = self._ranks.all_of(lambda: self._of_step(step))
         self._ranks.agree({"batches": self._after})
         return batches
@@ -132,17 +132,17 @@ class BatchStream:
         return self._taken
 
     def digest_before(self, step: int) -> str:
-        """Of all batches in front of those of a step, which is the next one, or the last one."""
+        """Digest of all batches before those of a step, the next or the last one."""
         return self._before if step == self._step else self._after
 
     def skip(self, steps: int, digest: str, progress: bool) -> None:
-        """Take the batches of the first so many steps, and let them go; ValueError if they have another digest."""
-        for step in tqdm(range(steps), desc="batches of the steps before", unit="step", disable=not progress):
+        """Skip the batches of the first ``steps`` steps; ValueError if their digest is another."""
+        for step in tqdm(range(steps), desc="skipped batches", unit="step", disable=not progress):
             self._of_step(step)
         if self.digest_before(steps) != digest:
             raise ValueError(
-                f"batches: expected those that the run has taken in its {steps} steps, in their order, got others; "
-                "give what begins where the run began, such as a DataLoader whose generator has the same seed"
+                f"batches: expected those of the run's first {steps} steps, in order, got others; pass an iterable "
+                "that starts with the same batches, such as a DataLoader whose generator has the same seed"
             )
 
     def _next(self) -> object:
@@ -154,18 +154,18 @@ class BatchStream:
                 return batch
             if self._iterator is self._batches:
                 raise ValueError(
-                    f"batches: expected one for each step to come, got an iterator that is used up behind "
-                    f"{self._count}; give what can be gone through again, such as a DataLoader"
+                    f"batches: expected one for each step, got an iterator that ended after {self._count}; pass an "
+                    "iterable that can start again, such as a DataLoader"
                 )
             self._iterator = None
         raise ValueError("batches: expected at least one batch, got none")
 
 
 class InitialLosses:
-    """The loss of every batch under the initial masks m_0, the same on all ranks. Batches are compared by ``content``.
+    """Loss of each batch under the initial masks m_0, the same on all ranks. Batches are compared by ``content``.
 
-    ``losses`` stand by the index of the batch at the first step; None before they are computed, and of another m_0.
-    With ``together`` a forward takes all ranks at once, as in a model whose rows they hold.
+    ``losses`` are in the order of the batches at the first step; None until they are computed for the current m_0. With
+    ``together`` all ranks take part in each forward, as in a model whose rows are cut over them.
     """
 
     def __init__(self, batches: Sequence | None, ranks: Ranks, together: bool):
@@ -177,37 +177,39 @@ class InitialLosses:
         return [content(batch, index) for index, batch in enumerate(self._batches)]
 
     def compute(self, loss_of: Callable[[object], float], steps_done: int, progress: bool) -> list[float]:
-        """New ``losses``, by ``loss_of`` for each batch that is not the same as another."""
+        """Compute ``losses``, by ``loss_of`` once for each distinct batch."""
         if self._batches is None:
             raise ValueError(
-                "estimator: expected needs_initial_losses to be true of one that asks for the loss under the initial "
-                "masks of batches that are no sequence, got False"
+                "estimator: expected needs_initial_losses=True, since it asks for the loss under the initial masks and "
+                "batches are not a sequence, got False"
             )
-        # they may stand in another order now
+        # their order may have changed
         names = [content(batch, index) for index, batch in enumerate(self._batches)] if steps_done else self._contents
         index_of = {}
         for index, name in enumerate(names):
             index_of.setdefault(name, index)
         gone = [index for index, name in enumerate(self._contents) if name not in index_of]
         if gone:
-            raise ValueError(f"batches: expected those of the first step, got others in place of {gone}")
+            raise ValueError(f"batches: expected those of the first step, got others instead of {gone}")
         names, world, by_content = list(index_of), self._ranks.world, {}
         hidden = not progress or self._ranks.rank > 0
         for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
             by_rank = names[first : first + world]
             own = by_rank[self._ranks.rank : self._ranks.rank + 1]
-            # a rank without a batch has a part in the forwards of the others, too
+            # a rank without a batch takes part in the forwards of the others
             taken = own or (by_rank[:1] if self._together else [])
             rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan])
             by_content |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
         losses = [by_content[name] for name in self._contents]
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
-            raise FloatingPointError(f"loss under the initial masks: expected finite numbers, batches {bad} give none")
+            raise FloatingPointError(
+                f"loss under the initial masks: expected finite numbers, got others for batches {bad}"
+            )
         return losses
 
     def of(self, batches: Sequence, first: int) -> list[float]:
-        """Losses of the batches of a step, which stand from index ``first`` on, and round again."""
+        """Losses of the batches of a step, which start at index ``first`` of the sequence."""
         by_content = dict(zip(self._contents, self.losses, strict=True))
         losses = []
         for place, batch in enumerate(batches, first):

@@ -1,7 +1,7 @@
-"""The protocol of estimators: an estimator turns the losses of drawn masks into updates of the logits, step by step.
+"""The protocol of estimators, which turn the losses of drawn masks into updates of the logits.
 
-The trainer and the run folder know estimators by this protocol alone. A new one is a class that derives from
-``Estimator``, and ``MaskTrainer`` takes its objects.
+The trainer and the run folder use nothing of an estimator but this protocol. To add an estimator, derive a class from
+``Estimator`` and pass an object of it to ``MaskTrainer``.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ LossFn = Callable[[nn.Module, object], Tensor]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The numbers of one step.
+    """Numbers of one step.
 
     Attributes:
         step: index of the step, from 0.
-        loss: loss under the drawn masks: of several batches the mean by ``weights_of``, of several draws their mean.
-        residual: that loss less the loss of the same batches under the initial masks.
-        advantage: the residual less the tracker.
-        tracker: the running mean of the residual after the step. Each of the three is None where the estimator gives
-            none.
-        flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
+        loss: loss under the drawn masks: the mean over draws of the mean over batches, weighted by ``weights_of``.
+        residual: that loss less the loss of the same batches under the initial masks; None if the estimator has none.
+        advantage: the residual less the tracker, or None.
+        tracker: the running mean of the residual after the step, or None.
+        flip_rate: share of the groups whose draw differs from the top-N mask, in one layer, another at each step.
         tokens: elements of the batches' input ids.
         seconds: wall-clock time of the step.
     """
@@ -57,13 +56,13 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of an estimator's step.
+    """Result of an estimator's step.
 
     Attributes:
-        loss: under the drawn masks. Where it is not finite, the step has moved nothing.
+        loss: under the drawn masks. If it is not finite, the step has changed nothing.
         residual, advantage, tracker: as in ``StepRecord``.
-        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or in part.
-        refreshes: true where the initial masks become those of the logits that the step has left.
+        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or only in part.
+        refreshes: true if the top-N masks of the logits after this step become the initial masks.
     """
 
     loss: float
@@ -78,7 +77,7 @@ class StepResult:
 
 
 class Draw(NamedTuple):
-    """A draw of a step: its id, the loss under it, and the factor of its score in the update."""
+    """Draw of a step: its id, the loss under it, and the factor of its score in the update."""
 
     id: int
     loss: float
@@ -87,14 +86,14 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The entry of a step in the journal, from which its update follows.
+    """Journal entry of a step; it determines the update.
 
     Attributes:
         step: index of the step, from 0.
         tokens: of its batches.
-        initial_loss: loss of its batches under the initial masks, weighted as those of the draws.
+        initial_loss: loss of its batches under the initial masks, weighted like those of the draws.
         draws: the draws of the step.
-        skipped: true where no logits moved, since a loss was not finite.
+        skipped: true if no logits moved because a loss was not finite.
     """
 
     step: int
@@ -106,32 +105,32 @@ class Entry:
 
 @torch.inference_mode()
 def replay(masks: ModelMasks, seed: int, entry: Entry) -> None:
-    """Move the logits by the update of a step, in the step itself or again; they are as they were then."""
+    """Apply the update of a step, in the step itself or to replay it; the logits must be those before the step."""
     if entry.skipped:
         return
-    # together: all scores are those of the logits before the step, and they are rounded once
+    # in one call: all scores are taken at the logits before the step, which are rounded once
     ids, _, coefs = zip(*entry.draws, strict=True)
     masks.score_update_(coefs, draw=ids, seed=seed, step=entry.step)
 
 
 class Estimator(ABC):
-    """How the logits move by the losses of drawn masks. An object serves one trainer.
+    """Base class of estimators, which update the logits from the losses of drawn masks. An object serves one trainer.
 
-    A class that lacks a part of the protocol raises TypeError as it is defined.
+    The definition of a class that lacks a part of the protocol raises TypeError.
 
     Attributes:
-        name: of its runs; one that is resumed has the same.
-        needs_gradients: whether steps run backward. Logits then require gradients, and blocks whose activations are
-            checkpointed compute them anew. Of several draws, each backward has to come within its own ``Step.drawing``:
-            behind it torch refuses the backward. Else steps run in inference mode.
-        needs_flips: whether it learns from masks alone that a draw has changed. A gap that no draw crosses is refused.
-        needs_initial_losses: whether steps ask for the loss under the initial masks; it is computed before the first.
-        journaled: whether the update of a step follows from its entry in the journal. Every step then gives one to
-            ``Step.begin_update``. Where a run goes on, the steps behind the last snapshot are rebuilt by ``recall``;
-            without a journal they are taken again.
-        draws: masks drawn in a step.
-        steps: how many steps there may be; None: any number.
-        taken: whether a trainer has it.
+        name: stored in runs; a run resumes with an estimator of the same name.
+        needs_gradients: whether steps run backward. Logits then require gradients, and checkpointed blocks compute
+            their activations again. Each backward of several draws must run within its own ``Step.drawing``: torch
+            refuses it later. False: steps run in inference mode.
+        needs_flips: whether only masks that a draw has changed teach it. A gap that no draw crosses is then refused.
+        needs_initial_losses: whether steps use the loss under the initial masks, computed before the first step.
+        journaled: whether the journal entry of a step determines its update. Each step then passes its entry to
+            ``Step.begin_update``. A resumed run rebuilds the steps after the last snapshot by ``recall``; without a
+            journal it takes them again.
+        draws: number of masks drawn in a step.
+        steps: number of steps allowed; None: any.
+        taken: whether a trainer uses it.
     """
 
     name: ClassVar[str]
@@ -148,69 +147,69 @@ class Estimator(ABC):
         if not hasattr(cls, "name"):
             raise TypeError(f"{cls.__name__}: expected a name, got none")
         if cls.journaled and cls.recall is Estimator.recall:
-            raise TypeError(f"{cls.__name__}: expected a method recall, since its runs have a journal, got none")
+            raise TypeError(f"{cls.__name__}: expected a method recall, which runs with a journal need, got none")
         if cls.journaled and cls.tensors is not Estimator.tensors:
             raise TypeError(
-                f"{cls.__name__}: expected no tensors of its own, since a journal rebuilds none, got a method"
+                f"{cls.__name__}: expected no tensors of its own, which a journal cannot rebuild, got a method"
             )
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:  # noqa: B027
-        """Prepare for the layers of a model, by name: once before the first step, and anew where resuming failed."""
+        """Prepare for a model's layers, by name: once before the first step, and again after a failed resume."""
 
     @abstractmethod
     def step(self, step: Step) -> StepResult:
         """Make the forwards of a step and move the logits, the same way on all ranks.
 
-        It calls ``step.begin_update`` right before the first logit moves. What it raises before that leaves logits and
-        state as they were.
+        Call ``step.begin_update`` right before the first logit moves. An error before that must leave logits and state
+        unchanged.
         """
 
     @property
     def max_logit_travel(self) -> float:
-        """The widest gap between a kept and a dropped logit across which its steps, all together, change a mask."""
+        """Widest gap between a kept and a dropped logit that all steps together can cross."""
         return LARGEST_GAP if self.needs_flips else math.inf
 
     @abstractmethod
     def settings(self) -> dict:
-        """The settings of its runs, as JSON gives them back. A run goes on with the same ones alone."""
+        """Settings of its runs, as JSON returns them. A run resumes only with the same settings."""
 
     def state(self) -> dict:
-        """The numbers that steps have left, as JSON gives them back."""
+        """Numbers that steps change, as JSON returns them."""
         return {}
 
     def load_state(self, state: Mapping) -> None:  # noqa: B027
-        """Go on with the ``state`` of another process, whose ``tensors`` are there by then."""
+        """Restore the ``state`` of another process; its ``tensors`` are restored before."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that steps change beside the logits, by name. Snapshots hold them.
+        """Tensors other than the logits that steps change, by name. Snapshots contain them.
 
-        Where a run goes on, they get their values back in place. They have to be there after ``begin``, of the shapes
-        and dtypes that they keep. An estimator with a journal has none: it goes on by logits and ``state`` alone.
+        ``begin`` must create them; their shapes and dtypes never change. A resumed run restores their values in place.
+        An estimator with a journal has none: logits and ``state`` are enough to resume it.
         """
         return {}
 
     def recall(self, entry: Entry) -> StepResult:
-        """The result of a step, by its entry in the journal; moves the ``state`` as the step did, and no logits."""
+        """Result of a step by its journal entry; changes the ``state`` as the step did, and no logits."""
         raise NotImplementedError
 
 
 class Step:
-    """A step that an estimator takes: forwards under drawn masks, then one update of the logits.
+    """One step of an estimator: forwards under drawn masks, then one update of the logits.
 
-    Each rank makes all draws, for its share of the batches. An estimator that needs no gradients calls ``losses``.
-    Another one makes the forwards of ``own`` itself, by ``forward`` within ``drawing``, and ``exchange`` then gives the
-    losses of all ranks. The backward of a loss has to come within the ``drawing`` of its forward: that sets the draw of
-    all layers in place, and once it is another one, torch refuses the backward ("modified by an inplace operation").
+    Each rank makes all draws, for its share of the batches. An estimator without gradients calls ``losses``. One with
+    gradients runs the forwards of ``own`` by ``forward`` within ``drawing``; ``exchange`` then returns the losses of
+    all ranks. The backward of a loss must run within the ``drawing`` of its forward. ``drawing`` sets the draw of all
+    layers in place, and torch refuses a backward after that ("modified by an inplace operation").
 
     Attributes:
         index: of the step, from 0.
         seed, model, loss_fn, ranks: those of the trainer.
         batches: of the step.
-        weights: of the batches' losses in their mean, by tokens.
+        weights: weights of the batches' losses in their mean, by tokens.
         tokens: elements of the batches' input ids.
         masks: of all layers, see ``ModelMasks``.
         layers: the masked layers by name.
-        own: the forwards that this rank makes, as (draw, which of the step's batches).
+        own: the forwards of this rank, as (draw, index of the batch in the step).
     """
 
     def __init__(self, trainer, batches: Sequence, initial_loss: Callable, begin_update: Callable):
@@ -230,17 +229,17 @@ class Step:
 
     @property
     def flip_rate(self) -> float:
-        """Share of the groups whose draw leaves the top-N mask, in the layer whose turn it is."""
+        """Share of the groups whose draw differs from the top-N mask, in one layer, another at each step."""
         if self._flip_rate is None:
             self._flip_rate = self.masks.flip_rate(list(self.layers)[self.index % len(self.layers)])
         return self._flip_rate
 
     def initial_loss(self) -> float:
-        """The loss of the step's batches under the initial masks."""
+        """Loss of the step's batches under the initial masks."""
         return self._initial_loss(self.batches, self.weights)
 
     def losses(self) -> list[float]:
-        """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
+        """Loss of each draw, by forward passes alone; not finite if the loss of a batch is not."""
         with without_gradients(self.model):
             for draw, pairs in groupby(self.own, key=itemgetter(0)):
                 with self.drawing(draw):
@@ -251,15 +250,15 @@ class Step:
 
     @contextmanager
     def drawing(self, draw: int = 0) -> Iterator[None]:
-        """With masked layers that make one of the step's draws, and all else in eval mode; backward comes within it.
+        """Set all masked layers to one of the step's draws, and other modules to eval mode; run backward within it.
 
-        Masks may be drawn once for all uses, so no logits move here but by that backward, behind which their layer is
-        not used again.
+        Masks may be drawn once for all uses. So inside no logits may move, except those of a layer in its last
+        backward.
         """
         # without gradients no activation is kept
         with modes_of_step(self.model, self.layers, drawing=True, checkpointing=torch.is_grad_enabled()):
             if draw:
-                # that of the first one, ahead of the others
+                # of the first draw, before the others
                 _ = self.flip_rate
             tokens = [count_tokens(self.batches[place]) for own, place in self.own if own == draw]
             gradients = torch.is_grad_enabled()
@@ -274,7 +273,7 @@ class Step:
                 yield
 
     def forward(self, place: int) -> Tensor | float:
-        """The loss of the batch at that place in the step, whose value is noted for ``exchange``."""
+        """Compute the loss of the step's batch at index ``place``; its value is kept for ``exchange``."""
         loss = self.loss_fn(self.model, self.batches[place])
         if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
             raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
@@ -282,7 +281,7 @@ class Step:
         return loss
 
     def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
-        """(loss of every draw, true where ``order`` is the same on all ranks), once this rank has made its forwards."""
+        """Return (loss of each draw, whether ``order`` is equal on all ranks); call it after this rank's forwards."""
         own, self._losses = self._losses, []
         rows = self.ranks.gather([self.index, self.flip_rate, order, *own])
         for name, at in (("step", 0), ("flip rate", 1)):
@@ -303,20 +302,20 @@ class Step:
     def begin_update(self, entry: Entry | None = None) -> None:
         """Prepare for the update, right before the first logit moves.
 
-        An estimator with a journal gives the ``entry`` that the update follows from. It is on disk before a logit
-        moves: a run that is killed in between takes the update from there. OSError if it cannot be written.
+        An estimator with a journal passes the ``entry`` that determines the update. It is written to disk before a
+        logit moves, so that a run that is killed in between resumes from it. OSError if it cannot be written.
         """
-        # while the logits are those of the draw
+        # before the logits of the draw move
         _ = self.flip_rate
         if self._estimator.journaled and entry is None:
-            raise ValueError("entry: expected one from an estimator whose runs have a journal, got None")
+            raise ValueError("entry: expected a journal entry from an estimator with a journal, got None")
         self._begin_update(entry)
         self._updates += 1
 
     def check_updates(self) -> None:
         if self._estimator.journaled and self._updates != 1:
             raise ValueError(
-                f"estimator: expected one call of begin_update in each step, since its runs have a journal, got "
+                f"estimator: expected one call of begin_update in each step, for the journal, got "
                 f"{self._updates} in step {self.index}"
             )
 
@@ -330,16 +329,16 @@ def top_n_loss(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: Lo
 def modes_of_step(
     model: nn.Module, layers: Mapping[str, MaskedLinear], drawing: bool, checkpointing: bool = False
 ) -> Iterator[None]:
-    """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards.
+    """Make masked layers draw, or use their top-N masks, and put other modules in eval mode; restore all afterwards.
 
-    With ``checkpointing`` modules whose ``gradient_checkpointing`` is true are in training mode themselves: only then
-    they compute their activations anew in backward.
+    With ``checkpointing``, modules whose ``gradient_checkpointing`` is true are in training mode themselves: otherwise
+    they would not compute their activations again in backward.
     """
     with evaluating(model):
         for layer in layers.values():
             layer.train(drawing)
             if layer.shard is not None:
-                # else a layer that FSDP2 keeps gathered would be gathered anew where it is used, by some ranks alone
+                # otherwise only some ranks would gather a layer that FSDP2 keeps gathered
                 layer.shard.reshard()
         for module in model.modules():
             if checkpointing and getattr(module, "gradient_checkpointing", False):
@@ -348,7 +347,7 @@ def modes_of_step(
 
 
 def value_of(loss: Tensor | float) -> float:
-    """The number that a ``loss_fn`` gives; ValueError unless it is one."""
+    """Value of a loss; ValueError unless it is a number."""
     if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
         raise ValueError(f"loss_fn: expected a 0-dim tensor or a number, got {describe(loss)}")
     return float(loss.detach() if isinstance(loss, Tensor) else loss)

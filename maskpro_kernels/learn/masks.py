@@ -1,4 +1,4 @@
-"""The masks of all layers of a model: drawn together, updated together."""
+"""``ModelMasks``: the masks of all layers of a model, drawn and updated together."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ..ops.philox import MAX_DRAWS, MAX_STEPS
 from .offload import OffloadedLogits, offloaded
 
 PLAIN = (Tensor, nn.Parameter)
-# Rows of logits that ``least_margin`` takes together: most runs need the first ones alone
+# Rows of logits that ``least_margin`` takes at a time: for most runs the first rows suffice
 ROWS = 1024
 
 
 @dataclass(frozen=True)
 class ReplayedLayer:
-    """The parts of a MaskedLinear that an update needs: its logits, its layer id, and where a shard lies."""
+    """The parts of a MaskedLinear that an update needs: logits, layer id, and place of a shard."""
 
     logits: Tensor
     pattern: NMPattern
@@ -47,17 +47,17 @@ class ReplayedLayer:
 
 
 class ModelMasks:
-    """The masks of all layers of a model: drawn by one launch, and updated by one.
+    """Masks of all layers of a model: one launch draws them, and one updates the logits.
 
-    Layers that a kernel has to be compiled for apart take a launch each kind: those of other devices, patterns, dtypes
-    of logits, and shards. On a CPU it is a call of machine code. Layers whose logits live on another device than their
-    weight, or are not contiguous, come one after the other. All bits are those of each layer by itself.
+    Each kind of layers needs a launch of its own: device, pattern, dtype of the logits, whole layer or shard. On a CPU
+    a launch is a call of machine code. Layers with logits on another device than their weight, or with logits that are
+    not contiguous, are processed one after the other. The bits are those that each layer computes by itself.
 
     Args:
-        layers: a model with MaskedLinear layers, or these by name.
+        layers: a model with MaskedLinear layers, or a mapping of layers by name.
 
     Raises:
-        TypeError, ValueError: if these are no masked layers, or one has two names.
+        TypeError, ValueError: if ``layers`` are not masked layers, or one has two names.
     """
 
     def __init__(self, layers: nn.Module | Mapping[str, MaskedLinear | ReplayedLayer]):
@@ -66,32 +66,33 @@ class ModelMasks:
         self._groups: list[tuple[list[str], LayerGroup]] = []
         self._alone: list[str] = []
         self._inside = False
-        # of groups that hold codes, by index: seed, step, draw, versions of logits; None where a device alone knows it
+        # for groups with codes, by index: seed, step, draw and versions of the logits; None if only the device has a
+        # value
         self._last: dict[int, list[int | None]] = {}
 
     @contextmanager
     def drawn(self, draw: int | None = None, uses: Uses | None = None) -> Iterator[None]:
-        """A context with all layers drawn at their current step; each forward and backward inside takes these masks.
+        """Draw the masks of all layers at their current step; each forward and backward inside this context uses them.
 
-        The codes take a byte for each group, or 4 of more than 8 weights; their memory is kept for the next time.
-        Inside, step, draw and logits stay as they are, but that the logits of a layer may change once its last backward
-        has come by, and those of all by ``score_update_``, behind which each layer draws by itself. A use of a mask
-        behind any other change raises RuntimeError.
+        Codes take a byte for each group, 4 bytes for M = 16; the next context reuses their memory. Inside, step, draw
+        and logits must not change, with two exceptions: a layer's logits may move after its last backward, and
+        ``score_update_`` may move all; after that each layer draws by itself. A mask used after any other change raises
+        RuntimeError.
 
         Args:
-            draw: id of the draw that the layers make inside. None: that which they make now.
-            uses: of each mask inside, see ``ops.layer_groups``: where each use costs less by a draw of its own, it
-                draws by itself. None: all are drawn together.
+            draw: id of the draw to make. None: the current one.
+            uses: the uses of each mask inside, see ``ops.layer_groups``; if drawing again costs less, each use draws by
+                itself. None: draw all together.
 
         Raises:
-            TypeError, ValueError: if ``draw`` is no id.
+            TypeError, ValueError: if ``draw`` is not an id.
             RuntimeError: inside of another such context of these layers.
         """
         layers = list(self.layers.values())
         if draw is not None:
             check_scalar("draw", draw, 0, MAX_DRAWS)
         if self._inside or any(layer.cached_mask is not None for layer in layers):
-            raise RuntimeError("masks: expected layers that are in no `drawn` yet, got some that are")
+            raise RuntimeError("masks: expected layers outside of any `drawn`, got some inside of one")
         states = {id(layer.counter_state): layer.counter_state for layer in layers}.values()
         before = [state.draw.clone() for state in states] if draw is not None else []
         self._inside = True
@@ -117,7 +118,7 @@ class ModelMasks:
         self._last, drawn = {}, {}
         for i, (names, group) in enumerate(self._grouped()):
             counter = self.layers[names[0]].counter()
-            # ranks send what a draw keeps, and nobody draws again
+            # ranks exchange the kept values of a draw, so no use draws again
             gathered = self.layers[names[0]].shard is not None
             if uses is not None and not gathered and not draws_once(group.device, group.n, uses):
                 continue
@@ -125,7 +126,7 @@ class ModelMasks:
             drawn[i] = _key_of(group, counter.seed, counter.step, counter.draw)
             for name, codes in zip(names, group.codes, strict=True):
                 self._cache(name, codes)
-        # each use would copy the logits, or make them contiguous
+        # drawn here: otherwise each use would copy the logits, or make them contiguous
         alone = [self.layers[name] for name in self._alone]
         with OffloadedLogits(alone) as copies:
             for name, layer in zip(self._alone, alone, strict=True):
@@ -140,9 +141,9 @@ class ModelMasks:
 
     @torch.no_grad()
     def flip_rate(self, name: str) -> float:
-        """Share of the groups of a layer whose draw leaves the top-N mask; ValueError if no layer has that name.
+        """Share of a layer's groups whose draw differs from the top-N mask; ValueError if no layer has that name.
 
-        Of a layer that ranks share it is that of the whole layer, to which all these ranks have to come.
+        For a layer that is cut over ranks it is the share of the whole layer, and all its ranks must call this.
         """
         if name not in self.layers:
             raise ValueError(f"name: expected that of a layer, got {describe(name)}")
@@ -169,18 +170,18 @@ class ModelMasks:
     def score_update_(self, coef: float | Tensor | Sequence[float | Tensor], *,
                       draw: Scalar | Sequence[Scalar] | None = None, seed: Scalar | None = None,
                       step: Scalar | None = None) -> None:  # fmt: skip
-        """The logits of all layers -= sum of coef * score, in place: ``score_update_`` of each.
+        """Update the logits of all layers in place, as ``score_update_`` does: logits -= sum of coef * score.
 
-        Of the draw of the last ``drawn``, with the logits as they were, masks are not drawn again.
+        Masks of the last ``drawn`` are not drawn again if the logits have not changed since.
 
         Args:
-            coef: as for ``score_update_``. A 0-dim tensor on the device is read there, by a captured CUDA graph at each
-                replay.
-            draw: as for ``score_update_``; default: that which the layers make now.
-            seed, step: of the draws; default: those at which the layers draw now.
+            coef: as for ``score_update_``. A 0-dim tensor on the device is read there, so a captured CUDA graph reads
+                its value at each replay.
+            draw: as for ``score_update_``; default: the current draw of the layers.
+            seed, step: of the draws; default: the current ones of the layers.
 
         Raises:
-            TypeError, ValueError: an argument is not as above; the logits are then untouched.
+            TypeError, ValueError: an argument is not as above. The logits are then unchanged.
         """
         coefs, draws = coefs_and_draws(coef, 0 if draw is None else draw, 1.0)
         for name, value, low, high in (("seed", seed, -(1 << 63), 1 << 63), ("step", step, 0, MAX_STEPS)):
@@ -191,7 +192,7 @@ class ModelMasks:
                 self._update_of(i, coefs, None if draw is None else draws, seed, step)
                 for i in range(len(self._grouped()))
             ]
-            # what breaks off leaves no codes of other logits behind
+            # if an update is interrupted, no codes of other logits remain
             self._last = {}
             self._free_codes()
             for update in updates:
@@ -208,7 +209,7 @@ class ModelMasks:
         key = self._counter(names[0], seed, step, draws)
         ids = [key[2]] if draws is None else draws
         if self._inside and seed is step is draws is None:
-            # refuses codes that are not of this draw
+            # raises if the codes are not of this draw
             by_codes = all(self.layers[name].cached_codes is not None for name in names)
         else:
             now = _key_of(group, *key[:2], ids[0])
@@ -218,7 +219,7 @@ class ModelMasks:
         return group, factors, 1.0, *scalars, ids, by_codes
 
     def _counter(self, name: str, *given) -> tuple:
-        """(seed, step, draw), by the layer where they are not given."""
+        """(seed, step, draw) as given, or else those of the layer."""
         if all(value is not None for value in given):
             return given
         counter = self.layers[name].counter()
@@ -226,11 +227,11 @@ class ModelMasks:
         return tuple(mine if value is None else value for value, mine in zip(given, own, strict=True))
 
     def _grouped(self) -> list[tuple[list[str], LayerGroup]]:
-        """(Names of layers, these) of each kind; anew where tensors have come to lie elsewhere."""
+        """(Names of layers, LayerGroup) of each kind; made again if tensors have moved in memory."""
         places = [_place_of(layer) for layer in self.layers.values()]
         if places == self._places:
             return self._groups
-        # no codes are there of new groups
+        # new groups have no codes yet
         self._last = {}
         kinds: dict[tuple, list[tuple[str, GroupedLayer]]] = {}
         self._alone = []
@@ -273,18 +274,20 @@ def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, Ma
             raise TypeError(f"layers: expected MaskedLinear layers, got {type(layer).__name__} for {name!r}")
         first = names.setdefault(id(layer.logits), name)
         if first != name:
-            raise ValueError(f"layers: expected logits under one name each, got the same for {first!r} and {name!r}")
+            raise ValueError(
+                f"layers: expected one name for each layer's logits, got the same for {first!r} and {name!r}"
+            )
     return dict(layers)
 
 
 def margins(logits: Tensor, pattern: NMPattern) -> Tensor:
-    """Lowest kept less highest dropped logit of each group, float32 [groups], of finite logits [rows, columns]."""
+    """Lowest kept less highest dropped logit of each group: float32 [groups] of finite logits [rows, columns]."""
     ordered = logits.detach().float().reshape(-1, pattern.m).topk(pattern.n + 1, dim=1).values
     return ordered[:, pattern.n - 1] - ordered[:, pattern.n]
 
 
 def least_margin(layers: Mapping[str, MaskedLinear], enough: float = -math.inf) -> float:
-    """The least of ``margins`` of the logits that this rank has; the first one that is ``enough`` or less."""
+    """Smallest of the ``margins`` of this rank's logits; stops early at one of at most ``enough``."""
     least = math.inf
     for layer in layers.values():
         for logits in layer.own_logits.detach().split(ROWS):

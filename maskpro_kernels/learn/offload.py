@@ -1,4 +1,4 @@
-"""Logits that live elsewhere than their weights: the copy of the next layer comes while one layer computes."""
+"""Logits on another device than their weights: the next layer's copy is made while one layer computes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor
 
 from ..modules import MaskedLinear
 
-# Copies at a time: one comes, one computes, one is written back
+# Copies at a time: one arriving, one in use, one written back
 COPIES = 3
 Wait = Callable[[], object]
 
 
 def offloaded(layer: MaskedLinear) -> bool:
-    """True where the logits live on another device than the weight."""
-    # a layer that is only replayed has no weight
+    """Whether the logits are on another device than the weight."""
+    # a ReplayedLayer has no weight
     return isinstance(layer, MaskedLinear) and layer.logits.device != layer.weight.device
 
 
 class OffloadedLogits:
-    """Copies of logits on the devices of their weights, for a walk over layers.
+    """Copies of logits on the devices of their weights, for a pass over layers.
 
-    On a GPU copies go on streams of their own, one each way. So a layer computes while the logits of the next one come,
-    and those of the one before go back: three copies at a time. Only from and to page-locked memory do they run beside
-    the computation; ``MaskedLinear.from_linear`` allocates it.
+    A GPU copies on streams of its own, one each way. While a layer computes, the logits of the next one arrive and
+    those of the last one are written back: three copies at a time. Copies overlap with computation only if memory is
+    page-locked, as ``MaskedLinear.from_linear`` allocates it.
 
-    Behind the context all logits have been written, and nothing else may move them inside. Where another layer comes
-    than ``order`` has it, its copy starts then, and that of the one behind it in this order.
+    When the context ends, all logits are written. Nothing else may change them inside. If a layer comes that is not the
+    next of ``order``, its copy starts then, and that of its successor.
     """
 
     def __init__(self, order: Sequence[MaskedLinear]):
-        # and the index in it of the next one to fetch
+        # the layers, and the index of the next one to fetch
         self._order, self._next = [layer for layer in order if offloaded(layer)], 0
         self._coming: tuple[MaskedLinear | None, tuple[Tensor, Wait] | None] = None, None
         self._ends: collections.deque[Wait] = collections.deque()
@@ -54,7 +54,7 @@ class OffloadedLogits:
 
     @contextmanager
     def reading(self, layer: MaskedLinear, written: bool = False) -> Iterator[Tensor]:
-        """The logits [out, K] on the weight's device, not to be changed unless ``written``."""
+        """Logits [out, K] on the weight's device; change them only with ``written``."""
         if not offloaded(layer):
             yield layer.logits.detach()
             return
@@ -62,7 +62,7 @@ class OffloadedLogits:
         with self._lock:
             awaited, coming = self._coming
             if awaited is not layer:
-                # what was awaited may never come, as an expert that no token takes
+                # the expected layer may never come, such as an expert that gets no token
                 coming = self._fetched(layer)
                 if layer in self._order:
                     self._next = self._order.index(layer) + 1
@@ -78,7 +78,7 @@ class OffloadedLogits:
                 self._ends.append(transfers.used(logits))
 
     def moving(self, layer: MaskedLinear) -> AbstractContextManager[Tensor]:
-        """The logits [out, K] on the weight's device, to be changed in place."""
+        """Logits [out, K] on the weight's device, for a change in place."""
         return self.reading(layer, written=True)
 
     def _fetch_next(self) -> None:
@@ -88,38 +88,38 @@ class OffloadedLogits:
             self._next += 1
 
     def _fetched(self, layer: MaskedLinear) -> tuple[Tensor, Wait]:
-        # the host runs ahead of the device: without this wait it would allocate the copies of all layers
+        # the host runs ahead of the device: without this wait it would allocate copies of all layers
         self._wait(0 if layer in self._written else COPIES - 2)
         return transfers_of(layer.weight.device).fetch(layer.logits.detach())
 
     def _wait(self, most: int) -> None:
-        """Wait until at most so many copies are in use or on their way back."""
+        """Wait until at most ``most`` copies are in use or being written back."""
         while len(self._ends) > most:
             self._ends.popleft()()
 
 
 class Transfers:
-    """Copies to a device and from it, at once, in the order of all else that it does."""
+    """Copies to a device and from it, made at once, in the order of its other work."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def fetch(self, source: Tensor) -> tuple[Tensor, Wait]:
-        """A copy of ``source`` on the device, and what makes the device wait for it."""
+        """Copy ``source`` to the device; return the copy and a function that makes the device wait for it."""
         return source.to(self.device), _nothing
 
     def used(self, logits: Tensor) -> Wait:
-        """The host's wait until the device has done what it was given to do with a copy."""
+        """Return a function with which the host waits until the device has finished its work on a copy."""
         return _nothing
 
     def put_back(self, logits: Tensor, target: Tensor) -> Wait:
-        """Copy to ``target`` behind what the device was given to do; gives the host's wait for that."""
+        """Copy to ``target`` after the device's pending work; return a function with which the host waits for it."""
         target.copy_(logits)
         return _nothing
 
 
 class StreamTransfers(Transfers):
-    """Copies to a CUDA device and from it, beside its current stream."""
+    """Copies to a CUDA device and from it, in parallel with its current stream."""
 
     def __init__(self, device: torch.device):
         super().__init__(device)
@@ -133,7 +133,7 @@ class StreamTransfers(Transfers):
         def ready() -> None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrived)
-            # its memory belongs to the other stream, which would take it again as soon as Python lets go of it
+            # its memory belongs to the other stream, which would reuse it as soon as Python frees the tensor
             logits.record_stream(stream)
 
         return logits, ready
@@ -151,9 +151,9 @@ class StreamTransfers(Transfers):
 
 @functools.cache
 def transfers_of(device: torch.device) -> Transfers:
-    """Those of a device, whose streams are made once."""
+    """Transfers of a device; its streams are made once."""
     return StreamTransfers(device) if device.type == "cuda" else Transfers(device)
 
 
 def _nothing() -> None:
-    """Without streams nothing is under way."""
+    """Do nothing: without streams copies are done at once."""

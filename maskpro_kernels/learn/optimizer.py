@@ -1,4 +1,4 @@
-"""Straight-through learning as an optimizer of torch, for training loops that call backward themselves."""
+"""Straight-through learning as a torch optimizer, for training loops that call backward themselves."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from .offload import OffloadedLogits
 
 
 class MaskOptimizer(torch.optim.Optimizer):
-    """Moves the logits of a converted model as ``StraightThrough`` does, by slopes that backward leaves in their grad.
+    """Optimizer that moves logits as ``StraightThrough`` does, by slopes that backward adds to their ``grad``.
 
-    A step moves each logit by -lr * slope / rms(slope), by at most ``max_update``, where rms is the running root mean
-    square over the layer; then all layers draw anew, see ``advance``. Slopes are gradients like any other before that:
-    they are summed over several backward passes, averaged by DistributedDataParallel, unscaled by a gradient scaler.
-    They take as much memory as the logits.
+    A step moves each logit by -lr * slope / rms(slope), at most by ``max_update``. Here rms is the running root mean
+    square over the layer. Then all layers draw new masks, see ``advance``. Slopes are gradients like any other: several
+    backward passes add up, DistributedDataParallel averages them, and a gradient scaler unscales them. They take as
+    much memory as the logits.
 
-    ``state_dict`` holds what is needed to go on: of each layer the running mean square of the slopes, and the mask of
-    the first step.
+    ``state_dict`` contains for each layer the running mean square of the slopes and the mask of the first step.
 
     Args:
-        model: with MaskedLinear layers. Their ``logits_backward`` is set, until ``detach``; all else stays as it is.
-        lr: how far a logit moves whose slope is the root mean square. Schedulers of torch change it.
+        model: with MaskedLinear layers. It sets their ``logits_backward``, until ``detach``, and changes nothing else.
+        lr: the distance that a logit moves if its slope is the root mean square. Schedulers of torch change it.
         curvature, max_update, decay: as for ``StraightThrough``.
-        loss_scale: what the mean loss of a batch is multiplied by before its backward: 1/k where k batches make a step.
-            With a gradient scaler a function that gives it, such as ``lambda: scaler.get_scale() / k``. The first
-            derivative of the loss grows by it, the second by its square, and the slope has both.
+        loss_scale: factor of a batch's mean loss before backward: 1/k if k batches make a step. With a gradient scaler
+            a function that returns it, such as ``lambda: scaler.get_scale() / k``. The first derivative of the loss
+            grows by this factor, the second by its square, and the slope uses both.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or logits are no plain tensors in memory.
+        TypeError, ValueError: an argument is not as above, or logits are not plain tensors in memory.
     """
 
     def __init__(self, model: nn.Module, lr: float = 0.3, *, curvature: float = 1.0,
@@ -62,22 +61,21 @@ class MaskOptimizer(torch.optim.Optimizer):
             layer.logits_backward = self.slopes
 
     def detach(self) -> None:
-        """Let the logits be: no gradient passes straight through a draw to them any more."""
+        """Stop computing straight-through gradients of the logits."""
         for layer in self.layers.values():
             if layer.logits_backward is self.slopes:
                 layer.logits_backward = None
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Move the logits that have a gradient, and draw new masks from here on.
+        """Move the logits that have a gradient, and advance to new masks.
 
         Args:
             closure: computes the loss and calls its backward, as for any optimizer.
 
-        Warns:
-            UserWarning: of layers whose slopes are not finite: logits of these stay as they are.
+        Warns: UserWarning: names layers whose slopes are not finite; their logits stay unchanged.
 
         Raises:
-            ValueError: if no logits have a gradient. Nothing has changed then.
+            ValueError: if no logits have a gradient. Nothing changes then.
         """
         loss = None
         if closure is not None:
@@ -88,12 +86,12 @@ class MaskOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def move(self, lr: float) -> None:
-        """``step`` at a learning rate."""
+        """Take a step at a learning rate."""
         reached = {name: layer for name, layer in self.layers.items() if layer.logits.grad is not None}
         if not reached:
             raise ValueError(
-                "model: expected logits with a gradient, got none; a step comes behind the backward of a loss under "
-                "drawn masks, with the model in training mode, and checkpointed activations need use_reentrant=False"
+                "model: expected logits with a gradient, got none; call backward of a loss under drawn masks before, "
+                "with the model in training mode; checkpointed activations need use_reentrant=False"
             )
         group = self.param_groups[0]
         latest = {}
@@ -113,15 +111,15 @@ class MaskOptimizer(torch.optim.Optimizer):
         advance(self._model)
         bad = [name for name, square in squares.items() if not math.isfinite(square)]
         if bad:
-            warnings.warn(f"slopes are not finite in {', '.join(bad)}: logits of these stay as they are", stacklevel=3)
+            warnings.warn(f"slopes are not finite in {', '.join(bad)}: their logits stay unchanged", stacklevel=3)
 
     def _state_of(self, layer: MaskedLinear) -> dict:
-        # not by parameter, where another optimizer that holds this one's state would look for its own, and cast it
+        # not by parameter: an optimizer that wraps this one would take it for its own state and cast it
         return self.state.setdefault("masks", {}).setdefault(layer.layer, {})
 
     @torch.no_grad()
     def moved(self) -> float:
-        """Share of the groups whose N largest logits are no longer those of the first step."""
+        """Share of the groups whose N largest logits differ from those of the first step."""
         moved = total = 0
         for layer in self.layers.values():
             codes = _codes(layer)
@@ -133,7 +131,7 @@ class MaskOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def flip_rate(self) -> float:
-        """Share of the groups whose draw at the current step leaves the N largest logits."""
+        """Share of the groups whose draw at the current step differs from the top-N mask."""
         flips = total = 0
         for layer in self.layers.values():
             codes = _codes(layer)
@@ -143,7 +141,7 @@ class MaskOptimizer(torch.optim.Optimizer):
 
 
 class ScaledSlopes:
-    """The ``logits_backward`` of the layers: ``straight_through_gradient`` of a loss that was scaled."""
+    """``logits_backward`` of the layers: ``straight_through_gradient`` of a scaled loss."""
 
     def __init__(self, curvature: float, loss_scale: float | Callable[[], float]):
         self.curvature, self.loss_scale = curvature, loss_scale

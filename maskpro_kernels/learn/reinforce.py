@@ -1,4 +1,4 @@
-"""REINFORCE with loss residual and tracker: from the losses of a step to the factors of its scores."""
+"""REINFORCE with loss residual and tracker, which turns the losses of a step into factors of its scores."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from ..functional.checks import FLOAT32_MAX
 from ..ops.philox import MAX_DRAWS
 from .estimator import Draw, Entry, Estimator, Step, StepResult, check_float, check_whole, replay
 
-# A normalized advantage beyond it is an outlier
+# A normalized advantage beyond this bound is an outlier
 LARGEST_ADVANTAGE = 3.0
 
 
 class Reinforce(Estimator):
     """REINFORCE with loss residual and tracker (MaskPro, arXiv 2506.12876, section 4).
 
-    residual r = f(m_t, batch) - f(m_0, batch); advantage = r - tracker; the logits move by
-    -lr * advantage * score(m_t); tracker <- alpha * tracker + (1 - alpha) * r.
+    residual r = f(m_t, batch) - f(m_0, batch); advantage = r - tracker; logits -= lr * advantage * score(m_t); tracker
+    = alpha * tracker + (1 - alpha) * r.
 
     Args:
         lr: learning rate; the paper's is 50.
         alpha: decay of the tracker in [0, 1]; the paper's is 0.99. At 1 the tracker stays 0.
-        tracker: "after" updates the tracker after its use, as the paper does; "before" ahead of it, as
+        tracker: "after" updates the tracker after its use, as the paper does; "before" updates it before its use, as
             the paper's published code does.
-        normalize: divide the advantage by its running root mean square, with decay alpha, and bound it to +-3: lr is
-            then free of the scale of the loss, and one outlier does not move the logits far. Not in the paper.
-        draws: masks a step. Of several the advantage of each is its loss less the mean of the others', without
+        normalize: divide the advantage by its running root mean square, with decay alpha, and clamp it to +-3. Then lr
+            does not depend on the scale of the loss, and one outlier does not move the logits far. Not in the paper.
+        draws: masks a step. With several, the advantage of each is its loss less the mean loss of the others, without
             residual and tracker.
         refresh: take new initial masks m_0, the top-N masks of the logits, after a step whose loss is at most half of
-            that under m_0. Each refresh costs a forward for each batch. Only with draws=1.
-        steps: how many steps there may be; None: any number. Needed where batches are no sequence, for those of all
-            steps are taken before the first one.
+            the loss under m_0. Each refresh costs a forward for each batch. Only with draws=1.
+        steps: number of steps allowed; None: any. Required if batches are not a sequence: all are loaded before the
+            first step.
 
     Attributes:
         delta: the tracker, a running mean of the residual.
@@ -78,7 +78,7 @@ class Reinforce(Estimator):
         self.delta, self.mean_square = state["delta"], state["mean_square"]
 
     def step(self, step: Step) -> StepResult:
-        """Move the logits by the scores of the drawn masks; where it raises, logits and tracker are as they were."""
+        """Move the logits by the scores of the drawn masks; if it raises, logits and tracker are unchanged."""
         initial_loss = step.initial_loss() if self.needs_initial_losses else 0.0
         losses = step.losses()
         skipped = not all(map(math.isfinite, losses))
@@ -114,22 +114,22 @@ class Reinforce(Estimator):
         return StepResult(loss, loss - entry.initial_loss, advantages[0], tracker, refreshes=refreshes)
 
     def advantage(self, residual: float) -> float:
-        """The advantage of a residual; moves the tracker."""
+        """Compute the advantage of a residual and update the tracker."""
         before = self.delta
         self.delta = self.alpha * self.delta + (1.0 - self.alpha) * residual
         return self._normalized([residual - (before if self.tracker == "after" else self.delta)])[0]
 
     def advantages(self, losses: Sequence[float], initial_loss: float = 0.0) -> list[float]:
-        """The advantage of each of a step's draws by their losses; moves the tracker, which several draws have not."""
+        """Compute the advantage of each draw of a step from the losses; with a single draw also update the tracker."""
         count, total = len(losses), math.fsum(losses)
         if count == 1:
             return [self.advantage(losses[0] - initial_loss)]
         return self._normalized([loss - (total - loss) / (count - 1) for loss in losses])
 
     def refreshes(self, loss: float, initial_loss: float) -> bool:
-        """True where the steps behind one with these losses are compared with new initial masks."""
-        # not that step itself: a baseline that the draw decides would bias its update; and half of what is not above 0
-        # is no less
+        """Whether the steps after one with these losses use new initial masks."""
+        # not the step itself: a baseline that depends on the draw would bias its update. And half of a loss of at most
+        # 0 is not smaller
         return self.refresh and initial_loss > 0.0 and -math.inf < loss <= initial_loss / 2
 
     def _normalized(self, advantages: list[float]) -> list[float]:

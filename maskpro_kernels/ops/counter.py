@@ -1,4 +1,4 @@
-"""Sources of masks: the counter of a draw, the state in which layers share one, and a mask that is cached."""
+"""Sources of masks: the counter of a draw, the counter state that layers share, and cached masks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 class Counter(NamedTuple):
     """Arguments of the random words of a draw, see ``ops.philox``.
 
-    Made once, by ``MaskedLinear`` or a public function, and passed whole. ``layer`` and ``draw`` are tensors as seed
-    and step are, so that a compiled graph holds none of them: equal blocks and all draws of a step share one.
+    ``MaskedLinear`` or a public function makes it once. ``layer`` and ``draw`` are tensors like seed and step, so that
+    no compiled graph contains their values: equal blocks and all draws of a step share one graph.
 
     Attributes:
         seed, step, layer: 0-dim int64.
-        draw: 0-dim int64; int64 [K] of an update by K draws.
-        group_offset: index in the whole layer of the first group.
+        draw: 0-dim int64; int64 [K] for an update by K draws.
+        group_offset: index of the first group in the whole layer.
         group_row_stride: groups in a row of the whole layer.
     """
 
@@ -41,14 +41,14 @@ class Counter(NamedTuple):
 class CounterState(nn.Module):
     """Seed, step and draw id of the draws, 0-dim int64 buffers that all layers of a model share.
 
-    A shared submodule stays shared when the model is moved or copied. Not part of the state_dict, where it
-    would stand under every layer as one shared tensor: the layers save seed and step in their extra state.
+    A shared submodule stays shared when the model is moved or copied. It is not part of the state_dict, which would
+    contain it once for each layer. The layers save seed and step in their extra state.
 
     Attributes:
         seed: of all draws.
-        step: at which the layers draw, see ``advance``.
-        draw: which of several draws in a step the layers make. As for the step, a backward through a forward comes
-            before the draw changes: torch refuses a later one, "modified by an inplace operation".
+        step: the current step, see ``advance``.
+        draw: id of the current draw in the step. Call backward before step or draw change: torch refuses it later,
+            "modified by an inplace operation".
     """
 
     seed: Tensor
@@ -62,9 +62,9 @@ class CounterState(nn.Module):
 
 
 class CachedMask:
-    """Group codes of a layer's draw that is made once and used several times, and of what they were drawn.
+    """Group codes of a draw that is used several times, with the versions of the logits and counter it was drawn from.
 
-    A copy of a layer holds no draw: a deep copy or a pickle of this is None.
+    A deep copy or a pickle of it is None, so a copy of a layer has no draw.
     """
 
     def __init__(self, codes: Tensor, logits: Tensor, state: CounterState):
@@ -76,26 +76,26 @@ class CachedMask:
 
     def codes_of(self, logits: Tensor, state: CounterState) -> Tensor:
         """The codes; RuntimeError if logits, seed, step or draw have changed since the draw."""
-        # a compiled graph holds no such numbers
+        # a compiled graph cannot read versions
         if not torch.compiler.is_compiling() and self._of != versions(logits, state):
             raise RuntimeError(
-                "masks: expected logits, seed, step and draw to stay as they are inside of `drawn`, got some that have "
-                "changed; leave it first, and draw again"
+                "masks: expected logits, seed, step and draw not to change inside of `drawn`, got some that have "
+                "changed; leave the context, and draw again"
             )
         return self.codes
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """Count of the changes of a tensor in place; None in inference mode, which counts none."""
+    """Number of in-place changes of a tensor; None in inference mode, which does not count them."""
     return None if tensor.is_inference() else tensor._version
 
 
 def versions(logits: Tensor, state: CounterState) -> list[int | None]:
-    """Identities and versions of all that a draw depends on, equal as long as none of these tensors has changed."""
+    """Identities and versions of the tensors that a draw depends on; they change when one of the tensors does."""
     return [value for x in (logits, state.seed, state.step, state.draw) for value in (id(x), version_of(x))]
 
 
-# Of a mask that is not drawn
+# The counter of a mask that is not drawn
 NO_COUNTER = Counter(None, None, None, None, 0, 0)
 
 
@@ -104,13 +104,13 @@ class MaskSource(NamedTuple):
 
     Attributes:
         tensor: by ``kind``.
-        kind: "drawn": drawn from the logits ``tensor`` [rows, K] at ``counter``. "codes": the group codes ``tensor``
-            [rows, K / M]. "applied": the weight is under its mask already, as ranks gather it; ``tensor`` has the
-            logits that learn, of any shape, or is None.
+        kind: "drawn": drawn from the logits ``tensor`` [rows, K] at ``counter``. "codes": given by the group codes
+            ``tensor`` [rows, K / M]. "applied": ranks have gathered a weight that is masked already; ``tensor`` is the
+            logits that learn, of any shape, or None.
         n, m: of the pattern.
-        inv_temperature: of a draw.
+        inv_temperature: 1 / temperature of a draw.
         counter: of a draw.
-        codes: group codes [rows, K / M] of a draw that has been made already; None where it has not.
+        codes: group codes [rows, K / M] of a draw, if it has been made; else None.
     """
 
     tensor: Tensor | None
@@ -123,21 +123,21 @@ class MaskSource(NamedTuple):
 
     @property
     def by_codes(self) -> MaskSource:
-        """The mask by its codes where these are there."""
+        """Mask of kind "codes" if there are codes, else itself."""
         return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m)
 
     def of(self, tensor: Tensor | None, device: torch.device) -> MaskSource:
-        """The mask by that tensor, on the device unless codes are there, which say all."""
+        """Mask with another tensor, moved to the device unless there are codes, which suffice."""
         if tensor is not None and self.codes is None and self.kind != "applied":
             tensor = tensor.to(device)
         return self._replace(tensor=tensor)
 
     def flat(self) -> tuple:
-        """Parts as the operations take them: torch.library's schemas know no tuples of tensors and numbers."""
+        """Flatten it to arguments of operations: schemas of torch.library have no tuples of tensors and numbers."""
         *source, counter, codes = self
         return *source, *counter, codes
 
     @classmethod
     def unflat(cls, *parts) -> MaskSource:
-        """``flat`` undone."""
+        """Make a source of the arguments that ``flat`` returned."""
         return cls(*parts[:5], Counter(*parts[5:-1]), parts[-1])

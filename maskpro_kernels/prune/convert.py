@@ -1,4 +1,4 @@
-"""Masked layers in the place of the nn.Linear layers of a model."""
+"""``convert``, which replaces a model's nn.Linear layers by masked ones."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .reconstruction import Reconstruction
 from .refit import check_refit, put_weights
 from .selection import MOST_OF_A_MODEL, coverage, first_call, layers_to_convert, reasons_by_name
 
-# Of what is refused
+# A part of error messages
 CUT = "in a model that is cut over ranks"
-# Initial masks that ranks find together, each with its part of the layers
+# Initial masks that ranks compute together, each for its rows of the layers
 OF_SHARDS = ("magnitude", "random", "wanda", "reconstruction")
 
 DEFAULT_GAP = 10.0
@@ -37,15 +37,15 @@ DEFAULT_GAP = 10.0
 
 @dataclass
 class Conversion:
-    """Names of the layers with a mask and of those without, and the gap.
+    """Result of ``convert``: names of the layers with and without a mask, and the gap.
 
     Attributes:
         converted: names of the layers that are MaskedLinear now, in the order of their layer ids.
-        skipped: names of the layers left as they were, each with the reason; of a module that could have been taken
-            apart, its own name.
+        skipped: names of the unchanged layers, each with the reason; also names of modules that could have been
+            unfused.
         gap: the gap between kept and dropped logits.
-        masked_share: the share of the model's matrix weights that have a mask now, embeddings and the output head
-            apart. A matrix is any parameter of two or more dimensions.
+        masked_share: the share of the model's matrix weights that have a mask now. A matrix is any parameter of two or
+            more dimensions; embeddings and the output head do not count.
         unmasked: names of all matrices without a mask, such as convolutions, each with the reason.
     """
 
@@ -63,39 +63,38 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
             progress: Progress | None = None) -> Conversion:  # fmt: skip
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
-    Transformers' Conv1D and mixtures of experts are taken apart into layers first, see ``unfuse``. Weights that they
-    hold transposed are copied. nn.MultiheadAttention is left out. Logits, seed and step live with each weight, be it on
-    several devices. Hooks by which accelerate's ``dispatch_model`` brings inputs to a layer go to its replacement.
+    Transformers' Conv1D and mixtures of experts become nn.Linear layers first, see ``unfuse``; their transposed weights
+    are copied. nn.MultiheadAttention is left out. Logits, seed and step are on the device of each weight, also if a
+    model uses several devices. Hooks of accelerate's ``dispatch_model`` move to the new layers.
 
     Args:
-        model: any module that contains nn.Linear layers, or what can be taken apart into such.
+        model: any module that contains nn.Linear layers, or modules that ``unfuse`` can turn into them.
         pattern: "N:M" or NMPattern.
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
-            those whose weight other code reads past the module, see ``read_elsewhere``.
-        init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
-            path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
-            ``fully_shard`` has cut the model all ranks give the same; neither "sparsegpt" nor a path.
-        gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
-        flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
-        calibration: batches, each a tensor, a tuple or a mapping given to the model; the same ones on all ranks.
+            layers whose weight other code reads directly, see ``read_elsewhere``.
+        init: "magnitude" or "random"; with ``calibration`` also "wanda", "reconstruction" or "sparsegpt"; the path of a
+            mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. If ``fully_shard`` has
+            cut the model, all ranks pass the same, and neither "sparsegpt" nor a path.
+        gap: initial logit of a kept weight; that of a dropped one is 0.
+        flip_rate: instead of ``gap``: the share of groups whose draw differs from the initial mask.
+        calibration: batches, each a tensor, a tuple or a mapping of arguments of the model; the same on all ranks.
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
-        logits_device: where all logits live, such as "cpu" if the devices of the weights have no room for them. Each
-            use then copies a layer's logits to its weight. Default: with the weights. ``model.to`` moves both.
-        refit: "scales" or "weights" refit the weights under the initial mask, by the batches of ``calibration``, see
-            ``refit``. With init="reconstruction" it is one pass, and the masks are chosen for the refit.
-        seed: of init="random", in [0, 2**63). A second conversion of a model takes another one.
-        progress: called by masks and refits that take minutes, with how many layers are done, and of how many.
+        logits_device: device of all logits, such as "cpu" if they do not fit beside the weights. Each use then copies a
+            layer's logits to its weight. Default: with the weights. ``model.to`` moves both.
+        refit: "scales" or "weights" refit the weights under the initial mask to the ``calibration`` batches, see
+            ``refit``. With init="reconstruction" one pass does both, and masks are chosen for the refit.
+        seed: of init="random", in [0, 2**63). Use another one to convert a model a second time.
+        progress: called with (layers done, layers in all) by masks and refits that take minutes.
 
     Returns:
-        What has a mask now, what was left out and why, and the gap.
+        The layers with a mask, those without and why, and the gap.
 
-    Warns:
-        UserWarning: without ``targets``, if under 90% of the matrix weights have a mask; if experts saw no token.
+    Warns: UserWarning: without ``targets``, if under 90% of the matrix weights have a mask; if experts got no token.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, a weight is not finite or in memory, or there is nothing
-            to convert; the model is then as it was.
+        TypeError, ValueError: an argument is not as above, a weight is not finite or not in memory, or there is nothing
+            to convert. The model is then unchanged.
     """
     pattern = NMPattern(pattern)
     if not isinstance(model, nn.Module):
@@ -103,7 +102,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     resharded(model)
     cut = any(map(is_distributed, model.parameters()))
     if not cut:
-        # else all ranks check it together
+        # for cut models all ranks check it together
         check_initial_mask(init)
     check_refit(refit)
     check_int("seed", seed, 1 << 63)
@@ -118,7 +117,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     call, calibration = first_call(_agreed_calibration(calibration) if cut else calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-        # FSDP2 may have kept gathered what ran last
+        # FSDP2 may have kept the last layers gathered
         resharded(model)
         shards = any(is_distributed(layer.weight) for layer in layers.values())
         if shards and device is not None:
@@ -149,8 +148,8 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     if targets is None and share < MOST_OF_A_MODEL:
         largest, reason = next(iter(unmasked.items()))
         warnings.warn(
-            f"model: {share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
-            f"{len(unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
+            f"model: {share:.1%} of its matrix weights have a mask, embeddings and the output head not counted; "
+            f"{len(unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked lists all",
             stacklevel=2,
         )
     return Conversion(list(layers), skipped, gap, share, unmasked)
@@ -159,15 +158,15 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
 def _masked_linear_of_shards(
     linear: nn.Linear, pattern: NMPattern, logits: Tensor, layer: int, counter_state: CounterState
 ) -> MaskedLinear:
-    """A MaskedLinear with the shards of a layer's weight and bias, frozen, and this rank's logits on the same mesh.
+    """Make a MaskedLinear with the shards of a layer's weight and bias, frozen, and this rank's logits on their mesh.
 
-    FSDP2 knows nothing of the logits. ``masked_layers`` leads what it gathers to the new layer.
+    FSDP2 does not handle the logits. ``masked_layers`` passes the weight that FSDP2 gathers to the new layer.
     """
     weight, bias = linear.weight, linear.bias
     empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") if x is not None else None for x in (weight, bias))
     every = torch.empty(weight.shape, dtype=logits.dtype, device="meta")
     masked = MaskedLinear(*empty, every, pattern, layer=layer, counter_state=counter_state)
-    # the very parameters: FSDP2 knows them by these objects
+    # the same objects: FSDP2 identifies parameters by them
     masked.weight, masked.bias = weight.requires_grad_(False), None if bias is None else bias.requires_grad_(False)
     masked.logits = nn.Parameter(like_shards(logits, weight))
     masked.layer_id = torch.empty((), dtype=torch.int64, device=weight.device)
@@ -176,7 +175,7 @@ def _masked_linear_of_shards(
 
 
 def _agreed_calibration(calibration: Iterable | None) -> list | None:
-    """The batches; TypeError or ValueError unless all ranks have them alike, ahead of any forward."""
+    """Return the batches; before any forward, raise TypeError or ValueError unless all ranks have the same."""
 
     def batches() -> list | None:
         if calibration is None:
@@ -194,7 +193,7 @@ def _agreed_calibration(calibration: Iterable | None) -> list | None:
 def _masks_of_shards(
     layers: Mapping[str, nn.Linear], pattern: NMPattern, init: Init, refit: str, *others
 ) -> Reconstruction:
-    """``refitted_masks`` of what this rank has, once all ranks were given the same; ``others`` end with the seed."""
+    """``refitted_masks`` for this rank, after a check that all ranks got the same; ``others`` end with the seed."""
 
     def described() -> str:
         if isinstance(init, Mapping):
@@ -219,8 +218,8 @@ def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
     if not all(cut.values()):
         one, other = (next(name for name in cut if cut[name] is kind) for kind in (True, False))
         raise ValueError(
-            f"targets: expected layers that are all cut over ranks, or none, got {one}, which is cut, and {other}, "
-            "which is not"
+            f"targets: expected layers that are all cut over ranks, or none of them, got {one}, which is cut, and "
+            f"{other}, which is not"
         )
     owners: dict[int, str] = {}
     for name, layer in layers.items():
@@ -232,7 +231,7 @@ def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
 
 
 def check_replaceable(model: nn.Module) -> None:
-    """Raise unless the config of a model can name what is put into it, and no adapter of peft is merged."""
+    """Raise unless the model's config can name its new layers and no adapter of peft is merged."""
     check_not_merged(model)
     if _of_transformers(model):
         from ..hf import check_not_quantized
@@ -241,14 +240,14 @@ def check_replaceable(model: nn.Module) -> None:
 
 
 def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put layers in the place of others, see ``replace_modules``; adapters and the config of the model follow.
+    """Replace layers, see ``replace_modules``, and update adapters and the model's config.
 
-    Adapters refuse to merge into what is sparse, and the config of a transformers model names it. Once nothing of a
-    module that was taken apart is sparse, it is put together.
+    Adapters refuse to merge into sparse layers. The config of a transformers model lists its sparse layers. An unfused
+    module is fused again once none of its layers is sparse.
     """
     replace_modules(model, replacements)
     if any(isinstance(layer, MaskedLinear) for layer in replacements.values()):
-        # what FSDP2 gathers comes to the new layers from here on
+        # from here on the new layers get the weights that FSDP2 gathers
         masked_layers(model)
     if not any(isinstance(layer, SPARSE) for layer in replacements.values()):
         as_built(model)
@@ -265,7 +264,7 @@ def _of_transformers(model: nn.Module) -> bool:
 
 
 def flip_rate(gap: float, pattern: str | NMPattern) -> float:
-    """Probability that a draw leaves the initial mask of its group: N logits at ``gap``, M - N at 0.
+    """Probability that a group's draw differs from its initial mask, with N logits at ``gap`` and M - N at 0.
 
     p(stay) = prod over k < N of (N - k) e^gap / ((N - k) e^gap + M - N).
     """
@@ -275,10 +274,10 @@ def flip_rate(gap: float, pattern: str | NMPattern) -> float:
 
 
 def gap_for_flip_rate(rate: float, pattern: str | NMPattern) -> float:
-    """The gap at which a share ``rate`` of the groups leaves the initial mask in a draw.
+    """Gap at which a draw changes the initial mask of a share ``rate`` of the groups.
 
     Raises:
-        ValueError: if ``rate`` lies outside what gaps from 0 to 26 give.
+        ValueError: if ``rate`` is not a flip rate of any gap from 0 to 26.
     """
     low, high = 0.0, LARGEST_GAP
     rarest, commonest = flip_rate(high, pattern), flip_rate(low, pattern)

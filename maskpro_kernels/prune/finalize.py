@@ -1,4 +1,4 @@
-"""Finished masks out of a model: baked in, packed, and unpacked again."""
+"""Bake masks into a model's weights, pack and unpack the weights."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from .selection import coverage, reasons_by_name, select_layers
 def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Module:
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
-    Dense, modules in the model that ``convert`` took apart are put together again: names and shapes are those of the
-    model that was given to it.
+    With to="dense", modules that ``convert`` unfused are fused again: the model gets the names and shapes that it had
+    before ``convert``.
 
-    Weights and biases stay frozen where they were; those of packed layers are frozen all. Of layers that are cut over
-    ranks, dense weights are the DTensors that there were, with zeros in them; these are not packed.
+    Frozen weights and biases stay frozen; those of packed layers are all frozen. Layers that are cut over ranks keep
+    their DTensors, with zeros written into them; they cannot be packed.
 
     Args:
         model: a converted model.
         to: "dense", or "packed" for NMLinear, at 2:4 Sparse24Linear.
-        values: of packed layers: "keep" as they are, or rounded to "int8", see ``pack_nm``.
+        values: of packed layers: "keep" for unchanged ones, or "int8", see ``pack_nm``.
 
     Returns:
-        ``model``, or its linear layer where the model itself is a MaskedLinear.
+        ``model``; the new linear layer if the model itself is a MaskedLinear.
 
     Raises:
-        ValueError: if ``to`` or ``values`` is unknown, values of dense layers are to be int8, the model has no
-            MaskedLinear, fully_shard was given one by itself, a weight is not in memory, or one that is to become int8
-            is not finite. The model is then as it was.
+        ValueError: if ``to`` or ``values`` is unknown, to="dense" comes with values="int8", the model has no
+            MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in memory, or a weight to
+            quantize is not finite. The model is then unchanged.
     """
     if to not in ("dense", "packed"):
         raise ValueError(f'to: expected "dense" or "packed", got {to!r}')
     check_values_kind(values)
     if to == "dense" and values != KEEP:
-        raise ValueError(f'values: expected "{KEEP}" of dense layers, got {values!r}; pack them, by to="packed"')
+        raise ValueError(f'values: expected "{KEEP}" for dense layers, got {values!r}; pack them by to="packed"')
     check_replaceable(model)
     replacements, layers = {}, masked_layers(model)
     if to == "packed":
-        check_not_sharded(layers, "pack the whole model that a checkpoint of the dense one gives")
+        check_not_sharded(layers, "save a dense checkpoint, load it in one process, and pack that model")
     for apart in taken_apart(model):
         cut = {name: layer for name, layer in layers.items() if name == apart or name.startswith(f"{apart}.")}
-        reason = f"{apart}, which convert took apart, is put together of whole ones; finalize it in one process"
+        reason = f"{apart}, which convert unfused, can only be fused from whole layers; finalize it in one process"
         check_not_sharded(cut, reason)
     check_not_wrapped(layers)
     for name, layer in layers.items():
@@ -71,16 +71,16 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
 def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conversion:
     """Replace every nn.Linear whose weight follows the pattern by an NMLinear, at 2:4 a Sparse24Linear, in place.
 
-    The output head and layers whose weight is shared stay as they are, as in ``convert``.
+    The output head and layers whose weight is shared stay unchanged, as in ``convert``.
 
     Args:
         model: with exact zeros.
         pattern: "N:M" or NMPattern.
-        values: "keep" as they are, or rounded to "int8", see ``pack_nm``.
+        values: "keep" for unchanged ones, or "int8", see ``pack_nm``.
 
     Raises:
-        ValueError: if ``values`` is unknown, the weight of no layer follows the pattern, one is not in memory, or one
-            that is to become int8 is not finite. The model is then as it was.
+        ValueError: if ``values`` is unknown, no layer's weight follows the pattern, a weight is not in memory, or a
+            weight to quantize is not finite. The model is then unchanged.
     """
     pattern = NMPattern(pattern)
     check_values_kind(values)
@@ -98,7 +98,7 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
                     replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern, values)
                 packed.append(name)
         if not packed:
-            raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
+            raise ValueError(f"pattern: expected one that some layer follows, got {pattern}, which none follows")
         replace_layers(model, replacements)
     hold_in_huge_pages(model)
     skipped = reasons_by_name(model, skipped | left_out)
@@ -107,11 +107,11 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
 
 
 def repack(model: nn.Module, values: str) -> int:
-    """Store the values of every NMLinear as in ``pack_nm``, in place; gives how many were stored otherwise.
+    """Store the values of every NMLinear as in ``pack_nm``, in place; return how many layers changed.
 
     Raises:
-        ValueError: if ``values`` is unknown, a weight is not in memory, or one that is to become int8 is not finite.
-            The model is then as it was.
+        ValueError: if ``values`` is unknown, a weight is not in memory, or a weight to quantize is not finite. The
+            model is then unchanged.
     """
     check_values_kind(values)
     replacements = {}
@@ -134,7 +134,7 @@ def unpack(model: nn.Module) -> None:
 
 @contextmanager
 def _naming(layer: str) -> Iterator[None]:
-    """Let errors of a layer's weight name the layer."""
+    """Add the layer's name to errors about its weight."""
     try:
         yield
     except ValueError as error:

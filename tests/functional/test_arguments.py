@@ -120,7 +120,7 @@ def test_logits_that_cannot_change_are_refused():
 @pytest.mark.parametrize("strides", [(0, 1), (4, 1), (1, 1)])
 def test_logits_that_overlap_in_memory_are_refused(strides):
     memory = torch.zeros(64)
-    with pytest.raises(ValueError, match=r"^logits: expected elements at places of their own, got strides \("):
+    with pytest.raises(ValueError, match=r"^logits: expected elements that share no memory, got strides \("):
         mk.score_update_(memory.as_strided((2, 8), strides), 0.5, pattern="2:4", seed=3)
     assert not memory.any()
 

@@ -75,7 +75,7 @@ def without_update(step):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (without_entry, "^entry: expected one from an estimator whose runs have a journal, got None"),
+        (without_entry, "^entry: expected a journal entry from an estimator with a journal, got None"),
         (without_update, "^estimator: expected one call of begin_update in each step, .* got 0 in step 1"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_step_that_is_not_in_the_journal_is_refused(tmp_path, fault, message, 
 
 
 def test_a_journal_does_not_go_with_tensors():
-    with pytest.raises(TypeError, match="^Both: expected no tensors of its own, since a journal rebuilds none"):
+    with pytest.raises(TypeError, match="^Both: expected no tensors of its own, which a journal cannot rebuild"):
 
         class Both(mk.Reinforce):
             def tensors(self):

@@ -169,7 +169,7 @@ def test_data_parallel_ranks_take_the_steps_of_one_process():
 def test_a_gradient_that_leaves_masks_alone_is_told():
     model, (batch, *_) = a_model(), some_batches()
     model.train()
-    with pytest.warns(UserWarning, match="MaskedLinear: a backward came through masks that do not learn from it"):
+    with pytest.warns(UserWarning, match="MaskedLinear: this backward gives the logits no gradient"):
         loss_fn(model, batch.requires_grad_()).backward()
 
 

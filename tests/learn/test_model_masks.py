@@ -172,7 +172,7 @@ def test_a_mask_that_is_no_longer_the_one_that_was_drawn_is_refused(change):
             return
         before = logits_of(model)
         for use in (lambda: model(torch.randn(2, 16)), model[0].drawn_codes, model[0].masked_weight):
-            with pytest.raises(RuntimeError, match="^masks: expected logits, seed, step and draw to stay as they are"):
+            with pytest.raises(RuntimeError, match="^masks: expected logits, seed, step and draw not to change"):
                 use()
         if change != "a new parameter":
             with pytest.raises(RuntimeError, match="^masks: expected"):

@@ -212,8 +212,8 @@ def test_a_little_masked_model_is_told_of():
         mk.convert(model, "2:4")
     (warning,) = caught
     assert str(warning.message).startswith(
-        "model: 2.5% of its matrix weights have a mask, embeddings and the output head apart; 2 matrices have none, "
-        "such as blocks.0.weight (of Conv2d, which is no nn.Linear)"
+        "model: 2.5% of its matrix weights have a mask, embeddings and the output head not counted; 2 matrices have "
+        "none, such as blocks.0.weight (of Conv2d, which is no nn.Linear)"
     )
     assert warning.filename == __file__
 

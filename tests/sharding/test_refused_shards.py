@@ -155,7 +155,7 @@ REFUSED = {
     "finished experts": (
         finished_experts,
         "model: expected whole layers, got model.layers.0.mlp.experts.linears.gate_proj.0, which fully_shard has cut: "
-        "model.layers.0.mlp.experts, which convert took apart, is put together of whole ones",
+        "model.layers.0.mlp.experts, which convert unfused, can only be fused from whole layers",
     ),
     "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS} once, got (Shard(dim=1),) in blocks.0.1"),
     "fewer ranks": (
@@ -197,7 +197,7 @@ REFUSED = {
     ),
     "dense forwards": (
         lambda: mk.dense(a_sharded_model([2])).__enter__(),
-        f"model: expected whole layers, {CUT}: ranks are sent kept values alone",
+        f"model: expected whole layers, {CUT}: ranks exchange kept values alone",
     ),
     "a layer itself": (
         finished_around_a_layer_itself,
@@ -205,7 +205,7 @@ REFUSED = {
     ),
     "packing": (
         lambda: mk.finalize(a_sharded_model([2]), to="packed"),
-        f"model: expected whole layers, {CUT}: pack the whole model",
+        f"model: expected whole layers, {CUT}: save a dense checkpoint",
     ),
 }
 
