@@ -1,4 +1,4 @@
-"""Optional packages: which extra of this one installs them, and the message where one is missing."""
+"""Optional packages: the extras that install them, and the message if one is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS = {
 
 
 def missing(*packages: str) -> str | None:
-    """The packages of these that are not installed, and how to install them, as the end of a sentence; None if none.
+    """Name the missing packages and how to install them, as the end of a sentence; None if all are installed.
 
     Args:
         packages: all of one extra.
@@ -34,7 +34,7 @@ def missing(*packages: str) -> str | None:
 
 
 def require(what: str, *packages: str) -> None:
-    """Raise ModuleNotFoundError, which names the extra that ``what`` needs, unless the packages are installed."""
+    """Raise ModuleNotFoundError, which names the extra to install, unless the packages are installed."""
     lacking = missing(*packages)
     if lacking:
         raise ModuleNotFoundError(f"{what} needs {lacking}")

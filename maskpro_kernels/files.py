@@ -1,7 +1,4 @@
-"""Files that are seen as a whole or not at all, also after a crash; folders to write to; the files of a checkpoint.
-
-And digests, by which files, tensors and records are recognised.
-"""
+"""Atomic files: other processes see a file whole or not at all, also after a crash. Folders, checkpoints, digests."""
 
 from __future__ import annotations
 
@@ -22,27 +19,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# Of a digest: BLAKE2b without a key finds damage and what was mixed up, not one who means to deceive
+# Bytes of a digest. BLAKE2b without a key detects damage and mix-ups, not deliberate forgery
 SIZE = 16
-# Of a checkpoint
+# File names of a checkpoint
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is seen as a whole or not at all, also after a crash; of several writers the last one's."""
+    """Write a file atomically, also across a crash; of several writers the last one wins."""
     with _replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file; one of that name is replaced only once the new one is safe on disk."""
+    """Write a safetensors file; an existing file is replaced only once the new one is on disk."""
     with _replacing(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             # such as of a full disk
             raise OSError(f"{path}: {error}") from error
-        # safetensors lets its owner alone read a file; others get what other new files have
+        # safetensors makes files that only their owner can read; give it the mode of other new files
         umask = os.umask(0o077)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -50,7 +47,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[s
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which takes the place of ``path`` once it is on disk."""
+    """Yield a temporary name for a new file, which replaces ``path`` once it is on disk."""
     temporary = _temporary(path)
     try:
         yield temporary
@@ -58,30 +55,30 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    # the new name is itself lost in a crash unless the folder reaches the disk too
+    # without a sync of the folder, a crash may lose the new name
     sync(path.parent)
 
 
 def append_whole(path: Path, content: bytes) -> None:
-    """Add bytes to a file, which is made if missing: all of them, or where that fails none, with an OSError."""
+    """Append bytes to a file, made if missing: all of them, or none and an OSError."""
     with open(path, "ab", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         try:
             if file.write(content) != len(content):
-                raise OSError(f"{path}: the disk took a part only")
+                raise OSError(f"{path}: the disk took only a part")
         except BaseException:
-            # an interrupt too: whoever goes on would write behind a half
+            # after an interrupt too: a later append must not follow half a record
             os.ftruncate(file.fileno(), before)
             raise
 
 
 def _temporary(path: Path) -> Path:
-    # a name of its own, or one writer would take away what another one writes
+    # a unique name, so that one writer cannot remove the file of another
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def discard(path: Path) -> None:
-    """Remove a file, or a folder with what is in it, which is seen as a whole or not at all."""
+    """Remove a file or a folder with its content atomically."""
     if not path.is_dir():
         path.unlink()
         return
@@ -91,19 +88,19 @@ def discard(path: Path) -> None:
 
 
 def unfinished(folder: Path, name: str = ".+") -> list[Path]:
-    """Parts of files and folders, of the names that a regular expression says, that a killed process has left."""
+    """Unfinished files and folders of a killed process whose names match a regular expression."""
     part = re.compile(rf"({name})(\.[0-9a-f]{{16}}\.tmp)+")
     return [path for path in folder.glob("*") if part.fullmatch(path.name)]
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, with those above it, unless it is there; their names are on disk then."""
+    """Make a folder and its parents if missing, with their names on disk."""
     missing = _missing(path)
-    # whoever made the folder that is there may have been ended before its name was on disk
+    # a process that made an existing folder may have died before its name was on disk
     try:
         sync((missing[-1].parent if missing else path).absolute().parent)
     except OSError as error:
-        # of a folder that is not ours, or a file system without a sync
+        # a folder of another user, or a file system without sync
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EROFS):
             raise
     for folder in reversed(missing):
@@ -113,7 +110,7 @@ def make_folder(path: Path) -> None:
 
 
 def _missing(path: Path) -> list[Path]:
-    """A folder and those above it that are not there, the topmost last."""
+    """Missing folders among a folder and its parents, the topmost last."""
     return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
@@ -127,14 +124,14 @@ def sync(path: Path) -> None:
 
 
 def check_takes_files(folder: Path) -> None:
-    """Raise OSError unless a file can be made in a folder; leaves nothing behind."""
-    # permission bits are not enough: root, read-only and virtual file systems pass them; a file without a name is
-    # gone whenever the process is killed
+    """Raise OSError unless a file can be made in a folder; leave no file there."""
+    # permission bits are not enough: root, read-only and virtual file systems pass them. A file without a name vanishes
+    # even if the process is killed
     tempfile.TemporaryFile(dir=folder).close()
 
 
 def check_output(folder: str | Path) -> None:
-    """Raise ValueError unless an output folder can be written and holds nothing; leave nothing behind."""
+    """Raise ValueError unless an output folder is writable and empty or missing; leave no file there."""
     folder = Path(folder)
     missing = _missing(folder.absolute())
     try:
@@ -153,7 +150,7 @@ def check_output(folder: str | Path) -> None:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint; ValueError if there are none, or one of them is damaged."""
+    """List the safetensors files of a checkpoint; ValueError if there are none, or one is damaged."""
     folder = Path(folder)
     files = [folder] if folder.suffix == ".safetensors" else sorted(folder.glob("*.safetensors"))
     if not files:
@@ -170,7 +167,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def named_files(folder: Path) -> list[Path]:
-    """The files that ``from_pretrained`` loads: the single one, else those that a checked index names."""
+    """List the files that ``from_pretrained`` loads: the single one, or those of the index, which is checked."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
@@ -179,16 +176,16 @@ def named_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"it names {missing[0]}, which is not there")
+            raise ValueError(f"it names {missing[0]}, which is missing")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"checkpoint: expected a sound {INDEX} in {str(folder)!r}, got {error!r}; copy or download it again"
+            f"checkpoint: expected a valid {INDEX} in {str(folder)!r}, got {error!r}; copy or download it again"
         ) from error
     return [folder / name for name in names]
 
 
 def digest_of_bytes(*parts: bytes) -> bytes:
-    """The digest of bytes, one part behind the other."""
+    """Digest of concatenated bytes."""
     whole = hashlib.blake2b(digest_size=SIZE)
     for part in parts:
         whole.update(part)
@@ -196,10 +193,10 @@ def digest_of_bytes(*parts: bytes) -> bytes:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """The digest of the shapes, dtypes and bytes of tensors, in their order.
+    """Digest of the shapes, dtypes and bytes of tensors, in order.
 
-    To DTensors all ranks of their mesh have to come. One after the other is gathered; the digest is that of whole
-    tensors, whatever the mesh.
+    For DTensors all ranks of the mesh must call it. It gathers one tensor at a time, so the digest is that of whole
+    tensors on any mesh.
     """
     whole = hashlib.blake2b(digest_size=SIZE)
     for tensor in tensors:
@@ -207,13 +204,13 @@ def digest(tensors: Iterable[Tensor]) -> str:
             tensor = tensor.detach().full_tensor()
         whole.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
         plain = tensor.detach().cpu().contiguous()
-        # the bytes where they lie; not by ``numpy``: FSDP2 could free no memory that has been given to it
+        # reads the memory directly; not by ``numpy``, which would keep FSDP2 from freeing it
         whole.update(memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())))
     return whole.hexdigest()
 
 
 def digest_of_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """The digest of tensors and the strings beside them: names, shapes, dtypes, bytes and metadata, in sorted order."""
+    """Digest of tensors and metadata: names, shapes, dtypes, bytes and strings, sorted by name."""
     parts = [[name, digest([tensors[name]])] for name in sorted(tensors)]
-    # JSON marks where a name ends
+    # JSON delimits the names
     return digest_of_bytes(json.dumps([parts, sorted((metadata or {}).items())]).encode()).hex()

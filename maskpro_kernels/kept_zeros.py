@@ -1,4 +1,4 @@
-"""The zeros of a finalized model, while its other weights are fine-tuned."""
+"""Keep the zeros of a finalized model while its other weights are fine-tuned."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from .unfuse import Matrix, adapter_modules, matrices
 
 
 class KeptZeros:
-    """Which weights of a model are kept, N of every M, so that an optimizer's step can be held to it.
+    """Group codes of a finalized model, with which it restores zeros after each step of an optimizer.
 
-    Holds the group codes of the matrices that follow the pattern, as after ``finalize``: of nn.Linear layers, and of
-    modules that ``convert`` would take apart, such as experts. Where fewer than N of a group are not zero, its first
-    zeros count as kept.
+    It covers the matrices that follow the pattern: of nn.Linear layers, and of modules that ``convert`` would unfuse,
+    such as experts. If fewer than N weights of a group are not zero, its first zeros count as kept.
 
     Args:
         model: with exact zeros.
         pattern: "N:M" or NMPattern.
 
     Attributes:
-        held: the matrices that it holds to the pattern, by the names of their parameters; ``get()`` of each gives it.
-        left_out: names of the other parameters with the reason, adapters apart.
+        held: the matrices whose zeros it keeps, by name of the parameter; ``get()`` of each returns the matrix.
+        left_out: names of the other parameters with the reason, without adapters.
 
     Raises:
-        TypeError, ValueError: no matrix follows the pattern, or one is not in memory.
+        TypeError, ValueError: no matrix follows the pattern, or a matrix is not in memory.
     """
 
     def __init__(self, model: nn.Module, pattern: str | NMPattern):
@@ -37,7 +36,7 @@ class KeptZeros:
         self.held: dict[str, Matrix] = {}
         self.left_out: dict[str, str] = {}
         self._codes: dict[str, Tensor] = {}
-        # adapters begin as zeros, and follow any pattern
+        # adapters start as zeros, which follow any pattern
         adapters = adapter_modules(model)
         for name, matrix in matrices(model).items():
             if name.rpartition(".")[0] in adapters:
@@ -49,7 +48,7 @@ class KeptZeros:
             check_in_memory("model", matrix.module, name, weight)
             kept = (weight != 0).to(torch.bfloat16).reshape(-1, weight.shape[-1]).contiguous()
             counts = kept.view(-1, self.pattern.m).sum(-1)
-            # a layer of zeros alone was not pruned, only not trained yet
+            # a layer of zeros is not pruned but not yet trained
             if not counts.any():
                 self.left_out[name] = "all zeros"
             elif (counts > self.pattern.n).any():
@@ -59,13 +58,13 @@ class KeptZeros:
                 self.held[name], self._codes[name] = matrix, top_n_mask(kept, self.pattern)
         if not self.held:
             raise ValueError(
-                f"pattern: expected one that some layer follows, {self.pattern} is followed by none; a masked model is "
-                "finalized first, and the values of a packed one keep the pattern by themselves"
+                f"pattern: expected one that some layer follows, got {self.pattern}, which none follows; finalize a "
+                "masked model first; a packed model needs no KeptZeros"
             )
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set to zero what is not kept; to be called after each step of an optimizer."""
+        """Set all dropped weights to zero; call it after each step of an optimizer."""
         for name, matrix in self.held.items():
             weight = matrix.get()
             weight.masked_fill_(~expand_mask(self._codes[name], self.pattern).view(weight.shape), 0.0)

@@ -74,7 +74,7 @@ def test_changed_weights_are_refused_before_anything_is_switched():
     mk.convert(model, "2:4", targets=["0", "2"])
     model[2].weight_changed = True
     with (
-        pytest.raises(ValueError, match=r"^model: expected the weights .* refitted or trained in \['2'\]"),
+        pytest.raises(ValueError, match=r"^model: expected the weights .* refitted or trained ones in \['2'\]"),
         mk.dense(model),
     ):
         pass

@@ -73,7 +73,7 @@ def test_a_model_that_follows_no_pattern_is_refused(tmp_path):
     model = tiny_model()
     mk.convert(model, "2:4")
     for kind in (model, mk.finalize(model, to="packed")):
-        with pytest.raises(ValueError, match="a masked model is finalized first, and the values of a packed one"):
+        with pytest.raises(ValueError, match="finalize a masked model first; a packed model"):
             KeptZeros(kind, "2:4")
     with pytest.raises(ValueError, match="pattern: expected N:M"):
         KeepMask("2:5")
@@ -263,7 +263,7 @@ def test_mask_callback_refuses_what_would_learn_nothing(tmp_path):
     with pytest.raises(ValueError, match="model: expected a model with MaskedLinear layers, got none"):
         learned(tmp_path, model=tiny_model())
     for rate in (5e-5, 0.0):
-        with pytest.raises(ValueError, match=rf"learning_rate: expected one of logits, such as 0.3, got {rate:g}"):
+        with pytest.raises(ValueError, match=rf"learning_rate: expected one for logits, such as 0.3, got {rate:g}"):
             learned(tmp_path, learning_rate=rate)
     with pytest.raises(ValueError, match="max_update: expected a float above 0"):
         MaskCallback(max_update=0.0)
@@ -295,7 +295,7 @@ def test_layers_that_do_not_follow_the_pattern_are_told(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     mk.convert(model, "2:4", targets=["*.mlp.*"])
     mk.finalize(model).requires_grad_()
-    with pytest.warns(UserWarning, match="KeepMask: 6 matrices follow 2:4 and are held to it, 8 do not .*: model."):
+    with pytest.warns(UserWarning, match="KeepMask: 6 matrices follow 2:4 and keep their zeros, 8 do not .*: model."):
         trained(model, tmp_path, steps=1, callbacks=[KeepMask("2:4")])
     left_out = KeptZeros(model, "2:4").left_out
     assert len(left_out) == 9 and "of its groups have more than 2 that are not zero" in left_out["lm_head.weight"]

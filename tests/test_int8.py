@@ -201,5 +201,5 @@ class TestModels:
         model = tiny_model()
         mk.convert(model, "2:4")
         mk.finalize(model, to="packed", values="int8")
-        with pytest.raises(ValueError, match="the values of a packed one keep the pattern by themselves"):
+        with pytest.raises(ValueError, match="a packed model needs no KeptZeros"):
             KeptZeros(model.requires_grad_(), "2:4")

@@ -174,4 +174,4 @@ def test_ranks_with_other_batches_that_are_no_sequence_are_told(tmp_path):
         assert isinstance(error, ValueError) and "got other batches on rank 1" in str(error)
     all_in_ranks(2, streamed, folder=tmp_path)
     for error in in_ranks(2, streamed, folder=tmp_path, other=1, resume=True):
-        assert isinstance(error, ValueError) and "expected those that the run has taken in its 2 steps" in str(error)
+        assert isinstance(error, ValueError) and "expected those of the run's first 2 steps" in str(error)

@@ -111,7 +111,7 @@ def test_a_near_tie_is_told_and_no_difference():
     report = measure_speed(parted(1e-6), PROMPT, new_tokens=4, rounds=1)
     (found,) = report.agreements
     assert found.differs_in is None and found.same_tokens == 0 and 0 < found.gap <= found.rounding < 1e-4
-    assert report.agree and "same tokens up to 0 of 4; there two candidates lie within rounding" in str(found)
+    assert report.agree and "same tokens up to 0 of 4; then two candidates are equal within rounding" in str(found)
 
 
 def test_tokens_that_rounding_does_not_explain_are_a_difference():

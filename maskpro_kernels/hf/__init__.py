@@ -1,8 +1,7 @@
-"""Hugging Face models: loading and saving them, also with masks and with packed N:M weights; how fast models are.
+"""Hugging Face models: load and save them, also with masks or packed N:M weights, and measure their speed.
 
-After ``import maskpro_kernels.hf`` transformers' ``from_pretrained`` loads what ``save_pretrained`` has written of a
-converted model, or of one with packed weights. The import raises ModuleNotFoundError without transformers, of the extra
-``hf``.
+After ``import maskpro_kernels.hf``, transformers' ``from_pretrained`` loads checkpoints of converted models and of
+models with packed weights. Without transformers, of the extra ``hf``, the import raises ModuleNotFoundError.
 """
 
 from ..extras import require

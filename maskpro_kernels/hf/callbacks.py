@@ -1,4 +1,4 @@
-"""Callbacks for the Trainer of transformers, and for those of other libraries that take them, such as TRL."""
+"""Callbacks for transformers' Trainer, and for other trainers that take its callbacks, such as TRL's."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from ..modules import MaskedLinear, counter_states, masked_layers
 from ..ops.pattern import NMPattern
 from ..unfuse import adapter_modules
 
-# Slopes of so many root mean squares are rare
+# Slopes larger than this many root mean squares are rare
 LARGE_SLOPE = 30
-# Of each layer: its logits there show how far apart they are
+# Rows of each layer whose logits stand for the gap of all
 ROWS = 64
 
 
 class MaskCallback(TrainerCallback):
-    """Has the Trainer learn the masks of a converted model by straight-through, as ``MaskOptimizer`` moves them.
+    """Make the Trainer learn the masks of a converted model by straight-through, as ``MaskOptimizer`` does.
 
-    ``learning_rate`` is that of the logits, 0.3 say, and follows the Trainer's schedule. The Trainer's own optimizer
-    moves nothing: once slopes have been accumulated, averaged over processes, unscaled and clipped, the logits move by
-    them in its place. All other parameters are frozen while training runs; where an error ends it, until ``release``.
-    The masks of a step are drawn with the Trainer's ``seed``.
+    ``learning_rate`` is that of the logits, such as 0.3, and follows the Trainer's schedule. The Trainer accumulates
+    slopes, averages them over processes, unscales and clips them. Then this callback moves the logits, and the
+    Trainer's own optimizer moves nothing. All other parameters are frozen during training; after an error, until
+    ``release``. Masks are drawn with the Trainer's ``seed``.
 
-    What is logged beside the loss, and stands in ``state.log_history``: ``mask_moved``, the share of groups whose mask
-    is no longer that of the first step, and ``mask_flip_rate``, the share of groups whose draw leaves the N largest
-    logits. Checkpoints hold all that a run needs to go on with the same bits.
+    It logs, also to ``state.log_history``: ``mask_moved``, the share of groups whose mask differs from that of the
+    first step, and ``mask_flip_rate``, the share of groups whose draw differs from the N largest logits. A resumed
+    checkpoint continues with the same bits.
 
     Args:
         curvature, max_update, decay: as for ``StraightThrough``.
 
     Raises:
-        TypeError, ValueError: an argument is not as above. When a Trainer is made, or training begins: the model is not
+        TypeError, ValueError: an argument is not as above. When a Trainer is made or training begins: the model is not
             converted or has adapters, the learning rate is so small that no mask would change, or the Trainer shards
-            the model, or runs it by DataParallel.
+            the model or uses DataParallel.
     """
 
     def __init__(self, *, curvature: float = 1.0, max_update: float = 2.0, decay: float = 0.9):
@@ -51,7 +51,7 @@ class MaskCallback(TrainerCallback):
         self._hook = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
-        # ahead of the optimizer, and of the wrapper that waits for the gradient of all that requires one
+        # before the optimizer is made, and the DDP wrapper, which waits for gradients of all trainable parameters
         self._freeze(model)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
@@ -60,7 +60,7 @@ class MaskCallback(TrainerCallback):
                 raise ValueError(f"{option}: expected none with MaskCallback, which needs whole layers, got {given!r}")
         if args.n_gpu > 1:
             raise ValueError(
-                f"model: expected a process for each device, as torchrun starts them, got one for {args.n_gpu} devices"
+                f"model: expected a process for each device, started by torchrun, got one for {args.n_gpu} devices"
             )
         self._freeze(model)
         own = getattr(optimizer, "optimizer", optimizer)
@@ -69,7 +69,7 @@ class MaskCallback(TrainerCallback):
             for counter_state in counter_states(model):
                 counter_state.seed.fill_(args.seed)
         if self._hook is not None:
-            # of training that broke off
+            # of training that an error ended
             self._hook.remove()
         self._masks = MaskOptimizer(model, **self._how)
         self._hook = own.register_step_pre_hook(self._move)
@@ -96,16 +96,16 @@ class MaskCallback(TrainerCallback):
         # a stream has no length
         with suppress(TypeError):
             per_epoch = len(train_dataloader)
-            # the last step of an epoch takes what is left
+            # the last step of an epoch may have fewer batches
             batches = min(batches, per_epoch - state.global_step % -(-per_epoch // batches) * batches)
         self._masks.slopes.loss_scale = scale / batches
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
-        """In the place of a step of the Trainer's optimizer, which finds no gradient then."""
-        # a fused optimizer is called with gradients that are not finite too, and has ``found_inf`` then
+        """Move the logits instead of the Trainer's optimizer, which then has no gradient."""
+        # a fused optimizer also runs with gradients that are not finite, and sets ``found_inf`` then
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
-            # for checkpoints, and from them
+            # so that checkpoints save and restore it
             self._masks.state = optimizer.state
             self._masks.move(optimizer.param_groups[0]["lr"])
         self._masks.zero_grad()
@@ -120,7 +120,7 @@ class MaskCallback(TrainerCallback):
         self.release()
 
     def release(self) -> None:
-        """Let the model go, as training that ends without an error does: parameters that were frozen train again."""
+        """Make the frozen parameters trainable again, as the end of training does; call it after an error."""
         if self._hook is not None:
             self._hook.remove()
             self._masks.detach()
@@ -131,30 +131,29 @@ class MaskCallback(TrainerCallback):
 
 
 def _check_rate(layers: dict[str, MaskedLinear], optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Raise ValueError if a learning rate lets no mask change, as one that is meant for weights does not."""
+    """Raise ValueError if the learning rate is too small to change a mask, such as one for weights."""
     group = optimizer.param_groups[0]
     # a schedule may begin at 0
     rate = float(group.get("initial_lr", group["lr"]))
     gap = min(float(margins(layer.logits[:ROWS], layer.pattern).median()) for layer in layers.values())
     if LARGE_SLOPE * rate * max(steps, 1000) < gap or rate <= 0:
         raise ValueError(
-            f"learning_rate: expected one of logits, such as 0.3, got {rate:g}: in {steps} steps a logit would move by "
-            f"about {rate * steps:.2g}, and those of kept weights stand {gap:.2g} above those of dropped ones"
+            f"learning_rate: expected one for logits, such as 0.3, got {rate:g}: in {steps} steps a logit would move "
+            f"by about {rate * steps:.2g}, but the gap of kept and dropped logits is {gap:.2g}"
         )
 
 
 class KeepMask(TrainerCallback):
-    """Keeps the zeros of a finalized model while the Trainer fine-tunes it, see ``KeptZeros``.
+    """Keep the zeros of a finalized model while the Trainer fine-tunes it, see ``KeptZeros``.
 
     Args:
-        pattern: "N:M" or NMPattern, which the model follows when training begins.
+        pattern: "N:M" or NMPattern; the model follows it when training begins.
 
-    Warns:
-        UserWarning: at the beginning of training, of layers that do not follow the pattern and are left out, the output
-            head apart; and if the weights of all layers that follow it are frozen, as ``finalize`` leaves them.
+    Warns: UserWarning: when training begins, names layers other than the output head that do not follow the pattern and
+            are left out. Also if the weights of all layers that follow it are frozen, as after ``finalize``.
 
     Raises:
-        TypeError, ValueError: ``pattern`` is no pattern; at the beginning of training, no layer follows it.
+        TypeError, ValueError: ``pattern`` is not a pattern, or when training begins, no layer follows it.
     """
 
     def __init__(self, pattern: str | NMPattern):
@@ -166,14 +165,14 @@ class KeepMask(TrainerCallback):
         left_out = [name for name in self.kept.left_out if model.get_submodule(name.rpartition(".")[0]) is not head]
         if left_out:
             warnings.warn(
-                f"KeepMask: {len(self.kept.held)} matrices follow {self.pattern} and are held to it, {len(left_out)} "
+                f"KeepMask: {len(self.kept.held)} matrices follow {self.pattern} and keep their zeros, {len(left_out)} "
                 f"do not and are left out: {', '.join(left_out)}",
                 stacklevel=2,
             )
         if not any(matrix.get().requires_grad for matrix in self.kept.held.values()):
             warnings.warn(
                 f"KeepMask: expected weights that train, got {len(self.kept.held)} frozen ones; call requires_grad_() "
-                "of the model before the Trainer is made",
+                "on the model before you make the Trainer",
                 stacklevel=2,
             )
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer in tensors that have room for all of a window from the first token on."""
+    """Keys and values of one layer, in tensors allocated for a whole window at the first token."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -32,13 +32,13 @@ class _PreallocatedLayer(DynamicLayer):
 
 
 def preallocated_cache(model: PreTrainedModel, length: int) -> DynamicCache:
-    """An empty cache of keys and values that nothing is copied in as it fills.
+    """Make an empty cache of keys and values that is never copied as it fills.
 
-    A layer of another kind than plain attention keeps the cache that transformers has for it.
+    Layers other than plain attention keep transformers' own cache.
 
     Args:
-        model: that will fill it.
-        length: tokens that it will hold at most.
+        model: the model that fills the cache.
+        length: the most tokens in the cache.
     """
     cache = DynamicCache(config=model.config)
     cache.layers = [_PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -46,7 +46,7 @@ def preallocated_cache(model: PreTrainedModel, length: int) -> DynamicCache:
 
 
 def next_logits(model: PreTrainedModel, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """Logits [rows, vocabulary] of the token behind one more token of each row, [rows, 1], which the cache takes up."""
+    """Add one token of each row, [rows, 1], to the cache; return logits [rows, vocabulary] of the next token."""
     # renamed within transformers 5
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return model(tokens, **{name: cache}, use_cache=True).logits[:, -1]

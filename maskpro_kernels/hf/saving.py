@@ -1,4 +1,4 @@
-"""Saving models with their tokenizers and model cards, here and on the hub."""
+"""Save models with their tokenizers and model cards, in a folder and on the hub."""
 
 from __future__ import annotations
 
@@ -56,24 +56,24 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
                push_to_hub: str | None = None, private: bool | None = None) -> None:  # fmt: skip
     """Write a checkpoint (config, safetensors weights, tokenizer, model card) that ``from_pretrained(folder)`` loads.
 
-    Packed weights and logits are written as such, with the ``quantization_config`` by which they are loaded. A
-    README.md that is there is kept in the place of the model card.
+    Packed weights and logits stay so, and ``quantization_config`` describes them. An existing README.md is kept instead
+    of the model card.
 
     Args:
         model, tokenizer: to save.
         folder: made if missing.
-        base_model: for the card, the id on the hub, or another name, of the dense model.
-        pattern: for the card, "N:M" of the zeros in a dense checkpoint; other layers have their own.
-        table: for the card, rows of a table of perplexities, such as {"mask": "dense", "perplexity": 15.2}, with the
-            same columns each.
-        max_shard_size: of a file of weights, in bytes or such as "5GB".
-        push_to_hub: id of the repository to which the folder is uploaded, which is made if missing; None: to none.
-        private: whether a repository that is made is private.
+        base_model: for the card, id on the hub or another name of the dense model.
+        pattern: for the card, "N:M" of the zeros in a dense checkpoint; masked and packed layers have their own.
+        table: for the card, rows of a table of perplexities, such as {"mask": "dense", "perplexity": 15.2}, all with
+            the same columns.
+        max_shard_size: largest file of weights, in bytes or a text such as "5GB".
+        push_to_hub: id of a repository, made if missing, to upload the folder to; None: no upload.
+        private: whether a new repository is private.
 
     Raises:
         ValueError: if the model has shards of layers, or adapters of peft beside sparse layers, or an option is out of
             its range.
-        OSError: if a file cannot be written, or the hub does not take it. What was written then stays.
+        OSError: if a file cannot be written, or the upload fails. Files that were written stay.
     """
     folder = Path(folder)
     cut = next((name for name, parameter in model.named_parameters() if is_distributed(parameter)), None)
@@ -97,7 +97,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             name = push_to_hub or folder.resolve().name
             model_card(model, name, base_model=base_model, pattern=pattern, table=table).save(folder / "README.md")
     except Exception as error:
-        # of a full disk, for which tokenizers raises no other
+        # on a full disk tokenizers raises a bare Exception
         if isinstance(error, SafetensorError) or type(error) is Exception:
             raise OSError(f"{folder}: {error}") from error
         raise
@@ -116,18 +116,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = None,
                pattern: str | None = None, table: Sequence[Mapping[str, object]] = ()) -> ModelCard:  # fmt: skip
-    """The card of a model that will be loaded by a name; the other arguments are those of ``save_model``."""
+    """Write the model card for a model that loads by ``name``; other arguments as for ``save_model``."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
     patterns = sorted({str(layer.pattern) for layer in layers.values()}) or ([pattern] if pattern else [])
     packed = [layer for layer in layers.values() if isinstance(layer, NMLinear)]
-    stored = "The checkpoint is dense: zeros are stored as any other value."
+    stored = "The checkpoint is dense: zeros are stored like other values."
     if packed:
         int8 = " rounded to int8" if any(layer.kind == INT8 for layer in packed) else ""
         stored = f"{len(packed)} layers are packed: kept values{int8} and a bitmask, "
-        stored += f"{bits_a_weight(packed):.2f} bits a weight, where dense takes {8 * packed[0].packed.dtype.itemsize}."
+        stored += f"{bits_a_weight(packed):.2f} bits a weight instead of {8 * packed[0].packed.dtype.itemsize}."
     elif layers:
-        stored = f"The checkpoint holds whole weights, and the logits of the masks of {len(layers)} layers."
-    # in a dense checkpoint nothing marks the layers that have a mask
+        stored = f"The checkpoint has whole weights, and logits of the masks of {len(layers)} layers."
+    # a dense checkpoint does not record which layers have a mask
     left_dense = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear"] if layers else []
     on_hub = base_model is not None and base_model.count("/") == 1
     return ModelCard.from_template(

@@ -1,4 +1,4 @@
-"""How fast models read a prompt and write behind it, side by side, and how far they write the same tokens."""
+"""Compare models: the speed of prefill and decoding, and whether they generate the same tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..modules import CounterState, MaskedLinear, evaluating
 from ..packed import NMLinear
 from ..unfuse import in_linear_form
 
-# Rounds that are not counted: caches fill, clocks rise
+# Rounds that do not count: caches fill, clocks rise
 WARM_UP = 1
-# Units in the last place of the largest logit, by the dtype that a model computes in, see ``rounding_of``
+# Units in the last place of the largest logit, by the model's dtype, see ``rounding_of``
 UNITS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 64}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of what was measured in several rounds, and the quartiles around it."""
+    """Median and quartiles of the measurements of several rounds."""
 
     median: float
     low: float
@@ -43,16 +43,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The greedy tokens of a model beside those of another one.
+    """Comparison of the greedy tokens of two models.
 
     Attributes:
-        model, other: their names; ``other`` is the first model that holds the same weights, else the first of all.
-        differs_in: the first weight or buffer that is not the same in both; None where all are.
-        same_tokens: how many tokens of every row are the same, from the first on.
-        new_tokens: how many were written.
-        gap: by how much ``other``'s logit of its own token lies above that of the model's token, where they first
-            differ; of several rows the one that most exceeds its rounding. None where all tokens are the same.
-        rounding: how large a gap rounding explains there, see ``rounding_of``; None where all tokens are the same.
+        model, other: their names; ``other`` is the first model with the same weights, else the first of all.
+        differs_in: the first weight or buffer in which they differ; None if there is none.
+        same_tokens: number of leading tokens that are equal in all rows.
+        new_tokens: number of generated tokens.
+        gap: at the first difference, ``other``'s logit of its own token less its logit of the model's token; of several
+            rows the gap that most exceeds its rounding. None if all tokens are equal.
+        rounding: the largest gap that rounding explains there, see ``rounding_of``; None if all tokens are equal.
     """
 
     model: str
@@ -65,7 +65,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """False where the weights are the same and the tokens differ by more than rounding."""
+        """False if the weights are equal and the tokens differ by more than rounding."""
         return self.differs_in is not None or self.gap is None or self.gap <= self.rounding
 
     def __str__(self) -> str:
@@ -78,23 +78,23 @@ class Agreement:
         line = f"{self.model}: same weights as {self.other}; {tokens}"
         if self.gap is None:
             return line
-        gap = f"{self.gap:.2g} apart, and rounding explains {self.rounding:.2g}"
+        gap = f"{self.gap:.2g} apart; rounding explains {self.rounding:.2g}"
         if self.holds:
-            return f"{line}; there two candidates lie within rounding ({gap})"
-        return f"{line}; THE MODELS DIFFER: there the two candidates are {gap}"
+            return f"{line}; then two candidates are equal within rounding ({gap})"
+        return f"{line}; THE MODELS DIFFER: then two candidates are {gap}"
 
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """The figures of one model, one of each round.
+    """Measurements of one model, one for each round.
 
     Attributes:
         name: of the model.
-        stored: how its linear layers are stored: "dense", or such as "packed 2:4 int8" or "masked 2:4".
-        weight_bytes: that its parameters and buffers take.
-        prefill_seconds: of a forward over the prompt.
-        step_seconds: between two tokens of ``generate``, that is of a new token of each row.
-        device_bytes: the most that torch has allocated for the model on a GPU, weights included. None on a CPU.
+        stored: storage of its linear layers: "dense", "packed 2:4 int8", "masked 2:4" and the like.
+        weight_bytes: bytes of its parameters and buffers.
+        prefill_seconds: seconds of a forward over the prompt.
+        step_seconds: seconds between two tokens of ``generate``, for one new token of each row.
+        device_bytes: largest memory that torch has allocated for the model on a GPU, with its weights. None on a CPU.
     """
 
     name: str
@@ -107,12 +107,12 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Models measured side by side.
+    """Result of ``measure_speed``.
 
     Attributes:
-        batch_size, prompt_tokens, new_tokens: rows, tokens of each row's prompt, tokens written behind each.
+        batch_size, prompt_tokens, new_tokens: rows, tokens of each row's prompt, new tokens of each row.
         models: in the order given.
-        agreements: of each model but the first.
+        agreements: for each model but the first.
     """
 
     batch_size: int
@@ -122,16 +122,16 @@ class SpeedReport:
     agreements: Sequence[Agreement]
 
     def prefill_rate(self, model: ModelSpeed) -> Spread:
-        """Tokens of the prompts read a second."""
+        """Tokens of the prompts a second."""
         return Spread.of([self.batch_size * self.prompt_tokens / seconds for seconds in model.prefill_seconds])
 
     def decode_rate(self, model: ModelSpeed) -> Spread:
-        """Tokens written a second, all rows together."""
+        """New tokens a second, all rows together."""
         return Spread.of([self.batch_size / seconds for seconds in model.step_seconds])
 
     @property
     def agree(self) -> bool:
-        """False where two models with the same weights write other tokens than rounding explains."""
+        """False if two models with equal weights differ in their tokens by more than rounding."""
         return all(agreement.holds for agreement in self.agreements)
 
 
@@ -139,22 +139,23 @@ class SpeedReport:
 def measure_speed(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: int = 128,
                   rounds: int = 5,
                   progress: Callable[[int, int], object] = lambda done, total: None) -> SpeedReport:  # fmt: skip
-    """Compare what models write behind a prompt, then time how fast they read it and write.
+    """Compare the greedy continuations of a prompt by several models, then time prefill and decoding.
 
-    Models take turns: each round measures all of them, another one first each time. A round is one forward over the
-    prompt, with the last logits alone where the model offers that, and one greedy ``generate``, whose tokens are timed
-    as they come. The end of a text does not end it here.
+    Each round measures all models, each time in another order. A round is one forward over the prompt, for the last
+    logits alone if the model supports that, and one greedy ``generate``, which times each token. A token that ends a
+    text does not stop it.
 
     Args:
-        models: of transformers, by name, all on one device.
+        models: models of transformers, by name, all on one device.
         prompt: int64 [rows, tokens], on that device.
-        new_tokens: that are written behind each row, at least 2: the first one comes of the prompt.
-        rounds: that are counted, at least 1.
-        progress: called with the rounds that are done, and all of them; those that warm up count here.
+        new_tokens: new tokens of each row, at least 2: prefill gives the first.
+        rounds: rounds to count, at least 1.
+        progress: called with (rounds done, rounds in all), warm-up included.
 
     Raises:
-        ValueError: if there is no model; one cannot generate, is elsewhere than the prompt or has another vocabulary
-            than the first; the prompt is no such tensor, or holds tokens that are none; or a number is too small.
+        ValueError: if there is no model; a model cannot generate, is on another device than the prompt or has another
+            vocabulary than the first; the prompt is not as above, or has ids outside the vocabulary; or a number is too
+            small.
     """
     _check(models, prompt, new_tokens, rounds)
     with ExitStack() as stack:
@@ -163,7 +164,7 @@ def measure_speed(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tok
             stack.enter_context(plain_generation(model))
         written = {name: greedy(model, prompt, new_tokens) for name, model in models.items()}
         agreements = []
-        # models that no earlier one has the weights of
+        # models whose weights no earlier model has
         distinct = [next(iter(models))]
         for name, model in list(models.items())[1:]:
             differs_in = {other: first_difference(model, models[other]) for other in distinct}
@@ -211,7 +212,7 @@ def _check(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: in
 
 
 def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **how) -> Tensor:
-    """int64 [rows, new_tokens]: the tokens that ``generate`` writes, within ``plain_generation``, behind a prompt."""
+    """Greedy continuation of a prompt, int64 [rows, new_tokens]; call it within ``plain_generation``."""
     mask = torch.ones_like(prompt)
     tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **how)
     return tokens[:, prompt.shape[1] :]
@@ -219,7 +220,7 @@ def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **how) -> Te
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Leave out what a checkpoint says of sampling, penalties and the ends of texts; the kind of its cache stays."""
+    """Ignore a checkpoint's settings of sampling, penalties and ends of texts, but keep its kind of cache."""
     before = model.generation_config
     model.generation_config = GenerationConfig(cache_implementation=before.cache_implementation)
     try:
@@ -241,22 +242,22 @@ def _agreement(names: tuple[str, str], differs_in: str | None, other_model: PreT
         gap = float((logits[other[row, place]] - logits[written[row, place]]).abs())
         places.append(place)
         gaps.append((gap, rounding_of(logits, other_model.dtype)))
-    # what is no number is explained by no rounding
+    # rounding does not explain NaN
     gap, rounding = max(gaps, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] - pair[1])
     return Agreement(*names, differs_in, min(places), new_tokens, gap, rounding)
 
 
 def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
-    """How far apart two logits of one position may lie for rounding alone to change which is the larger.
+    """Largest difference of two logits at one position whose order rounding alone may change.
 
-    Two ways to compute the same products give four logits, two of each way. In 16 bits each is rounded by up to half a
-    unit in the last place, which makes two units; what the layers before hand on, rounded by other sums as well, is
-    granted as much again: 4 units. A float32 product is rounded at each of the hundreds of its sums: 64 units. The unit
-    is that of the largest logit of the position, since errors grow with the vectors multiplied, not with their product.
+    Two ways to compute the same products give four logits, two each. In 16 bits each is rounded by up to half a unit in
+    the last place: two units together. The layers before round too, for which we allow as much again: 4 units. A
+    float32 product rounds at each of hundreds of additions: 64 units. The unit is that of the position's largest logit,
+    since errors grow with the vectors that are multiplied, not with their product.
 
     Args:
         logits: [vocabulary].
-        dtype: that the model computes in.
+        dtype: dtype of the model.
     """
     largest = float(logits[logits.isfinite()].abs().max()) if logits.isfinite().any() else 0.0
     if largest == 0:
@@ -265,7 +266,7 @@ def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
 
 
 def first_difference(model: nn.Module, other: nn.Module) -> str | None:
-    """The name of the first weight, unpacked or under its mask, or buffer that differs between two models, if any."""
+    """Name of the first weight, unpacked or masked, or buffer in which two models differ; None if there is none."""
     with torch.no_grad(), in_linear_form(model), in_linear_form(other):
         own, others = _tensors(model), _tensors(other)
         for name in [*own, *(name for name in others if name not in own)]:
@@ -278,7 +279,7 @@ def first_difference(model: nn.Module, other: nn.Module) -> str | None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """How to get each weight and buffer of a model, by its name."""
+    """Functions that return each weight and buffer of a model, by name."""
     tensors = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -293,7 +294,7 @@ def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def stored_as(model: nn.Module) -> str:
-    """How the linear layers of a model are stored: "dense", or such as "packed 2:4", "packed 2:4 int8"."""
+    """Storage of a model's linear layers: "dense", "packed 2:4", "packed 2:4 int8" and the like."""
     masked = {f"masked {layer.pattern}" for layer in model.modules() if isinstance(layer, MaskedLinear)}
     packed = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
     kinds = masked | {f"packed {x.pattern}" + ("" if x.scales is None else " int8") for x in packed}
@@ -301,7 +302,7 @@ def stored_as(model: nn.Module) -> str:
 
 
 class _Timer(BaseStreamer):
-    """Times one model; as a streamer it takes the times at which ``generate`` had the prompt, and each token."""
+    """Timer of one model; as a streamer of ``generate`` it records the times of the prompt and of each token."""
 
     def __init__(self, name: str, model: PreTrainedModel, prompt: Tensor, new_tokens: int):
         self._name, self._model, self._prompt, self._new_tokens = name, model, prompt, new_tokens
@@ -319,7 +320,7 @@ class _Timer(BaseStreamer):
             before = torch.cuda.memory_allocated(device)
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        # as ``generate`` makes it: with a cache, and the last logits alone
+        # like ``generate``: with a cache, for the last logits alone
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
         self._model(self._prompt, attention_mask=torch.ones_like(self._prompt), use_cache=True, **last)
         if on_gpu:
@@ -332,7 +333,7 @@ class _Timer(BaseStreamer):
             self._device_bytes = max(own, self._device_bytes or 0)
         if counted:
             self._prefill_seconds.append(prefill)
-            # the prompt comes first, and then the first token, which is that of the prefill
+            # first the prompt, then the first token, which prefill computed
             _, first, *_, end = self._times
             self._step_seconds.append((end - first) / (self._new_tokens - 1))
 
@@ -340,7 +341,7 @@ class _Timer(BaseStreamer):
         self._times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Hold nothing back."""
+        """Do nothing: all tokens are timed by then."""
 
     def speed(self) -> ModelSpeed:
         seconds = self._prefill_seconds, self._step_seconds

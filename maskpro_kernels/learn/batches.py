@@ -204,7 +204,7 @@ class InitialLosses:
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(
-                f"loss under the initial masks: expected finite numbers, got others for batches {bad}"
+                f"loss under the initial masks: expected finite numbers, got others of batches {bad}"
             )
         return losses
 

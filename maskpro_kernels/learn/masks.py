@@ -274,9 +274,7 @@ def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, Ma
             raise TypeError(f"layers: expected MaskedLinear layers, got {type(layer).__name__} for {name!r}")
         first = names.setdefault(id(layer.logits), name)
         if first != name:
-            raise ValueError(
-                f"layers: expected one name for each layer's logits, got the same for {first!r} and {name!r}"
-            )
+            raise ValueError(f"layers: expected logits with one name each, got the same for {first!r} and {name!r}")
     return dict(layers)
 
 

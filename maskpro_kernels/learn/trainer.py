@@ -1,4 +1,4 @@
-"""The training loop: an estimator's steps, one after the other, and what they leave in a folder."""
+"""The training loop: steps of an estimator, and the folder of the run."""
 
 from __future__ import annotations
 
@@ -37,59 +37,61 @@ from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 
 
 class MaskTrainer:
-    """Learns the masks of a converted model by the steps of an estimator.
+    """Learn the masks of a converted model by steps of an estimator.
 
-    The batches are visited in order, and again from the start. All modules but the masked layers run in eval mode. With
-    an estimator that runs backward, as ``StraightThrough``, a module whose attribute ``gradient_checkpointing`` is true
-    is in training mode itself, though not what is in it: only then it computes its activations anew in backward.
+    The trainer visits the batches in order, and again from the start. All modules but the masked layers run in eval
+    mode. If the estimator runs backward, as ``StraightThrough`` does, a module whose attribute
+    ``gradient_checkpointing`` is true is in training mode itself, its children not. Otherwise it would not compute its
+    activations again in backward.
 
-    ``Reinforce`` compares losses with those of the initial masks m_0, the top-N masks of the logits at the first step.
-    They are computed once a batch, before the logits move; a batch is recognized by its content. After a step after
-    which the estimator ``refreshes``, m_0 becomes the top-N masks of the logits that this step has left.
+    ``Reinforce`` compares losses with those under the initial masks m_0, the top-N masks of the logits at the first
+    step. The trainer computes these once a batch, before the logits move; it recognizes a batch by its content. When a
+    step ``refreshes``, m_0 becomes the top-N masks of the logits after that step.
 
-    Where torch.distributed is initialized, all its processes, the ranks, make a trainer of the same model, batches and
-    settings and call the same methods. They share the batches of a step and exchange their losses, and each does the
-    same update of all logits. With ``Reinforce`` nothing but numbers moves between them, and the logits get the bits of
-    one process with the same draws and batches a step, if it computes the same losses. With ``StraightThrough`` the
-    slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one process but for the
-    order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another number of ranks.
-    Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows alone, all ranks
-    make each forward together, and each writes its rows of a snapshot: they share the disk.
+    If torch.distributed is initialized, all its processes (ranks) make a trainer with the same model, batches and
+    settings, and call the same methods. They share the batches of a step and exchange their losses; each makes the same
+    update of all logits. With ``Reinforce`` ranks exchange only numbers. The logits then have the bits of one process
+    with the same draws and batches a step, if it computes the same losses. With ``StraightThrough`` ranks also sum the
+    slopes, a layer at a time: all ranks have the same bits, which differ from those of one process only by the order of
+    the sum. Rank 0 alone reads and writes ``output_dir``, and a run may resume with another number of ranks. If
+    ``fully_shard`` of torch has cut the layers into rows, each rank has the logits of its own rows alone. All ranks
+    then take part in each forward, and each writes its rows of a snapshot, so they need a common disk.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
-        loss_fn: ``loss_fn(model, batch)`` -> 0-dim tensor. Compute it in float32: in bfloat16 the
-            residual drowns in rounding.
-        batches: sequence of batches, in whatever form ``loss_fn`` takes. Or another iterable, such as a DataLoader:
-            ``StraightThrough`` takes its batches one by one, and from the start again where it ends; ``Reinforce``
-            takes those of all its ``steps`` into a list now.
+        loss_fn: ``loss_fn(model, batch)`` -> 0-dim tensor. Compute it in float32: in bfloat16 rounding is larger than
+            the residual.
+        batches: sequence of batches, in any form that ``loss_fn`` takes. Or another iterable, such as a DataLoader:
+            ``StraightThrough`` then takes batches one by one, and starts again at the end; ``Reinforce`` loads those of
+            all its ``steps`` into a list now.
         estimator: a ``Reinforce``, a ``StraightThrough`` or another ``Estimator``, one for each trainer.
-        seed: seed of all draws; their step starts at 0. Logits that have been learned need another seed than
-            before, or the first draws are those that they have learned from.
-        output_dir: folder for what the run leaves, made if missing: ``metrics.jsonl``, a line a step; snapshots of the
-            logits, the first and the two newest; and with ``Reinforce`` a journal, from which the logits of every step
-            can be rebuilt. Where the folder holds a run, call ``resume`` to go on with it.
-        snapshot_minutes: minutes between snapshots. ``run`` leaves one at its end, too. Without a journal it also does
-            where an error ends it, but for one within an update.
-        max_skipped: how many steps in a row may have a loss that is not finite, or with ``StraightThrough`` a
-            gradient. They count as done. Such a loss moves nothing; such a gradient leaves the logits of its weights,
-            and a warning names the layer. One more ends the run; one that is resumed counts on.
-        accumulate: batches a step. The loss of a draw is the mean of theirs, weighted by their tokens: of a mapping the
-            "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids. Every
-            rank takes its own share of the batches, so it has to be a multiple of the ranks.
-        timeout: seconds that a rank waits for the others in a step, and for each of their losses of the initial masks.
-            Without a limit it waits for ``after_step`` of ``run``, for settings that are compared, and for what rank 0
-            reads and writes before the first step and where initial masks are refreshed.
+        seed: seed of all draws; the step starts at 0. To train learned logits further, use another seed: otherwise the
+            first draws repeat those that the logits have learned from.
+        output_dir: folder of the run, made if missing. It gets ``metrics.jsonl`` with a line for each step; snapshots
+            of the logits, the first and the two newest; and with ``Reinforce`` a journal, which restores the logits of
+            any step. To continue a run in the folder, call ``resume``.
+        snapshot_minutes: minutes between snapshots. ``run`` also writes one at its end. Without a journal it also
+            writes one after an error, unless the error came within an update.
+        max_skipped: number of steps in a row whose loss, or with ``StraightThrough`` a gradient, may be not finite.
+            They count as done. After such a loss no logits move; such a gradient does not move the logits of its
+            weights, and a warning names the layer. One more such step ends the run. A resumed run continues the count.
+        accumulate: batches a step. The loss of a draw is the mean of their losses, weighted by tokens: in a mapping the
+            "labels" other than -100, else the ones of the "attention_mask", else the elements of the input ids. Each
+            rank takes its share of the batches, so ``accumulate`` must be a multiple of the number of ranks.
+        timeout: seconds that a rank waits for the others in a step, and for each of their losses under the initial
+            masks. There is no limit for ``after_step`` of ``run``, for the comparison of settings, and for files that
+            rank 0 reads and writes before the first step and when initial masks are refreshed.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or logits are not finite, or with ``Reinforce`` all too far
-            apart for a draw to change a mask. The model is then as it was. Of shared rows ``begin`` raises it.
+        TypeError, ValueError: an argument is not as above, logits are not finite, or with ``Reinforce`` all gaps are
+            too wide for a draw to change a mask. The model is then unchanged. For layers cut into rows ``begin`` raises
+            it.
 
     Warns:
         UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask.
 
-    ``begin``, ``step``, ``run`` and ``resume`` raise torch's RuntimeError where another rank has ended or does not come
-    in time, and ValueError on all ranks where one has another model, batches or settings.
+    ``begin``, ``step``, ``run`` and ``resume`` raise torch's RuntimeError if another rank has ended or is not there in
+    time, and ValueError on all ranks if one has another model, batches or settings.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable, estimator: Estimator, *,
@@ -116,7 +118,7 @@ class MaskTrainer:
             raise ValueError(f"accumulate: expected a multiple of the {self.ranks.world} ranks, got {accumulate}")
         _check_layers(self.layers, estimator)
         if not self._sharded or self.ranks.world == 1:
-            # else a rank would wait for another one that has raised of its own rows
+            # for rows ``begin`` checks: here a rank would wait for one that has raised for its own rows
             check_finite(self.layers)
             _check_reach(estimator, least_margin(self.layers, estimator.max_logit_travel), self.ranks.rank == 0)
         self._batches = _batches_of_steps(batches, estimator, accumulate, self.ranks)
@@ -126,7 +128,7 @@ class MaskTrainer:
         self.snapshot_minutes, self.max_skipped = float(snapshot_minutes), max_skipped
         self.masks, self.steps_done = ModelMasks(self.layers), 0
         self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, self._sharded)
-        # Of rank 0 alone
+        # on rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:
             self._folder = RunFolder(self.output_dir, estimator)
@@ -140,27 +142,28 @@ class MaskTrainer:
 
     @property
     def broken(self) -> bool:
-        """True where the last step was broken off in its update, or the trainer is closed: logits may be of no step."""
+        """Whether the last step ended within its update, so that logits belong to no step, or the trainer is closed."""
         return self._broken
 
     @property
     def metrics(self) -> list[dict]:
-        """The fields of ``StepRecord`` for each step of the run in ``output_dir``; of rank 0 alone."""
+        """Fields of ``StepRecord`` for each step of the run in ``output_dir``; on rank 0 alone."""
         return [] if self._folder is None else self._folder.rows
 
     @property
     def run_id(self) -> str | None:
-        """The id of the run in ``output_dir``, which no other one has; None before the run begins. Of rank 0 alone."""
+        """Unique id of the run in ``output_dir``; None before the run begins. On rank 0 alone."""
         return None if self._folder is None else self._folder.run.get("id")
 
     def begin(self, progress: bool = False) -> None:
-        """Prepare for the first step, which does it where it has not been done; with ``progress`` under a bar.
+        """Prepare the run: ``step`` calls it if the user has not; ``progress`` shows a bar.
 
-        With ``Reinforce`` by the losses of the initial masks; and in ``output_dir`` the first snapshot and the journal.
+        With ``Reinforce`` it computes the losses under the initial masks. In ``output_dir`` it writes the first
+        snapshot and the journal.
 
         Raises:
             ValueError: if ``output_dir`` holds a run.
-            FloatingPointError: if a loss of the initial masks is not finite.
+            FloatingPointError: if a loss under the initial masks is not finite.
         """
         if self._begun:
             return
@@ -194,11 +197,11 @@ class MaskTrainer:
         """Take ``steps`` steps under a progress bar and return their records.
 
         Args:
-            after_step: called with the record of every step; true ends the run. The ranks wait for each other's,
-                however long it takes, and all end where one is true.
+            after_step: called with the record of each step; if it returns true, the run ends. Ranks wait for each
+                other's without a time limit, and all end if one returns true.
 
         Raises:
-            TypeError, ValueError: if ``steps`` is not an int of at least 1, or more than the estimator has left.
+            TypeError, ValueError: if ``steps`` is not an int of at least 1, or more than the estimator allows.
             FloatingPointError: see ``step``.
         """
         check_whole("steps", steps, 1)
@@ -220,9 +223,9 @@ class MaskTrainer:
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
                         break
         except BaseException:
-            # ``resume`` could not have the last steps otherwise. Where ranks hold rows the others may not come to it
+            # without a journal ``resume`` needs it. Ranks with rows cannot: the others may not take part
             if not (self.broken or self.estimator.journaled or self._sharded) and self._folder is not None:
-                # the error that came first is the one to raise
+                # raise the first error
                 with suppress(OSError, RuntimeError):
                     self._save_snapshot()
             raise
@@ -231,19 +234,19 @@ class MaskTrainer:
         return records
 
     def step(self) -> StepRecord:
-        """Take a step: a forward for each draw and batch under newly drawn masks, one update of all logits.
+        """Take a step: a forward for each draw and batch under newly drawn masks, then one update of all logits.
 
         Raises:
-            ValueError: if a loss has no gradient, all steps are taken, or an iterator of batches is used up.
-            FloatingPointError: if the update is not finite: logits and tracker are then as before the step. And where
-                more steps in a row than ``max_skipped`` have had a loss, or with ``StraightThrough`` a gradient, that
-                is not finite: this one counts as done, too.
-            RuntimeError: if the last step was broken off from its update on, or the trainer is closed; or in a process
-                that was forked from the one that made the trainer, where there is an ``output_dir``.
+            ValueError: if a loss has no gradient, all steps are taken, or an iterator of batches has ended.
+            FloatingPointError: if the update is not finite: logits and tracker are then unchanged. Also if the loss, or
+                with ``StraightThrough`` a gradient, was not finite in more steps in a row than ``max_skipped``: this
+                step then counts as done.
+            RuntimeError: if the last step ended within its update, or the trainer is closed. Also, with an
+                ``output_dir``, in a process that was forked from that of the trainer.
         """
         if self.broken:
             raise RuntimeError(
-                "step: expected a trainer whose last step has ended and that is not closed; make another one, and call "
+                "step: expected an open trainer whose last step was complete, got another; make a new one, and call "
                 "resume if there is an output_dir"
             )
         self._check_steps(1)
@@ -258,7 +261,7 @@ class MaskTrainer:
                 result = self.estimator.step(step)
         step.check_updates()
         if result.refreshes:
-            # ahead of the next step: from a run that is killed in between it is the same one
+            # a run that is killed before the next step resumes to the same step
             self._initial_losses.losses = None
         advance(self.model)
         record = result.record(step.index, step.tokens, step.flip_rate, time.perf_counter() - start)
@@ -269,7 +272,7 @@ class MaskTrainer:
             self._folder.add_row(asdict(record))
         if self.output_dir is not None:
             is_due = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
-            # by the clock of rank 0, which writes alone unless ranks hold the rows of layers
+            # by the clock of rank 0, the only writer unless layers are cut into rows
             if self.ranks.first(lambda: is_due) if self._sharded else is_due:
                 self._save_snapshot()
         if self._skipped:
@@ -277,26 +280,26 @@ class MaskTrainer:
         return record
 
     def resume(self, progress: bool = False, check: Callable[[str], object] | None = None) -> int:
-        """Continue the run in ``output_dir``, which another process may have left at any moment; returns its steps.
+        """Continue the run in ``output_dir``, which may have ended at any moment, and return the number of its steps.
 
-        The newest sound snapshot is loaded; damaged ones are set aside, with a warning. With ``Reinforce`` the steps of
-        the journal behind it are taken again by their updates alone: the logits get the bits of a run that was never
-        interrupted. Where initial masks were refreshed behind the snapshot, their losses are computed again. Without a
-        journal, as with ``StraightThrough``, the steps behind the snapshot are lost.
+        It loads the newest intact snapshot and sets damaged ones aside, with a warning. With ``Reinforce`` it then
+        applies the updates of the later steps in the journal: the logits get the bits of a run that was never
+        interrupted. If initial masks were refreshed after the snapshot, it computes their losses again. Without a
+        journal, as with ``StraightThrough``, the steps after the snapshot are lost.
 
-        Of batches that are no sequence those of the steps before are taken again: they have to be those that the run
-        has learned from. All else than weights and logits of the masked layers, batches and settings, such as other
-        weights, has to be as it was; so do objects in batches that are neither tensors nor arrays nor plain values.
+        Batches that are not a sequence are iterated up to the current step; they must be those of the run. ``resume``
+        compares weights and logits of the masked layers, batches and settings. It does not compare other weights, and
+        objects in batches that are neither tensors nor arrays nor plain values: the user must keep these the same.
 
         Args:
             progress: whether to show a bar.
-            check: called with the id of the run before anything changes, on rank 0; what it raises is raised.
+            check: called with the id of the run before anything changes, on rank 0. Its errors are raised.
 
         Raises:
             ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of another
                 version, other weights, settings, batches or layers; if the journal, all snapshots or the losses of
-                refreshed initial masks are damaged; or if another trainer holds the folder. Nothing has changed then,
-                but that an iterator of batches may have been used.
+                refreshed initial masks are damaged; or if another trainer uses the folder. Nothing has changed then,
+                except that batches of an iterator may be consumed.
         """
         if self._begun:
             raise ValueError("resume: expected a trainer that has taken no step, got one that has")
@@ -308,7 +311,7 @@ class MaskTrainer:
 
         def read() -> SavedRun:
             saved = self._folder.resume(settings, partial(self._batches.skip, progress=progress), check)
-            # nothing that a disk can refuse from here on
+            # no disk error can come from here on
             self._begun = self._broken = True
             return saved
 
@@ -334,7 +337,7 @@ class MaskTrainer:
         return saved.steps
 
     def close(self) -> None:
-        """Let another trainer have ``output_dir``, and part from the other ranks; this one takes no further step."""
+        """Release ``output_dir`` for another trainer and leave the other ranks; this trainer takes no further step."""
         if self._folder is not None:
             self._folder.close()
             self._broken = self._begun
@@ -342,13 +345,13 @@ class MaskTrainer:
 
     def _begin_update(self, entry: Entry | None) -> None:
         if self._folder is not None:
-            # ahead of the update: a run that is killed in between takes it from here
+            # before the update: a run that is killed in between resumes from this entry
             self._folder.add_entry(entry)
-        # until the step has ended logits may have moved in a part of the layers
+        # until the step ends, perhaps only some layers have moved
         self._broken = True
 
     def _agreed_settings(self, with_logits: bool = False) -> dict:
-        """The settings that a run goes on with, once all ranks agree on them."""
+        """Settings that a resumed run must share, after a check that all ranks have the same."""
         agree_on_shards(self.ranks, self.layers)
         batches = self._batches.sequence
         settings = settings_of(self.layers, self.estimator, batches, self.seed, self.accumulate, self.loss_fn)
@@ -379,7 +382,7 @@ class MaskTrainer:
         self._snapshot_time = time.monotonic()
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
-        """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
+        """Loss of each batch under m_0, computed once for each m_0, with the batches of the steps."""
         initial = self._initial_losses
         if initial.losses is None:
             loss_of = partial(top_n_loss, self.model, self.layers, self.loss_fn)
@@ -393,7 +396,7 @@ class MaskTrainer:
     def _check_steps(self, steps: int) -> None:
         left = MAX_STEPS - 1 - self.steps_done
         if steps > left:
-            raise ValueError(f"steps: expected at most {left} more, the draws that are left, got {steps}")
+            raise ValueError(f"steps: expected at most {left} more, as the counter allows, got {steps}")
         most = self.estimator.steps
         if most is not None and self.steps_done + steps > most:
             whose = f"{type(self.estimator).__name__}'s {most}"
@@ -408,7 +411,7 @@ class MaskTrainer:
             others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
             raise FloatingPointError(message + others)
         if result.bad_layers and self.ranks.rank == 0:
-            warnings.warn(f"{message}; the logits of their weights are as before", stacklevel=3)
+            warnings.warn(f"{message}; the logits of their weights did not move", stacklevel=3)
 
 
 def _check_batches(batches: object) -> None:
@@ -423,15 +426,15 @@ def _check_batches(batches: object) -> None:
 def _batches_of_steps(
     batches: Iterable, estimator: Estimator, accumulate: int, ranks: Ranks
 ) -> BatchCycle | BatchStream:
-    """Those of a sequence in turn; of another iterable one by one, or in a list where all are needed beforehand."""
+    """Cycle over a sequence; take another iterable one by one, or as a list if all batches are needed at the start."""
     if isinstance(batches, Sequence):
         return BatchCycle(batches, accumulate)
     if not (estimator.needs_initial_losses or estimator.journaled):
         return BatchStream(batches, accumulate, ranks)
     if estimator.steps is None:
         raise ValueError(
-            f"estimator: expected one with a number of steps, as {type(estimator).__name__}(steps=1000): the batches "
-            "of all steps are taken before the first one, and these are no sequence, got steps=None"
+            f"estimator: expected a number of steps, such as {type(estimator).__name__}(steps=1000), since all "
+            "batches are loaded before the first step and they are not a sequence, got steps=None"
         )
     taken = list(islice(batches, estimator.steps * accumulate))
     _check_batches(taken)
@@ -441,17 +444,17 @@ def _batches_of_steps(
 def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:
     by_id = {}
     for name, layer in layers.items():
-        # shards of one layer start at groups of their own
+        # shards of one layer start at different groups
         other = by_id.setdefault((layer.layer, layer.group_offset), name)
         if other != name:
             raise ValueError(
-                f"model: expected another layer id in each layer, or they draw the same noise, "
+                f"model: expected another layer id in each layer, so that noise differs, "
                 f"got {layer.layer} in {other} and {name}"
             )
         if layer.logits.is_meta or layer.weight.is_meta:
             raise ValueError(
-                f"model: expected weights and logits in memory, got some on meta in {name}; what offloads weights "
-                f"loses what their logits learn"
+                f"model: expected weights and logits in memory, got some on meta in {name}; a library that offloads "
+                f"weights would lose the updates of logits"
             )
         if estimator.needs_gradients:
             if not layer.logits.requires_grad:
@@ -461,17 +464,17 @@ def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> N
 
 
 def _check_reach(estimator: Estimator, least: float, warn: bool) -> None:
-    """Warn if no mask can change, where the logits come as near as ``least``; of draws alone ValueError."""
+    """Warn if no mask can change, given the smallest gap ``least``; ValueError if the estimator needs changed draws."""
     travel = estimator.max_logit_travel
     if least > travel and estimator.needs_flips:
         raise ValueError(
-            f"model: expected a kept and a dropped logit at most {travel:g} apart, got none nearer than {least:.4g}: "
-            f"noise reaches no further, and {type(estimator).__name__} learns from draws that change a mask alone; "
+            f"model: expected a kept and a dropped logit at most {travel:g} apart, got at least {least:.4g}: noise "
+            f"crosses no wider gap, and {type(estimator).__name__} learns only from draws that change a mask; "
             "give convert a smaller gap"
         )
     if least > travel and warn:
         warnings.warn(
-            f"no mask will change: all steps together can cross a gap of {travel:g}, and the nearest two logits are "
-            f"{least:.4g} apart; give more steps, a greater max_update or a smaller gap",
+            f"no mask will change: all steps together can cross a gap of {travel:g}, but the smallest gap is "
+            f"{least:.4g}; set more steps, a larger max_update or a smaller gap",
             stacklevel=3,
         )

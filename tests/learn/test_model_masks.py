@@ -187,7 +187,7 @@ def test_contexts_do_not_nest(other):
     masks = ModelMasks(model)
     with masks.drawn():
         inner = ModelMasks(model) if other else masks
-        with pytest.raises(RuntimeError, match="^masks: expected layers that are in no `drawn` yet"), inner.drawn():
+        with pytest.raises(RuntimeError, match="^masks: expected layers outside of any `drawn`"), inner.drawn():
             pass
         model(torch.randn(2, 16))
     with masks.drawn(uses=NONE), pytest.raises(RuntimeError, match="^masks: expected"), masks.drawn(uses=NONE):

@@ -37,7 +37,7 @@ def test_margins_of_groups(n, expected):
 
 def test_straight_through_tells_that_its_steps_are_too_few():
     """Both logits move by 2 a step at most: 3 steps cross a gap of 12."""
-    told = "all steps together can cross a gap of 12, .* 12.5 apart; give more steps"
+    told = "all steps together can cross a gap of 12, .* 12.5; set more steps"
     with pytest.warns(UserWarning, match=told) as caught:
         a_trainer(spread(12.5), estimator=StraightThrough(steps=3))
     # where the trainer is made
@@ -60,7 +60,5 @@ def test_runs_in_which_a_mask_may_change_are_not_told_of(model, estimator):
 
 
 def test_reinforce_refuses_a_gap_that_no_draw_crosses():
-    with pytest.raises(
-        ValueError, match="^model: expected .* at most 26 apart, got none nearer than 40: noise reaches"
-    ):
+    with pytest.raises(ValueError, match="^model: expected .* at most 26 apart, got at least 40: noise crosses"):
         a_trainer(spread(40.0), estimator=Reinforce())

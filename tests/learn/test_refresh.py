@@ -125,5 +125,5 @@ def test_a_refresh_costs_a_forward_for_every_batch():
     while trainer._initial_losses.losses is not None:
         trainer.step()
     batches[:] = [batch + 1.0 for batch in batches]
-    with pytest.raises(ValueError, match="^batches: expected those of the first step, got others in place of "):
+    with pytest.raises(ValueError, match="^batches: expected those of the first step, got others instead of "):
         trainer.step()

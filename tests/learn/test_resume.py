@@ -202,7 +202,7 @@ def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, 
     assert any(not torch.equal(*pair) for pair in zip(before, logits_of(trainer.model), strict=True))
     assert trainer.broken and trainer.steps_done == 2
     assert sorted(tmp_path.glob("run/snapshot-*")) == files
-    with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
+    with pytest.raises(RuntimeError, match="step: expected an open trainer whose last step was complete"):
         trainer.step()
     trainer.close()
     again = a_trainer_in(tmp_path / "run", how)

@@ -89,7 +89,7 @@ def test_one_trainer_at_a_time(tmp_path):
         with pytest.raises(ValueError, match="output_dir: expected a folder that no other trainer holds"):
             other.resume()
     first.close()
-    with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended and that is not closed"):
+    with pytest.raises(RuntimeError, match="step: expected an open trainer whose last step was complete"):
         first.step()
     assert other.resume() == 1
 

@@ -67,9 +67,7 @@ def test_batches_are_taken_when_their_step_comes():
     trainer.run(6, progress=False)
     before = logits_of(trainer.model)
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match="^batches: .* an iterator that is used up behind 9; give what can be gone"
-        ):
+        with pytest.raises(ValueError, match="^batches: .* an iterator that ended after 9; pass an"):
             trainer.step()
     # such a step has changed nothing, and is no broken one
     assert trainer.steps_done == 9 and not trainer.broken
@@ -160,12 +158,9 @@ def test_a_snapshot_behind_a_failed_step_has_the_batches_of_the_steps_that_are_d
 
 
 OTHERS = {
-    "another seed": (
-        lambda: endless(6),
-        "expected those that the run has taken in its 3 steps, .* got others; give what",
-    ),
-    "one that is used up": (lambda: iter(some_batches(2)), "an iterator that is used up behind 2"),
-    "none": (lambda: iter([]), "an iterator that is used up behind 0"),
+    "another seed": (lambda: endless(6), "expected those of the run's first 3 steps, .* got others; pass an"),
+    "one that has ended": (lambda: iter(some_batches(2)), "an iterator that ended after 2"),
+    "none": (lambda: iter([]), "an iterator that ended after 0"),
     "a sequence": (lambda: list(itertools.islice(endless(), 3)), "expected a run with batches of this trainer"),
 }
 
