@@ -1,7 +1,7 @@
-"""The logits of a model's masked layers in a file, with their weights where these have changed.
+"""Files of a model's logits, with weights that were refitted or trained.
 
-Masks that were learned over changed weights mean nothing without them: both are in one file, so that one is never kept
-or copied without the other, and whoever reads the logits gets the weights as well.
+Masks learned over changed weights are useless without these weights. So one file has both, and nobody can copy or read
+one without the other.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..files import write_tensors
 from ..fsdp import check_not_sharded
 from ..modules import MaskedLinear, masked_layers
 
-# The name that a run gives it
+# Its name in the folder of a run
 LOGITS_FILE = "logits.safetensors"
-# In the metadata: the layers whose changed weights are with their logits
+# Key of the metadata that lists the layers with changed weights in the file
 CHANGED = "changed_weights"
-# Behind the name of its layer, by which its logits go, the name of a weight
+# A layer's logits have the name of the layer; its weight has this suffix as well
 WEIGHT = ".weight"
 
 
 class Logits(NamedTuple):
-    """The content of a file of logits.
+    """Content of a file of logits.
 
     Attributes:
         logits: [out, K] by name of the layer, on the CPU.
-        weights: [out, K] by name of the layer, on the CPU, where they are not those of the dense model; else none.
+        weights: [out, K] by name of the layer, on the CPU; only weights that differ from the dense model's.
         metadata: strings by name.
     """
 
@@ -47,21 +47,21 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str,
 
     Args:
         model: has at least one MaskedLinear.
-        path: of the file; an existing file is replaced only once the new one is safe on disk.
-        metadata: strings stored beside the tensors, under other names than "changed_weights".
+        path: of the file; an existing file is replaced only once the new one is on disk.
+        metadata: strings to store with the tensors; the name "changed_weights" is reserved.
 
     Raises:
         ValueError: if ``model`` has no MaskedLinear, or one that fully_shard has cut.
         OSError: if the file cannot be written.
     """
     layers = masked_layers(model)
-    check_not_sharded(layers, "no rank has all logits, but snapshots of a run do")
+    check_not_sharded(layers, "no rank has all logits; snapshots of a run have them")
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
     write_logits(Logits(logits, changed_weights(layers), dict(metadata)), path)
 
 
 def write_logits(content: Logits, path: str | Path) -> None:
-    """Write what ``load_logits`` reads; OSError if the file cannot be written."""
+    """Write a file for ``load_logits``; OSError if it cannot be written."""
     metadata, tensors = dict(content.metadata), dict(content.logits)
     if content.weights:
         metadata[CHANGED] = json.dumps(sorted(content.weights))
@@ -70,9 +70,9 @@ def write_logits(content: Logits, path: str | Path) -> None:
 
 
 def load_logits(path: str | Path) -> Logits:
-    """Read what ``save_logits`` wrote: logits, weights where they have changed, and metadata.
+    """Read a file of ``save_logits``: logits, changed weights and metadata.
 
-    ``prune.refit.put_weights`` gives the weights to the layers of a converted model.
+    ``prune.refit.put_weights`` writes the weights into the layers of a converted model.
 
     Raises:
         ValueError: if the file is not a safetensors file.
@@ -88,5 +88,5 @@ def load_logits(path: str | Path) -> Logits:
 
 
 def changed_weights(layers: Mapping[str, MaskedLinear]) -> dict[str, torch.Tensor]:
-    """The weights of layers that are no longer those of the dense model, by name."""
+    """Weights of layers that differ from those of the dense model, by name."""
     return {name: layer.weight.detach() for name, layer in layers.items() if layer.weight_changed}

@@ -1,13 +1,12 @@
-"""Masks as small files, that travel without the weights they were learned on.
+"""Mask files: small files of masks, without the weights.
 
-A mask file holds the group codes of all masked layers in as few bits as the pattern needs. A code of N:M is one of
-C(M, N), and those are numbered by the rank in the combinatorial number system (Knuth, The Art of Computer Programming
-4A, 7.2.1.3): the kept weights at places p_1 < ... < p_N of a group give C(p_1, 1) + ... + C(p_N, N). Several ranks are
-the digits of one word of whole bytes, to the base C(M, N): at 2:4 three a byte, 2.67 bits a group where its entropy is
-2.58 at most.
+A mask file has the group codes of all masked layers, in few bits. Each of the C(M, N) codes has a number, its rank in
+the combinatorial number system (Knuth, The Art of Computer Programming 4A, 7.2.1.3): kept weights at places p_1 < ... <
+p_N of a group have the rank C(p_1, 1) + ... + C(p_N, N). Several ranks are the digits, in base C(M, N), of a word of
+whole bytes. For 2:4 a byte has three ranks: 2.67 bits a group, where the entropy is at most 2.58.
 
-It is a safetensors file. Its metadata name the base model, and hold a fingerprint of its weights: on another base it is
-refused. A checksum of everything finds each bit that was changed.
+It is a safetensors file. Its metadata name the base model and contain a fingerprint of its weights, so that another
+base is refused. A checksum over everything detects each changed bit.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from ..ops.pattern import NMPattern
 FORMAT = "maskpro-mask 2"
 METADATA = ("format", "pattern", "dtype", "model", "layers", "base", "provenance")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-# Of a word of ranks: what a 64-bit integer with a sign holds
+# Bytes of a word of ranks, so that a signed 64-bit integer can represent it
 MOST_BYTES = 7
 
 
 class MaskFile:
-    """The content of a mask file, as ``load_masks`` reads it.
+    """Content of a mask file, as ``load_masks`` reads it.
 
     Attributes:
         pattern: of the masks.
         layers: shape [out, K] of each layer's weight, by name.
-        model: the name of the base model, as whoever wrote the file called it.
-        dtype: of the base weights that the fingerprint is of.
+        model: name of the base model, as given by the writer of the file.
+        dtype: dtype of the base weights for the fingerprint.
         base: fingerprint of the base: a digest of the names, shapes and weights of the layers.
-        provenance: where the masks come from, as whoever wrote the file put it; JSON can hold it.
-        checksum: of all that is in the file.
+        provenance: origin of the masks, as given by the writer: JSON values.
+        checksum: of the whole file.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checksum: str):
@@ -63,28 +62,28 @@ class MaskFile:
     def check_base(self, weights: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless the masks belong to these weights [out, K], by name of the layer.
 
-        All ranks come to it where they are DTensors.
+        If they are DTensors, all ranks must call it.
         """
         names = sorted(self.layers.keys() | weights.keys())
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         others = [name for name in names if self.layers.get(name) != shapes.get(name)]
         if others:
             raise ValueError(
-                f"model: expected the layers that the masks were learned on, those of {self.model}, got {others[0]} of "
-                f"shape {shapes.get(others[0], 'none')} where the masks have {self.layers.get(others[0], 'none')}"
+                f"model: expected the layers of the masks' base model, {self.model}, got {others[0]} of shape "
+                f"{shapes.get(others[0], 'none')}, but in the masks {self.layers.get(others[0], 'none')}"
             )
         base = _fingerprint([name, digest([weights[name].detach().to(self.dtype)])] for name in names)
         if base != self.base:
             dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
             raise ValueError(
-                f"model: expected the base that the masks were learned on, {self.model}, of fingerprint {self.base} in "
-                f"{str(self.dtype).removeprefix('torch.')}, got {' and '.join(sorted(dtypes))} weights of fingerprint "
-                f"{base}"
+                f"model: expected the masks' base model, {self.model}, with fingerprint {self.base} in "
+                f"{str(self.dtype).removeprefix('torch.')}, got {' and '.join(sorted(dtypes))} weights with "
+                f"fingerprint {base}"
             )
 
 
 def is_mask_file(path: str | Path) -> bool:
-    """True where the file at a path says that it is a mask file; what else is in it is not looked at."""
+    """Whether the header of a file says that it is a mask file; the rest is not checked."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format", "").startswith("maskpro-mask")
@@ -95,17 +94,17 @@ def is_mask_file(path: str | Path) -> bool:
 def load_masks(path: str | Path) -> MaskFile:
     """Read a mask file.
 
-    To put its masks on a base model: ``convert(model, masks.pattern, targets=list(masks.layers), init=path)``, which
-    compares the base, then ``finalize``.
+    To apply its masks to a base model, call ``convert(model, masks.pattern, targets=list(masks.layers), init=path)``,
+    which compares the base, then ``finalize``.
 
     Raises:
-        ValueError: if it is no mask file, or was damaged or changed.
+        ValueError: if it is not a mask file, or was damaged or changed.
         OSError: if it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            # ahead of the tensors: another file may be large
+            # before the tensors are read: another file may be large
             if not metadata.get("format", "").startswith("maskpro-mask"):
                 raise ValueError("metadata of another kind")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -118,22 +117,22 @@ def load_masks(path: str | Path) -> MaskFile:
     stored = metadata.pop("checksum", None)
     checksum = digest_of_named(tensors, metadata)
     if stored != checksum or metadata.keys() != set(METADATA):
-        raise ValueError(f"mask: expected what was written, got {str(path)!r}, damaged or changed since")
+        raise ValueError(f"mask: expected an unchanged file, got {str(path)!r}, which was damaged or changed")
     return MaskFile(tensors, metadata, checksum)
 
 
 def save_masks(path: str | Path, layers: Iterable[tuple[str, Tensor, Tensor]], pattern: str | NMPattern,
                *, model: str, provenance: Mapping[str, object] | None = None) -> MaskFile:  # fmt: skip
-    """Write masks into a file, and give what ``load_masks`` reads of it.
+    """Write masks into a file, and return its content as ``load_masks`` would.
 
-    Layers may be made one at a time: no more than one is held, and what the file will hold.
+    ``layers`` may be a generator: it keeps one layer in memory at a time, and the content of the file.
 
     Args:
-        path: of the file; one that is there is replaced once the new one is safe on disk.
-        layers: (name, group codes [out, K / M], base weight [out, K]) of each; the weights of one dtype.
+        path: of the file; an existing file is replaced once the new one is on disk.
+        layers: (name, group codes [out, K / M], base weight [out, K]) of each; all weights of one dtype.
         pattern: "N:M" or NMPattern.
-        model: the name of the base model.
-        provenance: where the masks come from, for who reads the file; JSON has to hold it.
+        model: name of the base model.
+        provenance: origin of the masks, for readers of the file: JSON values.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -143,7 +142,7 @@ def save_masks(path: str | Path, layers: Iterable[tuple[str, Tensor, Tensor]], p
     for name, codes, weight in layers:
         if name in shapes or weight.dim() != 2 or weight.shape[1] % pattern.m:
             raise ValueError(
-                f"layers: expected another name for each, and weights [out, K] with K divisible by {pattern.m}, got "
+                f"layers: expected distinct names, and weights [out, K] with K divisible by {pattern.m}, got "
                 f"{list(weight.shape)} in {name}"
             )
         check_codes("codes", codes, pattern, weight)
@@ -190,11 +189,11 @@ def _tables(pattern: NMPattern) -> tuple[Tensor, Tensor]:
 
 
 def word_size(pattern: NMPattern) -> tuple[int, int]:
-    """(ranks, bytes) of the word that takes the fewest bits a group, and of those the shortest."""
+    """(ranks, bytes) of the word with the fewest bits a group; of several the shortest."""
     count = math.comb(pattern.m, pattern.n)
     words = []
     for size in range(1, MOST_BYTES + 1):
-        # exactly, where a logarithm of floats could be one too many
+        # by integers: a logarithm of floats could give one too many
         digits = 0
         while count ** (digits + 1) <= 1 << 8 * size:
             digits += 1
@@ -204,7 +203,7 @@ def word_size(pattern: NMPattern) -> tuple[int, int]:
 
 
 def pack_ranks(ranks: Tensor, pattern: NMPattern) -> Tensor:
-    """uint8 [bytes] of ranks, int64 of any shape: whole words, the lowest byte first; missing digits are 0."""
+    """Pack int64 ranks of any shape into uint8 [bytes]: whole words, lowest byte first; missing digits are 0."""
     digits, size = word_size(pattern)
     ranks = ranks.flatten()
     ranks = torch.nn.functional.pad(ranks, (0, -len(ranks) % digits)).view(-1, digits)
@@ -215,7 +214,7 @@ def pack_ranks(ranks: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def unpack_ranks(packed: Tensor, length: int, pattern: NMPattern) -> Tensor:
-    """The first ``length`` ranks, int64 [length], of what ``pack_ranks`` gave; ValueError if it gave none such."""
+    """Unpack the first ``length`` ranks, int64 [length], of ``pack_ranks``; ValueError if there are fewer."""
     digits, size = word_size(pattern)
     count = -(-length // digits)
     if packed.dtype != torch.uint8 or packed.shape != (count * size,):

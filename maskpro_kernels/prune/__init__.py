@@ -1,1 +1,1 @@
-"""Initial masks, masked layers into a model, and finished masks out of it."""
+"""Initial masks, ``convert`` and ``finalize``."""

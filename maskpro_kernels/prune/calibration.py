@@ -1,11 +1,11 @@
-"""Calibration: how a model takes batches, what its layers see then, and a model run layer by layer under masks.
+"""Calibration: run batches through a model, collect the inputs of its layers, and visit layers one by one under masks.
 
-Where the output of one block is the input of the next, as in language models, calls of one block are made without the
-rest of the model, so that only one block's inputs are held.
+If the output of each block is the input of the next, as in language models, blocks run alone, and only one block's
+inputs are in memory.
 
-Of layers that fully_shard has cut, all ranks run the same batches. Of one layer at a time they gather the dense weight,
-and each works on a share of its rows. A cut model runs with the weights that it holds: while a block is worked on, its
-weights are overwritten by masked ones, and put back behind it.
+If fully_shard has cut the layers, all ranks run the same batches. They gather the dense weight of one layer at a time,
+and each computes a share of its rows. A cut model runs with its own weights: masked weights overwrite those of the
+current block, which are restored afterwards.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from ..ops.pattern import NMPattern
 from ..ranks import Ranks
 from ..unfuse import expert_groups
 
-# How much memory the Gram matrices of a mixture's experts may take together: each further part is a forward pass more
+# Memory for the Gram matrices of a mixture's experts at a time. Smaller parts would cost more forward passes
 GRAM_BYTES = 1 << 30
 
-# The arguments and keywords by which a module is called
+# (arguments, keywords) of a call of a module
 Call = tuple[tuple, dict]
 
-# Improves layers with the same input on its Gram matrix, one after the other
+# A function that improves layers with the same input, one after the other, by the input's Gram matrix
 Visit = Callable[[Sequence[str], Tensor], Iterator[None]]
 
-# Layers whose inputs depend on none of each other: groups of names that are given the same tensor, several of experts
-# alone; and if each runs once in a forward pass, all of them behind the same tensor
+# Layers whose inputs do not depend on each other, in groups of names with the same input tensor; only experts have
+# several groups. And whether each runs once in a forward pass, all after the same tensor
 Stage = tuple[list[list[str]], bool]
 
 
 class StopForward(Exception):
-    """Raised by a hook when a forward pass has reached what was wanted of it."""
+    """Raised by a hook to end a forward pass early."""
 
 
 def as_call(batch) -> Call:
-    """(arguments, keywords) by which a model takes a batch: a mapping, a tuple or list, or anything else as it is."""
+    """(arguments, keywords) of a batch: of a mapping, a tuple or list, or any other object as the one argument."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
@@ -59,7 +59,7 @@ def check_calibration(calibration: Iterable) -> None:
 
 
 def calls_of(calibration: Iterable) -> list[Call]:
-    """The calls by which a model takes all batches; raises unless there is one."""
+    """Convert batches to calls; raise unless there is at least one."""
     check_calibration(calibration)
     calls = [as_call(batch) for batch in calibration]
     if not calls:
@@ -74,7 +74,7 @@ def run_call(module: nn.Module, call: Call):
 
 @contextmanager
 def watching_inputs(hooks: Iterable[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
-    """While it lasts, ``hook(x)`` is called before every forward pass of its module, with the module's input x."""
+    """Call ``hook(x)`` before each forward of its module, with the module's input x, inside the context."""
 
     def before(hook):
         return lambda module, args, kwargs: hook(args[0] if args else kwargs["input"])
@@ -88,9 +88,9 @@ def watching_inputs(hooks: Iterable[tuple[nn.Module, Callable[[Tensor], None]]])
 
 
 def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Iterable) -> dict[str, Tensor]:
-    """Sum of squares of every input column of every layer over the calibration batches, float32 [K] by name.
+    """Sum of squares of each input column of each layer over the calibration batches: float32 [K] by name.
 
-    Batches are taken one at a time. Of an expert that none of their tokens is routed to, ones, with a warning.
+    Batches are consumed one at a time. An expert without a token gets ones, with a warning.
     """
     sums: dict[str, Tensor] = {}
 
@@ -119,7 +119,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
 def gram_matrices(
     module: nn.Module, calls: Iterable[Call], layers: Sequence[nn.Module], stop: bool = False
 ) -> list[Tensor | None]:
-    """X^T X, float32 [K, K], of the inputs X of each layer over all calls of a module; None of one that saw no input.
+    """X^T X, float32 [K, K], of each layer's inputs X over all calls of a module; None for a layer without input.
 
     ``stop``: end a forward pass at the first input of a layer.
     """
@@ -143,7 +143,7 @@ def gram_matrices(
 def _check_all_reached(model: nn.Module, unseen: Mapping[str, nn.Module]) -> None:
     experts = expert_groups(model)
     if names := [name for name, layer in unseen.items() if layer not in experts]:
-        raise ValueError(f"calibration: expected batches that reach every layer, {names} saw no input")
+        raise ValueError(f"calibration: expected batches that run every layer, {names} got no input")
 
 
 def _check_finite(name: str, sums: Tensor) -> None:
@@ -154,21 +154,21 @@ def _check_finite(name: str, sums: Tensor) -> None:
 def _warn_of_experts(names: Sequence[str], result: str, stacklevel: int) -> None:
     if names:
         warnings.warn(
-            f"calibration: {len(names)} matrices of experts saw no token, such as {names[0]}, and {result}; more "
-            "batches reach more experts",
+            f"calibration: {len(names)} matrices of experts got no token, such as {names[0]}, and {result}; use more "
+            "batches for more experts",
             stacklevel=stacklevel,
         )
 
 
 class LayerMasks:
-    """Masks and refitted weights of whole layers as they are found, and the model that runs under those so far.
+    """Masks and refitted weights of whole layers, filled layer by layer; the model runs under those present.
 
     Attributes:
-        layers: nn.Linear or alike, by name, with their dense weights.
-        codes: group codes [out, K / M] by name, those there are so far.
+        layers: nn.Linear or similar modules with dense weights, by name.
+        codes: group codes [out, K / M] by name, so far.
         patterns: of the codes.
-        weights: refitted ones [out, K] by name, as tensors of their own.
-        may_stop: a forward pass may end inside of a block.
+        weights: refitted weights [out, K] by name, as new tensors.
+        may_stop: whether a forward pass may end inside of a block.
     """
 
     may_stop = True
@@ -179,10 +179,10 @@ class LayerMasks:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """With layers that multiply under the masks, and with the refitted weights, that there are so far."""
+        """Run layers under the masks and refitted weights present, inside the context."""
 
         def forward(name: str, layer: nn.Module, input: Tensor) -> Tensor:
-            # in place of a forward to which a hook might have brought its input
+            # it replaces a forward whose input a hook may have moved
             input = input.to(layer.weight.device)
             weight = self.weights.get(name, layer.weight)
             if name not in self.codes:
@@ -204,39 +204,39 @@ class LayerMasks:
         """Prepare for the layers of a block; no block before it runs again."""
 
     def dense(self, name: str) -> Tensor:
-        """The dense weight [out, K]."""
+        """Dense weight [out, K] of a layer."""
         return self.layers[name].weight.detach()
 
     def whole_codes(self, name: str) -> Tensor:
-        """The group codes [out, K / M]."""
+        """Group codes [out, K / M] of a layer."""
         return self.codes[name]
 
     def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
-        """``function(*tensors)`` of tensors [out, ...], where each row of a result follows from that row of these."""
+        """``function(*tensors)`` of tensors [out, ...]; it must compute each row of a result from that row alone."""
         return function(*tensors)
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
-        """Give a layer group codes, and a refitted weight if there is one: whole ones."""
+        """Set the group codes of a whole layer, and its refitted weight if there is one."""
         self.codes[name] = codes
         if weight is not None:
             self.weights[name] = weight
 
 
 class ShardedMasks(LayerMasks):
-    """Masks of layers that ranks share: codes and weights of what this rank has. All ranks come to each call."""
+    """Masks of layers that are cut over ranks: codes and weights of this rank's rows. All ranks make each call."""
 
     def __init__(self, model: nn.Module, layers, codes, patterns):
         super().__init__(layers, codes, patterns)
         self._model = model
-        # FSDP2 frees what it has gathered where a block ends
+        # FSDP2 frees gathered weights at the end of a block
         self.may_stop = not resharded(model)
         self._ranks = Ranks()
-        # of the block that is worked on, dense
+        # the dense weights of the current block
         self._dense: dict[str, Tensor] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """With weights of which those of one block are masked; they are dense again behind it."""
+        """Run with the masked weights of the current block, and restore its dense weights afterwards."""
         with closing(self._ranks):
             self._ranks.connect()
             try:
@@ -262,7 +262,7 @@ class ShardedMasks(LayerMasks):
         return whole(like_shards(self.codes[name], self.layers[name].weight, self.patterns[name].m))
 
     def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
-        """As by one process; each rank works on a share of the rows, whatever its own part of the layer."""
+        """Compute like one process: each rank computes a share of the rows, not of its own part of the layer."""
         out, world = len(tensors[0]), self._ranks.world
         if out < world:
             return self._ranks.all_of(lambda: function(*tensors))
@@ -270,7 +270,7 @@ class ShardedMasks(LayerMasks):
         own = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors]
 
         def joined(rows: Tensor) -> Tensor:
-            # as bytes: not every backend gathers every dtype
+            # bytes: not every backend gathers every dtype
             flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
             padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
             parts = self._ranks.gather_vectors(padded.flatten()).view(world, *padded.shape)
@@ -304,7 +304,7 @@ class ShardedMasks(LayerMasks):
 def masks_of(
     model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor], patterns: Mapping[str, NMPattern]
 ) -> LayerMasks:
-    """Masks of whole layers, or of layers that ranks share, whose codes are those of this rank."""
+    """Make LayerMasks, or for layers that are cut over ranks ShardedMasks, with the codes of this rank."""
     if any(is_distributed(layer.weight) for layer in layers.values()):
         return ShardedMasks(model, layers, codes, patterns)
     return LayerMasks(layers, codes, patterns)
@@ -313,16 +313,17 @@ def masks_of(
 def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call],
                    masks: LayerMasks, visit: Visit, unvisited: str,
                    progress: Callable[[int, int], None] | None) -> list[str]:  # fmt: skip
-    """Visit the layers in the order in which they run, on all batches, under the masks of those before.
+    """Visit layers in the order in which they run, on all batches, each under the masks of the layers before.
 
-    In a chain of blocks only the inputs of one block and one Gram matrix are held; of the experts of a mixture as many
-    as fit into GRAM_BYTES. Else the whole model runs for every layer.
+    In a chain of blocks only the inputs of one block and one Gram matrix are in memory; for experts of a mixture as
+    many matrices as fit into GRAM_BYTES. Otherwise the whole model runs for every layer.
 
     Args:
-        masks: under which the model runs.
-        visit: takes names of layers with the same input, and its Gram matrix on their device; yields after each layer.
-        unvisited: for the warning, what becomes of experts that no token has reached. Their names are returned.
-        progress: called with how many layers are done, and of how many, before the first and after each.
+        masks: masks to run the model under.
+        visit: gets the names of layers with the same input, and its Gram matrix on their device; yields after each
+            layer.
+        unvisited: for a warning, what experts without tokens get. Their names are returned.
+        progress: called with (layers done, layers in all) before the first layer and after each.
     """
     report, visited = progress or (lambda done, total: None), []
     report(0, len(layers))
@@ -331,10 +332,10 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
             masks.enter_block(module)
             for stage, once in layers_in_order(module, block_calls, layers):
                 for groups in _held_together(stage, layers):
-                    # a layer that runs once needs nothing of the forward pass behind its input
+                    # if each layer runs once, the forward pass can end at its input
                     stop, first = once and masks.may_stop, [layers[names[0]] for names in groups]
                     for names, gram in zip(groups, gram_matrices(module, block_calls, first, stop), strict=True):
-                        # masks before may have routed an expert's last token away from it
+                        # masks of earlier layers may have changed the routing, so that an expert has no token
                         if gram is None:
                             continue
                         _check_finite(names[0], gram)
@@ -352,11 +353,11 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
 def calls_by_block(
     model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call]
 ) -> Iterator[tuple[nn.Module, list[Call]]]:
-    """The blocks of a chain, each with the calls that the model makes of it, one a batch.
+    """Yield the blocks of a chain, each with its calls, one a batch.
 
-    The blocks are the children of the outermost list of modules that holds all layers. Where there is none, an output
-    is not the next one's input, or FSDP2 gathers a block with others: the model itself with its own calls. A block's
-    calls follow from the masks that the layers of the blocks before it have when it is asked for.
+    Blocks are the children of the outermost list of modules with all layers. If there is none, an output is not the
+    next block's input, or FSDP2 gathers a block with others, it yields the model itself with its own calls. The calls
+    of a block are computed when it is its turn, under the masks of the blocks before.
     """
     chain = []
     for name, module in model.named_modules():
@@ -379,9 +380,9 @@ def calls_by_block(
 def _record_chain(
     model: nn.Module, chain: list[nn.Module], calls: list[Call]
 ) -> tuple[list[Tensor], list[list[Call]]] | None:
-    """(inputs of the first block, one a batch; by block the other arguments that it is given, one a batch).
+    """(inputs of the first block, one a batch; other arguments of each block, one a batch).
 
-    None if the output of some block is not the input of the next one.
+    None if the output of a block is not the input of the next.
     """
     hidden: list[Tensor] = []
     others: list[list[Call]] = [[] for _ in chain]
@@ -401,7 +402,7 @@ def _record_chain(
         nonlocal output
         output = _hidden_state(result)
 
-    # ahead of other hooks, which change the input of the block again when it runs by itself
+    # before other hooks: they change the input again when the block runs alone
     handles = [block.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for block in chain]
     handles += [block.register_forward_hook(after) for block in chain]
     try:
@@ -424,14 +425,14 @@ def _hidden_state(output):
 
 
 def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, nn.Module]) -> list[Stage]:
-    """Those of the layers that a module holds, in the order in which they run.
+    """Stages of a module's layers in the order in which they run.
 
-    An expert that no token is routed to is left out; ValueError if another layer is not reached.
+    An expert without a token is left out; ValueError if another layer does not run.
     """
     inside = set(module.modules())
     waiting = {name: layer for name, layer in layers.items() if layer in inside}
     experts, runs, once = expert_groups(module), Counter(), dict.fromkeys(waiting, True)
-    # by the experts' layers that they are among, else by a key of their own
+    # the key is the experts of a mixture, or a new object for other layers
     stages: dict[object, list[list[str]]] = {}
     last, group = None, []
 
@@ -453,14 +454,14 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
             runs.clear()
             run_call(module, call)
             once = {name: once[name] and runs[name] <= 1 for name in once}
-            # the next forward's tensors may take the memory of this one's
+            # the next forward may reuse this one's memory, so identity proves nothing
             last = None
     _check_all_reached(module, waiting)
     return [(groups, len(groups) == 1 and all(once[name] for name in groups[0])) for groups in stages.values()]
 
 
 def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
-    """Groups of a stage in parts whose Gram matrices take at most GRAM_BYTES, and at least one."""
+    """Split the groups of a stage into parts whose Gram matrices take at most GRAM_BYTES, or one group."""
     part, held = [], 0
     for names in groups:
         own = 4 * layers[names[0]].weight.shape[1] ** 2
@@ -474,7 +475,7 @@ def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> 
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """With a language model that keeps no keys and values: a block that runs again would append to them."""
+    """Disable a language model's cache: a block that runs again would append to it."""
     config = getattr(model, "config", None)
     if not getattr(config, "use_cache", False):
         yield

@@ -1,7 +1,7 @@
-"""Initial masks: by magnitude, Wanda, reconstruction or SparseGPT, at random, of a path, or given as group codes.
+"""Initial masks: by magnitude, Wanda, reconstruction or SparseGPT, at random, from a path, or given as group codes.
 
-A new one is a function like ``magnitude`` and an entry in ``INITIAL_MASKS``. ``convert`` then takes it by its name, and
-so does ``maskpro learn --init``.
+To add one, write a function like ``magnitude`` and enter it in ``INITIAL_MASKS``. ``convert`` and ``maskpro learn
+--init`` then accept its name.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Init = str | Path | Mapping[str, Tensor]
 
 
 class Dense(NamedTuple):
-    """Layers that an initial mask is found for.
+    """Arguments of a function that computes an initial mask.
 
     Attributes:
         layers: modules with a dense ``weight`` [out, K], by name.
         pattern: of the mask.
-        model: that the layers are part of; "magnitude" and "random" need none.
-        calibration: batches for the model, each a tensor, a tuple or a mapping; masks that need no model need none.
-        progress: called by a mask that takes minutes, with how many layers are done, and of how many.
+        model: the model of the layers; "magnitude" and "random" need none.
+        calibration: batches for the model, each a tensor, a tuple or a mapping; without a model None.
+        progress: called with (layers done, layers in all) by masks that take minutes.
         seed: of "random".
     """
 
@@ -58,47 +58,46 @@ class Dense(NamedTuple):
 
 
 def magnitude(dense: Dense) -> dict[str, Tensor]:
-    """The N largest |w| of each group: group codes [out, K / M] by name, on the devices of the weights."""
+    """Keep the N largest |w| of each group: group codes [out, K / M] by name, on the devices of the weights."""
     return {name: top_n_mask(local(layer.weight.detach()).abs(), dense.pattern) for name, layer in dense.layers.items()}
 
 
 def wanda(dense: Dense) -> dict[str, Tensor]:
-    """The N largest |w| * ||x|| of each group (Sun et al. 2023, arXiv 2306.11695).
+    """Keep the N largest |w| * ||x|| of each group (Sun et al. 2023, arXiv 2306.11695).
 
     ||x|| is the norm of the weight's input column over the calibration batches.
     """
     _check_given('batches for init="wanda"', dense.model, dense.calibration)
     squares = input_squares(dense.model, dense.layers, dense.calibration)
-    # FSDP2 may have kept gathered what ran last
+    # FSDP2 may have kept the last layers gathered
     resharded(dense.model)
     codes = {}
     for name, layer in dense.layers.items():
         weight = local(layer.weight.detach())
-        # a hook on the layer may yet bring its inputs to where the weight is
+        # a hook of the layer may move its inputs to the weight's device
         norms = squares[name].sqrt().to(weight.device).expand(layer.weight.shape)
         codes[name] = top_n_mask(weight.abs().float() * part_of(norms, layer.weight), dense.pattern)
     return codes
 
 
 def reconstruction(dense: Dense) -> dict[str, Tensor]:
-    """Wanda's masks, improved by ``reconstruct``."""
+    """Compute Wanda's masks and improve them by ``reconstruct``."""
     return _reconstruction(dense, "none").codes
 
 
 def sparsegpt(dense: Dense) -> dict[str, Tensor]:
-    """The masks of SparseGPT, without its weights, see ``prune/sparsegpt.py``."""
+    """Compute the masks of SparseGPT, without its weights, see ``prune/sparsegpt.py``."""
     _check_given('batches for init="sparsegpt"', dense.model, dense.calibration)
     layers, pattern, model, calibration, progress, _ = dense
     return prune_by_sparsegpt(model, layers, pattern, calibration, progress=progress).codes
 
 
 def random(dense: Dense) -> dict[str, Tensor]:
-    """Each of the C(M, N) masks of a group alike: the draw of equal logits, by the seed and the place of the layer.
+    """Draw each of the C(M, N) masks of a group with equal probability, by the seed and the layer's index.
 
-    It is drawn at the last step that the counter holds, 2**32 - 1. A run ends before it comes there, so that no draw
-    of a trainer has the noise of this one, whatever the seeds. Of two weights with equal noise, as less than 4 of 100
-    million pairs have, the lower index goes before. Two calls with one seed have the same noise in layers of the same
-    place.
+    The draw is from equal logits, at the last step of the counter, 2**32 - 1. No run gets that far, so no draw of a
+    trainer has the same noise, whatever the seeds. Of two weights with equal noise, in fewer than 4 of 100 million
+    pairs, the lower index wins. Two calls with the same seed use the same noise for layers of the same index.
     """
     codes = {}
     for place, (name, layer) in enumerate(dense.layers.items()):
@@ -118,10 +117,10 @@ INITIAL_MASKS: dict[str, Callable[[Dense], dict[str, Tensor]]] = {
 
 
 def check_initial_mask(init: Init) -> None:
-    """Raise ValueError unless ``init`` names an initial mask, is the path of what is there, or is a mapping."""
+    """Raise ValueError unless ``init`` names an initial mask, is an existing path, or is a mapping."""
     if isinstance(init, Mapping) or (isinstance(init, str) and init in INITIAL_MASKS):
         return
-    # such as of a name that is too long; "" is no folder that anyone means
+    # of a name that is too long; "" would be the current folder
     with suppress(OSError):
         if isinstance(init, (str, Path)) and init != "" and Path(init).exists():
             return
@@ -134,13 +133,13 @@ def check_initial_mask(init: Init) -> None:
 def initial_codes(layers: Mapping[str, nn.Module], pattern: str | NMPattern, init: Init,
                   model: nn.Module | None = None, calibration: Iterable | None = None,
                   progress: Progress | None = None, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
-    """Group codes of an initial mask for every layer.
+    """Compute group codes of an initial mask for every layer.
 
     Args:
         layers, model, calibration, progress: as for ``Dense``.
         pattern: "N:M" or NMPattern.
         init: a name in ``INITIAL_MASKS``; the path of a mask file, a run or a sparse checkpoint, see ``stored_mask``;
-            or {name: group codes [out, K / M]}. A name goes before a path of that name.
+            or {name: group codes [out, K / M]}. A name takes precedence over an equal path.
         seed: of "random", in [0, 2**63).
 
     Returns:
@@ -148,7 +147,7 @@ def initial_codes(layers: Mapping[str, nn.Module], pattern: str | NMPattern, ini
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        OSError: what lies at the path cannot be read.
+        OSError: the path cannot be read.
     """
     pattern = NMPattern(pattern)
     check_initial_mask(init)
@@ -162,9 +161,9 @@ def initial_codes(layers: Mapping[str, nn.Module], pattern: str | NMPattern, ini
 def refitted_masks(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Init, refit: str,
                    model: nn.Module, calibration: Iterable | None, progress: Progress | None = None,
                    seed: int = 0) -> Reconstruction:  # fmt: skip
-    """Group codes as of ``initial_codes``, and with ``refit`` "scales" or "weights" weights refitted under them.
+    """Compute ``initial_codes``, and with ``refit`` "scales" or "weights" also refitted weights.
 
-    "reconstruction" does both in one pass, and its masks are chosen for the refit. Other masks stay as without one.
+    "reconstruction" does both in one pass and chooses its masks for the refit. Other masks do not depend on the refit.
     """
     if refit == "none":
         return Reconstruction(initial_codes(layers, pattern, init, model, calibration, progress, seed), {})
@@ -184,7 +183,7 @@ def _reconstruction(dense: Dense, refit: str) -> Reconstruction:
 
 
 def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Group codes that the caller has, checked: of whole layers."""
+    """Check given group codes of whole layers and return them."""
     unknown, missing = sorted(init.keys() - layers.keys()), sorted(layers.keys() - init.keys())
     if unknown or missing:
         raise ValueError(f"init: expected codes for exactly the layers converted; unknown {unknown}, missing {missing}")
@@ -204,26 +203,26 @@ def _check_given(expected: str, model: nn.Module | None, calibration: Iterable |
 
 @torch.no_grad()
 def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str | NMPattern) -> dict[str, Tensor]:
-    """Masks out of a mask file, a run, or a sparse checkpoint of any program.
+    """Read masks from a mask file, a run, or a sparse checkpoint of any program.
 
     Args:
-        path: a mask file; the folder of a run, whose most likely masks are taken; or that of a causal language model,
-            with zeros in its weights, packed, or with masks. Such a model is loaded on the CPU, in the dtype of the
-            layers. Where a group has fewer weights that are not zero than the pattern keeps, the first weights that are
-            zero in the layer as well count as kept, then its largest ones.
+        path: a mask file; the folder of a run, for its top-N masks; or that of a causal language model with zeros in
+            its weights, packed weights, or masks. The model is loaded on the CPU, in the dtype of the layers. If fewer
+            than N weights of a group are not zero, more count as kept: first those that are zero in the layer as well,
+            then the largest of the layer.
         layers: dense ones with a ``weight`` [out, K], by name.
         pattern: "N:M" or NMPattern; that of the masks.
 
     Returns:
         group codes [out, K / M] by name of the layer, on the CPU.
 
-    Warns:
-        UserWarning: if kept weights of a run or a checkpoint are not those of the layers, as after SparseGPT or a
-            refit, or are rounded to int8; or if groups of a checkpoint were filled up.
+    Warns: UserWarning: if kept weights of a run or a checkpoint differ from those of the layers, as after SparseGPT or
+        a
+            refit, or are rounded to int8; or if groups of a checkpoint had fewer than N weights that are not zero.
 
     Raises:
         ValueError: the masks are of another base model, pattern or set of layers, or there are none.
-        OSError: there is nothing, or it cannot be read.
+        OSError: the path does not exist or cannot be read.
     """
     pattern, path = NMPattern(pattern), Path(path)
     if path.is_file():
@@ -255,7 +254,7 @@ def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> 
         )
     for name, logits in learned.logits.items():
         _check_finite("logits", logits, name, path)
-    notes = ["the mask of this run was learned over changed weights, and is taken alone"] if learned.weights else []
+    notes = ["this run learned its mask over changed weights; only the mask is used"] if learned.weights else []
     return {name: top_n_mask(learned.logits[name], pattern) for name in layers}, notes
 
 
@@ -285,7 +284,7 @@ def _of_checkpoint(
             if isinstance(module, MaskedLinear):
                 _check_finite("logits", module.logits, name, path)
                 codes[name] = top_n_mask(module.logits, pattern)
-                # dropped weights have moved the logits as well
+                # with trained logits, dropped weights matter as well: compare all
                 kept = torch.ones_like(weight, dtype=torch.bool)
             elif isinstance(module, NMLinear):
                 codes[name] = codes_of(module.bitmask, weight.shape[1], pattern.m)
@@ -299,7 +298,7 @@ def _of_checkpoint(
                         f"init: expected weights that follow {pattern}, got more in {many:.1%} of the groups of {name} "
                         f"in {str(path)!r}"
                     )
-                # what is zero in both changes nothing, and is what was kept, or may as well have been
+                # weights that are zero in both: keeping them changes nothing, and perhaps they were kept
                 size = weight.abs().float().masked_fill_(weight == 0, torch.finfo(torch.float32).max)
                 codes[name] = top_n_mask(size.masked_fill_(kept, torch.inf), pattern)
                 more = expand_mask(codes[name], pattern) & ~kept & (weight != 0)
@@ -309,26 +308,26 @@ def _of_checkpoint(
             elif not torch.equal(module.weight[kept], weight[kept]):
                 if isinstance(module, MaskedLinear) and not module.weight_changed:
                     raise ValueError(
-                        f"model: expected the base that the masks in {str(path)!r} belong to, got other weights in "
+                        f"model: expected the base model of the masks in {str(path)!r}, got other weights in "
                         f"{name}: another model, or this one in another dtype"
                     )
                 changed.append(name)
     notes = []
     if changed:
         notes.append(
-            f"kept weights of {len(changed)} layers, such as {changed[0]}, are not those of the model, and the mask is "
-            "taken alone: they were changed, or are of another model, or of this one in another dtype"
+            f"kept weights of {len(changed)} layers, such as {changed[0]}, differ from the model's, and only the mask "
+            "is used: they were changed, or are of another model, or of this one in another dtype"
         )
     if rounded:
-        notes.append(f"values of {rounded} layers are rounded to int8: they cannot be compared with those of the model")
+        notes.append(f"values of {rounded} layers are rounded to int8 and cannot be compared with the model's")
     if filled:
-        notes.append(f"{filled} groups keep fewer weights than {pattern}, and were filled up with the largest ones")
+        notes.append(f"{filled} groups keep fewer weights than {pattern}; the largest others were added")
     return codes, notes
 
 
 @contextmanager
 def _naming_init() -> Iterator[None]:
-    """Let errors of what is read name the argument ``init``."""
+    """Add the argument ``init`` to errors of reading."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -351,6 +350,6 @@ def _check_layers(shapes: Mapping[str, torch.Size], layers: Mapping[str, nn.Modu
     others = [n for n in names if n not in layers or shapes.get(n) != layers[n].weight.shape]
     if others:
         raise ValueError(
-            f"init: expected masks of the {len(layers)} layers that get one in this model, got others in "
+            f"init: expected masks of this model's {len(layers)} masked layers, got others in "
             f"{str(path)!r}: {len(others)} differ, such as {others[0]}"
         )

@@ -1,4 +1,4 @@
-"""Which layers of a model get a mask, why the others do not, and how much of the model that is."""
+"""Selection of the layers that get a mask, reasons why others do not, and the masked share of a model."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .calibration import Call, as_call, check_calibration, run_call
 
 HEAD = "output head"
 EMBEDDING = "embedding"
-READ_ELSEWHERE = "other code reads its weight past the module"
-ITSELF_SHARDED = "fully_shard is around this layer itself: put it around a module that holds the layer"
-BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
-ATTENTION = "nn.MultiheadAttention multiplies with it past its module"
-# Below that share of its matrix weights, a warning says that a model is masked in part alone
+READ_ELSEWHERE = "other code reads its weight directly, without the layer's forward"
+ITSELF_SHARDED = "fully_shard was called on this layer itself: call it on a module that contains the layer"
+BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight without the mask"
+ATTENTION = "nn.MultiheadAttention multiplies with it without its forward"
+# If a smaller share of a model's matrix weights has a mask, there is a warning
 MOST_OF_A_MODEL = 0.9
 
-# (layers by name, the reason by name of the layers left out)
+# (layers by name, reasons of the layers left out by name)
 Selection = tuple[dict[str, nn.Linear], dict[str, str]]
 
 
 def layers_to_convert(
     model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] | None = None, call: Call | None = None
 ) -> Selection:
-    """The layers that ``convert`` would replace, by name, and why it would leave out the others.
+    """Select the layers that ``convert`` replaces, by name, with reasons for the others.
 
     Args:
         model, pattern, targets: as for ``convert``.
-        call: how the model is called once to see whose weights other code reads, see ``read_elsewhere``.
+        call: a call of the model that shows which weights other code reads, see ``read_elsewhere``.
     """
     params = resharded(model)
     check_cut_by_fsdp(model, params)
@@ -62,13 +62,13 @@ def layers_to_convert(
 
 
 def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] | None = None) -> Selection:
-    """The nn.Linear layers that ``targets`` name, by default all that can take a mask."""
+    """Select the nn.Linear layers that ``targets`` name, by default all that can have a mask."""
     everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     adapters = dict.fromkeys(adapter_modules(model) & everything.keys(), ADAPTER)
     linears = {n: module for n, module in everything.items() if type(module) is nn.Linear and n not in adapters}
     if not linears:
         raise ValueError(f"model: expected a module that contains nn.Linear layers, got none{_why_none(model)}")
-    # they compute something else than x @ w.T + b, or rely on their type
+    # they compute something other than x @ w.T + b, or other code depends on their type
     subclasses = {
         name: ITSELF_SHARDED if hasattr(module, "reshard") else f"subclass of nn.Linear: {type(module).__name__}"
         for name, module in everything.items()
@@ -85,11 +85,11 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
 
 def _why_none(model: nn.Module) -> str:
     if any(isinstance(module, MaskedLinear) for module in model.modules()):
-        return "; it has MaskedLinear layers: finalize it before it is converted again"
+        return "; it has MaskedLinear layers: finalize it before you convert it again"
     if any(isinstance(module, NMLinear) for module in model.modules()):
         return "; it has packed layers, which follow a pattern already"
     if isinstance(model, nn.Linear):
-        return "; a single layer is converted by MaskedLinear.from_linear"
+        return "; convert a single layer by MaskedLinear.from_linear"
     return ""
 
 
@@ -125,7 +125,7 @@ def _by_default(
 
 def _none_fits(model: nn.Module, pattern: NMPattern, skipped: Mapping[str, str]) -> ValueError:
     reasons = ", ".join(sorted({*coverage(model, skipped)[1].values(), *skipped.values()})) + _why_none(model)
-    return ValueError(f"model: expected an nn.Linear that {pattern} fits, all matrices were left out: {reasons}")
+    return ValueError(f"model: expected an nn.Linear that {pattern} fits, got none: {reasons}")
 
 
 def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern,
@@ -133,7 +133,7 @@ def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
     expected = "targets: expected a sequence of fnmatch patterns"
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")
-    # a layer that stands in several places answers to each of its names
+    # a shared layer has several names
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -162,7 +162,7 @@ def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
 
 
 def _bypassed(model: nn.Module) -> dict[str, str]:
-    """Modules of torch's transformer whose weights a parent reads past them, in ways ``read_elsewhere`` may not see."""
+    """Layers of torch's transformer modules whose weights a parent reads in ways that ``read_elsewhere`` may miss."""
     reasons = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -176,12 +176,12 @@ def _bypassed(model: nn.Module) -> dict[str, str]:
 def coverage(model: nn.Module, skipped: Mapping[str, str]) -> tuple[float, dict[str, str]]:
     """(share of a model's matrix weights that follow an N:M pattern, the other matrices by name with the reason).
 
-    Matrices are parameters of two or more dimensions. Embeddings and the output head do not count; the share is 1 where
-    there are no others. The largest matrices without a mask stand first, embeddings and the output head last.
+    Matrices are parameters of two or more dimensions. Embeddings and the output head do not count; without others the
+    share is 1. The largest matrices without a mask come first, embeddings and the output head last.
 
     Args:
         model: with MaskedLinear or NMLinear modules.
-        skipped: the reasons of the nn.Linear layers that were left out, by name.
+        skipped: reasons of the nn.Linear layers that were left out, by name.
     """
     masked, total, unmasked, sizes, seen = 0, 0, {}, {}, set()
     heads = output_heads(model)
@@ -196,7 +196,7 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> tuple[float, dict[
             full = f"{name}.{own}" if name else own
             apart = EMBEDDING if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
             apart = HEAD if module in heads else apart
-            unmasked[full] = apart or skipped.get(name) or f"of {type(module).__name__}, which is no nn.Linear"
+            unmasked[full] = apart or skipped.get(name) or f"of {type(module).__name__}, which is not an nn.Linear"
             if not apart:
                 sizes[full] = parameter.numel()
     total = masked + sum(sizes.values())
@@ -205,7 +205,7 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> tuple[float, dict[
 
 
 def reasons_by_name(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
-    """Reasons by the names that modules have: of a layer that there is no more, of the module that holds its matrix."""
+    """Reasons by current module names; a layer that was fused again is replaced by the module with its matrix."""
     modules, named = dict(model.named_modules()), {}
     for name, reason in skipped.items():
         while name not in modules:
@@ -215,40 +215,39 @@ def reasons_by_name(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, s
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
-    """The output embeddings, as transformers calls them, of a model or of those within it, and the modules in them."""
+    """Output embeddings, in transformers' term, of a model and of the models within it, with their submodules."""
     heads = (module.get_output_embeddings() for module in model.modules() if hasattr(module, "get_output_embeddings"))
     return {part for head in heads if head is not None for part in head.modules()}
 
 
 def read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call | None) -> set[str]:
-    """Names of the layers whose weight a forward pass takes into an operation outside of the layer's own forward.
+    """Names of layers whose weight an operation reads outside of the layer's forward.
 
-    An embedding that shares the weight takes it in a forward of its own. What asks for a weight's dtype, shape or
-    device does not read it.
+    The forward of an embedding with the same weight does not count, nor do reads of dtype, shape or device.
 
-    The model runs in eval mode and in training mode, since some take another way there. Random numbers, buffers and
-    modes are then as before. What is compiled runs eagerly.
+    The model runs in eval mode and in training mode, since some models branch on it. Random state, buffers and modes
+    are restored. Compiled code runs eagerly.
 
     Args:
         model: runs without gradients.
         layers: of the model, by name.
-        call: how it is called. None: with transformers' dummy inputs; a model that has none, or fails on them, is not
-            looked at.
+        call: a call of the model. None: transformers' dummy inputs; a model without them, or that fails on them, is not
+            checked.
     """
     if call is not None:
         return _read_elsewhere(model, layers, call)
-    # errors of whatever kind: the inputs are transformers', not the user's
+    # any error: the inputs are transformers', not the user's
     with suppress(Exception):
         inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
         tokens, embeddings = inputs.get("input_ids"), model.get_input_embeddings()
-        # on a GPU an index beyond the embedding would leave no usable device behind
+        # on a GPU an index beyond the embedding would make the device unusable
         if tokens is None or int(tokens.max()) < embeddings.num_embeddings:
             return _read_elsewhere(model, layers, ((), inputs))
     return set()
 
 
 def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | None]:
-    """(how a model is called with the first batch, an iterable of all batches), also of batches that come only once."""
+    """(call with the first batch, iterable of all batches), also for an iterator, which yields batches only once."""
     if calibration is None:
         return None, None
     check_calibration(calibration)
@@ -270,7 +269,7 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
             handles.append(module.register_forward_pre_hook(lambda *_, own=own: reads.running.append(own)))
             handles.append(module.register_forward_hook(leave))
         if hasattr(module, "reshard"):
-            # FSDP2 has put gathered weights in the place of the shards by then
+            # by then FSDP2 has replaced the shards by gathered weights
             handles.append(module.register_forward_pre_hook(lambda *_: reads.look()))
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
         try:
@@ -278,7 +277,7 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
                 with resetting(model):
                     run_call(model, call)
                 model.train()
-                # as a norm over a batch of one may, or a detector that asks for labels
+                # such as a norm over a batch of one, or a detector without labels
                 with suppress(Exception), resetting(model):
                     run_call(model, call)
         finally:
@@ -290,7 +289,7 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
 
 
 class _Reads(TorchFunctionMode):
-    """Names of layers whose weights go into operations while no module that owns them is ``running``."""
+    """Collect names of layers whose weights operations read while no module with these weights is ``running``."""
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
@@ -306,7 +305,7 @@ class _Reads(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if _tensors(result) and not name.endswith("_like") and not name.startswith("new_"):
-            # of these, only the first gives its values
+            # these read the values of the first argument alone
             given = args[:1] if name == "to" or name.endswith("_as") else (args, kwargs or {})
             read = {self.weights[id(tensor)] for tensor in _tensors(given) if id(tensor) in self.weights}
             self.elsewhere |= read.difference(*self.running)

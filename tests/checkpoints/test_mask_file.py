@@ -64,9 +64,9 @@ def test_masks_on_another_base_are_refused(tmp_path):
             weights | {"up": changed},
             f"model: expected the base .*tiny, of fingerprint {mask.base} in bfloat16, got bfloat16",
         ),
-        ({"up": weights["up"]}, "got down.0 of shape none where the masks have .16, 32."),
-        (weights | {"x": changed}, "got x of shape .24, 64. where the masks have none"),
-        (weights | {"up": changed[:-1]}, "got up of shape .23, 64. where the masks have .24, 64."),
+        ({"up": weights["up"]}, "got down.0 of shape none, but in the masks .16, 32."),
+        (weights | {"x": changed}, "got x of shape .24, 64., but in the masks none"),
+        (weights | {"up": changed[:-1]}, "got up of shape .23, 64., but in the masks .24, 64."),
     ):
         with pytest.raises(ValueError, match=message):
             mask.check_base(base)
@@ -114,8 +114,8 @@ def test_what_is_no_mask_is_refused(tmp_path):
         ([(name, codes, weight.double())], "layers"),
         ([(name, codes, weight), (others[0][0], others[0][1], others[0][2].float())], "layers"),
         ([], "layers"),
-        ([(name, codes, weight), (name, codes, weight)], "layers: expected another name for each"),
-        ([(name, codes, weight[:, :62])], "layers: expected another name for each"),
+        ([(name, codes, weight), (name, codes, weight)], "layers: expected distinct names"),
+        ([(name, codes, weight[:, :62])], "layers: expected distinct names"),
     ):
         with pytest.raises((ValueError, TypeError), match=f"^{error}"):
             save_masks(tmp_path / "mask", layers, "2:4", model="tiny")

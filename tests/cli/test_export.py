@@ -84,13 +84,13 @@ def test_a_mask_travels_without_its_weights(inputs, run, refitted, tmp_path, cap
     shutil.copytree(inputs / "model", tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
     arguments = ["import", str(mask), "--model", str(tmp_path / "other"), *out]
-    refuses(capsys, tmp_path, arguments, "expected the base that the masks were learned on, model, of fingerprint")
+    refuses(capsys, tmp_path, arguments, "expected the masks' base model, model, with fingerprint")
     refuses(capsys, tmp_path, ["export", str(refitted), str(tmp_path / "new"), "--to", "mask"], "got changed weights")
     content = bytearray(mask.read_bytes())
     content[-1] ^= 1
     mask.write_bytes(content)
     arguments = ["import", str(mask), "--model", str(inputs / "model"), *out]
-    refuses(capsys, tmp_path, arguments, "mask: expected what was written", "damaged or changed since")
+    refuses(capsys, tmp_path, arguments, "mask: expected an unchanged file", "which was damaged or changed")
 
 
 def test_packed_checkpoints_are_imported_dense_and_packed_otherwise(run, tmp_path, capsys):

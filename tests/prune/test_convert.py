@@ -118,10 +118,10 @@ def test_bad_argument_leaves_the_model_as_it_was(arguments, error, message):
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Embedding(4, 4))])
 def test_model_without_linears_is_refused(model):
     refused(model, ValueError, "^model: expected a module that contains nn.Linear")
-    refused(nn.Linear(8, 8), ValueError, "got none; a single layer is converted by MaskedLinear.from_linear$")
+    refused(nn.Linear(8, 8), ValueError, "got none; convert a single layer by MaskedLinear.from_linear$")
     model = nn.Sequential(nn.Linear(8, 8))
     mk.convert(model, "2:4")
-    refused(model, ValueError, "got none; it has MaskedLinear layers: finalize it before it is converted again$")
+    refused(model, ValueError, "got none; it has MaskedLinear layers: finalize it before you convert it again$")
 
 
 @pytest.mark.parametrize("model", [None, "smollm2-135m", {}])

@@ -323,6 +323,6 @@ def test_reconstruction_needs_batches_that_reach_every_layer():
     model.unused = nn.Linear(16, 16)
     layers["unused"] = model.unused
     start["unused"] = start["blocks.0.out"]
-    with pytest.raises(ValueError, match=r"calibration: .*reach every layer, \['unused'\] saw no input"):
+    with pytest.raises(ValueError, match=r"calibration: .*run every layer, \['unused'\] got no input"):
         reconstruct(model, layers, start, "2:4", [torch.randn(1, 16)])
     assert all("forward" not in layer.__dict__ for layer in layers.values())

@@ -184,7 +184,7 @@ def test_bad_arguments_leave_the_model_as_it_was():
     refused(model, ValueError, "calibration: expected at least one batch, got none", calibration=[])
     refused(model, TypeError, "calibration: expected an iterable of batches, got int", calibration=3)
     model.unused = mk.MaskedLinear.from_linear(nn.Linear(8, 8, device=KERNEL_DEVICE), "2:4")
-    refused(model, ValueError, r"calibration: .*reach every layer, \['unused'\] saw no input")
+    refused(model, ValueError, r"calibration: .*run every layer, \['unused'\] got no input")
     del model.unused
     mk.refit(model, inputs())
     refused(model, ValueError, "model: expected dense weights, .* got refitted or trained ones in blocks.0.0; convert")

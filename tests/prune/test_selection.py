@@ -77,7 +77,7 @@ def test_a_model_of_which_nothing_else_is_left_is_refused():
         def forward(self, x):
             return x @ self.one.weight
 
-    refused(Only(), ValueError, f"all matrices were left out: {READ_ELSEWHERE}", calibration=[torch.randn(4, 8)])
+    refused(Only(), ValueError, f"fits, got none: {READ_ELSEWHERE}", calibration=[torch.randn(4, 8)])
 
 
 def test_an_embedding_that_shares_a_weight_reads_it_by_itself():
@@ -213,7 +213,7 @@ def test_a_little_masked_model_is_told_of():
     (warning,) = caught
     assert str(warning.message).startswith(
         "model: 2.5% of its matrix weights have a mask, embeddings and the output head not counted; 2 matrices have "
-        "none, such as blocks.0.weight (of Conv2d, which is no nn.Linear)"
+        "none, such as blocks.0.weight (of Conv2d, which is not an nn.Linear)"
     )
     assert warning.filename == __file__
 

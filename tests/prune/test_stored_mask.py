@@ -115,7 +115,7 @@ def test_another_base_is_refused(tmp_path, kind):
     model = tiny_model()
     model.get_submodule(FIRST).weight.data[3, 5] += 1
     told = {
-        "mask file": "of fingerprint .* in float32, got float32 weights of fingerprint [0-9a-f]{32}$",
+        "mask file": "with fingerprint .* in float32, got float32 weights with fingerprint [0-9a-f]{32}$",
         "run": "whose weights have the digest .* in float32, got weights of digest [0-9a-f]{32}$",
         "masked": f"got other weights in {FIRST}: another model, or this one in another dtype$",
     }[kind]
@@ -128,7 +128,7 @@ def test_other_kept_weights_are_told(tmp_path, kind):
     """As of a checkpoint that SparseGPT has pruned, whose mask alone is of use here."""
     model = tiny_model()
     model.get_submodule(FIRST).weight.data *= 2
-    with pytest.warns(UserWarning, match=f"kept weights of 1 layers, such as {FIRST}, are not those of the model"):
+    with pytest.warns(UserWarning, match=f"kept weights of 1 layers, such as {FIRST}, differ from the model"):
         found = stored_mask(STORED[kind](tmp_path), dense_layers(model), "2:4")
     assert_same_bits(found, random_codes())
 
@@ -140,7 +140,7 @@ def test_masks_over_changed_weights_are_told(tmp_path, kind):
     layer = model.get_submodule(FIRST)
     layer.weight.data = layer.weight.data * 2
     layer.weight_changed = True
-    told = "not those of the model" if kind == "masked" else "learned over changed weights, and is taken alone"
+    told = "differ from the model" if kind == "masked" else "its mask over changed weights; only the mask is used"
     path = save(model, tmp_path / "m") if kind == "masked" else run(tmp_path / "run", model=model, dense_weights=dense)
     with pytest.warns(UserWarning, match=told):
         assert_same_bits(stored_mask(path, dense_layers(), "2:4"), codes)
@@ -160,7 +160,7 @@ def test_zeros_of_the_model_count_as_kept_and_what_is_filled_up_is_told(tmp_path
     masked(sparse, random_masks(tiny_model()))
     sparse.get_submodule(FIRST).weight.data[0, :8] = torch.tensor([0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0])
     path = save(sparse, tmp_path / "m")
-    with pytest.warns(UserWarning, match="1 groups keep fewer weights than 2:4, and were filled up") as told:
+    with pytest.warns(UserWarning, match="1 groups keep fewer weights than 2:4; the largest") as told:
         codes = stored_mask(path, dense_layers(model), "2:4")[FIRST]
     assert [one.filename for one in told] == [__file__] and codes[0, :2].tolist() == [0b0011, 0b1010]
 

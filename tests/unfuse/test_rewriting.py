@@ -170,7 +170,7 @@ def test_a_refit_tells_of_experts_without_a_token():
     model, _ = tiny("Mixtral")
     mk.convert(model, "2:4")
     done = []
-    with pytest.warns(UserWarning, match="12 matrices of experts saw no token, such as .*, and keep their masks and"):
+    with pytest.warns(UserWarning, match="12 matrices of experts got no token, such as .*, and keep their masks and"):
         shares = mk.refit(model, [torch.tensor([[7]])], progress=lambda *numbers: done.append(numbers))
     assert len(shares) == 20 and done[-1] == (32, 32)
     assert sum(not layer.weight_changed for layer in masked_layers(model).values()) == 12
@@ -199,7 +199,7 @@ def test_experts_without_a_token_get_masks_by_magnitude(init):
     model, _ = tiny("Mixtral")
     # it goes to two experts of the four of each layer
     one_token = torch.tensor([[7]])
-    with pytest.warns(UserWarning, match="12 matrices of experts saw no token, such as model.layers.0.mlp.experts"):
+    with pytest.warns(UserWarning, match="12 matrices of experts got no token, such as model.layers.0.mlp.experts"):
         mk.convert(
             model, "2:4", calibration=[one_token], init=init, refit="weights" if init == "reconstruction" else "none"
         )
