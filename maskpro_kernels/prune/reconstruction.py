@@ -1,14 +1,14 @@
-"""Masks that reconstruct the outputs of every layer, by swaps of kept with dropped weights.
+"""Masks that reconstruct the outputs of each layer, by swaps of kept with dropped weights.
 
-For inputs X of a layer, H = X^T X, and a row w of its weight under a mask m, the squared error of the outputs is
-E(m) = d H d^T with d = w * m - w. The swap of a group that lowers E most is found in closed form, for all groups at
-once, and many are taken together as long as E falls (``swap_descent``). SparseSwaps (arXiv 2512.10922) descends on the
-same error.
+For inputs X of a layer, H = X^T X, and a row w of its weight under a mask m, the squared error of the outputs is E(m) =
+d H d^T with d = w * m - w. A closed form gives the swap of each group that lowers E most, for all groups at once.
+``swap_descent`` applies many swaps together as long as E falls. SparseSwaps (arXiv 2512.10922) descends on the same
+error.
 
-With a refit the error is the one that is left once the kept values are refitted (``swap_and_refit``). With the dropped
-set D and A = H^-1 it is E(S) = w_D A_DD^-1 w_D^T. To drop i raises it by v_i^2 / (H_SS^-1)_ii, to keep j lowers it by
-g_j^2 / (H_jj - H_jS H_SS^-1 H_Sj), v being the refitted row and g = (w - v) H. docs/mathematics.md derives both, and
-what a swap of one group costs.
+With a refit the error is that after the kept values are refitted (``swap_and_refit``). For the dropped set D and A =
+H^-1 it is E(S) = w_D A_DD^-1 w_D^T. With the refitted row v and g = (w - v) H, dropping i raises it by v_i^2 /
+(H_SS^-1)_ii, and keeping j lowers it by g_j^2 / (H_jj - H_jS H_SS^-1 H_Sj). docs/mathematics.md derives these and the
+cost of a swap.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ..ops.pattern import NMPattern
 from .calibration import calls_of, layer_by_layer, masks_of
 from .refit import DAMPING, FITS, PIECE, check_refit, conjugate_gradients, refit_rows, row_errors
 
-# One in so many of a row's groups may swap together at first
+# At first, one in FIRST_SHARE of a row's groups may swap together
 FIRST_SHARE = 16
-# E has to fall by this part of itself, or rounding could pass for progress
+# E must fall by this fraction, so that rounding does not count as progress
 LEAST_FALL = 1e-6
-# By then the error of a language model's layers has done 80 to 90% of the fall that 50 sweeps bring
+# On a language model's layers they lower the error by 80 to 90% of what 50 sweeps do
 SWEEPS = 16
-# With a refit by then 90% of the fall that twice as many bring
+# With a refit they lower the error by 90% of what twice as many do
 REFITTED_SWEEPS = 8
-# Of the refit behind the swaps of a sweep. Fewer take the error that is left of it for that of the swaps
+# Iterations of the refit after the swaps of a sweep. With fewer, its remaining error hides that of the swaps
 ITERATIONS = 10
-# Rows whose masks give the conditional blocks. More do not lower the error of a language model's layers
+# Rows whose masks the conditional blocks average over. More do not lower the error of a language model's layers
 SAMPLED_ROWS = 8
 
 
 class Reconstruction(NamedTuple):
-    """Group codes [out, K / M] by name, and refitted weights [out, K] as tensors of their own; none without a refit."""
+    """Group codes [out, K / M] by name, and with a refit new tensors of weights [out, K] by name."""
 
     codes: dict[str, Tensor]
     weights: dict[str, Tensor]
@@ -51,25 +51,24 @@ class Reconstruction(NamedTuple):
 def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor],
                 pattern: str | NMPattern, calibration: Iterable, *, refit: str = "none",
                 progress: Callable[[int, int], None] | None = None) -> Reconstruction:  # fmt: skip
-    """Masks under which the layers' outputs come near to those of the whole weights, on the inputs that they see.
+    """Compute masks whose layers have outputs close to those of the dense weights, on calibration inputs.
 
-    Layer by layer in the order in which they run. Layers that are given the same tensor share its Gram matrix.
+    It visits the layers in the order in which they run. Layers with the same input tensor share its Gram matrix.
 
     Args:
-        model: holds ``layers``; its weights stay as they are.
-        layers: nn.Linear or alike, by name.
+        model: the model of ``layers``; its weights stay unchanged.
+        layers: nn.Linear or similar modules, by name.
         codes: group codes to start from, by the same names.
         pattern: "N:M" or NMPattern.
         calibration: batches for the model, each a tensor, a tuple or a mapping.
-        refit: "scales" or "weights" refit each layer behind its swaps; the layers behind see inputs of the refitted
-            ones. With "weights" more swaps follow, which count on the refit, see ``swap_and_refit``.
-        progress: called with how many layers are done, and of how many, before the first and after each.
+        refit: "scales" or "weights" refit each layer after its swaps; later layers get inputs from refitted ones. With
+            "weights" more swaps follow, which take the refit into account, see ``swap_and_refit``.
+        progress: called with (layers done, layers in all) before the first layer and after each.
 
-    Warns:
-        UserWarning: of experts that no token reaches, which keep their codes and weights.
+    Warns: UserWarning: names experts without a token, which keep their codes and weights.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, there is no batch, or another layer sees none of them.
+        TypeError, ValueError: an argument is not as above, there is no batch, or another layer gets no input.
     """
     pattern = NMPattern(pattern)
     check_refit(refit)
@@ -103,21 +102,21 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
 def swap_descent(
     weight: Tensor, codes: Tensor, gram: Tensor, pattern: str | NMPattern, sweeps: int = SWEEPS
 ) -> tuple[Tensor, Tensor]:
-    """Descend on the reconstruction error of every row by swaps within groups; the error of no row rises.
+    """Lower the reconstruction error of each row by swaps within groups; no row's error rises.
 
-    In a sweep every row takes its best swaps together, at first one in 16 of its groups. If the error does not fall by
-    them, the row takes none of them, and half as many the next time. A row whose single best swap does not help is
-    done.
+    A sweep applies the best swaps of each row together, at first in one of 16 groups. If they do not lower the row's
+    error, none is applied, and the next sweep tries half as many. A row is done when its single best swap does not
+    help.
 
     Args:
         weight: [out, K], K divisible by M.
         codes: group codes [out, K / M] to start from.
         gram: symmetric positive semidefinite float32 [K, K].
         pattern: "N:M" or NMPattern.
-        sweeps: most sweeps of a row.
+        sweeps: the most sweeps of a row.
 
     Returns:
-        (group codes [out, K / M]; by how much the error of each row fell, float32 [out]).
+        (group codes [out, K / M]; decrease of each row's error, float32 [out]).
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -134,9 +133,9 @@ def swap_descent(
 
 
 def by_place(gram: Tensor, m: int, damping: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(the matrix [K, K] with columns and rows in the order of [M, K / M], its diagonal blocks [M, M, K / M]).
+    """(matrix [K, K] with columns and rows in the order [M, K / M], its diagonal blocks [M, M, K / M]).
 
-    ``damping`` is added to the diagonal of that copy, as a share of its mean.
+    It adds ``damping`` times the mean of the diagonal to the diagonal of this copy.
     """
     groups = len(gram) // m
     ordered = gram.view(groups, m, groups, m).permute(1, 0, 3, 2).clone(memory_format=torch.contiguous_format)
@@ -147,19 +146,19 @@ def by_place(gram: Tensor, m: int, damping: float = 0.0) -> tuple[Tensor, Tensor
 
 
 def to_places(weight: Tensor, m: int) -> Tensor:
-    """A weight [out, K] with columns in the order of ``by_place``."""
+    """Reorder the columns of a weight [out, K] like those of ``by_place``."""
     return weight.view(len(weight), -1, m).transpose(1, 2).reshape(weight.shape)
 
 
 def from_places(weight: Tensor, m: int) -> Tensor:
-    """The inverse of ``to_places``."""
+    """Inverse of ``to_places``."""
     return weight.view(len(weight), m, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def descend_rows(
     weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int
 ) -> tuple[Tensor, Tensor]:
-    """``swap_descent`` with a Gram matrix as ``by_place`` gives it."""
+    """``swap_descent`` with a Gram matrix from ``by_place``."""
     rows = max(PIECE // weight.shape[1], 1)
     pieces = [
         _descend(w, code, gram, blocks, pattern, sweeps)
@@ -169,14 +168,14 @@ def descend_rows(
 
 
 def kept_of(codes: Tensor, m: int) -> Tensor:
-    """1.0 where kept and 0.0 where dropped, [rows, M, K / M]."""
+    """Mask of codes as 1.0 and 0.0, [rows, M, K / M]."""
     bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
     return (codes[:, None] >> bits[:, None] & 1).float()
 
 
 def _descend(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
     rows, groups = codes.shape
-    # Weights that stand at the same place of their groups lie together: nothing below strides
+    # weights of one place in their groups are contiguous, so that nothing below strides
     w = weight.float().view(rows, groups, pattern.m).transpose(1, 2).contiguous()
 
     def times_gram(x):
@@ -207,7 +206,7 @@ def _descend(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, patter
 
 
 def lowest(change: Tensor, count: Tensor) -> Tensor:
-    """Which groups hold the ``count`` lowest changes of their row, of those below zero."""
+    """Mask of the groups with the ``count`` lowest changes of their row, only changes below zero."""
     most = int(count.max())
     if most == 0:
         return torch.zeros_like(change, dtype=torch.bool)
@@ -217,10 +216,11 @@ def lowest(change: Tensor, count: Tensor) -> Tensor:
 
 
 def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tensor:
-    """Each group's block of H, float32 [M, M, K / M], once the kept values of all other groups follow.
+    """Block of H for each group, float32 [M, M, K / M], given that the kept values of other groups are refitted.
 
-    It is the Schur complement T_g = H_gg - H_gS H_SS^-1 H_Sg, where S is kept outside of group g. It depends on the
-    row, but little: this is the mean over a few rows at equal distances. Where a number is not finite, H_gg.
+    It is the Schur complement T_g = H_gg - H_gS H_SS^-1 H_Sg, where S is the kept set outside of group g. It depends
+    little on the row, so this is the mean over a few rows at equal distances. H_gg replaces numbers that are not
+    finite.
 
     Args:
         codes: group codes [out, K / M].
@@ -238,13 +238,13 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
         order = torch.cat([kept.nonzero()[:, 1].view(groups, n), (~kept).nonzero()[:, 1].view(groups, m - n)], 1)
         s, d = ((order[:, part] * groups + each[:, None]).flatten() for part in (slice(n), slice(n, m)))
         of_kept = gram[s].double()
-        # not by Cholesky: of a layer that saw zeros alone the matrix is zero
+        # not by Cholesky: the matrix of a layer with zeros as inputs is zero
         inverse, across = torch.linalg.inv_ex(of_kept[:, s])[0], of_kept[:, d]
         follows = (inverse @ across).view(-1, groups, m - n)
         left = by_group[each[:, None, None], order[:, n:, None], order[:, None, n:]]
         left = left - across.T.view(groups, m - n, -1) @ follows.transpose(0, 1)
         follows = follows.view(groups, n, groups, m - n)[each, :, each]
-        # by the inverse of a matrix in blocks, from those of H_SS^-1 and of H_DD - H_DS H_SS^-1 H_SD
+        # the formula for the inverse of a block matrix, from H_SS^-1 and H_DD - H_DS H_SS^-1 H_SD
         alone = torch.linalg.inv_ex(inverse.view(groups, n, groups, n)[each, :, each])[0]
         mixed = alone @ follows
         block = torch.cat([torch.cat([alone, mixed], 2), torch.cat([mixed.mT, left + follows.mT @ mixed], 2)], 1)
@@ -256,18 +256,18 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
 def swap_and_refit(
     weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int = REFITTED_SWEEPS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Descend on the error after a refit by swaps within groups, then refit; the error of no row rises.
+    """Lower the error after a refit by swaps within groups, then refit; no row's error rises.
 
     Args:
         weight: dense, float32, bfloat16 or float16 [out, K].
         codes: group codes [out, K / M] to start from.
         gram, pattern: as for ``conditional_blocks``.
-        blocks: of ``conditional_blocks``, of these or more rows.
-        sweeps: at most.
+        blocks: from ``conditional_blocks``, of these or more rows.
+        sweeps: the most sweeps.
 
     Returns:
-        (group codes [out, K / M]; weight [out, K] in its dtype with refitted kept values, dense where dropped; float32
-        [out, 2], the error of each row before and after).
+        (group codes [out, K / M]; weight [out, K] in its dtype with refitted kept values and dense dropped values;
+        float32 [out, 2], the error of each row before and after).
     """
     pieces = []
     rows = max(PIECE // weight.shape[1], 1)
@@ -279,7 +279,7 @@ def swap_and_refit(
         fitted = conjugate_gradients(dense, fitted, kept, gram)[0].to(w.dtype)
         before = row_errors(dense - dense * kept_of(start, pattern.m).view(dense.shape), gram)
         after = row_errors(dense - fitted.float() * kept, gram)
-        # false for what is not finite, too
+        # also false for NaN
         better = (after < before)[:, None]
         refitted = torch.where(better & (kept > 0), fitted, ordered)
         errors = torch.stack([before, torch.where(better[:, 0], after, before)], 1)
@@ -288,7 +288,7 @@ def swap_and_refit(
 
 
 def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
-    """(group codes, refitted kept values, zero where dropped), on rows in the order of ``by_place``."""
+    """(group codes, refitted kept values with zeros elsewhere) for rows in the order of ``by_place``."""
     rows, groups = codes.shape
     n, m = pattern.n, pattern.m
 
@@ -302,7 +302,7 @@ def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor
     count = torch.full((rows,), max(1, groups // FIRST_SHARE), device=dense.device)
     for _ in range(sweeps):
         dropped_product = product * (1 - kept)
-        # what each dropped value would be, were it kept and nothing else of its group changed
+        # the value of each dropped weight if it were kept and nothing else of its group changed
         values = torch.addcdiv(fitted, dropped_product, curvature)
         change, swap = ops.best_swaps(
             values.view(rows, m, groups), -dropped_product.view(rows, m, groups), codes, blocks, n, m

@@ -1,8 +1,8 @@
-"""Refit: kept weights that make up for dropped ones, so that each layer gives what its dense weight would.
+"""Refit: new kept weights that compensate for dropped ones, so that outputs are close to those of the dense weight.
 
 For inputs X of a layer, H = X^T X, a row w of its dense weight and a row v with zeros where the mask drops, the squared
-error of the outputs is E(v) = (w - v) H (w - v)^T. Over the kept set S it is least where H_SS v_S = (H w^T)_S. With the
-initial mask "reconstruction", masks are chosen for the refit as well: ``reconstruction.py``.
+error of the outputs is E(v) = (w - v) H (w - v)^T. Over the kept set S its minimum solves H_SS v_S = (H w^T)_S. With
+the initial mask "reconstruction", masks are also chosen for the refit: ``reconstruction.py``.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from ..modules import MaskedLinear, masked_layers
 from ..ops.pattern import NMPattern
 from .calibration import calls_of, layer_by_layer, masks_of
 
-# What is added to the diagonal of a Gram matrix, as a share of its mean
+# Added to the diagonal of a Gram matrix, as a fraction of the diagonal's mean
 DAMPING = 0.01
-# Elements of the weight that are worked on at a time; rows do not depend on each other
+# Elements of the weight to process at a time; rows do not depend on each other
 PIECE = 1 << 24
-# On the layers of a language model the error is within 1% of its least after 10 to 15
+# On a language model's layers the error is within 1% of its minimum after 10 to 15
 ITERATIONS = 30
-# A row is done where an iteration lowers its error by less than this part of it
+# A row is done when an iteration lowers its error by less than this fraction
 LEAST_FALL = 1e-3
 
-# (dense weight [out, K], 1.0 where kept and 0.0 where dropped, Gram matrix [K, K]) -> refitted weight [out, K], whose
-# dropped values have no part in the error; all float32
+# (dense weight [out, K], mask of 1.0 and 0.0, Gram matrix [K, K]) -> refitted weight [out, K], whose dropped values do
+# not count in the error; all float32
 Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def refit(
     model: nn.Module, calibration: Iterable, to: str = "weights", *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, float]:
-    """Refit the weights of a converted model under its top-N masks, so that each layer gives what the dense one would.
+    """Refit the weights of a converted model under its top-N masks, to approximate the outputs of the dense layers.
 
-    The masks, the biases and all else stay as they are. With "weights" dropped weights keep their dense values, so that
-    learning can go on over both. ``convert`` does the same with its ``refit``, and then chooses the masks for it.
+    Only the weights change. With "weights", dropped weights keep their dense values, so that masks can learn further.
+    ``convert`` does the same with its ``refit``, and can also choose the masks for it.
 
-    Beside the new weights one block's inputs and one Gram matrix are held. They are put into the layers at the end, as
-    tensors of their own: a weight that an embedding shares does not change there.
+    In memory are the new weights, one block's inputs and one Gram matrix. The layers get the new weights at the end, as
+    new tensors: an embedding that shares a weight does not change.
 
     Args:
         model: converted, see ``convert``; none of its weights refitted or trained before.
-        calibration: batches for the model, each a tensor, a tuple or a mapping. Several times as many tokens as the
+        calibration: batches for the model, each a tensor, a tuple or a mapping. Use several times as many tokens as the
             widest layer has inputs.
-        to: "weights": the kept values of least error, by conjugate gradients. "scales": the one factor of least error
-            for each row of a weight.
-        progress: called with how many layers are done, and of how many, before the first and after each.
+        to: "weights": the kept values with the smallest error, by conjugate gradients. "scales": for each row of a
+            weight the one factor with the smallest error.
+        progress: called with (layers done, layers in all) before the first layer and after each.
 
     Returns:
-        error of the layer's outputs after the refit over that before, by name; none of an expert without a token.
+        by name, the error of a layer's outputs after the refit divided by that before; without experts that got no
+        token.
 
-    Warns:
-        UserWarning: of experts that no token reaches, which keep their weights.
+    Warns: UserWarning: names experts without a token, which keep their weights.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, there is no batch, or a layer sees none of them. The model
-            is then as it was.
+        TypeError, ValueError: an argument is not as above, there is no batch, or a layer gets no input. The model is
+            then unchanged.
     """
     if to not in FITS:
         raise ValueError(f"to: expected one of {tuple(FITS)}, got {to!r}")
@@ -68,8 +68,8 @@ def refit(
         check_in_memory("model", layer, name)
         if layer.weight_changed:
             raise ValueError(
-                f"model: expected dense weights, which are what a refit reconstructs, got refitted or trained ones in "
-                f"{name}; convert the model anew"
+                f"model: expected dense weights, the target of a refit, got refitted or trained ones in {name}; "
+                f"load and convert the model again"
             )
     codes = {name: top_n_mask(layer.logits_on_device().detach(), layer.pattern) for name, layer in layers.items()}
     patterns = {name: layer.pattern for name, layer in layers.items()}
@@ -88,12 +88,12 @@ def refit_layers(
     to: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Refitted weights, and the share of the error that is left, by name; the model stays as it is.
+    """Compute refitted weights and the remaining share of the error, by name; the model stays unchanged.
 
-    Layer by layer in the order in which they run. A layer's inputs are those of the model as it is so far, masked and
-    refitted; its target is what its dense weight would give on the same inputs. The squared error of the outputs falls
-    in every row of a weight, or the row stays as it is. Sums are float32; values are rounded to the weight's dtype
-    once. Of layers that ranks share, codes and refitted weights are those of this rank's part.
+    It visits the layers in the order in which they run. The inputs of a layer come from the masked and refitted layers
+    before; its target is the output of its dense weight on these inputs. A row whose squared error does not fall stays
+    unchanged. Sums are float32; values are rounded to the weight's dtype once. For layers that are cut over ranks,
+    codes and refitted weights are those of this rank's rows.
     """
     calls = calls_of(calibration)
     masks = masks_of(model, layers, codes, patterns)
@@ -118,15 +118,15 @@ def refit_layers(
 
 
 def put_weights(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor]) -> None:
-    """Give layers refitted or trained weights, and note that theirs have changed.
+    """Set refitted or trained weights of layers, and their ``weight_changed``.
 
     Args:
         layers: by name.
-        weights: [out, K] by name, of some of the layers; of one that ranks share what this rank has. A layer takes
-            them in its dtype, onto its device; else they are not copied.
+        weights: [out, K] by name, of some of the layers; of a layer that is cut over ranks, this rank's rows. They are
+            converted to the layer's dtype and device, and not copied if they have both.
 
     Raises:
-        ValueError: if a layer is missing or of another shape. Nothing has changed then.
+        ValueError: if a layer is missing or has another shape. Nothing changes then.
     """
     for name, weight in weights.items():
         shape = list(local(layers[name].weight).shape) if name in layers else None
@@ -137,10 +137,10 @@ def put_weights(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor
     for name, weight in weights.items():
         layer = layers[name]
         if is_distributed(layer.weight):
-            # FSDP2 knows it by this memory
+            # into the same memory, which FSDP2 uses
             local(layer.weight.detach()).copy_(weight)
         else:
-            # in place of the tensor, not into it: it may be shared with a layer that has no mask
+            # a new tensor: the old one may be shared with a layer without a mask
             layer.weight.data = weight.to(layer.weight.device, layer.weight.dtype)
         layer.weight_changed = True
 
@@ -151,21 +151,21 @@ def check_refit(refit: str) -> None:
 
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
-    """d H d^T of every row d of ``difference`` [out, K]: float32 [out]."""
+    """d H d^T for each row d of ``difference`` [out, K]: float32 [out]."""
     return ((difference @ gram) * difference).sum(1)
 
 
 def fit_weights(dense: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
-    """The kept values of least error, by ``conjugate_gradients`` from those of the dense weight; the others stay."""
+    """Kept values with the smallest error, by ``conjugate_gradients`` from the dense ones; dropped values stay."""
     fitted, _ = conjugate_gradients(dense, dense * kept, kept, gram)
     return torch.where(kept > 0, fitted, dense)
 
 
 def fit_scales(dense: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
-    """The dense weight with each row times its factor of least error, c = m H w^T / m H m^T.
+    """The dense weight, each row times the factor with the smallest error, c = m H w^T / m H m^T.
 
-    m is the row with zeros where dropped. The factor is one of the row's output, so dropped values get it too: learning
-    may take them up again. Rows whose masked outputs are all zero keep the factor 1.
+    m is the row with zeros where dropped. The factor scales the row's output, so it applies to dropped values too:
+    learning may keep them later. Rows whose masked outputs are all zero keep the factor 1.
     """
     masked = dense * kept
     product = masked @ gram
@@ -180,21 +180,21 @@ FITS: dict[str, Fit] = {"scales": fit_scales, "weights": fit_weights}
 def conjugate_gradients(dense: Tensor, start: Tensor, kept: Tensor, gram: Tensor,
                         iterations: int = ITERATIONS,
                         least_fall: float = LEAST_FALL) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Descend on E over the kept values of every row, by conjugate gradients with the diagonal of H as preconditioner.
+    """Minimize E over the kept values of each row, by conjugate gradients with the diagonal of H as preconditioner.
 
-    Hestenes and Stiefel 1952, with steps of each row's own, all rows in one product with H an iteration. An iteration
-    with step a, preconditioned residual z and residual r lowers E by a (r z), without another product.
+    Hestenes and Stiefel 1952, with a step size for each row and one product with H for all rows in an iteration. An
+    iteration with step a, preconditioned residual z and residual r lowers E by a (r z), without another product.
 
     Args:
         dense: w, float32 [out, K].
         start: zero where dropped, float32 [out, K].
         kept: 1.0 where kept and 0.0 where dropped, float32 [out, K].
         gram: H, symmetric positive definite float32 [K, K].
-        iterations: at most.
-        least_fall: a row ends where an iteration lowers its error by less than this part of it.
+        iterations: the most iterations.
+        least_fall: a row is done when an iteration lowers its error by less than this fraction.
 
     Returns:
-        (v, float32 [out, K]; (w - v) H, which is 0 where kept once E is at its least, float32 [out, K]).
+        (v, float32 [out, K]; (w - v) H, float32 [out, K], which is 0 for kept weights at the minimum of E).
     """
     fitted, preconditioner = start.clone(), kept / gram.diagonal()
     product = (dense - fitted) @ gram
@@ -215,18 +215,18 @@ def conjugate_gradients(dense: Tensor, start: Tensor, kept: Tensor, gram: Tensor
             break
         preconditioned = product * preconditioner
         before, slope = slope, (product * preconditioned).sum(1, keepdim=True)
-        # of rows that are done neither changes any more
+        # neither changes for rows that are done
         direction.mul_(torch.where(going, slope / before, 0.0)).add_(preconditioned)
     return fitted, product
 
 
 def refit_rows(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
-    """The dense weight [out, K] refitted, rounded once; a row whose error would not fall stays as it is.
+    """Refit the dense weight [out, K], rounded once; a row whose error would not fall stays unchanged.
 
     Args:
         kept: bool [out, K].
         gram: symmetric positive definite float32 [K, K].
-        fit: of ``FITS``.
+        fit: one of ``FITS``.
 
     Returns:
         (weight [out, K] in its dtype; float32 [out, 2], the error of each row before and after).
@@ -238,7 +238,7 @@ def refit_rows(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Te
         fitted = fit(dense, mask, gram).to(piece.dtype)
         before = row_errors(dense - dense * mask, gram)
         after = row_errors(dense - fitted.float() * mask, gram)
-        # false for what is not finite, too
+        # also false for NaN
         better = after < before
         errors = torch.stack([before, torch.where(better, after, before)], 1)
         pieces.append((torch.where(better[:, None], fitted, piece), errors))

@@ -1,10 +1,10 @@
 """SparseGPT: masks and weights in one pass over the layers (Frantar and Alistarh 2023, arXiv 2301.00774).
 
-With H = X^T X of a layer's inputs, columns go from left to right. Dropping w_i costs w_i^2 / [F^-1]_ii and moves the
-weights to the right by -w_i / [F^-1]_ii [F^-1]_i, F being the rest of H from column i on: row i of the upper Cholesky
-factor U of H^-1 holds both, [F^-1]_i = U_ii U_i. The N:M mask of a group is chosen by that cost as its first column
-comes up, from weights that have made up for the columns before. Updates reach the columns beyond a block of 128
-together, at its end.
+With H = X^T X of a layer's inputs, the columns are processed from left to right. Let F be the part of H from column i
+on. Dropping w_i costs w_i^2 / [F^-1]_ii, and the weights to the right compensate by -w_i / [F^-1]_ii [F^-1]_i. Row i of
+the upper Cholesky factor U of H^-1 gives both: [F^-1]_i = U_ii U_i. The N:M mask of a group is chosen by this cost at
+its first column, when its weights have compensated for the columns before. Columns beyond a block of 128 are updated
+together, at the end of the block.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ BLOCK = 128
 
 
 class WeightsOfBlock(LayerMasks):
-    """New weights of the layers of one block, which may run again; those before are forgotten."""
+    """New weights of the layers of one block, which may run again; those of earlier blocks are freed."""
 
     def enter_block(self, block: nn.Module) -> None:
         self.weights.clear()
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor U [K, K] of the inverse of a Gram matrix, U^T U = H^-1, damped; ValueError without one.
+    """Upper Cholesky factor U [K, K] of the inverse of a damped Gram matrix, U^T U = H^-1; ValueError if there is none.
 
-    ``gram``: X^T X [K, K], float32 or float64. A column without input counts as one of its own, of norm 1.
+    ``gram``: X^T X [K, K], float32 or float64. A column without input counts as orthogonal to all others, of norm 1.
     """
     gram = gram.clone()
     gram.diagonal().add_((gram.diagonal() == 0).to(gram.dtype))
@@ -42,7 +42,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed or not upper.diagonal().isfinite().all():
-        raise ValueError("expected inputs whose Gram matrix can be inverted, got others, such as not finite ones")
+        raise ValueError("expected inputs whose Gram matrix can be inverted, got others, perhaps not finite")
     return upper
 
 
@@ -50,7 +50,7 @@ def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPatter
     """(group codes [out, K / M], weight under its mask [out, K] in the dtype of ``upper``) of a weight [out, K].
 
     Args:
-        unused: bool [K], the columns without input, whose weights count as 0.
+        unused: bool [K], true for columns without input; their weights count as 0.
         upper: [K, K], see ``inverse_factor``.
     """
     k, codes = weight.shape[1], []
@@ -62,7 +62,7 @@ def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPatter
         for i in range(left, right):
             if i % pattern.m == 0:
                 group = slice(i, i + pattern.m)
-                # the root of the cost, in the same order: squares may leave the range of float32
+                # the root of the cost has the same order; squares may exceed the range of float32
                 codes.append(top_n_mask((w[:, group] / upper.diagonal()[group]).abs().float(), pattern))
                 kept = expand_mask(codes[-1], pattern)
             dropped = torch.where(kept[:, i % pattern.m], 0.0, w[:, i])
@@ -78,25 +78,24 @@ def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPatter
 def sparsegpt(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str | NMPattern,
               calibration: Iterable, *, keep_weights: bool = False,
               progress: Callable[[int, int], None] | None = None) -> Reconstruction:  # fmt: skip
-    """Masks of all layers, each found on what the layers before it give once they are pruned and have made up for it.
+    """Compute masks of all layers; the inputs of each come from the pruned and compensated layers before.
 
-    In a chain of blocks only the inputs of one block, its new weights and one Gram matrix are held, but for
-    ``keep_weights``. Layers that are given the same tensor share their Gram matrix. Sums are float32.
+    In a chain of blocks only the inputs of one block, its new weights and one Gram matrix are in memory; with
+    ``keep_weights`` all new weights. Layers with the same input tensor share its Gram matrix. Sums are float32.
 
     Args:
-        model: holds ``layers``; its weights stay as they are.
-        layers, pattern: nn.Linear or alike, by name; "N:M" or NMPattern.
+        model: the model of ``layers``; its weights stay unchanged.
+        layers, pattern: nn.Linear or similar modules, by name; "N:M" or NMPattern.
         calibration: batches for the model, each a tensor, a tuple or a mapping.
-        keep_weights: whether the result holds the new weights as well, with exact zeros, in the dtype of the weights.
-            Without them it is the mask alone, which belongs to the weights of the model.
-        progress: called with how many layers are done, and of how many, before the first and after each.
+        keep_weights: whether to return the new weights as well, with exact zeros, in the dtype of the weights. Without
+            them the masks apply to the model's own weights.
+        progress: called with (layers done, layers in all) before the first layer and after each.
 
-    Warns:
-        UserWarning: of experts that no token reaches, which get masks by magnitude.
+    Warns: UserWarning: names experts without a token, which get masks by magnitude.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, there is no batch, another layer sees none of them, or
-            inputs are not finite.
+        TypeError, ValueError: an argument is not as above, there is no batch, another layer gets no input, or inputs
+            are not finite.
     """
     pattern = NMPattern(pattern)
     calls = calls_of(calibration)

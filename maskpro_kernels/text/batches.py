@@ -1,4 +1,4 @@
-"""Windows of tokens, of texts or drawn from a model itself, and batches of them from one source or of several."""
+"""Windows of tokens, from texts or sampled from a model, and batches of windows from several sources."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..fsdp import without_gradients
 from ..modules import evaluating
 from .sources import BUILT_IN, SELF, is_path
 
-# Windows that are drawn together by default
+# Windows to sample together by default
 TOGETHER = 128
-# Probabilities that are summed first
+# Probabilities in a block of ``drawn_indices``
 BLOCK = 256
 BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -35,31 +35,31 @@ class Source(NamedTuple):
 def parse_sources(data: str) -> tuple[Source, ...]:
     """Parse a list of sources such as "pydoc:0.5,self:0.5".
 
-    A comma separates sources, and a number behind a source's last colon is its share. Shares are divided by their sum;
-    without any, all sources have the same. A word that exists as a path is that path, colons included, and so is the
-    whole list. A dataset whose configuration is a number needs a share behind it.
+    Commas separate sources. A number after a source's last colon is its share. Shares are divided by their sum; without
+    shares all sources have equal ones. A word, or the whole list, that exists as a path is that path, colons included.
+    A dataset whose configuration is a number needs a share after it.
 
     Raises:
         TypeError: if ``data`` is not a str.
-        ValueError: if a source is empty or comes twice, a share is not positive, or some sources alone have one.
+        ValueError: if a source is empty or occurs twice, a share is not positive, or only some sources have one.
     """
     if not isinstance(data, str):
         raise TypeError(f'data: expected a str such as "pydoc:0.5,self:0.5", got {type(data).__name__}')
     sources = [_source(word.strip()) for word in ([data] if is_path(data) else data.split(","))]
     names, shares = [name for name, _ in sources], [share for _, share in sources]
     if not all(names):
-        raise ValueError(f"data: expected a source in front of and behind each comma, got {data!r}")
+        raise ValueError(f"data: expected a source before and after each comma, got {data!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"data: expected each source once, got {data!r}; give it one share")
     for name, share in sources:
         if share is not None and share <= 0:
-            raise ValueError(f"data: expected a positive share behind the last colon, got that of {name!r} in {data!r}")
+            raise ValueError(f"data: expected a positive share after the last colon, got that of {name!r} in {data!r}")
         front, colon, rest = name.rpartition(":")
         if colon and not is_path(name) and (front in (*BUILT_IN, SELF) or is_path(front)):
-            raise ValueError(f"data: expected a number behind the colon of {front!r}, got {rest!r}")
+            raise ValueError(f"data: expected a number after the colon of {front!r}, got {rest!r}")
     if None in shares:
         if any(share is not None for share in shares):
-            raise ValueError(f"data: expected a share behind all sources or behind none, got {data!r}")
+            raise ValueError(f"data: expected a share for all sources or for none, got {data!r}")
         shares = [Fraction(1)] * len(names)
     return tuple(Source(name, share / sum(shares)) for name, share in zip(names, shares, strict=True))
 
@@ -76,19 +76,19 @@ def _source(word: str) -> tuple[str, Fraction | None]:
 
 
 def texts_of(data: str) -> tuple[Source, ...]:
-    """The sources of a list that are texts, with shares of their own sum; none where "self" stands alone."""
+    """Sources of a list that are texts, with shares that add up to 1; none if "self" is the only source."""
     texts = [source for source in parse_sources(data) if source.name != SELF]
     return tuple(Source(name, share / sum(source.share for source in texts)) for name, share in texts)
 
 
 def other_kind(data: str) -> str | None:
-    """A built-in text that is not in a list: pydoc, or else stdlib; None where both are."""
+    """Built-in text that is not in a list: pydoc, or else stdlib; None if both are."""
     names = [name for name, _ in parse_sources(data)]
     return next((name for name in ("pydoc", "stdlib") if name not in names), None)
 
 
 def resolved(data: str) -> str:
-    """The list with absolute paths, which hold in every folder."""
+    """The list with absolute paths, valid in every folder."""
     if is_path(data):
         return str(Path(data).resolve())
     sources = parse_sources(data)
@@ -101,7 +101,7 @@ def windows(text: str, tokenizer: Callable, length: int) -> Tensor:
     """Cut the token ids of a text into windows that do not overlap; the remainder is dropped.
 
     Args:
-        text: has at least ``length`` tokens; else ValueError.
+        text: a text of at least ``length`` tokens; else ValueError.
         tokenizer: a Hugging Face tokenizer.
         length: tokens in a window, at least 2; else ValueError.
 
@@ -120,11 +120,11 @@ def windows(text: str, tokenizer: Callable, length: int) -> Tensor:
 
 
 def check_vocabulary(windows: Tensor, vocabulary: int) -> None:
-    """Raise ValueError if a model with a vocabulary of that size does not have one of the tokens."""
+    """Raise ValueError if a token is outside of a vocabulary of that size."""
     if int(windows.max()) >= vocabulary:
         raise ValueError(
-            f"model: expected tokens below {vocabulary}, the size of its vocabulary, got {int(windows.max())} of its "
-            "tokenizer, which is of another model; put the model's own beside it"
+            f"model: expected tokens below {vocabulary}, the size of its vocabulary, got {int(windows.max())} from a "
+            "tokenizer of another model; put the model's own tokenizer into its folder"
         )
 
 
@@ -134,7 +134,7 @@ def batches(windows: Tensor, batch_size: int, seed: int) -> list[Tensor]:
     Args:
         windows: [windows, length].
         batch_size: windows in a batch, from 1 to all; else ValueError.
-        seed: of the shuffle; the same seed gives the same batches on every device.
+        seed: of the shuffle; a seed gives the same batches on every device.
 
     Returns:
         list of tensors [batch_size, length].
@@ -147,14 +147,13 @@ def batches(windows: Tensor, batch_size: int, seed: int) -> list[Tensor]:
 
 
 def generator_of(purpose: str, seed: int, index: int) -> torch.Generator:
-    """A generator for one of many things that are drawn with one seed, independent of what was drawn before."""
+    """Make a generator for a purpose and an index, so that its numbers do not depend on other uses of the seed."""
     mixed = hashlib.blake2b(f"{purpose} {seed} {index}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
 
 
 def turns(shares: Sequence[Fraction], count: int) -> list[int]:
-    """The sources that the next ``count`` windows are of: each time the one that lacks most of its share so far, the
-    first of equals."""
+    """Sources of the next ``count`` windows: each time the one that lags most behind its share, the first of equals."""
     scale = math.lcm(*(share.denominator for share in shares))
     weights = [int(share * scale) for share in shares]
     lacking, whose = [0] * len(weights), []
@@ -167,7 +166,7 @@ def turns(shares: Sequence[Fraction], count: int) -> list[int]:
 
 
 def shared_out(sources: Sequence[Source], count: int) -> list[int]:
-    """How many of ``count`` windows each source has by its share, but at least one.
+    """Number of windows of each source, of ``count`` in all, by its share and at least one.
 
     ValueError if there are more sources than windows.
     """
@@ -183,35 +182,35 @@ def shared_out(sources: Sequence[Source], count: int) -> list[int]:
 
 
 def in_a_batch(share: Fraction, batch_size: int) -> int:
-    """How many windows of a source a batch has, rounded up."""
+    """Number of a source's windows in a batch, rounded up."""
     return -(-share.numerator * batch_size // share.denominator)
 
 
 def check_windows(sources: Sequence[Source], windows: Mapping[str, Tensor], batch_size: int) -> None:
-    """Raise ValueError if a source has fewer windows than a batch takes of it."""
+    """Raise ValueError if a source has fewer windows than a batch needs of it."""
     for name, share in sources:
         if name in windows and len(windows[name]) < (most := in_a_batch(share, batch_size)):
             raise ValueError(
-                f"batch_size: expected at most {len(windows[name])} windows of {name!r} in a batch, as many as there "
-                f"are, got a batch of {batch_size} with {most} of them"
+                f"batch_size: expected at most {len(windows[name])} windows of {name!r} in a batch, which is all of "
+                f"them, got a batch of {batch_size} with {most}"
             )
 
 
 class MixedBatches(Sequence):
     """Batches whose windows come from several sources in turn, by their shares.
 
-    Each source is gone through in an order of its own and shuffled anew each time round, so all its windows come up
-    equally often but for one time. The order depends on shares, numbers of windows and seed alone.
+    Each source is shuffled again in each epoch, so the counts of its windows differ by at most one. The order depends
+    only on shares, numbers of windows and seed.
 
     Args:
         windows: int64 [windows, length] of each source by name.
         sources: their shares, see ``parse_sources``.
         batch_size: windows in a batch.
-        count: how many batches.
-        seed: of the orders.
+        count: number of batches.
+        seed: of the shuffles.
 
     Raises:
-        ValueError: if a source has fewer windows than a batch takes of it, or an argument is out of its range.
+        ValueError: if a source has fewer windows than a batch needs of it, or an argument is out of its range.
     """
 
     def __init__(
@@ -226,7 +225,7 @@ class MixedBatches(Sequence):
         first = 0
         for index, (name, _) in enumerate(sources):
             places, have = whose == index, len(windows[name])
-            # of its own: sources of equal length are not to share their orders, of whatever round
+            # a generator for each source and epoch: sources of equal length must not share an order
             generator = generator_of("order", seed, index)
             taken = int(places.sum())
             rounds = [torch.randperm(have, generator=generator) for _ in range(-(-taken // have))]
@@ -239,7 +238,7 @@ class MixedBatches(Sequence):
         return len(self._order)
 
     def __getitem__(self, index):
-        """A batch, int64 [batch_size, length], on the windows' device; of a slice those batches."""
+        """Batch int64 [batch_size, length] on the windows' device; for a slice the MixedBatches of these."""
         if isinstance(index, slice):
             part = copy(self)
             part._order = self._order[index]
@@ -248,7 +247,7 @@ class MixedBatches(Sequence):
 
 
 def start_token(tokenizer) -> int | None:
-    """The token that samples begin with: the tokenizer's beginning of text, else its end of text; None if neither."""
+    """First token of samples: the tokenizer's beginning of text, else its end of text; None if it has neither."""
     tokens = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
     return next((token for token in tokens if token is not None), None)
 
@@ -256,22 +255,22 @@ def start_token(tokenizer) -> int | None:
 def sample_windows(model: torch.nn.Module, start: int | None, windows: int, length: int, *,
                    batch_size: int = TOGETHER, seed: int = 0,
                    progress: Callable[[int, int], object] | None = None) -> Tensor:  # fmt: skip
-    """Draw windows of tokens from a model's own next-token probabilities, at temperature 1.
+    """Sample windows of tokens from a model's next-token probabilities, at temperature 1.
 
-    A window begins with ``start`` and goes on behind an end of text, as text does that is cut into windows. Tokens are
-    drawn by the inverse of the cumulative distribution, of float32 probabilities and a float64 number from a generator
-    on the CPU. Batch i, of ``batch_size`` windows, has a generator of its own, seeded by ``seed`` and i.
+    A window begins with ``start`` and continues after an end of text, like a text that is cut into windows. Tokens are
+    drawn by the inverse of the cumulative distribution, from float32 probabilities and a float64 number of a generator
+    on the CPU. Batch i of ``batch_size`` windows has its own generator, seeded by ``seed`` and i.
 
-    Draw before the model is converted: a masked model writes other text.
+    Sample before you convert the model: a masked model gives other text.
 
     Args:
-        model: a Hugging Face causal language model. It draws in eval mode and is put back into the mode it came in.
-        start: id of the first token, see ``start_token``; None: another one for each window, all alike in probability.
-        windows: how many.
-        length: tokens in a window with the first one, at least 2.
-        batch_size: windows that are drawn together. Their keys and values stay in memory meanwhile.
+        model: a Hugging Face causal language model. It runs in eval mode; its mode is restored.
+        start: id of the first token, see ``start_token``; None: a uniformly random token for each window.
+        windows: number of windows.
+        length: tokens in a window, the first one included, at least 2.
+        batch_size: windows to sample together. Their keys and values are in memory meanwhile.
         seed: at least 0.
-        progress: called behind each token of a batch with how many have been drawn, and of how many.
+        progress: called after each token of a batch with (tokens done, tokens in all).
 
     Returns:
         int64 [windows, length], on the CPU.
@@ -310,21 +309,21 @@ def sample_windows(model: torch.nn.Module, start: int | None, windows: int, leng
                 if progress is not None:
                     progress(batch * (length - 1) + at, batches * (length - 1))
             if not finite:
-                raise ValueError("model: expected finite logits, got NaN or infinity; take another --dtype or model")
+                raise ValueError("model: expected finite logits, got NaN or infinity; use another --dtype or model")
             drawn.append(tokens.cpu())
     return torch.cat(drawn)
 
 
 def drawn_indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """For each row the index at which the sum of the probabilities up to it passes a uniform number.
+    """Draw an index for each row: the first at which the cumulative sum of probabilities exceeds a uniform number.
 
-    That draws by the inverse of the cumulative distribution (Devroye 1986, Non-Uniform Random Variate Generation,
-    chapter III.2). First the block of probabilities, then the one in it: a sum over a vocabulary one by one takes
-    longer than a small model's forward takes for its widest layer. Sums are cumulated in float64 on the CPU, since
-    float32 ones would lose rare indices, and those of a GPU have no fixed order.
+    This inverts the cumulative distribution (Devroye 1986, Non-Uniform Random Variate Generation, chapter III.2). It
+    first finds the block of probabilities, then the index in the block: a cumulative sum over the whole vocabulary
+    would take longer than the widest layer of a small model. Sums are float64 on the CPU, since float32 sums would lose
+    rare indices, and sums on a GPU have no fixed order.
 
     Args:
-        probabilities: float32 [rows, n]. A row need not sum to 1. One that holds NaN gives some index.
+        probabilities: float32 [rows, n]. A row need not sum to 1. A row with NaN gives some index.
         uniform: float64 [rows], in [0, 1).
 
     Returns:
@@ -340,11 +339,11 @@ def drawn_indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _passed(weights: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-    """(index [rows] at which a part [rows, 1] of a row's sum is passed, the fraction of that weight before it)."""
+    """(index [rows] at which the cumulative sum exceeds ``part`` [rows, 1] of a row's sum, fraction before it)."""
     weights = weights.cpu().double()
     sums = weights.cumsum(-1)
     sought = part * sums[:, -1:]
-    # right: a weight of 0 has no place between two sums
+    # right: an index with weight 0 is never drawn
     index = torch.searchsorted(sums, sought, right=True).clamp(max=weights.shape[1] - 1)
     own = weights.gather(-1, index)
     rest = (sought - (sums.gather(-1, index) - own)) / own

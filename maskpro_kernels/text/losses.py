@@ -1,4 +1,4 @@
-"""Losses of a masked language model: cross-entropy with the text, and divergence from its dense self, the teacher."""
+"""Losses of a masked language model: cross-entropy with the text, and divergence from the dense model, its teacher."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .batches import drawn_indices
 from .perplexity import causal_lm_loss, check_input_ids
 
 KINDS = ("ce", "kl", "ce+kl")
-# Logits that stand as float32 copies at a time: those of 128 tokens and a vocabulary of 65,536
+# Logits to copy to float32 at a time, such as 128 tokens with a vocabulary of 65,536
 PIECE = 1 << 23
-# The file in a cache's folder that has the digest of its teacher
+# File in a cache's folder with the digest of its teacher
 TEACHER = "teacher.json"
-# Next tokens of which a cache holds the logits by default
+# Tokens whose probabilities a cache stores by default
 LIKELIEST = 64
 
 # (logits of a piece [tokens, vocabulary] in float32, its row, its tokens) -> (sum of the losses, its gradient)
@@ -37,26 +37,26 @@ OfPiece = Callable[[Tensor, int, slice], tuple[Tensor, Callable[[], Tensor]]]
 def distillation_loss(
     kind: str = "kl", temperature: float = 1.0, *, ce_weight: float | None = None, cache: TeacherCache | None = None
 ) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A ``loss_fn`` of ``MaskTrainer`` for a converted causal language model.
+    """Make a ``loss_fn`` of ``MaskTrainer`` for a converted causal language model.
 
-    "ce": ``causal_lm_loss``, the cross-entropy with the text. "kl": the Kullback-Leibler divergence of the masked
-    model from the dense one, KL(teacher || student), both softmax(logits / temperature), times temperature^2, which
-    keeps the size of its gradients (Hinton, Vinyals and Dean 2015, arXiv 1503.02531). "ce+kl": ``ce_weight`` times the
-    one and 1 - ``ce_weight`` times the other. All are means over the next tokens, in nats.
+    "ce": ``causal_lm_loss``, the cross-entropy with the text. "kl": the Kullback-Leibler divergence KL(teacher ||
+    student) from the dense to the masked model, both softmax(logits / temperature), times temperature^2, which keeps
+    the size of its gradients (Hinton, Vinyals and Dean 2015, arXiv 1503.02531). "ce+kl": ``ce_weight`` times "ce" plus
+    1 - ``ce_weight`` times "kl". All are means over the next tokens, in nats.
 
     Args:
         kind: "ce", "kl" or "ce+kl".
         temperature: of "kl", above 0.
         ce_weight: of the cross-entropy in "ce+kl", within (0, 1). Default: 0.5.
-        cache: of the teacher's logits; None: the teacher makes a forward in each call.
+        cache: of the teacher's logits; None: the teacher runs a forward in each call.
 
     Raises:
-        ValueError: an argument is not as above, or is one of another kind.
+        ValueError: an argument is not as above, or belongs to another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if ce_weight is not None and kind != "ce+kl":
-        raise ValueError(f'ce_weight: expected none but with "ce+kl", got {ce_weight}')
+        raise ValueError(f'ce_weight: expected it only with "ce+kl", got {ce_weight}')
     ce_weight = 0.5 if ce_weight is None else ce_weight
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite float above 0, got {temperature!r}")
@@ -71,26 +71,26 @@ def distillation_loss(
 
 
 class DistillationLoss:
-    """``loss(model, input_ids)``: how far a masked language model is from its dense self, see ``distillation_loss``.
+    """``loss(model, input_ids)`` with the dense model as teacher, see ``distillation_loss``.
 
-    The teacher is the model itself under ``dense``, in a forward without a graph. No float32 copy of all logits is
-    made: their gradient is computed with the loss, piece by piece, and kept in the dtype of the logits.
+    The teacher is the same model under ``dense``, in a forward without a graph. The gradient of the logits is computed
+    with the loss, piece by piece, and stored in the dtype of the logits, so that no float32 copy of all logits exists.
 
-    With a cache all tokens but the teacher's k likeliest count as one. That is a lower bound of the divergence (by the
-    log sum inequality), and its gradient is that of the divergence from a teacher that shares out the rest as the
-    student does.
+    With a cache, all tokens but the teacher's k most likely ones count as one token. This gives a lower bound of the
+    divergence (by the log sum inequality). Its gradient is that of the divergence from a teacher that distributes the
+    remaining probability as the student does.
     """
 
     def __init__(self, ce_weight: float, temperature: float, cache: TeacherCache | None):
         self.ce_weight, self.temperature, self.cache = ce_weight, temperature, cache
 
     def settings(self) -> dict:
-        """Settings that distinguish runs, as JSON gives them back; of a filled cache the teacher as well."""
+        """Settings that distinguish runs, as JSON returns them; with a filled cache also its teacher."""
         k, teacher = (None, None) if self.cache is None else (self.cache.k, self.cache.teacher)
         return {"ce_weight": self.ce_weight, "temperature": self.temperature, "k": k, "teacher": teacher}
 
     def __call__(self, model: nn.Module, input_ids: Tensor) -> Tensor:
-        """The loss of a batch of int64 [batch, length]: 0-dim float32, in nats a token, differentiable once.
+        """Compute the loss of a batch int64 [batch, length]: 0-dim float32, in nats a token, differentiable once.
 
         ValueError if kept weights have changed and no cache has the batch.
         """
@@ -101,7 +101,7 @@ class DistillationLoss:
         else:
             top = self.cache.top(model, input_ids, temperature)
         logits = model(input_ids, use_cache=False).logits
-        # a finite floor: tokens that both exclude by -inf are no difference
+        # a finite minimum: tokens that both exclude by -inf do not differ
         lowest = torch.finfo(torch.float32).min
 
         def of_piece(values: Tensor, row: int, tokens: slice) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -110,7 +110,7 @@ class DistillationLoss:
             if top is None:
                 target = torch.log_softmax(theirs[row, tokens].float() / temperature, -1)
             else:
-                # the rest is shared out as the student does
+                # the teacher's remaining probability is distributed as the student does
                 ids = top.ids[row, tokens].long()
                 rest = student.scatter(-1, ids, -math.inf).logsumexp(-1)
                 target = student + (top.rest[row, tokens] - rest)[:, None]
@@ -135,15 +135,15 @@ class DistillationLoss:
         return _MeanWithGradient.apply(logits, of_piece)
 
     def fisher_loss(self, model: nn.Module, input_ids: Tensor, seed: int) -> Tensor:
-        """A loss whose gradient squared has the curvature of this one as its mean over seeds.
+        """Compute a loss whose squared gradient has the curvature of this loss as its mean over seeds.
 
-        KL times temperature^2 has in the logits z, with q = softmax(z / temperature), the gradient temperature (q - p)
-        and, whatever the teacher p, the second derivative diag(q) - q q^T. The gradient vanishes at the teacher, its
-        square says nothing there. temperature times the cross-entropy with a label y drawn from q has the gradient
-        q - e_y, whose square has the mean diag(q) - q q^T: the Fisher information of the student itself (Martens 2014,
-        arXiv 1412.1193). So does the cross-entropy with the text under its own model, at temperature 1: in "ce+kl" each
-        token is of one of the two, drawn by their weights. ``seed`` is that of the labels, which are the same on every
-        device for the same logits.
+        For logits z and q = softmax(z / temperature), KL times temperature^2 has the gradient temperature (q - p) and,
+        for any teacher p, the second derivative diag(q) - q q^T. The gradient is 0 at the teacher, so its square gives
+        no curvature there. temperature times the cross-entropy with a label y drawn from q has the gradient q - e_y.
+        Its square has the mean diag(q) - q q^T: the Fisher information of the student itself (Martens 2014, arXiv
+        1412.1193). The same holds for the cross-entropy with the text if labels are drawn at temperature 1. In "ce+kl"
+        each token uses one of the two, drawn by their weights. ``seed`` determines the labels, the same on all devices
+        for the same logits.
         """
         check_input_ids(input_ids)
         logits = model(input_ids, use_cache=False).logits
@@ -165,7 +165,7 @@ class DistillationLoss:
         return _MeanWithGradient.apply(logits, of_piece)
 
     def fill(self, model: nn.Module, batches: Sequence[Tensor], progress: bool = False) -> None:
-        """Fill the cache with the teacher's logits of the loss's batches, ahead of a change of the weights.
+        """Fill the cache with the teacher's logits of the batches, before weights change.
 
         The model may be converted already. ValueError if there is no cache or one of another model, or kept weights
         have changed.
@@ -178,7 +178,7 @@ class DistillationLoss:
 
 
 def _pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
-    """(row, tokens) of logits [batch, length, vocabulary], in pieces; the last token of a row predicts none."""
+    """Yield (row, tokens) of logits [batch, length, vocabulary], in pieces; a row's last token has no target."""
     batch, length, vocabulary = logits.shape
     size = max(PIECE // vocabulary, 1)
     for row in range(batch):
@@ -187,7 +187,7 @@ def _pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 class _MeanWithGradient(torch.autograd.Function):
-    """The mean over next tokens of losses of logits [batch, length, vocabulary], whose gradient is computed with it."""
+    """Mean over next tokens of losses of logits [batch, length, vocabulary]; forward also computes its gradient."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, of_piece: OfPiece) -> Tensor:
@@ -223,10 +223,10 @@ def teacher_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 class TopLogProbs(NamedTuple):
-    """The teacher's distributions of the next tokens, cut to the k likeliest.
+    """The teacher's distributions of next tokens, cut to the k most likely.
 
-    ``ids``, int32, and ``log_probs``, float32 in nats, of these are [batch, length - 1, k]. ``rest`` is the log of what
-    all other tokens have together, float32 [batch, length - 1].
+    ``ids``, int32, and ``log_probs``, float32 in nats, are [batch, length - 1, k]. ``rest``, float32 [batch, length -
+    1], is the log of the total probability of all other tokens.
     """
 
     ids: Tensor
@@ -235,19 +235,18 @@ class TopLogProbs(NamedTuple):
 
 
 class TeacherCache:
-    """The dense model's k likeliest next tokens and the mass of the rest, for batches that come again.
+    """Cache of the dense model's k most likely next tokens, and the probability of the rest, for repeated batches.
 
-    It costs a teacher's forward once a batch, and 8 k + 4 bytes a token. Once ``bind`` was given the model, what the
-    cache holds outlives a change of the weights, behind which there is no dense model. A batch is recognised by its
-    tokens.
+    It costs a forward of the teacher once a batch, and 8 k + 4 bytes a token. After ``bind``, the cache remains valid
+    when weights change and the dense model is lost. Batches are recognized by their tokens.
 
     Args:
-        k: tokens, at least 1; of a vocabulary that has no more, all but one.
-        folder: where a safetensors file a batch is kept, made if missing; on several ranks one that all of them see.
-            None: in memory, on the CPU.
+        k: number of tokens, at least 1; at most the vocabulary less one.
+        folder: folder for a safetensors file a batch, made if missing; all ranks must have access to it. None: in
+            memory, on the CPU.
 
     Raises:
-        ValueError: ``k`` is no int of at least 1.
+        ValueError: ``k`` is not an int of at least 1.
     """
 
     def __init__(self, k: int = LIKELIEST, folder: str | Path | None = None):
@@ -258,14 +257,14 @@ class TeacherCache:
         self._held: dict[str, TopLogProbs] = {}
         self._bound: str | None = None
         self._used: str | None = None
-        # of each model its parameters, which are held for a new one could have the place of one that is gone, what
-        # changes where one is written to, and their digest
+        # for each model: its parameters, kept alive so that no new tensor gets the same id; their versions; their
+        # digest
         self._digests: WeakKeyDictionary[nn.Module, tuple[list[Tensor], list | None, str]] = WeakKeyDictionary()
 
     def top(self, model: nn.Module, input_ids: Tensor, temperature: float) -> TopLogProbs:
-        """The teacher's distributions for a batch, on its device; those of a new batch are computed and kept.
+        """Return the teacher's distributions for a batch, on its device; for a new batch compute and store them.
 
-        ValueError if a batch is new and kept weights have changed, or what is held is of another model.
+        ValueError if a batch is new and kept weights have changed, or the cache is of another model.
         """
         changed = any(layer.weight_changed for layer in _masked_layers(model))
         teacher = self.teacher if changed else self._teacher_of(model)
@@ -289,13 +288,13 @@ class TeacherCache:
 
     @property
     def teacher(self) -> str | None:
-        """The digest of the weights that ``bind`` was given, also once they are gone; None before."""
+        """Digest of the weights of ``bind``, also after they have changed; None before ``bind``."""
         if self._bound is None and self.folder is not None and (path := self.folder / TEACHER).exists():
             self._bound = json.loads(path.read_bytes())["teacher"]
         return self._bound
 
     def bind(self, model: nn.Module) -> None:
-        """Write down whose logits these are: once the weights have changed, it cannot be computed any more.
+        """Store the digest of the model's weights, which cannot be computed once they change.
 
         ValueError if kept weights have changed before, or the cache is of another model.
         """
@@ -311,12 +310,12 @@ class TeacherCache:
             self._bound = teacher
 
     def _teacher_of(self, model: nn.Module) -> str:
-        """The digest of all parameters but the logits of masks; ValueError if the cache has served another model."""
+        """Digest of all parameters but the logits of masks; ValueError if the cache is of another model."""
         learned = {id(layer.logits) for layer in _masked_layers(model)}
-        # a weight that two modules share is one parameter before a conversion, and two behind it
+        # a weight that two modules share is one parameter before a conversion, and two after it
         every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
         own = [parameter for parameter in every if id(parameter) not in learned and not parameter.is_meta]
-        # torch does not count the writes to tensors of inference
+        # torch does not count writes to inference tensors
         counted = not any(parameter.is_inference() for parameter in own)
         writes = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in own] if counted else None
         _, before, teacher = self._digests.get(model, (own, None, ""))
@@ -325,17 +324,17 @@ class TeacherCache:
             self._digests[model] = own, writes, teacher
         if {self._used, self.teacher} - {None, teacher}:
             raise ValueError(
-                "cache: expected logits of this model alone, got some of a model with other weights, or from before "
-                "this one's were written to; give each a cache of its own"
+                "cache: expected logits of this model alone, got some of a model with other weights, or of earlier "
+                "weights of this model; use one cache for each"
             )
         self._used = teacher
         return teacher
 
     def _lacking(self, what: str) -> str:
-        where = "" if self.folder is None else f" in {str(self.folder)!r}, a folder that all ranks have to see"
+        where = "" if self.folder is None else f" in {str(self.folder)!r}, a folder that all ranks must have access to"
         return (
-            f"cache: expected the dense model's logits {what}{where}, and the weights have changed since; fill it "
-            "before they do"
+            f"cache: expected the dense model's logits {what}{where}, but the weights have changed since; fill it "
+            "before they change"
         )
 
 
@@ -354,13 +353,13 @@ def _top_of(logits: Tensor, k: int, temperature: float) -> TopLogProbs:
         log_probs = torch.log_softmax(values / temperature, -1)
         top.ids[row, tokens] = ids.int()
         top.log_probs[row, tokens] = log_probs.gather(-1, ids)
-        # not 1 less the others' sum, of which few digits would be left
+        # 1 less the others' sum would lose most digits
         top.rest[row, tokens] = log_probs.scatter_(-1, ids, -math.inf).logsumexp(-1)
     return top
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
-    """Indices [..., k] of the k largest float32 values, ties to the lower index: those of 16 bits have many."""
+    """Indices [..., k] of the k largest float32 values, ties to the lower index: values of 16 bits have many ties."""
     bits = values.contiguous().view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     index = torch.arange(values.shape[-1], device=values.device)

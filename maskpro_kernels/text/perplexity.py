@@ -1,4 +1,4 @@
-"""Loss and perplexity of causal language models: by token over windows, and by word as lm-eval finds it."""
+"""Loss and perplexity of causal language models: by token over windows, and by word as in lm-eval."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .batches import check_vocabulary
 
 # Windows in a forward pass of an evaluation
 EVALUATED_TOGETHER = 4
-# The context of a model whose config and tokenizer give none, as lm-eval takes it
+# lm-eval's context for a model whose config and tokenizer give none
 CONTEXT = 2048
-# Positions whose logits are cast to float32 together
+# Positions whose logits are cast to float32 at a time
 POSITIONS = 1024
-# Patterns of re and what lm-eval's wikitext_detokenizer puts for them, in its order
+# Regular expressions and their replacements by lm-eval's wikitext_detokenizer, in its order
 DETOKENIZED = (
     (re.escape("s '"), "s'"),
     (r"/' [0-9]/", r"/'[0-9]/"),
@@ -52,7 +52,7 @@ DETOKENIZED = (
 
 
 def check_input_ids(input_ids: torch.Tensor) -> None:
-    """Raise ValueError unless they are [batch, length] with at least one row and two tokens."""
+    """Raise ValueError unless ``input_ids`` are [batch, length] with at least one row and two tokens."""
     if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [batch >= 1, length >= 2], got {list(input_ids.shape)}")
 
@@ -65,13 +65,14 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
         input_ids: int64 [batch >= 1, length >= 2], on the model's device; else ValueError.
 
     Returns:
-        0-dim float32 tensor, in nats a token, differentiable. The logits are cast to float32 before the loss
-        whatever the model's dtype is.
+        0-dim float32 tensor, in nats a token, differentiable. For any dtype of the model, logits are cast to float32
+        before
+        the loss.
     """
     check_input_ids(input_ids)
     logits = model(input_ids, use_cache=False).logits
-    # The model sees the whole batch (another composition would change its rounding); only the float32 copy of
-    # the logits, the largest tensor here, goes row by row.
+    # the model gets the whole batch, since another composition would change its rounding; only the float32 copy of the
+    # logits, the largest tensor here, is made row by row
     sums = [
         F.cross_entropy(row[:-1].float(), ids[1:], reduction="sum") for row, ids in zip(logits, input_ids, strict=True)
     ]
@@ -81,11 +82,11 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
 def perplexity(
     model: torch.nn.Module, windows: torch.Tensor, batch_size: int = EVALUATED_TOGETHER, progress: bool = False
 ) -> float:
-    """exp of the mean next-token cross-entropy over windows; every token counts alike.
+    """exp of the mean next-token cross-entropy over windows, with equal weights for all tokens.
 
-    Over windows of 2048 tokens of all documents of WikiText-2's test split, joined by blank lines, this is the figure
-    of SparseGPT, Wanda and MaskLLM. The model is evaluated in eval() mode, where masked layers take their top-N masks;
-    every module is then put back into the mode it came in.
+    On windows of 2048 tokens of all documents of WikiText-2's test split, joined by blank lines, this is the figure
+    that SparseGPT, Wanda and MaskLLM report. The model runs in eval mode, with top-N masks; the mode of each module is
+    restored.
 
     Args:
         model: a Hugging Face causal language model.
@@ -94,7 +95,7 @@ def perplexity(
         progress: show a bar on stderr.
 
     Returns:
-        the perplexity; inf where it exceeds the range of a float.
+        the perplexity; inf if it exceeds the range of a float.
 
     Raises:
         ValueError: if ``windows`` is not [windows, length] with at least one window of two tokens, or
@@ -113,14 +114,14 @@ def perplexity(
 
 
 class WordPerplexity(NamedTuple):
-    """Perplexity by word, inf where it exceeds the range of a float, and other figures of the same log-likelihoods."""
+    """Perplexity by word, inf if it exceeds the range of a float, and other figures of the same log-likelihoods."""
 
     perplexity: float
-    # the most tokens that the model sees at once
+    # most tokens of a forward pass
     window: int
-    # how many were predicted
+    # number of predicted tokens
     tokens: int
-    # of the documents as they were; bytes in UTF-8
+    # of the original documents; bytes in UTF-8
     words: int
     bytes: int
     token_perplexity: float
@@ -129,24 +130,24 @@ class WordPerplexity(NamedTuple):
 
 def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequence[str],
                     length: int | None = None, progress: bool = False) -> WordPerplexity:  # fmt: skip
-    """Perplexity by word, as the task wikitext of lm-eval finds it (EleutherAI/lm-evaluation-harness 0.4).
+    """Compute perplexity by word, like the task wikitext of lm-eval (EleutherAI/lm-evaluation-harness 0.4).
 
-    Each document is detokenized and made into tokens on its own, every token is predicted, and the sum is divided by
-    the words of the documents as they were. Any text will do; that of lm-eval is WikiText-2 (Merity et al. 2016,
-    arXiv 1609.07843), "EleutherAI/wikitext_document_level:wikitext-2-raw-v1" with the column "page". The model is
-    evaluated in eval() mode; every module is then put back into the mode it came in.
+    Each document is detokenized and tokenized by itself, and each of its tokens predicted. The sum of the losses is
+    divided by the number of words in the original documents. Any text is possible; lm-eval uses WikiText-2 (Merity et
+    al. 2016, arXiv 1609.07843), "EleutherAI/wikitext_document_level:wikitext-2-raw-v1" with the column "page". The
+    model runs in eval mode; the mode of each module is restored.
 
     Args:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
-        documents: as they are, see ``load_documents``.
-        length: the most tokens that the model sees, at least 2. None: by lm-eval's rule what the model's config gives,
-            or its tokenizer, or 2048.
+        documents: original documents, see ``load_documents``.
+        length: most tokens of a forward pass, at least 2. None: by lm-eval's rule that of the model's config, else of
+            the tokenizer, else 2048.
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: if there is no token to predict, the model does not have one of the tokens, the tokenizer has none
-            that text begins or ends with, or ``length`` is below 2.
+        ValueError: if there is no token to predict, a token is outside of the model's vocabulary, the tokenizer has no
+            token for the beginning or end of text, or ``length`` is below 2.
     """
     if length is not None and length < 2:
         raise ValueError(f"length: expected at least 2 tokens, got {length}")
@@ -154,12 +155,12 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise ValueError(
-            f"tokenizer: expected one with a token that text begins or ends with, got {type(tokenizer).__name__} "
-            "without; set its eos_token"
+            f"tokenizer: expected a token for the beginning or end of text, got {type(tokenizer).__name__} without; "
+            "set its eos_token"
         )
     opening, tokens = tokenizer.decode(first), []
     for text in map(detokenized, documents):
-        # special tokens, unless the text begins with what would be the first one
+        # add special tokens, unless the text already begins with the first one
         special = {"add_special_tokens": False} if text.startswith(opening) else {}
         # verbose=False silences the warning that the text is longer than the model's context
         tokens.append(tokenizer(text, verbose=False, **special)["input_ids"])
@@ -184,29 +185,29 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
 
 
 def context_length(model: torch.nn.Module, tokenizer: Callable) -> int:
-    """How many tokens a model sees at once, by lm-eval's rule: its config's number, its tokenizer's, or CONTEXT."""
+    """Context length of a model by lm-eval's rule: that of its config, else of its tokenizer, else CONTEXT."""
     config = getattr(model.config, "text_config", None) or model.config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, name, None) is not None:
             return int(getattr(config, name))
     length = getattr(tokenizer, "model_max_length", None)
-    # transformers puts 10**30 where a tokenizer gives none
+    # transformers sets 10**30 if a tokenizer gives none
     return int(length) if length is not None and length < 1e29 else CONTEXT
 
 
 def detokenized(document: str) -> str:
-    """A document of WikiText as text, by lm-eval's ``wikitext_detokenizer``."""
+    """Convert a document of WikiText to plain text, like lm-eval's ``wikitext_detokenizer``."""
     for pattern, text in DETOKENIZED:
         document = re.sub(pattern, text, document)
     return document
 
 
 def rolling_windows(tokens: Sequence[int], first: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(inputs, targets) by which each token of a document is predicted once; targets are those of the last inputs.
+    """Yield (inputs, targets) so that each token of a document is predicted once; targets belong to the last inputs.
 
-    A window has at most ``length`` inputs and as many targets. The last one has the targets that are left, behind as
-    many inputs of the window before as there is room for: ``get_rolling_token_windows`` of lm-eval with a context of
-    one. ``first`` is the token in front of the document.
+    A window has at most ``length`` inputs and as many targets. The last window has the remaining targets; earlier
+    tokens fill its inputs: ``get_rolling_token_windows`` of lm-eval with a context of one. ``first`` is the token
+    before the document.
     """
     inputs = [first, *tokens]
     for begin in range(0, len(tokens), length):

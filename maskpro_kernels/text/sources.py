@@ -1,4 +1,4 @@
-"""Texts to learn from and to evaluate on: those that every Python has, text files and datasets."""
+"""Texts for training and evaluation: built-in ones of every Python, text files and datasets."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from pathlib import Path
 from ..extras import missing
 
 SPLITS = ("calibration", "validation", "test")
-# Sources that every Python has, of different kinds
+# Texts in every Python, of different kinds
 BUILT_IN = ("stdlib", "pydoc")
-# The source that is no text: samples that the model draws itself
+# The source of samples from the model itself
 SELF = "self"
-# The reader of the library `datasets` for each ending of a file's name
+# Readers of the library `datasets` by file suffix
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst")
 # Files that `save_to_disk` writes
 SAVED = ("dataset_dict.json", "state.json")
 BLANK_LINES = re.compile(r"\n\s*\n")
-# Characters of the library's error that are reported: it may list all configurations of a dataset
+# Characters to report of the library's error, which may list all configurations of a dataset
 REASON = 400
 
 
 def is_path(source: str) -> bool:
-    """True of a path that exists; names of built-in sources and "self" never are."""
+    """Whether a source is an existing path; names of built-in texts and "self" are not."""
     if source in (*BUILT_IN, SELF):
         return False
     try:
         return Path(source).exists()
     except OSError:
-        # such as of a name that is too long
+        # of a name that is too long
         return False
 
 
 def is_dataset(source: str) -> bool:
-    """True of what the library `datasets` reads: a folder, a JSON or parquet file, or a name on the hub."""
+    """Whether the library `datasets` reads a source: a folder, a JSON or parquet file, or a name on the hub."""
     if source in (*BUILT_IN, SELF):
         return False
     return not is_path(source) or Path(source).is_dir() or _reader(source) is not None
@@ -51,29 +51,29 @@ def load_text(source: str, text_column: str = "text", documents: int | None = No
 
     Args:
         source: "pydoc" (the topics of the Python documentation that ship with Python), "stdlib" (the source code of
-            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or a dataset:
-            a file of JSON lines or parquet, a folder of such files or of ``save_to_disk``, or its name on the Hugging
-            Face hub, "name" or "name:config". Datasets need the package ``datasets``. A file that is called pydoc or
-            stdlib is given as "./pydoc".
-        text_column: the column of a dataset that holds its documents.
-        documents: how many documents of each split of a dataset are read, as a stream: nothing behind them is
-            downloaded. None: all.
+            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or a dataset: a
+            file of JSON lines or parquet, a folder of such files or of ``save_to_disk``, or its name on the Hugging
+            Face hub, "name" or "name:config". Datasets need the package ``datasets``. For a file with the name pydoc or
+            stdlib write "./pydoc".
+        text_column: column of a dataset with its documents.
+        documents: number of documents to read of each split of a dataset, as a stream: later ones are not downloaded.
+            None: all.
 
     Returns:
-        the texts; documents of a dataset stand in them with a blank line between them.
+        the texts; blank lines separate the documents of a dataset.
 
-    The pieces of a text (topics or modules sorted by name, paragraphs between blank lines, documents) go to the test
-    text where index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise. Of
-    paragraphs that differ in white space alone only the first is kept: else a mask could learn the test text by heart,
-    since many topics of the documentation repeat others. The splits train, validation and test of a dataset stay as
-    they are. Where one of the last two is missing, the other is divided, its documents in turn; without both the
-    train split is divided as a text is.
+    The pieces of a text (topics or modules sorted by name, paragraphs between blank lines, documents) with index % 5 ==
+    0 go to the test text, those with index % 5 == 1 to the validation text, and others to the calibration text. Of
+    paragraphs that differ only in white space the first alone is kept. Many topics of the documentation repeat others,
+    and a mask could learn the test text by heart. The splits train, validation and test of a dataset stay. If only one
+    of validation and test exists, its documents are divided between both in turn; without both the train split is
+    divided like a text.
 
     Raises:
         TypeError: if ``source`` is not a str.
-        ValueError: if ``source`` or a split is empty, as of a file with fewer than three different paragraphs,
-            ``source`` is "self", which is no text, the file is not UTF-8, a dataset has no train split or no such
-            column, ``documents`` is below 1, or ``datasets`` is not installed.
+        ValueError: if ``source`` or a split is empty, such as for a file with fewer than three different paragraphs,
+            ``source`` is "self", the file is not UTF-8, a dataset has no train split or no such column, ``documents``
+            is below 1, or ``datasets`` is not installed.
         OSError: if the file or dataset cannot be read.
     """
     _check(source)
@@ -101,12 +101,12 @@ def load_text(source: str, text_column: str = "text", documents: int | None = No
 
 
 def load_documents(source: str, text_column: str = "text") -> list[str]:
-    """Load the documents on which a published perplexity is measured, as they are; empty ones are documents too.
+    """Load unchanged documents, as for a published perplexity; empty ones are documents too.
 
     Args:
-        source: a UTF-8 text file, which is one document; a dataset as for ``load_text``, whose split test is read, or
-            the only one that it has; or "pydoc" or "stdlib", whose test text is one document.
-        text_column: the column of a dataset that holds its documents.
+        source: a UTF-8 text file, which is one document; a dataset as for ``load_text``, of which the split test is
+            read, or the only split; or "pydoc" or "stdlib", whose test text is one document.
+        text_column: column of a dataset with its documents.
 
     Raises:
         TypeError, ValueError, OSError: as ``load_text``; or if there is no text or no split test.
@@ -123,7 +123,7 @@ def load_documents(source: str, text_column: str = "text") -> list[str]:
     else:
         documents = [_read_utf8(Path(source))]
     if not any(document.strip() for document in documents):
-        raise ValueError(f"source: expected a text, got none in {source!r}: it is empty")
+        raise ValueError(f"source: expected a text, got the empty {source!r}")
     return documents
 
 
@@ -134,13 +134,13 @@ def _check(source: str) -> None:
         raise ValueError('source: expected "pydoc", "stdlib", a text file or a dataset, got an empty str')
     if source == SELF:
         raise ValueError(
-            f"source: expected a text, got {source!r}, the model's own samples; of a file of that name give the path, "
+            f"source: expected a text, got {source!r}, the model's own samples; for a file of this name write "
             f"'./{source}'"
         )
 
 
 def _split(pieces: Iterable[str]) -> dict[str, str]:
-    """The text of each split, in which each paragraph occurs once; pieces of which nothing is left do not count."""
+    """Text of each split, with each paragraph once; pieces without a new paragraph do not count."""
     seen, chosen, index = set(), {split: [] for split in SPLITS}, 0
     for piece in pieces:
         new = []
@@ -193,10 +193,10 @@ def _splits(source: str, stream: bool = False) -> dict[str, Iterable[Mapping]]:
     expected = f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}'
     file_like = Path(source).suffix in (*READERS, *COMPRESSED, ".txt")
     if path is None and (source.startswith((".", "/", "~")) or source.count("/") > 1 or file_like):
-        raise ValueError(f"{expected}: there is no such file or folder; check its name")
+        raise ValueError(f"{expected}: no such file or folder; check its name")
     lacking = missing("datasets")
     if lacking:
-        raise ValueError(f"{expected}: {'' if path else 'there is no such file, and '}a dataset needs {lacking}")
+        raise ValueError(f"{expected}: {'' if path else 'no such file, and '}a dataset needs {lacking}")
     import datasets
 
     with _reading(source):
@@ -208,12 +208,12 @@ def _splits(source: str, stream: bool = False) -> dict[str, Iterable[Mapping]]:
         if any((path / name).is_file() for name in SAVED):
             saved = datasets.load_from_disk(source)
             return dict(saved) if isinstance(saved, Mapping) else {"train": saved}
-        # absolute: a relative name may be that of a reader
+        # absolute: a relative name could be that of a reader
         return dict(datasets.load_dataset(str(path.resolve()), streaming=stream))
 
 
 def _documents(source: str, rows: Iterable[Mapping], column: str) -> list[str]:
-    """The documents in rows; those that are null are left out."""
+    """Documents of rows, without null values."""
     columns, documents = (), []
     with _reading(source):
         for row in rows:
@@ -221,7 +221,7 @@ def _documents(source: str, rows: Iterable[Mapping], column: str) -> list[str]:
             documents.append(row.get(column))
     if documents and column not in columns:
         raise ValueError(
-            f"source: expected a column {column!r} in {source!r}, got the columns {columns}; name one of them as the "
+            f"source: expected a column {column!r} in {source!r}, got the columns {columns}; set one of them as the "
             "text column"
         )
     if others := {type(document).__name__ for document in documents} - {"str", "NoneType"}:
@@ -231,11 +231,11 @@ def _documents(source: str, rows: Iterable[Mapping], column: str) -> list[str]:
 
 @contextmanager
 def _reading(source: str) -> Iterator[None]:
-    """Errors of the library become errors of the source: an OSError where it is one, else a ValueError."""
+    """Convert errors of the library to errors about the source: an OSError stays one, others become ValueError."""
     try:
         yield
     except Exception as error:
-        # the outer one says no more than that something failed
+        # the outer error only says that something failed
         inner = error.__cause__ or error
         reason = " ".join(str(inner).split())[:REASON] or f"no rows in it ({type(inner).__name__})"
         kind = OSError if isinstance(error, OSError) else ValueError

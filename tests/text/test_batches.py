@@ -70,11 +70,11 @@ def test_names_with_a_meaning_are_never_paths(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("pydoc,", "data: expected a source in front of and behind each comma, got 'pydoc,'"),
+        ("pydoc,", "data: expected a source before and after each comma, got 'pydoc,'"),
         ("pydoc,pydoc", "data: expected each source once"),
-        ("pydoc:1,self", "data: expected a share behind all sources or behind none"),
-        ("pydoc:half,self:0.5", "data: expected a number behind the colon of 'pydoc', got 'half'"),
-        ("pydoc:1,self:-1", "data: expected a positive share behind the last colon, got that of 'self'"),
+        ("pydoc:1,self", "data: expected a share for all sources or for none"),
+        ("pydoc:half,self:0.5", "data: expected a number after the colon of 'pydoc', got 'half'"),
+        ("pydoc:1,self:-1", "data: expected a positive share after the last colon, got that of 'self'"),
         (3, "data: expected a str.*int"),
     ],
 )
@@ -204,7 +204,7 @@ def test_sources_of_one_length_have_orders_of_their_own():
     [
         (0, 1, "batch_size: expected at least 1, got 0"),
         (4, 0, "count: expected at least 1, got 0"),
-        (12, 1, "batch_size: expected at most 5 windows of 'b' in a batch, as many as there are, got a"),
+        (12, 1, "batch_size: expected at most 5 windows of 'b' in a batch, which is all of them, got a"),
     ],
 )
 def test_batches_that_are_refused(batch_size, count, message):

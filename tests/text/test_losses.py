@@ -318,7 +318,7 @@ def test_what_was_held_without_a_fill_does_not_outlive_the_weights(place, tmp_pa
     for act in (lambda: loss(model, batches[0]), lambda: loss.fill(model, batches)):
         with pytest.raises(ValueError, match=lacking) as error:
             act()
-        assert ("a folder that all ranks have to see" in str(error.value)) == (place == "disk")
+        assert ("a folder that all ranks must have access to" in str(error.value)) == (place == "disk")
 
 
 def test_a_folder_that_was_filled_for_a_model_takes_no_other(tmp_path):
@@ -358,7 +358,7 @@ def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monke
         ({"temperature": 0.0}, "temperature: expected a finite float above 0, got 0.0"),
         ({"temperature": "1"}, "temperature: expected a finite float above 0, got '1'"),
         ({"kind": "ce+kl", "ce_weight": 1.0}, r"ce_weight: expected a float within \(0, 1\), got 1.0"),
-        ({"ce_weight": 0.5}, r'ce_weight: expected none but with "ce\+kl", got 0.5'),
+        ({"ce_weight": 0.5}, r'ce_weight: expected it only with "ce\+kl", got 0.5'),
         ({"kind": "ce", "temperature": 2.0}, 'temperature: expected none with "ce"'),
         ({"kind": "ce", "cache": TeacherCache()}, 'cache: expected none with "ce"'),
     ],

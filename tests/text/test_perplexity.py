@@ -168,7 +168,7 @@ def test_how_far_a_model_sees():
 
 
 def test_what_word_does_not_take():
-    with pytest.raises(ValueError, match="tokenizer: expected one with a token that text begins or ends with"):
+    with pytest.raises(ValueError, match="tokenizer: expected a token for the beginning or end of text"):
         word_perplexity(tiny_model(), tiny_tokenizer(), ["w1 w2"])
     for model, documents, message in (
         (tiny_model(), ["", ""], "text: expected at least 1 token, got none"),

@@ -131,7 +131,7 @@ def test_the_text_column_is_named(tmp_path):
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     assert load_text(path)["test"] == "t0" and load_text(path, "body")["test"] == "b0"
     with pytest.raises(
-        ValueError, match=r"source: expected a column 'none' in '.*', got the columns \['body', 'text'\]; name one of"
+        ValueError, match=r"source: expected a column 'none' in '.*', got the columns \['body', 'text'\]; set one of"
     ):
         load_text(path, "none")
 
@@ -178,14 +178,14 @@ def test_sources_that_are_refused(tmp_path, monkeypatch):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
     for source, message in (
         ("", 'source: expected "pydoc", "stdlib".*got an empty str'),
-        ("none.txt", "source: .*'none.txt': there is no such file or folder; check its name"),
+        ("none.txt", "source: .*'none.txt': no such file or folder; check its name"),
         (str(tmp_path / "folder"), "source: expected a dataset that can be read, .* doesn't contain any data files"),
         ("owner/none", "source: expected a dataset that can be read, got 'owner/none': Couldn't reach"),
         (str(tmp_path / "data"), r"expected a split train, or one split alone, in '.*', got \['one', 'two'\]"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             load_text(source)
-    with pytest.raises(ValueError, match="source: expected a text, got none in '.*': it is empty"):
+    with pytest.raises(ValueError, match="source: expected a text, got the empty '.*'"):
         load_documents(str(tmp_path / "empty.txt"))
     with pytest.raises(TypeError, match="source: expected a str.*int"):
         load_text(3)
