@@ -52,6 +52,6 @@ class Given(nn.Module):
 
 @pytest.mark.parametrize("model", [lambda: sparse_net("masked").train(), Given], ids=["drawn", "given"])
 def test_masks_that_no_onnx_graph_can_hold_are_refused(model):
-    with pytest.raises(Exception, match="model: expected masks that ONNX can hold") as refused:
+    with pytest.raises(Exception, match="model: expected masks of the N largest logits for ONNX") as refused:
         as_onnx(model(), some_x())
-    assert "export the dense model that finalize gives" in str(refused.value)
+    assert "export the dense model that finalize returns" in str(refused.value)

@@ -83,7 +83,7 @@ class MaskFile:
 
 
 def is_mask_file(path: str | Path) -> bool:
-    """Whether the header of a file says that it is a mask file; the rest is not checked."""
+    """Return whether the header of a file says that it is a mask file; the rest is not checked."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format", "").startswith("maskpro-mask")

@@ -19,7 +19,7 @@ Wait = Callable[[], object]
 
 
 def offloaded(layer: MaskedLinear) -> bool:
-    """Whether the logits are on another device than the weight."""
+    """Return whether the logits are on another device than the weight."""
     # a ReplayedLayer has no weight
     return isinstance(layer, MaskedLinear) and layer.logits.device != layer.weight.device
 

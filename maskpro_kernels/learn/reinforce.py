@@ -127,7 +127,7 @@ class Reinforce(Estimator):
         return self._normalized([loss - (total - loss) / (count - 1) for loss in losses])
 
     def refreshes(self, loss: float, initial_loss: float) -> bool:
-        """Whether the steps after one with these losses use new initial masks."""
+        """Return whether the steps after one with these losses use new initial masks."""
         # not the step itself: a baseline that depends on the draw would bias its update. And half of a loss of at most
         # 0 is not smaller
         return self.refresh and initial_loss > 0.0 and -math.inf < loss <= initial_loss / 2

@@ -142,7 +142,7 @@ class MaskTrainer:
 
     @property
     def broken(self) -> bool:
-        """Whether the last step ended within its update, so that logits belong to no step, or the trainer is closed."""
+        """True if the last step ended within its update, so that logits belong to no step, or the trainer is closed."""
         return self._broken
 
     @property

@@ -1,4 +1,4 @@
-"""The operations; all but products and what follows from them have the same bits on every route."""
+"""Operations. All but products, and results of products, have the same bits on every route."""
 
 from .registry import (
     adamw_,

@@ -1,9 +1,9 @@
 """Layers that are drawn and updated together: by one launch, or one call of machine code, instead of one a layer.
 
-Bits are those of ``sample_mask`` and ``score_update_`` of each layer by itself. Numbers that change from step to step
-are read from tensors on the device, so that a captured CUDA graph goes on with those that are there.
+The bits are those of ``sample_mask`` and ``score_update_`` for each layer. Numbers that change from step to step are
+read from tensors on the device, so that a captured CUDA graph reads the current ones.
 
-``draws_once`` is the rule by which a step draws its masks once, into codes, or at each use.
+``draws_once`` decides whether a step draws its masks once, into codes, or at each use.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .pattern import code_dtype
 from .registry import top_n_mask
 from .triton import tiles
 
-# What vectors of 16 bytes are loaded from
+# Alignment of loads of 16 bytes
 ALIGNED = 16
 
 
 class GroupedLayer(NamedTuple):
-    """A layer as operations on groups of layers take it: contiguous logits [rows, K], and parts of a ``Counter``."""
+    """Layer in a group of layers: contiguous logits [rows, K], and parts of a ``Counter``."""
 
     logits: Tensor
     layer: int
@@ -35,29 +35,29 @@ class GroupedLayer(NamedTuple):
 
 
 def kind_of(layer: GroupedLayer, n: int, m: int) -> tuple:
-    """Key by which a kernel is compiled: layers of one kind make a ``LayerGroup``."""
+    """Key of a compiled kernel; layers with the same key form a ``LayerGroup``."""
     logits = layer.logits
     whole = layer.group_row_stride == logits.shape[1] // m
     return logits.device, logits.dtype, n, m, whole, logits.data_ptr() % ALIGNED == 0
 
 
 class LayerGroup:
-    """Layers of one kind, where they lie, and the codes of their masks.
+    """Layers with the same ``kind_of``, their addresses, and the codes of their masks.
 
-    It stands for the memory of the logits as they were given: who moves them elsewhere makes another one.
+    A group is valid for the given memory of the logits. If logits move to other memory, make another group.
 
     Args:
-        layers: of one ``kind_of``, at least one.
+        layers: layers with the same ``kind_of``, at least one.
         n, m: of the pattern.
 
     Attributes:
-        whole: whether rows of groups lie side by side in the whole layer.
+        whole: whether rows of groups are adjacent in the whole layer.
         aligned: whether all logits begin at a multiple of 16 bytes.
-        largest: groups of the largest layer.
-        codes: group codes [rows, K / M] of each layer, once ``draw_layers_`` has drawn them; else None.
-        flips: of each layer int32, how many groups in parts of it left the N largest logits in that draw; None where no
-            kernel has counted them.
-        spreads: how launches spread over the layers, by their configuration.
+        largest: number of groups of the largest layer.
+        codes: group codes [rows, K / M] of each layer after ``draw_layers_``; else None.
+        flips: int32 for each layer: numbers of groups, by parts of the layer, whose draw differs from the N largest
+            logits; None if no kernel has counted them.
+        spreads: distribution of programs over the layers, by launch configuration.
     """
 
     def __init__(self, layers: Sequence[GroupedLayer], n: int, m: int):
@@ -71,12 +71,12 @@ class LayerGroup:
         self._table: Tensor | None = None
 
     def allocate_codes(self) -> None:
-        """Memory for codes, which then stays where it is."""
+        """Allocate memory for codes, once."""
         if self.codes is not None:
             return
-        # each layer's begin where vectors may
+        # each layer's codes begin at an aligned address
         sizes = [-(-count // ALIGNED) * ALIGNED for count in self.counts]
-        # a later step may be one of autograd
+        # inference tensors would be useless to a later step with autograd
         with torch.inference_mode(False):
             memory = torch.empty(sum(sizes), dtype=code_dtype(self.m), device=self.device)
             self.codes = [
@@ -84,19 +84,19 @@ class LayerGroup:
                 for part, count, layer in zip(memory.split(sizes), self.counts, self.layers, strict=True)
             ]
         if self._table is not None:
-            # in place, for a captured graph may read it
+            # in place, since a captured graph may read it
             self._table.copy_(kernels("grouped").table_of(self))
 
     def table(self) -> Tensor:
-        """As the kernels find the layers; on the device, and made once."""
+        """Table of the layers' addresses for kernels, on the device, made once."""
         if self._table is None:
-            # a later step may be one of autograd
+            # inference tensors would be useless to a later step with autograd
             with torch.inference_mode(False):
                 self._table = kernels("grouped").table_of(self)
         return self._table
 
     def flips_of(self, i: int) -> int:
-        """How many groups of the i-th layer have codes that are not those of the N largest logits."""
+        """Number of groups of the i-th layer whose codes differ from those of the N largest logits."""
         if self.flips is not None:
             return int(self.flips[i].sum())
         return int((self.codes[i] != top_n_mask(self.layers[i].logits.detach(), self.n, self.m)).sum())
@@ -107,7 +107,7 @@ class LayerGroup:
 
 
 def draw_layers_(group: LayerGroup, inv_temperature: float, seed: Tensor, step: Tensor, draw: Tensor) -> None:
-    """The codes of a group of layers become those of ``sample_mask``; seed, step and draw are 0-dim int64."""
+    """Set the codes of a group of layers to those of ``sample_mask``; seed, step and draw are 0-dim int64."""
     group.allocate_codes()
     inverse = scalar(inv_temperature, seed)
     if uses_kernels(seed):
@@ -117,20 +117,20 @@ def draw_layers_(group: LayerGroup, inv_temperature: float, seed: Tensor, step: 
             where = group.counter_of(layer, seed, step, draw.view(()))
             codes.copy_(run_reference("sample_mask", layer.logits, where, inverse, n=group.n, m=group.m))
     for codes in group.codes:
-        # a later step may be one of autograd
+        # inference tensors would be useless to a later step with autograd
         torch.autograd.graph.increment_version(codes)
 
 
 def update_layers_(
     group: LayerGroup, coef: Tensor, inv_temperature: float, seed: Tensor, step: Tensor, draws: Tensor, by_codes=False
 ) -> None:
-    """The logits of a group of layers become those of ``score_update_``.
+    """Update the logits of a group of layers like ``score_update_``.
 
     Args:
         coef: float32 [draws].
         draws: int64 [draws].
-        by_codes: whether the codes of the group are those of this draw, a single one: it is then not made again, where
-            N is at most 4. Above, the score takes the noise of the draw.
+        by_codes: whether the group's codes are those of this single draw. For N up to 4 it is then not made again;
+            above, the score needs the noise of the draw.
     """
     by_codes = by_codes and len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
     inverse = scalar(inv_temperature, seed)
@@ -142,18 +142,18 @@ def update_layers_(
             run_reference("score_update_", layer.logits, coef, where, inverse, n=group.n, m=group.m)
     for layer in group.layers:
         if not layer.logits.is_inference():
-            # what autograd has saved of them is no longer theirs
+            # invalidates logits that autograd has saved
             torch.autograd.graph.increment_version(layer.logits)
 
 
 def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draws, by_codes) -> bool:
-    # codes determine the score of one draw up to an N; numbers that round 16 bits are consecutive here
+    # codes determine the score of one draw for small N; random numbers for rounding to 16 bits are consecutive here
     exact = len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
     if not (exact and (group.dtype == torch.float32 or group.whole)):
         return False
     if not by_codes:
-        # no loop of machine code for draws and updates at once: what is drawn takes less time than what is computed.
-        # Codes of its own, for a while: those of the group are another draw's
+        # no machine code draws and updates at once, since draws take less time than updates. A temporary group, since
+        # the codes of this one are another draw's
         group = LayerGroup(group.layers, group.n, group.m)
         draw_layers_(group, inv_temperature, seed, step, draws)
     return machine_code("kernels").update_layers_(group, coef, scalar(inv_temperature, seed), seed, step, draws)
@@ -163,10 +163,10 @@ class Uses(NamedTuple):
     """Uses of a layer's mask in a step.
 
     Attributes:
-        tokens: most that a product has.
-        products: of a weight under the mask, forwards and gradients of inputs.
-        slopes: of straight-through, or updates by them.
-        updates: by the score of this draw alone.
+        tokens: most tokens of a product.
+        products: number of products with the masked weight, forwards and gradients of inputs.
+        slopes: number of straight-through slopes, or updates by them.
+        updates: number of updates by the score of this draw alone.
     """
 
     tokens: int
@@ -176,14 +176,14 @@ class Uses(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Picoseconds a weight: of a draw into codes, and of each use (where it draws, where it reads codes).
+    """Picoseconds a weight: for a draw into codes, and for each use (if it draws, if it reads codes).
 
     Attributes:
-        draw: into codes.
-        one_pass: a product that takes the mask while it runs.
-        weight: a masked weight, which is written for a product.
-        slope: the part of a slope, or an update by it, that takes the mask.
-        update: by a score that is exact.
+        draw: a draw into codes.
+        one_pass: a product that masks the weight itself.
+        weight: a masked weight, written to memory for a product.
+        slope: the masking in a slope, or in an update by it.
+        update: an update by an exact score.
     """
 
     draw: float
@@ -193,9 +193,9 @@ class Costs(NamedTuple):
     update: tuple[float, float]
 
 
-# At 2:4, with logits of float32 and weights of 16 bits at a gap of 10: of GPUs by the model that
-# benchmarks/modelled_costs.py prints, on a CPU measured on one core of an Intel Xeon. The model does not cover gfx942,
-# which takes the costs of an H100: the ratios alone matter, and bytes bound most of these.
+# For 2:4, float32 logits, weights of 16 bits and a gap of 10. Costs of GPUs are from the model of
+# benchmarks/modelled_costs.py, those of a CPU were measured on one core of an Intel Xeon. The model does not cover
+# gfx942, which has the costs of an H100: only ratios matter, and most of these uses are bound by memory.
 COSTS = {
     "sm_80": Costs(draw=2.1, one_pass=(2.9, 1.2), weight=(3.9, 2.1), slope=(2.1, 0.1), update=(3.9, 4.0)),
     "sm_90": Costs(draw=1.4, one_pass=(1.8, 0.8), weight=(2.4, 1.3), slope=(1.4, 0.1), update=(2.4, 2.5)),
@@ -206,12 +206,12 @@ COSTS["gfx942"] = COSTS["sm_90"]
 
 
 def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
-    """Say whether a step with these uses of each mask costs less if it draws the masks into codes; N of a group."""
+    """Return whether a step with these uses of each mask costs less if it draws all masks once, into codes."""
     row = tiles.architecture(device) if uses_kernels(torch.empty(0, device=device)) else "cpu"
     costs = COSTS[row]
     one_pass = [row != "cpu" and 0 < uses.tokens <= tiles.one_pass_tokens(kind, row) for kind in ("drawn", "codes")]
     of_product = [(costs.one_pass if whole else costs.weight)[way] for way, whole in enumerate(one_pass)]
-    # by an N above, the score takes the noise of the draw
+    # for larger N, the score needs the noise of the draw
     of_update = costs.update if n <= reference.EXACT_SCORE_MAX_N else (0.0, 0.0)
     each = (uses.products, of_product), (uses.slopes, costs.slope), (uses.updates, of_update)
     drawn, by_codes = (sum(count * cost[way] for count, cost in each) for way in (0, 1))

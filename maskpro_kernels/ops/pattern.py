@@ -1,4 +1,4 @@
-"""N:M patterns, and group codes, the integers in which masks travel."""
+"""N:M patterns, and group codes, which represent masks as integers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GROUP_SIZES = (2, 4, 8, 16)
 
 @dataclass(frozen=True, init=False)
 class NMPattern:
-    """N of every M consecutive weights along the input dimension are kept.
+    """Pattern N:M: N of every M consecutive weights along the input dimension are kept.
 
     Args:
         pattern: "N:M" with M in {2, 4, 8, 16} and 1 <= N < M, or another NMPattern.
@@ -51,12 +51,12 @@ class NMPattern:
 
 
 def code_dtype(m: int) -> torch.dtype:
-    """dtype that holds one group code of ``m`` weights."""
+    """dtype of a group code of ``m`` weights."""
     return torch.uint8 if m <= 8 else torch.int32
 
 
 def bitmask_of(codes: Tensor, m: int) -> Tensor:
-    """uint8 [rows, ceil(K / 8)] of group codes [rows, K / M]: bit j of byte b is weight 8 b + j's; the rest 0."""
+    """Bitmask uint8 [rows, ceil(K / 8)] of group codes [rows, K / M]: bit j of byte b is for weight 8 b + j; else 0."""
     if m >= 8:
         # the bytes of an integer, the lowest first
         parts = codes.contiguous().view(torch.uint8).unflatten(-1, (codes.shape[-1], -1))

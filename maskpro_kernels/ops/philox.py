@@ -1,11 +1,11 @@
-"""Philox4x32-10 (Salmon et al. 2011) and the counter layout that every draw is a function of.
+"""Philox4x32-10 (Salmon et al. 2011) and the layout of its counter, which determines every draw.
 
-Word 0 of the counter is the group's index in the whole layer, word 1 the layer id, word 2 the step;
-word 3 holds the 4-word block within the group in bits 0-7, the stream in bits 8-15 and the draw id
-in bits 16-31. The key is the seed, low word first. Words are held in int64 tensors.
+Word 0 of the counter is the group's index in the whole layer, word 1 the layer id, word 2 the step. Word 3 has the
+index of the 4-word block within the group in bits 0-7, the stream in bits 8-15 and the draw id in bits 16-31. The key
+is the seed, low word first. Words are int64 tensors.
 
-A number that its bits do not hold is refused where its value is known. On a device it is not. There a step, which moves
-there too, counts as the nearest one that the word holds, so that no draws come again that were drawn long before.
+Numbers that do not fit are refused on the CPU. On a GPU values are not checked, but a step is clamped to its range, so
+that it does not wrap around and repeat early draws.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_DRAWS = 1 << 16
 
 
 def philox4x32(counter, key):
-    """Four 32-bit words for a counter of four words and a key of two.
+    """Compute four random 32-bit words from a counter of four words and a key of two.
 
     Args:
         counter, key: ints or int64 tensors in [0, 2**32) that broadcast together.
@@ -51,24 +51,24 @@ def _product(word, multiplier):
     if isinstance(word, torch.Tensor) and word.dim() > 0:
         product = word * multiplier
         return (product >> 32) & WORD, product & WORD
-    # A single number is multiplied in C++, where signed integers must not overflow: less 2^32, no product does
+    # torch multiplies a 0-dim tensor in C++, where signed integers must not overflow; less 2^32 the product fits
     product = word * (multiplier - (1 << 32))
     return ((product >> 32) + word) & WORD, product & WORD
 
 
 def group_index(rows: int, columns: int, offset: int, row_stride: int, device: torch.device) -> torch.Tensor:
-    """Index in the whole layer of every group of a [rows, columns * M] shard, int64 [rows, columns]."""
+    """Index of each group of a [rows, columns * M] shard in the whole layer, int64 [rows, columns]."""
     row = torch.arange(rows, device=device, dtype=torch.int64)
     column = torch.arange(columns, device=device, dtype=torch.int64)
     return offset + row[:, None] * row_stride + column
 
 
 def group_words(group, m, stream, key):
-    """The ``m`` random 32-bit words of every group, a list of int64 tensors shaped like ``group``.
+    """``m`` random 32-bit words for each group, a list of int64 tensors with the shape of ``group``.
 
     Args:
         group: int64, the group's index in the whole layer.
-        m: words wanted, one a weight.
+        m: number of words, one a weight.
         stream: STREAM_DRAW or STREAM_ROUNDING.
         key: (seed, step, layer, draw), 0-dim int64 tensors.
     """

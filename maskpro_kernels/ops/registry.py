@@ -1,8 +1,8 @@
-"""The operations as torch custom ops, with their fakes, and the gradients of those that have one.
+"""The operations as torch custom ops, with fakes and gradients.
 
-Arguments are checked in ``functional``, not here: matrices are contiguous and two-dimensional, tensors of a counter
-int64 on the same device. torch.library's schemas know no tuples of tensors and numbers: operations take the parts of a
-``Counter`` or a ``MaskSource``.
+``functional`` checks arguments, not this module: matrices are contiguous and two-dimensional, tensors of a counter
+int64 on the same device. torch.library's schemas have no tuples of tensors and numbers, so operations take the parts of
+a ``Counter`` or a ``MaskSource``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def top_n_mask(scores, n, m):
 
 
 def codes_under(mask: MaskSource) -> Tensor:
-    """Group codes [rows, K / M] of a mask that is drawn or given."""
+    """Group codes [rows, K / M] of a drawn or given mask."""
     mask = mask.by_codes
     if mask.kind == "drawn":
         return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, *mask.counter)
@@ -85,20 +85,20 @@ def _masked_weight(weight, *mask):
 
 
 def masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
-    """The weight [rows, K] under a mask, exact zeros elsewhere."""
+    """The weight [rows, K] under a mask, with exact zeros for dropped weights."""
     return _masked_weight(weight, *mask.by_codes.flat())
 
 
 def save_mask(ctx, mask: MaskSource, *tensors: Tensor | None) -> None:
-    """Keep tensors and a mask's source for backward, where the mask is drawn again."""
+    """Save tensors and a mask's source for backward, which draws the mask again."""
     parts = mask.flat()
     ctx.constants = [None if isinstance(part, Tensor) else part for part in parts]
     ctx.save_for_backward(*tensors, *(part if isinstance(part, Tensor) else None for part in parts))
 
 
 def saved_mask(ctx) -> tuple[MaskSource, list[Tensor | None]]:
-    """(the mask's source, the tensors that were saved with it)."""
-    # asked for once: checkpointed activations are computed anew at each question
+    """(source of the mask, tensors saved with it)."""
+    # read once: with checkpointing each read computes the activations again
     saved = ctx.saved_tensors
     first = len(saved) - len(ctx.constants)
     tensors, parts = saved[:first], saved[first:]
@@ -121,17 +121,18 @@ torch.library.register_autograd(
 def _fake_masked_linear(x, weight, bias, log_prob, *_):
     if in_onnx_export():
         raise ValueError(
-            "model: expected masks that ONNX can hold, those of the N largest logits in eval mode, got others: call "
-            "eval(), or export the dense model that finalize gives"
+            "model: expected masks of the N largest logits for ONNX, got drawn ones: call eval(), or export the dense "
+            "model that finalize returns"
         )
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
 
 
 @operation(f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)", _fake_masked_linear)
 def masked_linear(x, weight, bias, log_prob, *mask):
-    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
+    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty).
 
-    The product runs in the dtype of x; the mask is flat. Its gradients are those of ``functional.linear``.
+    The product has the dtype of x; ``mask`` is flat. log p is empty without ``log_prob``. ``functional.linear`` has the
+    gradients.
     """
     mask, total = MaskSource.unflat(*mask), None
     with without_autocast(x):
@@ -189,7 +190,7 @@ def mask_score(logits, codes, grad, n, m, inv_temperature):
         return kernels("sampling").mask_score(logits, codes, grad, n, m, inv_temperature)
     inverse = scalar(inv_temperature, logits)
     if n > reference.EXACT_SCORE_MAX_N:
-        # the quadrature's nodes would be unrolled into a loop that takes minutes to compile
+        # unrolled nodes of the quadrature would take minutes to compile
         return reference.mask_score(logits, codes, grad, inverse, n=n, m=m)
     return run_reference("mask_score", logits, codes, grad, inverse, n=n, m=m)
 
@@ -199,7 +200,7 @@ def mask_score(logits, codes, grad, n, m, inv_temperature):
     lambda logits, codes, *_: torch.empty_like(codes, dtype=torch.float32),
 )
 def mask_log_prob(logits, codes, n, m, inv_temperature):
-    """log p(S) of the masks with those codes, float32 [rows, K / M]."""
+    """log p(S) of the masks with given codes, float32 [rows, K / M]."""
     if uses_kernels(logits):
         return kernels("sampling").mask_log_prob(logits, codes, n, m, inv_temperature)
     inverse = scalar(inv_temperature, logits)
@@ -244,20 +245,20 @@ def score_update_(logits, coef, n, m, inv_temperature, *counter):
 
 
 def column_squares(x: Tensor) -> Tensor:
-    """Sum of squares of every column, float32."""
+    """Sum of squares of each column, float32."""
     if x.device.type == "cpu":
-        # there the norm copies as well, and is ten times as slow
+        # for these dtypes the norm copies as well, and takes ten times as long
         return x.float().square().sum(0)
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
 def _factors(grad, x, curvature, grad_squares):
-    """[rows] and [K], whose outer product is the second derivative of the loss in the masked weight."""
+    """Factors [rows] and [K]; their outer product is the second derivative of the loss in the masked weight."""
     return curvature * (column_squares(grad) if grad_squares is None else grad_squares), column_squares(x)
 
 
 def _slope_operands(grad, x, weight, factors, weight_grad, mask):
-    """Operands of ``reference.straight_through_grad``; the first derivative goes into ``weight_grad`` as well."""
+    """Operands of ``reference.straight_through_grad``; also writes the first derivative to ``weight_grad``."""
     first = grad.t() @ x
     if weight_grad is not None:
         weight_grad.copy_(first)
@@ -265,7 +266,7 @@ def _slope_operands(grad, x, weight, factors, weight_grad, mask):
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [tokens, rows].T @ x [tokens, K], float32; where no kernel runs it was rounded to the operands' dtype."""
+    """grad [tokens, rows].T @ x [tokens, K], float32; without kernels it is first rounded to the operands' dtype."""
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("straight_through").weight_gradient(grad, x, None)
@@ -292,19 +293,18 @@ _straight_through_grad.register_fake(lambda grad, x, weight, *_: torch.empty_lik
 
 
 def straight_through_grad(grad, x, weight, curvature, mask: MaskSource, weight_grad=None, grad_squares=None) -> Tensor:
-    """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.group_mask_slope``.
+    """Slope of a loss in the mask, less its mean over each group, float32 [rows, K]: ``reference.group_mask_slope``.
 
-    G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
-    which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken
-    as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671). ``weight_grad`` float32 [rows, K] becomes G, of
-    kept and dropped weights. ``grad_squares`` float32 [rows] takes the place of the sum of grad^2, where another
-    gradient than this one gives the curvature.
+    G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens). For
+    a loss that is a mean over tokens, F is the Fisher information if tokens, rows and columns are independent (K-FAC;
+    Martens and Grosse 2015, arXiv 1503.05671). ``weight_grad`` float32 [rows, K] is set to G, for kept and dropped
+    weights. ``grad_squares`` float32 [rows] replaces the sum of grad^2, if another gradient gives the curvature.
     """
     return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask.by_codes.flat())
 
 
 def mask_slope(weight: Tensor, first: Tensor, second: Tensor, codes: Tensor, m: int) -> Tensor:
-    """``straight_through_grad`` of both derivatives in the masked weight, each float32 [rows, K]."""
+    """``straight_through_grad`` from both derivatives in the masked weight, each float32 [rows, K]."""
     return run_reference("straight_through_grad", weight, first, second, codes, m=m)
 
 
@@ -332,7 +332,7 @@ _straight_through_update_.register_fake(_fake_scalar)
 def straight_through_update_(
     grad, x, weight, curvature, rate: Tensor, max_update: float, mask: MaskSource, weight_grad=None, grad_squares=None
 ) -> Tensor:
-    """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
+    """``descend_`` of a drawn mask's logits by ``straight_through_grad``, which a GPU never writes to memory."""
     operands = grad, x, weight, curvature, rate, max_update, weight_grad, grad_squares
     return _straight_through_update_(*operands, *mask.flat())
 
@@ -343,7 +343,7 @@ def straight_through_update_(
     schema=f"(Tensor(a!) logits, Tensor gradient, Tensor rate, float max_update, int m, {COUNTER}) -> Tensor",
 )
 def descend_(logits, gradient, rate, max_update, m, *counter):
-    """logits [rows, K] -= rate * gradient within +-max_update; gives the mean square of the gradient, 0-dim float32."""
+    """logits [rows, K] -= rate * gradient, clamped to +-max_update; returns the gradient's mean square, 0-dim."""
     counter = Counter(*counter)
     if uses_kernels(logits):
         return kernels("straight_through").descend_(logits, gradient, rate, max_update, m, counter)
@@ -356,10 +356,10 @@ descend_.register_fake(_fake_scalar)
 @torch.library.custom_op(f"{NAMESPACE}::adamw_", mutates_args=("weight", "master", "first", "second"))
 def adamw_(weight: Tensor, master: Tensor, first: Tensor, second: Tensor, gradient: Tensor, codes: Tensor,
            scalars: Tensor, m: int) -> None:  # fmt: skip
-    """A step of AdamW in place, where the codes [rows, K / M] keep a weight.
+    """Take a step of AdamW in place, for weights that the codes [rows, K / M] keep.
 
-    ``master``, the moments ``first`` and ``second`` and the gradient are float32 [rows, K]; ``weight`` is rounded from
-    master. ``scalars`` are those of ``reference.adamw_scalars``.
+    ``master``, the moments ``first`` and ``second`` and the gradient are float32 [rows, K]; ``weight`` is ``master``,
+    rounded. ``scalars`` are from ``reference.adamw_scalars``.
     """
     if uses_kernels(master):
         kernels("adamw_and_swaps").adamw_(weight, master, first, second, gradient, codes, scalars, m)
@@ -375,7 +375,7 @@ adamw_.register_fake(lambda *_: None)
     lambda weight, product, codes, *_: (torch.empty_like(codes, dtype=torch.float32), torch.empty_like(codes)),
 )
 def best_swaps(weight, product, codes, blocks, n, m):
-    """(change of the reconstruction error, code of the two weights) of the best swap of every group [rows, K / M].
+    """(change of the reconstruction error, code of the two weights) for the best swap of each group [rows, K / M].
 
     weight and product are [rows, M, K / M], see ``reference.best_swaps``.
     """
@@ -389,7 +389,7 @@ def best_swaps(weight, product, codes, blocks, n, m):
     lambda values, bitmask, n, m: values.new_empty(values.shape[0], values.shape[1] // n * m),
 )
 def unpack_nm(values, bitmask, n, m):
-    """The weight [rows, K] of its values [rows, K N / M] and bitmask [rows, ceil(K / 8)], exact zeros elsewhere."""
+    """Unpack values [rows, K N / M] and bitmask [rows, ceil(K / 8)] to the weight [rows, K] with exact zeros."""
     if uses_kernels(values):
         return kernels("packed").unpack_nm(values, bitmask, n, m)
     return run_reference("unpack_nm", values.contiguous(), bitmask.contiguous(), n=n, m=m)
@@ -412,7 +412,7 @@ torch.library.register_autograd(f"{NAMESPACE}::unpack_nm", _unpack_backward, set
 
 
 def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: int) -> Tensor:
-    """The weight [rows, K], of the dtype of values, or of scales beside int8 values."""
+    """Unpack the weight [rows, K], in the dtype of values, or for int8 values of scales."""
     if scales is not None:
         values = reference.dequantized(values, scales, scales.dtype)
     return unpack_nm(values, bitmask, n, m)
@@ -425,7 +425,7 @@ def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: 
 def nm_linear(x, values, bitmask, scales, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x.
 
-    That is the dtype of values and bias, or of scales [rows, blocks] and bias beside int8 values.
+    Values and bias have this dtype too; for int8 values scales [rows, blocks] and bias.
     """
     with without_autocast(x):
         if uses_kernels(x):
@@ -469,7 +469,7 @@ def _input_grad_backward(ctx, upstream):
     values, bitmask, scales, grad = ctx.saved_tensors
     needs_grad, needs_values, *_ = ctx.needs_input_grad
     upstream = upstream.contiguous()
-    # the gradient in x is linear in that of y, by the weight's transpose
+    # the gradient of x is linear in that of y, by the weight's transpose
     own = nm_linear(upstream, values, bitmask, scales, None, *ctx.pattern) if needs_grad else None
     with without_autocast(upstream):
         values_grad = _packed_part(grad.t() @ upstream, bitmask, *ctx.pattern) if needs_values else None
@@ -486,7 +486,7 @@ try:
     _transforms, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
     _derivatives = forward_ad._current_level < 0
 except AttributeError:
-    # none of these is a promise of torch's: where one is gone, all goes through the dispatcher
+    # private names of torch: without one of them, all calls go through the dispatcher
     _derivatives = False
 
 PLAIN, DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16, torch.float16)
@@ -497,12 +497,12 @@ _compiling, _grad_enabled, _autocast = torch.compiler.is_compiling, torch.is_gra
 def direct_nm_linear(
     x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, bias: Tensor | None, n: int, m: int
 ) -> Tensor | None:
-    """``nm_linear`` of x [..., K] past torch's dispatcher, which takes longer than a small product on a CPU.
+    """``nm_linear`` of x [..., K] without torch's dispatcher, which takes longer than a small product on a CPU.
 
-    None where something else is asked for: a gradient, a graph, a mode, a transform, autocast, a tensor of another type
-    than Tensor, or a look at arguments that do not fit.
+    Returns None if the dispatcher is needed: for a gradient, a graph, a mode, a transform, autocast, a subclass of
+    Tensor, or an error about arguments.
     """
-    # dynamo has to see this first, and all else in the order of what is most often the case
+    # dynamo needs the first check; the others are in the order of how often they apply
     if _compiling() or type(x) is not Tensor or not x.is_cpu or not _derivatives:
         return None
     if _grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
@@ -511,7 +511,7 @@ def direct_nm_linear(
         return None
     if _transforms() is not None or _tracer() is not None:
         return None
-    # what is computed by address has to be plain memory
+    # code that reads addresses needs plain memory
     for part in (values, bitmask, scales, bias):
         if part is not None and (type(part) not in PLAIN or not part.is_cpu or not part.is_contiguous()):
             return None

@@ -29,7 +29,7 @@ REASON = 400
 
 
 def is_path(source: str) -> bool:
-    """Whether a source is an existing path; names of built-in texts and "self" are not."""
+    """Return whether a source is an existing path; names of built-in texts and "self" are not."""
     if source in (*BUILT_IN, SELF):
         return False
     try:
@@ -40,7 +40,7 @@ def is_path(source: str) -> bool:
 
 
 def is_dataset(source: str) -> bool:
-    """Whether the library `datasets` reads a source: a folder, a JSON or parquet file, or a name on the hub."""
+    """Return whether the library `datasets` reads a source: a folder, a JSON or parquet file, or a name on the hub."""
     if source in (*BUILT_IN, SELF):
         return False
     return not is_path(source) or Path(source).is_dir() or _reader(source) is not None
