@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the specification, which all other routes equal bit for bit."""
+"""Reference of each operation in plain torch: the specification, which all other routes match bit for bit."""
 
 from .arithmetic import LN2, SMALLEST_NORMAL, exp, group_round_logits, ln, round_stochastically, saturated
 from .groups import (

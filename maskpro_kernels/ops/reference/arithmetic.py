@@ -1,5 +1,4 @@
-"""Arithmetic with the same bits on every route: logarithm and exponential in correctly rounded operations, and the
-stochastic rounding of logits to 16 bits."""
+"""Arithmetic with the same bits on every route: logarithm, exponential and stochastic rounding to 16 bits."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ FLOAT16_SUBNORMAL_STEP = 2.0**-24
 
 
 def ln(x, near_one):
-    """Natural logarithm of positive float32; ``near_one`` is x - 1 as the caller knows it best."""
+    """Natural logarithm of positive float32; ``near_one`` is x - 1, as exactly as the caller has it."""
     bits = x.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     t = torch.where(exponent == 0, near_one, (bits - (exponent << 23)).view(torch.float32) - 1.0)
@@ -48,15 +47,15 @@ def ln(x, near_one):
 
 
 def saturated(x):
-    """float32 no lower than the lowest finite one: what overflowed to minus infinity is that."""
+    """Clamp float32 to at least the lowest finite number, which replaces minus infinity."""
     return torch.clamp(x, min=LOWEST_FLOAT32)
 
 
 def exp(x):
-    """e^x of float32 up to 88; 0 below -87, so that no subnormal arises."""
+    """e^x for float32 up to 88; 0 below -87, so that no result is subnormal."""
     underflow = x < EXP_UNDERFLOW
     clamped = torch.where(underflow, EXP_UNDERFLOW, x)
-    # + 128 keeps the argument positive, where conversion to integer rounds down
+    # + 128 makes the argument positive, so that conversion to integer rounds down
     exponent = (clamped * LOG2_E + 128.5).to(torch.int32) - 128
     scale = exponent.to(torch.float32)
     r = clamped - scale * LN2_HIGH - scale * LN2_LOW
@@ -69,12 +68,12 @@ def exp(x):
 
 
 def round_stochastically(x, r, dtype):
-    """float32 rounded up or down to a 16-bit dtype's grid with probability by distance, still float32.
+    """Round float32 up or down to a number of a 16-bit dtype, with probability by distance; the result is float32.
 
-    Finite values stay finite, others pass through; ``r`` holds 32-bit words in int64.
+    Finite values stay finite, others stay unchanged; ``r`` are random 32-bit words in int64.
     """
     if dtype == torch.bfloat16:
-        # the sign of a zero is not defined through a bit cast, so zeros step aside
+        # a bit cast may lose the sign of a zero, so zeros are handled separately
         bits = torch.where(x == 0.0, 1.0, x).view(torch.int32)
         grid = ((bits + (r >> 16).to(torch.int32)) & -65536).view(torch.float32)
         rounded = torch.clamp(grid, -BFLOAT16_MAX, BFLOAT16_MAX)
@@ -93,7 +92,7 @@ def round_stochastically(x, r, dtype):
 
 
 def group_round_logits(x, group, key, *, dtype):
-    """float32 groups rounded stochastically to a 16-bit dtype with words of the rounding stream."""
+    """Round float32 groups stochastically to a 16-bit dtype, with words of the rounding stream."""
     words = philox.group_words(group, x.shape[-1], philox.STREAM_ROUNDING, key)
     rounded = [round_stochastically(x_i, r, dtype) for x_i, r in zip(columns(x), words, strict=True)]
     return uncolumns(rounded).to(dtype)

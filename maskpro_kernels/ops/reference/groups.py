@@ -1,4 +1,4 @@
-"""Matrices as groups, groups as columns, group codes, and packed weights, which hold the kept values alone."""
+"""Matrices as groups, groups as columns, group codes, and packed weights, which store kept values only."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch
 from .. import philox
 from ..pattern import codes_of
 
-# Integers of so many bytes hold the bits of floats
+# Integer dtypes for the bits of floats, by bytes
 INTEGERS = {2: torch.int16, 4: torch.int32}
 # Kept values of a row that share a scale
 SCALED = 128
 
 
 def grouped(x, m):
-    """[rows, K] as [rows, K / M, M]."""
+    """View [rows, K] as [rows, K / M, M]."""
     return x.view(x.shape[0], x.shape[1] // m, m)
 
 
 def columns(x):
-    """The M columns of groups [..., M]."""
+    """M columns of groups [..., M]."""
     return list(x.unbind(-1))
 
 
@@ -51,18 +51,18 @@ def fixed_sum(xs):
 
 
 def group_index(x, counter, m):
-    """Index in the whole layer of every group of a matrix [rows, K], int64 [rows, K / M]."""
+    """Index of each group of a matrix [rows, K] in the whole layer, int64 [rows, K / M]."""
     return philox.group_index(x.shape[0], x.shape[1] // m, counter.group_offset, counter.group_row_stride, x.device)
 
 
 def group_unpacked(values, codes, *, m):
-    """[..., M]: the N values [..., N] of each group in order where its code keeps, zeros elsewhere."""
+    """Groups [..., M] with the N values [..., N] at the kept places of the code, in order, and zeros elsewhere."""
     values, kept = columns(values), decode(codes, m)
     n = len(values)
     before = torch.zeros_like(kept[0], dtype=torch.int32)
     out = []
     for i in range(m):
-        # so many of the values stand before: all that lie behind have to find room as well
+        # range of the index of this column's value: the later values need room as well
         fewest, most = max(0, i - (m - n)), min(i, n - 1)
         value = values[fewest]
         for count in range(fewest + 1, most + 1):
@@ -73,14 +73,14 @@ def group_unpacked(values, codes, *, m):
 
 
 def unpack_nm(values, bitmask, *, n, m):
-    """[rows, K] of values [rows, K N / M] and their bitmask, bit for bit."""
+    """Unpack values [rows, K N / M] and their bitmask to [rows, K], bit for bit."""
     k = values.shape[1] // n * m
     as_integers = values.view(INTEGERS[values.itemsize])
     return group_unpacked(grouped(as_integers, n), codes_of(bitmask, k, m), m=m).flatten(1).view(values.dtype)
 
 
 def dequantized(values, scales, dtype):
-    """int8 values [rows, values] times those of scales [rows, ceil(values / SCALED)], rounded to a dtype once."""
+    """int8 values [rows, values] times the scales [rows, ceil(values / SCALED)] of blocks, rounded to a dtype once."""
     each = scales.float().repeat_interleave(SCALED, dim=1)[:, : values.shape[1]]
     return (values.float() * each).to(dtype)
 
@@ -100,9 +100,9 @@ def input_grad(grad, parts, n, m):
 
 
 def packed_part(dense, bitmask, *, n, m):
-    """The part of a matrix [rows, K] that the bitmask keeps: [rows, K N / M], in order, as values are stored."""
+    """Part of a matrix [rows, K] that the bitmask keeps: [rows, K N / M], in the order of stored values."""
     rows, k = dense.shape
     kept = uncolumns(decode(codes_of(bitmask, k, m), m))
-    # stable: the kept ones in their order, then the others
+    # a stable sort gives the kept ones in order, then the others
     order = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :n]
     return grouped(dense, m).gather(-1, order).reshape(rows, k // m * n)

@@ -1,4 +1,4 @@
-"""Gumbel-top-k: the N largest of logits plus Gumbel noise are a draw without replacement."""
+"""Gumbel-top-k: keep the N largest of logits plus Gumbel noise, which is a draw without replacement."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TWO_POW_MINUS_32 = 2.0**-32
 
 
 def gumbel(r):
-    """Gumbel noise -ln(-ln(1 - u)), u = (r + 1/2) 2^-32, of 32-bit integers held in int64.
+    """Gumbel noise -ln(-ln(1 - u)), u = (r + 1/2) 2^-32, for 32-bit integers in int64.
 
-    1 - u is formed from the complement of r, so the rare large values are resolved to 2^-32.
+    1 - u is computed from the complement of r, so rare large values have a resolution of 2^-32.
     """
     u = (r.to(torch.float32) + 0.5) * TWO_POW_MINUS_32
     v = ((r ^ philox.WORD).to(torch.float32) + 0.5) * TWO_POW_MINUS_32
@@ -24,9 +24,9 @@ def gumbel(r):
 
 
 def scaled(xs, inv_temperature):
-    """Logits in float32, less the group's largest, over the temperature; minus infinity beyond float32.
+    """Logits in float32, less the group's largest, divided by the temperature; minus infinity beyond float32.
 
-    That is enough for a draw, which needs their order. Log-probability and score saturate it.
+    This suffices for a draw, which needs their order. Log-probability and score saturate it.
     """
     xs = [x.to(torch.float32) for x in xs]
     largest = xs[0]
@@ -36,7 +36,7 @@ def scaled(xs, inv_temperature):
 
 
 def top_n(keys, n):
-    """Which columns hold the N largest keys of their group, ties to the lower index: bool columns."""
+    """Bool columns of the N largest keys of each group, ties to the lower index."""
     m = len(keys)
     wins = [0] * m
     for i in range(m):
@@ -54,13 +54,13 @@ def drawn_keys(z, group, key):
 
 
 def group_drawn(logits, group, key, inv_temperature, n):
-    """Kept columns of a draw."""
+    """Mask columns of a draw."""
     z = scaled(columns(logits), inv_temperature)
     return top_n(drawn_keys(z, group, key), n)
 
 
 def masked(weight, kept):
-    """Groups of the weight where kept, exact zeros elsewhere."""
+    """Groups of the weight, with exact zeros for dropped weights."""
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
     return uncolumns([torch.where(k, w, zero) for w, k in zip(columns(weight), kept, strict=True)])
 
@@ -81,7 +81,7 @@ def sample_mask(logits, counter, inv_temperature, *, n, m):
 
 
 def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
-    """The weight [rows, K] under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
+    """The weight [rows, K] under the mask that ``sample_mask`` draws, with exact zeros for dropped weights."""
     kept = group_drawn(grouped(logits, m), group_index(logits, counter, m), counter.key, inv_temperature, n)
     return masked(grouped(weight, m), kept).view(weight.shape)
 
@@ -92,5 +92,5 @@ def top_n_mask(scores, *, n, m):
 
 
 def code_masked_weight(weight, codes, *, n, m):
-    """The weight [rows, K] where its group code [rows, K / M] keeps it, exact zeros elsewhere."""
+    """The weight [rows, K] under the mask of group codes [rows, K / M], with exact zeros for dropped weights."""
     return masked(grouped(weight, m), decode(codes, m)).view(weight.shape)

@@ -1,8 +1,8 @@
-"""Plackett-Luce: log-probability and score of an unordered set that is drawn without replacement, and updates by it.
+"""Plackett-Luce: log-probability and score of an unordered set drawn without replacement, and updates by the score.
 
-Up to N = EXACT_SCORE_MAX_N both come from recursions over the subsets of the kept weights. For larger N those of a
-given mask come from quadrature over the first dropped arrival; an update takes the score of its draw as an exponential
-race, an unbiased estimate of linear cost.
+Up to N = EXACT_SCORE_MAX_N both use recursions over the subsets of the kept weights. For larger N, a given mask needs
+quadrature over the first dropped arrival. An update then treats its draw as an exponential race, which gives an
+unbiased estimate of the score at linear cost.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from .arithmetic import exp, group_round_logits, ln, saturated
 from .groups import columns, decode, fixed_sum, group_index, grouped, uncolumns
 from .gumbel_top_k import drawn_keys, scaled, top_n
 
-# Kept weights further than this above the centre are drawn first all but surely
+# Kept weights further than this above the centre are almost surely drawn first
 EXPONENT_CLAMP = 20.0
-# A constant on every 1 / s keeps products of N of them above the subnormals; it cancels in q / h
+# A factor of each 1 / s, so that products of N of them are not subnormal; it cancels in q / h
 RECIPROCAL_SCALE = 4096.0
-# Where a draw other than S has less than this probability, log p(S) is ln(1 - it)
+# If the probability p of all other draws is less than this, log p(S) is computed as ln(1 - p)
 NEAR_CERTAIN = 0.25
 # Up to this N the score is the exact gradient of log p(S); above it, its unbiased estimate by arrival times
 EXACT_SCORE_MAX_N = 4
-# y / (e^y - 1) = -y/2 + 1 + y^2/12 - y^4/720 + ... (Bernoulli numbers); below y = 1 the first term left out is 2e-8
+# y / (e^y - 1) = -y/2 + 1 + y^2/12 - y^4/720 + ... (Bernoulli numbers); below y = 1 the first omitted term is 2e-8
 BERNOULLI = (0.0833333358168602, -0.0013888889225199819, 3.306878113653511e-05, -8.267195881671796e-07)
-# e^4.4 = 81: an arrival that is not late by any float32
+# e^4.4 = 81: the probability of a later arrival vanishes in float32
 LARGEST_LOG_ARRIVAL = 4.4
-# Trapezoid rule in u = ln t, t the first dropped arrival: 1e-14 lie below the first node, less beyond the last, u = 5.
+# Trapezoid rule in u = ln t, t the first dropped arrival: 1e-14 is below the first node, less above the last, u = 5.
 # The rule's error falls as |Gamma(N + 1 + 2 pi i / NODE_STEP)| / N!, below 1e-6 up to N = 16
 FIRST_NODE, NODE_COUNT, NODE_STEP = -32.0, 149, 0.25
-# Of a rate a below e^-256, 1 - exp(-a t) is a t at every node. How far below it lies does not touch the score, and
-# would leave no digits to the other weights.
+# For a rate a below e^-256, 1 - exp(-a t) is a t at every node. Smaller rates have the same score, and would cost the
+# other weights their digits.
 LOWEST_LOG_ARRIVAL = -256.0
-# (1 - e^-y) / y = 1 - y/2 + y^2/6 - ... ; below y = 1 the first term left out is 2.5e-8
+# (1 - e^-y) / y = 1 - y/2 + y^2/6 - ... ; below y = 1 the first omitted term is 2.5e-8
 ONE_MINUS_EXP = tuple((-1.0) ** k / factorial(k + 1) for k in range(1, 10))
 
 
@@ -51,7 +51,7 @@ def extremes(z, kept):
 
 
 def kept_positions(kept):
-    """How many weights of its group are kept before each column."""
+    """Number of kept weights before each column of its group."""
     positions = [torch.zeros_like(kept[0], dtype=torch.int32)]
     for k in kept[:-1]:
         positions.append(positions[-1] + k.to(torch.int32))
@@ -59,13 +59,13 @@ def kept_positions(kept):
 
 
 def gather_slots(xs, kept, positions, n):
-    """The kept columns' values, in order: N columns."""
+    """Values of the kept columns in order: N columns."""
     slots = []
     for a in range(n):
         value = torch.zeros_like(xs[0])
-        # those that can be the a-th kept one
+        # columns that can be the a-th kept one
         columns = range(a, len(xs) - n + a + 1)
-        # the first kept column is the one that stays when all are taken from the last on
+        # for the first kept column go from the last to the first, so that it overwrites all others
         for i in reversed(columns) if a == 0 else columns:
             here = kept[i] if a in (0, n - 1) else kept[i] & (positions[i] == a)
             value = torch.where(here, xs[i], value)
@@ -74,11 +74,11 @@ def gather_slots(xs, kept, positions, n):
 
 
 def scatter_slots(slots, dropped, kept, positions):
-    """Columns that hold ``slots`` where kept and ``dropped`` elsewhere."""
+    """Columns with ``slots`` where kept and ``dropped`` elsewhere."""
     n, m = len(slots), len(kept)
     result = []
     for i in range(m):
-        # the slots that this column can be, of which one is chosen as if it were kept
+        # slots of this column if it were kept; one is selected
         *others, last = range(max(0, i - (m - n)), min(i, n - 1) + 1)
         value = slots[last]
         for a in others:
@@ -94,9 +94,9 @@ def members(subset, n):
 def plackett_luce_terms(z, kept, n, centre=None):
     """Terms of the recursions over the subsets T of the kept weights, T a bit set.
 
-    Returns (e, sum R of the dropped e, exponents ln e, kept e by slot, RECIPROCAL_SCALE / s(T) by T,
-    positions), with e = exp(min(z - centre, EXPONENT_CLAMP)) and s(T) = R + e(T) >= 1. The centre is the largest
-    dropped or the smallest kept z, whichever is larger; a caller that knows it may give it. z saturates first.
+    Returns (e, sum R of the dropped e, exponents ln e, kept e by slot, RECIPROCAL_SCALE / s(T) by T, positions), with e
+    = exp(min(z - centre, EXPONENT_CLAMP)) and s(T) = R + e(T) >= 1. The centre is the maximum of the largest dropped
+    and the smallest kept z, or given. z saturates first.
     """
     z = [saturated(z_i) for z_i in z]
     if centre is None:
@@ -117,7 +117,7 @@ def plackett_luce_terms(z, kept, n, centre=None):
 def order_sum(inverse, n):
     """h(S) without its last factor 1 / s(S), for N >= 2.
 
-    h(T) = sum over i in T of h(T - i), over s(T); h({}) = 1: the orders in which T can be drawn.
+    h(T) = (sum over i in T of h(T - i)) / s(T), h({}) = 1. It sums over the orders in which T can be drawn.
     """
     whole = (1 << n) - 1
     h = [None]
@@ -135,8 +135,8 @@ def order_sum(inverse, n):
 def slot_score(inverse, dropped_sum, k, n):
     """q_k(S) without its last factor 1 / s(S).
 
-    D_k({k}) = R / s, D_k(T) = sum over i != k of D_k(T - i), over s(T);
-    q_k(T) = (D_k(T) + sum over i != k of q_k(T - i)) / s(T).
+    D_k({k}) = R / s, D_k(T) = (sum over i != k of D_k(T - i)) / s(T); q_k(T) = (D_k(T) + sum over i != k of q_k(T - i))
+    / s(T).
     """
     whole = (1 << n) - 1
     d, q = {}, {}
@@ -154,8 +154,8 @@ def exact_score(z, kept, n, centre=None):
 
     ``centre`` as in ``plackett_luce_terms``.
 
-    score_k = q_k(S) / h(S) for kept k; dropped weights share minus the sum of those by their softmax.
-    Every term is positive, so nothing cancels however certain the draw.
+    score_k = q_k(S) / h(S) for kept k. The scores of dropped weights are minus the sum of these, divided by softmax.
+    Every term is positive, so nothing cancels, even for nearly certain draws.
     """
     e, dropped_sum, _, _, inverse, positions = plackett_luce_terms(z, kept, n, centre)
     if n == 1:
@@ -164,7 +164,7 @@ def exact_score(z, kept, n, centre=None):
         inverse_h = (1.0 / RECIPROCAL_SCALE) / order_sum(inverse, n)
         slot_scores = [slot_score(inverse, dropped_sum, k, n) * inverse_h for k in range(n)]
     total = fixed_sum(slot_scores)
-    # dropped weights so far below that all their e are 0 share a score of 0
+    # if all e of dropped weights are 0, their scores are 0
     present = dropped_sum > 0.0
     share = torch.where(present, total / torch.where(present, dropped_sum, 1.0), 0.0)
     return scatter_slots(slot_scores, [0.0 - e_i * share for e_i in e], kept, positions)
@@ -173,9 +173,9 @@ def exact_score(z, kept, n, centre=None):
 def exact_log_prob(z, kept, n):
     """log p(S) by the recursion over subsets, N <= EXACT_SCORE_MAX_N.
 
-    f(T), the probability that something dropped is drawn before T is complete, is
-    (R + sum over i in T of e_i f(T - i)) / s(T). Where f(S) is small, log p(S) = ln(1 - f(S)) to full
-    precision; elsewhere ln h(S) + sum of ln e_i, which saturates.
+    f(T), the probability that a dropped weight is drawn before T is complete, is (R + sum over i in T of e_i f(T - i))
+    / s(T). If f(S) is small, log p(S) = ln(1 - f(S)) to full precision; otherwise ln h(S) + sum of ln e_i, which
+    saturates.
     """
     _, dropped_sum, exponents, slots, inverse, _ = plackett_luce_terms(z, kept, n)
     whole = (1 << n) - 1
@@ -212,7 +212,7 @@ def arrival_ratio(y):
 
 
 def dropped_softmax(z, kept):
-    """(exp(z - largest dropped) where dropped and 0 where kept, columns; their sum)."""
+    """(columns of exp(z - largest dropped) where dropped and 0 where kept; their sum)."""
     largest, _ = extremes(z, kept)
     e = [torch.where(k, 0.0, exp(torch.clamp(z_i - largest, max=0.0))) for z_i, k in zip(z, kept, strict=True)]
     return e, fixed_sum(e)
@@ -221,15 +221,15 @@ def dropped_softmax(z, kept):
 def exponential_race_score(z, keys, kept):
     """Unbiased estimate of the gradient of log p(S) given the keys of the draw, any N, columns.
 
-    kappa is the largest dropped key, x_k = exp(z_k - kappa): kept x_k / (exp(x_k) - 1), dropped minus
-    their softmax share of the kept ones' sum. Its mean given S is the exact score. z and kappa saturate first.
+    kappa is the largest dropped key, x_k = exp(z_k - kappa). Kept: x_k / (exp(x_k) - 1). Dropped: minus the sum of
+    these, times softmax. Its mean given S is the exact score. z and kappa saturate first.
     """
     z = [saturated(z_i) for z_i in z]
     kappa = saturated(extremes(keys, kept)[0])
     largest, _ = extremes(z, kept)
     values = []
     for z_i, k in zip(z, kept, strict=True):
-        # one exponential serves both: a weight is kept or dropped
+        # one exponential for both, since a weight is kept or dropped
         kept_exponent = torch.clamp(z_i - kappa, max=LARGEST_LOG_ARRIVAL)
         e = exp(torch.where(k, kept_exponent, torch.clamp(z_i - largest, max=0.0)))
         values.append(torch.where(k, arrival_ratio(e), e))
@@ -253,22 +253,22 @@ def one_minus_exp_ratio(y):
 def log_arrivals(z, kept):
     """(z - ln(sum of dropped exp z), kept), each stacked to [rows, K / M, M].
 
-    That is the log of each weight's rate in units of all the dropped ones'.
+    The first is the log of each weight's rate divided by the total rate of dropped weights.
     """
     largest, _ = extremes(z, kept)
     _, dropped_sum = dropped_softmax(z, kept)
     log_sum = ln(dropped_sum, dropped_sum - 1.0)
-    # in this order: groups far below the largest logit would lose the logarithm's digits
+    # in this order: in groups far below the largest logit another order would lose the logarithm's digits
     return torch.stack([z_i - largest - log_sum for z_i in z], dim=-1), torch.stack(kept, dim=-1)
 
 
 def nodes(device):
-    """The quadrature's nodes u = ln t, 0-dim float32 tensors."""
+    """Nodes u = ln t of the quadrature, 0-dim float32 tensors."""
     return [torch.tensor(FIRST_NODE + NODE_STEP * k, dtype=torch.float32, device=device) for k in range(NODE_COUNT)]
 
 
 def node_exponent(log_arrival, kept, u):
-    """ln of the integrand t e^-t prod(1 - exp(-a_i t)) without the factors that lie in [0.63, 1]; it saturates."""
+    """ln of the integrand t e^-t prod(1 - exp(-a_i t)) without factors within [0.63, 1]; it saturates."""
     total = u - exp(u)
     for term in torch.where(kept, torch.clamp(log_arrival + u, max=0.0), 0.0).unbind(-1):
         total = total + term
@@ -276,7 +276,7 @@ def node_exponent(log_arrival, kept, u):
 
 
 def peak_exponent(log_arrival, kept):
-    """The largest node_exponent over the nodes."""
+    """Largest node_exponent over the nodes."""
     peak = torch.full_like(log_arrival[..., 0], -torch.inf)
     for u in nodes(peak.device):
         peak = torch.maximum(peak, node_exponent(log_arrival, kept, u))
@@ -295,9 +295,9 @@ def node_weight(log_arrival, kept, u, peak):
 def quadrature_log_prob(z, kept):
     """log p(S), any N: the integral over the first dropped arrival t of e^-t prod(1 - exp(-a_i t)).
 
-    a_i is a kept weight's rate in units of all the dropped ones'. Trapezoid rule in ln t. As in
-    ``exact_log_prob``, the complement is summed beside it for draws that are nearly certain. z saturates first, log
-    p(S) last.
+    a_i is a kept weight's rate divided by the total rate of dropped weights. Trapezoid rule in ln t. As in
+    ``exact_log_prob``, nearly certain draws use the complement, which is summed as well. z saturates first, log p(S)
+    last.
     """
     z = [saturated(z_i) for z_i in z]
     log_arrival, kept = log_arrivals(z, kept)
@@ -338,7 +338,7 @@ def quadrature_score(z, kept):
     return [torch.where(k, mean, 0.0 - e_i * share) for mean, e_i, k in zip(means, e, kept, strict=True)]
 
 
-# Of logits and group codes
+# Functions of logits and group codes
 
 
 def group_mask_log_prob(logits, codes, inv_temperature, *, n):
@@ -356,7 +356,7 @@ def group_mask_score(logits, codes, grad, inv_temperature, *, n):
 
 
 def score_terms(z, group, coef, key, inv_temperature, n):
-    """Columns of coef * score(mask of a draw), the score in the logits, not in z."""
+    """Columns of coef * score(mask of a draw); the score is the gradient in the logits, not in z."""
     keys = drawn_keys(z, group, key)
     kept = top_n(keys, n)
     scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else exponential_race_score(z, keys, kept)
@@ -383,7 +383,7 @@ def group_updated_logits(logits, group, coef, key, inv_temperature, *, n):
 
 
 def mask_log_prob(logits, codes, inv_temperature, *, n, m):
-    """log p(S) of the masks with those codes, float32 [rows, K / M]."""
+    """log p(S) of the masks with given codes, float32 [rows, K / M]."""
     return group_mask_log_prob(grouped(logits, m), codes, inv_temperature, n=n)
 
 
@@ -395,8 +395,8 @@ def mask_score(logits, codes, grad, inv_temperature, *, n, m):
 def score_update_(logits, coef, counter, inv_temperature, *, n, m):
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draw[k]), in place.
 
-    All scores are taken at the given logits; coef float32 [K], the counter's draw int64 [K]. 16-bit logits
-    are rounded stochastically, once, with words of the rounding stream under the first draw's id.
+    All scores are taken at the given logits; coef float32 [K], the counter's draw int64 [K]. 16-bit logits are rounded
+    stochastically, once, with words of the rounding stream of the first draw's id.
     """
     group = group_index(logits, counter, m)
     new = group_updated_logits(grouped(logits, m), group, coef, counter.key, inv_temperature, n=n)

@@ -7,19 +7,19 @@ import torch
 from .arithmetic import group_round_logits
 from .groups import columns, decode, fixed_sum, group_index, grouped, uncolumns
 
-# Common for language models. A weight that comes into the mask late has moments of 0, which the layer's bias correction
-# does not know. By a steady gradient it then moves at most 1.1 times the learning rate in a step; with 0.95 replaced by
-# torch's 0.999 it would move up to 6.5 times that
+# Common for language models. A weight that enters the mask late has moments of 0, which the layer's bias correction
+# does not take into account. With a steady gradient it moves at most 1.1 times the learning rate in a step; with
+# torch's 0.999 instead of 0.95 it would move up to 6.5 times the rate
 BETA, BETA_OF_SQUARES = 0.9, 0.95
 EPSILON = 1e-8
 
 
 def group_mask_slope(weight, grad, square, codes):
-    """A loss's slope in the mask, less its mean over the group: keeping N holds the sum of the mask.
+    """Slope of a loss in the mask, less its mean over the group, since the sum of a group's mask is fixed.
 
-    For G the derivative in the masked weight and F the second one, the loss changes by w G (m' - m) +
-    w^2 F (m' - m)^2 / 2 when a weight goes from m to m'. Its slope halfway between kept and dropped, w G +
-    (1/2 - m) w^2 F, is what going either way costs; w G alone is blind to a change that overshoots.
+    With first and second derivatives G and F in the masked weight, the loss changes by w G (m' - m) + w^2 F (m' - m)^2
+    / 2 if a weight's mask goes from m to m'. The slope halfway between kept and dropped, w G + (1/2 - m) w^2 F, is the
+    cost of the change in either direction. w G alone ignores a change that overshoots.
     """
     h, kept = [], decode(codes, weight.shape[-1])
     for w, g, s, k in zip(columns(weight), columns(grad), columns(square), kept, strict=True):
@@ -31,7 +31,7 @@ def group_mask_slope(weight, grad, square, codes):
 
 
 def group_descended_logits(gradient, logits, rate, max_update):
-    """(float32 groups: logits less the bounded step; each group's sum of squares of the gradient)."""
+    """(float32 groups of logits less the clamped step; sum of squares of each group's gradient)."""
     gradient, new = [g.to(torch.float32) for g in columns(gradient)], []
     for x, g in zip(columns(logits), gradient, strict=True):
         step = g * torch.where(rate < torch.inf, rate, 0.0)
@@ -45,9 +45,9 @@ def group_straight_through_logits(weight, grad, square, codes, logits, rate, max
 
 
 def straight_through_grad(weight, grad, square, codes, *, m):
-    """The slope of a loss in the mask of ``codes`` [rows, K / M], less its mean over every group, float32 [rows, K].
+    """Slope of a loss in the mask of ``codes`` [rows, K / M], less its mean over each group, float32 [rows, K].
 
-    ``grad`` and ``square`` [rows, K] are the loss's first and second derivative in the masked weight.
+    ``grad`` and ``square`` [rows, K] are the loss's first and second derivatives in the masked weight.
     """
     tensors = (grouped(x, m) for x in (weight, grad, square))
     return group_mask_slope(*tensors, codes).view(weight.shape)
@@ -60,10 +60,10 @@ def straight_through_update_(logits, weight, grad, square, codes, rate, counter,
 
 
 def descend_(logits, gradient, rate, counter, max_update, *, m):
-    """logits [rows, K] -= rate * gradient within +-max_update, in place; gives the mean square of the gradient, 0-dim.
+    """logits [rows, K] -= rate * gradient, clamped to +-max_update; returns the gradient's mean square, 0-dim.
 
-    Where rate or gradient is not finite nothing moves. 16-bit logits are rounded stochastically, with words of the
-    rounding stream.
+    A step that is not finite moves nothing. 16-bit logits are rounded stochastically, with words of the rounding
+    stream.
     """
     new, squares = group_descended_logits(grouped(gradient, m), grouped(logits, m), rate, max_update)
     if logits.dtype != torch.float32:
@@ -76,13 +76,13 @@ def adamw_scalars(usable, count, rate, decay):
     """Numbers of a step that all weights share, float32 [4] on the device of ``count``.
 
     Args:
-        usable: bool, 0-dim; where false nothing moves.
-        count: which step of the layer it is, from 1, 0-dim float32.
+        usable: bool, 0-dim; if false nothing moves.
+        count: number of the layer's step, from 1, 0-dim float32.
         rate, decay: learning rate and weight decay.
 
     Returns:
-        (1 where usable, what decay leaves of a weight, the rate over the first moment's bias correction, the inverse
-        root of the second one's).
+        (1 if usable, factor of a weight by its decay, rate divided by the first moment's bias correction, inverse root
+        of the second moment's bias correction).
     """
     step = rate / (1.0 - BETA**count)
     return torch.stack([usable.float(), torch.full_like(step, 1.0 - rate * decay), step,
@@ -90,12 +90,12 @@ def adamw_scalars(usable, count, rate, decay):
 
 
 def group_adamw(gradient, master, first, second, codes, usable, remaining, step, correction, *, dtype):
-    """New (master, first, second) of groups [groups, M], where the codes keep a weight; and the weight in ``dtype``."""
+    """New (master, first, second) of groups [groups, M] for kept weights, and the weight in ``dtype``."""
     kept = uncolumns(decode(codes, master.shape[-1])) & (usable > 0.0)
     new_first = first + (gradient - first) * (1.0 - BETA)
     new_second = second + (gradient * gradient - second) * (1.0 - BETA_OF_SQUARES)
-    # torch's root of a float32 is not always the nearest one. That of a negative number, which no moment is, would be
-    # NaN of one sign or the other
+    # torch's float32 root is not always rounded correctly. A negative number, which no moment is, would give NaN of
+    # either sign
     root = new_second.clamp_min(0.0).to(torch.float64).sqrt().to(torch.float32)
     spread = root * correction + EPSILON
     moved = torch.where(kept, master * remaining - step * (new_first / spread), master)
@@ -103,7 +103,7 @@ def group_adamw(gradient, master, first, second, codes, usable, remaining, step,
 
 
 def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
-    """Step ``master``, ``first`` and ``second`` [rows, K] in place, and round ``weight`` from master."""
+    """Update ``master``, ``first`` and ``second`` [rows, K] in place, and round ``master`` to ``weight``."""
     groups = (grouped(x, m) for x in (gradient, master, first, second))
     results = group_adamw(*groups, codes, *scalars.unbind(), dtype=weight.dtype)
     for held, new in zip((master, first, second, weight), results, strict=True):

@@ -1,4 +1,4 @@
-"""The best swap of a kept with a dropped weight in every group."""
+"""The best swap of a kept with a dropped weight in each group."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from .groups import decode
 
 
 def best_swaps(weight, product, codes, blocks, *, m):
-    """The swap of a kept with a dropped weight in every group that lowers the reconstruction error most.
+    """Find in each group the swap of a kept with a dropped weight that lowers the reconstruction error most.
 
     The error of a row is E = d H d^T, d = weight * mask - weight. With R = d H, and c_i = -2 w_i R_i + w_i^2 H_ii
     for a kept weight and +2 w_j R_j + w_j^2 H_jj for a dropped one, a swap changes it by c_i + c_j - 2 w_i w_j H_ij.
 
     Args:
-        weight, product: w and R, float32 [rows, M, K / M]: weights that stand at the same place of their groups
-            lie together.
+        weight, product: w and R, float32 [rows, M, K / M]: weights of one place in their groups are contiguous.
         codes: [rows, K / M].
         blocks: the diagonal blocks of H, float32 [M, M, K / M].
 
     Returns:
-        (change of E, float32 [rows, K / M]; codes of the two weights, whose exclusive or with the mask's is the
-        swapped mask); on a tie the pair with the lower indices.
+        (change of E, float32 [rows, K / M]; codes of the two weights, which give the swapped mask by exclusive or); of
+        equal pairs the one with the lower indices.
     """
     w, r = weight.unbind(1), product.unbind(1)
     kept = decode(codes, m)

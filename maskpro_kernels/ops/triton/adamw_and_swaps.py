@@ -1,4 +1,4 @@
-"""Updates beside a mask: AdamW on the weights that it keeps, and the best swap of a kept with a dropped weight."""
+"""AdamW on the weights that a mask keeps, and the best swap of a kept with a dropped weight."""
 
 import torch
 import triton
@@ -12,8 +12,8 @@ from .sampling import load_codes, store_codes
 PART_OF_FIRST = tl.constexpr(1.0 - BETA)
 PART_OF_SECOND = tl.constexpr(1.0 - BETA_OF_SQUARES)
 SMALLEST_SPREAD = tl.constexpr(EPSILON)
-# Where ``reference.adamw_scalars`` has each of them. They are loaded where they are used: all at the top they leave a
-# value on the stack on sm_100
+# Indices into ``reference.adamw_scalars``. Kernels load each where they use it: loading all at the top puts a value on
+# the stack on sm_100
 USABLE, REMAINING, RATE, CORRECTION = (tl.constexpr(i) for i in range(4))
 
 
@@ -22,14 +22,14 @@ def adamw_kernel(
     weight, master, first, second, gradient, codes, scalars, total: tl.int64,
     M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A step of ``master`` and moments, all float32 [rows, K], by the gradient; the weight is rounded from ``master``.
+    """Update ``master`` and moments, all float32 [rows, K], by the gradient, and round ``master`` to the weight.
 
-    ``scalars`` are those of ``reference.adamw_scalars``, ``total`` the number of weights, BLOCK those of a program.
+    ``scalars`` are from ``reference.adamw_scalars``; ``total`` weights, BLOCK a program.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tl.where(tl.load(scalars + USABLE) > 0.0, total, 0)
     code = tl.load(codes + at // M, mask=inside, other=0).to(tl.int32)
-    # what is dropped is neither read nor written
+    # dropped weights are neither read nor written
     kept = inside & ((code >> (at % M).to(tl.int32) & 1) != 0)
     g = tl.load(gradient + at, mask=kept, other=0.0)
     old_first = tl.load(first + at, mask=kept, other=0.0)
@@ -54,7 +54,7 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, m):
 
 @triton.jit
 def weight_and_cost(weight, product, blocks, code, i, columns, inside, M: tl.constexpr):
-    """(weights at place i of their groups, whether kept, c_i of ``reference.best_swaps``)."""
+    """(weights at place i of their groups, whether they are kept, c_i of ``reference.best_swaps``)."""
     w = tl.load(weight + i * columns, mask=inside, other=0.0)
     r = tl.load(product + i * columns, mask=inside, other=0.0)
     h = tl.load(blocks + (i * M + i) * columns, mask=inside, other=0.0)
@@ -70,7 +70,7 @@ def best_swaps_kernel(
 ):  # fmt: skip
     """``reference.best_swaps``: weight and product [rows, M, columns], blocks [M, M, columns], columns = K / M.
 
-    ``change`` and ``swap`` [rows, columns], ``total`` elements each, of which a program computes BLOCK.
+    ``change`` and ``swap`` [rows, columns] have ``total`` elements; a program computes BLOCK of them.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     group = first + tl.arange(0, BLOCK)
@@ -83,7 +83,7 @@ def best_swaps_kernel(
     best = tl.full((BLOCK,), float("inf"), tl.float32)
     pair = tl.zeros((BLOCK,), tl.int32)
     one = tl.full((BLOCK,), 1, tl.int32)
-    # Not unrolled: of 16 weights there are 120 pairs. What is loaded again lies in the cache.
+    # not unrolled: 16 weights have 120 pairs. Repeated loads come from the cache
     for i in range(M - 1):
         w_i, kept_i, cost_i = weight_and_cost(weight, product, blocks, code, i, columns, inside, M)
         for j in range(i + 1, M):

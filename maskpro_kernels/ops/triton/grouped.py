@@ -1,11 +1,11 @@
-"""Draw and score update of many layers by one launch: a table on the device holds their addresses.
+"""Draw and score update of many layers by one launch: a table on the device has their addresses.
 
-A row of the table, int64, is a layer: addresses of logits and codes, groups, groups in a row, offset and row stride of
-their index in the whole layer, and the layer's id. A layer has programs by its size. A list beside the table names
-the layer of each few programs in turn.
+A row of the table, int64, describes a layer: addresses of logits and codes, number of groups, groups in a row, offset
+and row stride of their index in the whole layer, and the layer's id. The number of a layer's programs depends on its
+size. A second list maps every SHARE programs to their layer.
 
-Constants of the kernels, beside those in ``sampling``: ELEMENT and CODE, the dtypes of logits and codes; BYTES, of
-which all addresses are multiples. KIND "codes": the mask that ``sample_masks`` has left; "drawn": it is drawn again.
+Constants of the kernels, in addition to those in ``sampling``: ELEMENT and CODE, the dtypes of logits and codes; BYTES,
+the alignment of all addresses. KIND "codes" reads the codes that ``sample_masks`` wrote; "drawn" draws again.
 """
 
 import itertools
@@ -22,25 +22,25 @@ from .tiles import INTERPRETED, architecture, configuration, scores_in_short
 
 FIELDS = tl.constexpr(7)
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Vectors of so many bytes are loaded where all addresses are multiples of it, as Triton derives for an argument
+# Alignment for vector loads, as Triton derives it for arguments
 VECTOR_BYTES = 16
-# Programs that an entry of the list stands for, of one layer; the last ones of a layer may find no group. In the
-# interpreter each program takes time
+# Programs of one layer that share an entry of the list; a layer's last ones may have no group. In the interpreter each
+# program takes time
 SHARE = tl.constexpr(1 if INTERPRETED else 64)
 
 
 @triton.jit
 def pointer(row, FIELD: tl.constexpr, element: tl.constexpr, BYTES: tl.constexpr):
-    """That of a row's field, an address of elements that is a multiple of so many bytes."""
+    """Pointer from a field of a row: address of elements, a multiple of BYTES."""
     address = tl.load(row + FIELD).to(tl.pointer_type(element))
     return tl.multiple_of(address, BYTES)
 
 
 @triton.jit
 def layer_of(table, owners, BLOCK: tl.constexpr):
-    """(Row of this program's layer, its first group, how far the next ones that it takes lie apart)."""
+    """(row of this program's layer, its first group, stride to its next groups)."""
     program = tl.program_id(0)
-    # of the layer: its row, the first of its entries, and how many there are
+    # the layer's row, its first entry, and its number of entries
     owner = owners + program // SHARE * 3
     row, first, entries = tl.load(owner), tl.load(owner + 1), tl.load(owner + 2)
     own = (program - first * SHARE).to(tl.int64)
@@ -49,11 +49,11 @@ def layer_of(table, owners, BLOCK: tl.constexpr):
 
 @triton.jit
 def score_of_code(x, code, inv_temperature, SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-    """``exact_score`` of columns of logits; a block of 2:4 that keeps its largest ones takes the shorter way to it."""
+    """``exact_score`` of columns of logits; faster for a block of 2:4 that keeps its largest logits."""
     kept = d.decode(code, M)
     if SHORT and N == 2 and M == 4:
         ordered = d.descending(x, 4)
-        # of a tie more than two are the largest
+        # with a tie more than two would be the largest
         expected = ordered[2] < ordered[1]
         for i in tl.static_range(4):
             expected = expected & (kept[i] == (x[i] >= ordered[1]))
@@ -72,7 +72,7 @@ def sample_masks_kernel(
     ELEMENT: tl.constexpr, CODE: tl.constexpr, BYTES: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a draw of each layer; ``flips`` gets how many of each program's groups left their N largest logits."""
+    """Draw codes of each layer; ``flips`` counts each program's groups that differ from their N largest logits."""
     row, start, apart = layer_of(table, owners, BLOCK)
     logits, codes = pointer(row, 0, ELEMENT, BYTES), pointer(row, 1, CODE, BYTES)
     total, columns = tl.load(row + 2), tl.load(row + 3)
@@ -94,7 +94,7 @@ def score_update_of_layers_kernel(
     ELEMENT: tl.constexpr, CODE: tl.constexpr, BYTES: tl.constexpr, KIND: tl.constexpr, SEVERAL: tl.constexpr,
     SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """``score_update_kernel`` of each layer; by codes of a single draw."""
+    """``score_update_kernel`` for each layer; for a single draw also by its codes."""
     row, start, apart = layer_of(table, owners, BLOCK)
     logits = pointer(row, 0, ELEMENT, BYTES)
     total, columns = tl.load(row + 2), tl.load(row + 3)
@@ -117,7 +117,7 @@ def score_update_of_layers_kernel(
 
 
 def table_of(group):
-    """The table of a ``LayerGroup``: int64 [layers, FIELDS]."""
+    """Table of a ``LayerGroup``: int64 [layers, FIELDS]."""
     rows = []
     for i, (logits, layer, offset, row_stride) in enumerate(group.layers):
         codes = 0 if group.codes is None else group.codes[i].data_ptr()
@@ -127,12 +127,12 @@ def table_of(group):
 
 
 class Spread(NamedTuple):
-    """The programs of one launch over layers.
+    """Programs of one launch over layers.
 
     Attributes:
-        owners: int32 [entries, 3]: for each ``SHARE`` programs the layer's row, its first entry, and how many it has.
-        flips: int32 by layer, one for each program; views of one memory.
-        memory: of these.
+        owners: int32 [entries, 3]: for every ``SHARE`` programs the layer's row, first entry and number of entries.
+        flips: int32 for each layer, one number a program; views of ``memory``.
+        memory: of all flips.
     """
 
     owners: torch.Tensor
@@ -141,13 +141,13 @@ class Spread(NamedTuple):
 
 
 def spread_of(group, name):
-    """How a launch of that name spreads over a ``LayerGroup``; made once, for a captured graph reads it again."""
+    """Spread of a launch over a ``LayerGroup``; made once, since a captured graph reads it again."""
     config = configuration(name, group.m, group.largest, architecture(group.device))
     if config not in group.spreads:
         entries = [-(-count // SHARE.value) for count in programs_of_layers(config, group.counts, group.device)]
         firsts = itertools.accumulate(entries, initial=0)
         owners = [[i, *own] for i, own in enumerate(zip(firsts, entries, strict=False)) for _ in range(own[1])]
-        # a later step may be one of autograd
+        # inference tensors would be useless to a later step with autograd
         with torch.inference_mode(False):
             memory = torch.empty(len(owners) * SHARE.value, dtype=torch.int32, device=group.device)
             flips = memory.split([count * SHARE.value for count in entries])
@@ -157,7 +157,7 @@ def spread_of(group, name):
 
 
 def draw_layers_(group, inv_temperature, seed, step, draw):
-    """``layer_groups.draw_layers_`` by one launch; gives the flips that programs have seen, by layer."""
+    """``layer_groups.draw_layers_`` by one launch; returns the programs' flips, by layer."""
     spread = spread_of(group, "sample_masks")
     launch_on_group(sample_masks_kernel, "sample_masks", group, spread.memory, inv_temperature, seed, step, draw)
     return spread.flips

@@ -1,4 +1,4 @@
-"""The one place that launches kernels."""
+"""Launch of kernels; no other module launches them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from .tiles import INTERPRETED, TARGETS, Configuration, Rows, Tiles, architecture, configuration
 
-# How often each kernel has been launched in this process
+# Number of launches of each kernel in this process
 launches: Counter[str] = Counter()
 
 
 def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, **constants) -> None:
-    """Launch ``kernel`` on ``groups`` groups; nothing happens where there are none."""
+    """Launch ``kernel`` on ``groups`` groups; do nothing if there are none."""
     if groups == 0:
         return
     target = architecture(device)
@@ -25,7 +25,7 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
 
 
 def launch_layers(kernel, name: str, m: int, grid: int, largest: int, device: torch.device, *args, **constants) -> None:
-    """Launch so many programs of ``kernel`` on layers, the largest of so many groups."""
+    """Launch ``grid`` programs of ``kernel`` on layers; the largest has ``largest`` groups."""
     if grid == 0:
         return
     config = configuration(name, m, largest, architecture(device))
@@ -33,20 +33,20 @@ def launch_layers(kernel, name: str, m: int, grid: int, largest: int, device: to
 
 
 def programs_of_layers(config: Configuration, counts: Sequence[int], device: torch.device) -> list[int]:
-    """How many programs share out each layer of so many groups, where one launch takes all."""
-    # of many layers none is alone on the device
+    """Numbers of programs for layers of ``counts`` groups in one launch."""
+    # the layers share the device's processors
     processors = -(-TARGETS[architecture(device)].processors // len(counts))
     return [config.programs(groups, processors) for groups in counts]
 
 
 def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torch.device, *args, **constants) -> None:
-    """Launch a kernel whose programs own some rows each."""
+    """Launch a kernel whose programs compute some rows each."""
     grid = ((rows + config.rows - 1) // config.rows,)
     _launch(kernel, name, grid, device, args, config.options, M=m, ROWS=config.rows, BLOCK=config.block, **constants)
 
 
 def launch_elements(kernel, name: str, count: int, device: torch.device, *args, **constants) -> None:
-    """Launch ``kernel`` on ``count`` single elements; nothing happens where there are none."""
+    """Launch ``kernel`` on ``count`` single elements; do nothing if there are none."""
     if count == 0:
         return
     config = configuration(name, 1, count, architecture(device))
@@ -61,9 +61,9 @@ def launch_tiles(kernel, name: str, m: int, grid: tuple[int, ...], tile: Tiles, 
 
 
 def _launch(kernel, name, grid, device, args, options, **constants):
-    """Gives the compiled kernel; the interpreter has none."""
+    """Launch and return the compiled kernel; the interpreter returns none."""
     launches[name] += 1
     options = {} if INTERPRETED else {**options, "enable_fp_fusion": False}
-    # Triton launches on the current device, whatever device its arguments live on
+    # Triton launches on the current device, whatever the device of the arguments
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return kernel[grid](*args, **constants, **options)

@@ -1,17 +1,17 @@
 """One-pass masked products: a tile of the weight is loaded, masked in registers, and multiplied.
 
-Tensors are contiguous: the weight is [rows, K], x [tokens, K], y and its gradient [tokens, rows], the bias [rows].
-Weight and bias may be of another dtype than x, in which the product runs. Neither mask nor masked weight
-reaches memory. The weight is the row operand of every product, so that few tokens still fill the matrix
-units. A tile's groups are held as [groups, M], row by row.
+Tensors are contiguous: the weight is [rows, K], x [tokens, K], y and its gradient [tokens, rows], the bias [rows]. The
+product has the dtype of x; weight and bias may have another. Neither mask nor masked weight is written to memory. The
+weight is the row operand of every product, so that few tokens still fill the matrix units. The groups of a tile are
+[groups, M], row by row.
 
-Where y or the gradient of x has few rows of tiles, the inner dimension is shared out, so that every processor has work.
-Each part of it has programs of its own, along the last axis of the grid, which write their sums in float32. A second
-kernel adds the parts in their order: the bits of a result repeat.
+If y or the gradient of x has few rows of tiles, the inner dimension is split, so that every processor has work. Each
+part has its own programs, along the last axis of the grid, which write their sums in float32. A second kernel adds the
+parts in order, so that the bits of a result repeat.
 
-Constants of the kernels: N and M of the pattern; KIND of the mask, as of a ``MaskSource``, by which ``source`` holds
-logits or codes; OPERAND and PRECISION, in what the matrix units multiply; BLOCK_OUT, BLOCK_T and BLOCK_K, the
-weight rows, tokens and columns of a tile.
+Constants of the kernels: N and M of the pattern; KIND of the mask as in ``MaskSource``, which makes ``source`` logits
+or codes; OPERAND and PRECISION of the matrix units; BLOCK_OUT, BLOCK_T and BLOCK_K, the weight rows, tokens and columns
+of a tile.
 """
 
 import torch
@@ -35,13 +35,13 @@ from .tiles import (
     tiles_for,
 )
 
-# Sizes and places of layers, for which nothing is compiled anew
+# Sizes and places of layers, for which kernels are not specialized
 UNSPECIALIZED_OF_TILES = ["offset", "row_stride", "tokens"]
 
 
 @triton.jit
 def own_part(size, STEP: tl.constexpr):
-    """(first, end) of the program's part of an inner dimension: whole steps, but where that ends."""
+    """(first, end) of the program's part of an inner dimension: whole steps, except at its end."""
     steps = tl.cdiv(tl.cdiv(size, STEP), tl.num_programs(2))
     first = tl.program_id(2) * steps * STEP
     return first, tl.minimum(first + steps * STEP, size)
@@ -49,13 +49,13 @@ def own_part(size, STEP: tl.constexpr):
 
 @triton.jit
 def own_sums(out, tokens, columns):
-    """Where the program's part of the inner dimension has its result [tokens, columns]."""
+    """Pointer to the result [tokens, columns] of the program's part of the inner dimension."""
     return out + tl.program_id(2).to(tl.int64) * tokens * columns
 
 
 @triton.jit(do_not_specialize=["total"])
 def split_sum_kernel(partial, bias, out, columns, total: tl.int64, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [tokens, columns] is the sum of PARTS of them, in order, and the bias."""
+    """out [tokens, columns] is the sum of PARTS partial results, in order, plus the bias."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
     y = tl.load(partial + index, mask=inside, other=0.0)
@@ -77,7 +77,7 @@ def tile_groups(first_row, first_group, rows, groups, ROWS: tl.constexpr, GROUPS
 
 @triton.jit
 def load_groups(pointer, row, group, inside, groups, M: tl.constexpr):
-    """[groups of the tile, M] as stored, zeros outside."""
+    """Load [groups of the tile, M] in the stored dtype, zeros outside."""
     offsets = (row.to(tl.int64) * groups + group) * M
     return tl.load(pointer + offsets[:, None] + tl.arange(0, M)[None, :], mask=inside[:, None], other=0.0)
 
@@ -87,7 +87,7 @@ def tile_code(
     source, x, inv_temperature, row, group, inside, groups, seed, step, layer, draw, offset, row_stride,
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """int32 group codes of a tile; x are columns of logits, unused where codes are given."""
+    """int32 group codes of a tile; x are columns of logits, unused if codes are given."""
     if KIND == "drawn":
         index = (offset + row * row_stride + group).to(tl.uint32)
         key = d.load_key(seed, step, layer, draw)
@@ -99,7 +99,7 @@ def tile_code(
 
 @triton.jit
 def tile_logits(source, row, group, inside, groups, KIND: tl.constexpr, M: tl.constexpr):
-    """Columns of logits, float32; nothing where codes are given."""
+    """Columns of logits, float32; nothing if codes are given."""
     if KIND == "codes":
         columns = ()
     else:
@@ -109,7 +109,7 @@ def tile_logits(source, row, group, inside, groups, KIND: tl.constexpr, M: tl.co
 
 @triton.jit
 def masked_groups(tile, code, M: tl.constexpr):
-    """[groups, M] where the code keeps, exact zeros elsewhere."""
+    """Tile [groups, M] with exact zeros where the code drops."""
     kept = d.decode(code, M)
     columns = d.split_columns(tile, M)
     masked = ()
@@ -125,7 +125,7 @@ def masked_linear_kernel(
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, LOG_PROB: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y, or its parts, and with LOG_PROB ``partial``, each program's sum of the log-probabilities of its groups."""
+    """y or its parts; with LOG_PROB also ``partial``, each program's sum of its groups' log-probabilities."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_row = tl.program_id(0) * BLOCK_OUT
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -141,7 +141,7 @@ def masked_linear_kernel(
         code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
                          offset, row_stride, KIND, N, M)  # fmt: skip
         if LOG_PROB:
-            # every block of tokens sees this tile, the first one alone counts it
+            # every block of tokens has this tile; only the first one counts it
             if tl.program_id(1) == 0:
                 z = d.scaled(logits, inv_temperature, M)
                 log_probs += tl.where(inside, d.exact_log_prob(z, d.decode(code, M), N, M), 0.0)
@@ -167,7 +167,7 @@ def masked_linear_input_grad_kernel(
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, or its parts."""
+    """Gradient of x, or its parts."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_group = tl.program_id(0) * GROUPS
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -222,7 +222,7 @@ def masked_linear_weight_grad_kernel(
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the weight, zeros where the mask drops."""
+    """Gradient of the weight, zeros where the mask drops."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_row = tl.program_id(0) * BLOCK_OUT
     first_group = tl.program_id(1) * GROUPS
@@ -239,18 +239,18 @@ def masked_linear_weight_grad_kernel(
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what a kernel writes a result of ``dtype``."""
-    # the interpreter truncates where hardware rounds
+    """dtype in which a kernel writes a result of ``dtype``."""
+    # the interpreter truncates, hardware rounds
     return torch.float32 if INTERPRETED else dtype
 
 
 class SplitResult:
-    """The result [tokens, columns] of a product, in the dtype and on the device of its operand x.
+    """Result [tokens, columns] of a product, in the dtype and on the device of its operand x.
 
     Attributes:
         grid: of the product's kernel: blocks of columns, blocks of tokens, parts of the inner dimension.
-        out: what that kernel writes: the result, or [parts, tokens, columns] in float32.
-        bias: what it adds: with several parts None.
+        out: output of the kernel: the result, or [parts, tokens, columns] in float32.
+        bias: bias that the kernel adds: None with several parts.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class SplitResult:
         self.dtype = x.dtype
 
     def sum(self) -> torch.Tensor:
-        """The result, once the product's kernel has written all parts."""
+        """Sum the parts into the result, after the product's kernel."""
         if self.parts > 1:
             count = self.whole.numel()
             launch_elements(split_sum_kernel, "split_sum", count, self.whole.device,
@@ -287,12 +287,12 @@ def operand_constants(dtype: torch.dtype) -> dict:
 
 
 def mask_arguments(mask, tokens, matrix):
-    """Arguments of a kernel of products: of a mask, and of the sizes of x [tokens, K] and the matrix [rows, K]."""
+    """Arguments of a product's kernel: of a mask, and of the sizes of x [tokens, K] and the matrix [rows, K]."""
     return mask.inv_temperature, *mask.counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
 
 def one_pass(tensor: torch.Tensor, mask: MaskSource) -> bool:
-    """Say whether a mask is applied inside its product with ``tensor`` [tokens, ...], not to a transient weight."""
+    """Return whether a mask is applied inside its product with ``tensor`` [tokens, ...], not to a transient weight."""
     return 0 < tensor.shape[0] <= one_pass_tokens(mask.kind, architecture(tensor.device))
 
 
@@ -307,7 +307,7 @@ def masked_linear(x, weight, bias, mask, log_prob):
         return torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias), total
     tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
     split = SplitResult("masked_linear", tile, (tokens, rows), weight.shape[1], x, bias)
-    # above that N the log-probability is a quadrature, too much for the registers of a product
+    # for larger N the log-probability is a quadrature, too large for the registers of a product
     inside = log_prob and mask.n <= EXACT_SCORE_MAX_N
     sums = (split.parts, split.grid[0])
     partial = torch.empty(sums, dtype=torch.float32, device=x.device) if inside else None
@@ -321,7 +321,7 @@ def masked_linear(x, weight, bias, mask, log_prob):
 
 
 def _drawn_with_log_prob(mask):
-    """(the drawn mask as codes, its log-probability summed over the layer, 0-dim float32)."""
+    """(drawn mask as codes, its log-probability summed over the layer, 0-dim float32)."""
     pattern, codes = (mask.n, mask.m), mask.codes
     if codes is None:
         codes = sampling.sample_mask(mask.tensor, *pattern, mask.inv_temperature, mask.counter)
@@ -332,7 +332,7 @@ def _drawn_with_log_prob(mask):
 def masked_linear_input_grad(grad, weight, mask):
     """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
     tokens, (rows, k) = grad.shape[0], weight.shape
-    # tiles of grad whose rows start anywhere are loaded value by value, and the addresses alone fill the registers
+    # unaligned rows of grad are loaded value by value, and their addresses alone fill the registers
     if rows == 0 or rows % ALIGNED or not one_pass(grad, mask):
         return grad @ sampling.masked_weight(weight, mask, grad.dtype)
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
