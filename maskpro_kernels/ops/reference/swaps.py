@@ -14,7 +14,8 @@ def best_swaps(weight, product, codes, blocks, *, m):
     for a kept weight and +2 w_j R_j + w_j^2 H_jj for a dropped one, a swap changes it by c_i + c_j - 2 w_i w_j H_ij.
 
     Args:
-        weight, product: w and R, float32 [rows, M, K / M]: weights of one place in their groups are contiguous.
+        weight, product: w and R, float32 [rows, M, K / M], so that weights of one place in their groups are
+            contiguous.
         codes: [rows, K / M].
         blocks: the diagonal blocks of H, float32 [M, M, K / M].
 
