@@ -1,9 +1,9 @@
-"""Products with a packed N:M weight: values are put back into their places in registers, and multiplied.
+"""Products with a packed N:M weight: values are placed in their columns in registers, and multiplied.
 
-Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. Where a kernel of this file multiplies, a
-thread takes a chunk of the weight at a time whose values fill 16 bytes, one load: four words of two 16-bit values each,
-and beside them one word of the bitmask. Values of int8 fill 8 bytes, and become such words. Products of many tokens
-with 2:4 weights are torch's, on the sparse tensor cores of compute capability 8.x.
+Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. A thread processes a chunk of the weight at
+a time. The values of a chunk fill 16 bytes, one load: four words of two 16-bit values. One word of the bitmask belongs
+to them. int8 values fill 8 bytes and are converted to such words. On compute capability 8.x torch multiplies many
+tokens with 2:4 weights, on sparse tensor cores.
 """
 
 import math
@@ -23,24 +23,25 @@ from .tiles import ALIGNED, PACKED_TOKENS, architecture, rows_for, tiles_for
 VALUES = tl.constexpr(8)
 SCALED = tl.constexpr(reference.SCALED)
 WORDS = tl.constexpr(4)
-# Patterns of which a chunk's 16 bytes hold whole groups, and whose kernels the tests compile ahead of time
+# Patterns with whole groups in a chunk of 16 bytes, whose kernels the tests compile ahead of time
 MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
-# Of weights and of tokens what torch's kernel takes multiples of, see SparseSemiStructuredTensorCUTLASS
+# Multiples that torch's kernel needs of rows and columns of the weight and of tokens, see
+# SparseSemiStructuredTensorCUTLASS
 ROWS, COLUMNS, TOKENS = 32, 64, 8
-# Rows of a block that is put in order as a whole, and columns of it: words that a sector of memory holds
+# Rows of a block of reordered metadata, and its columns, the words of a sector of memory
 BLOCK_ROWS, BLOCK_COLUMNS = tl.constexpr(32), tl.constexpr(16)
 # The lowest bit of each of four groups
 LOWEST = tl.constexpr(0x1111)
 
 
 def chunk_length(n: int, m: int) -> int:
-    """Weights of a chunk: those of eight values."""
+    """Weights of a chunk, which has eight values."""
     return VALUES.value * m // n
 
 
 @triton.jit
 def low_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
-    """The value in the low half of an int32 word, as OUT."""
+    """Value in the low half of an int32 word, as OUT."""
     return (word & 0xFFFF).to(tl.int16).to(ELEMENT, bitcast=True).to(OUT)
 
 
@@ -51,9 +52,9 @@ def high_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def halves(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
-    """(the value in the low half of an int32 word, that in the high half), as OUT."""
+    """(value in the low half of an int32 word, value in the high half), as OUT."""
     if ELEMENT == tl.bfloat16 and OUT == tl.float32:
-        # such a value is the upper half of a float32
+        # a bfloat16 is the upper half of a float32
         pair = (word << 16).to(tl.float32, bitcast=True), (word & -0x10000).to(tl.float32, bitcast=True)
     else:
         pair = low_half(word, ELEMENT, OUT), high_half(word, ELEMENT, OUT)
@@ -71,7 +72,7 @@ def placed_one(value, kept, M: tl.constexpr):
 
 @triton.jit
 def placed_two_of_four(first, second, kept):
-    """4 columns of a group with two values: the first stands at the lowest place kept, the other at the last."""
+    """4 columns of a group with two values: the first at the first kept place, the other at the last."""
     return (
         tl.where(kept[0], first, 0.0),
         tl.where(kept[1], tl.where(kept[0], second, first), 0.0),
@@ -82,13 +83,13 @@ def placed_two_of_four(first, second, kept):
 
 @triton.jit
 def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr):
-    """M columns of a group whose values lie in COUNT words: the next one is taken wherever a weight is kept."""
+    """M columns of a group whose values are in COUNT words: each kept place takes the next value."""
     columns = ()
     for i in tl.static_range(M):
         columns = columns + (tl.where(kept[i], low_half(words[0], ELEMENT, OUT), 0.0),)
         moved = ()
         for j in tl.static_range(COUNT):
-            # as unsigned, for the sign would fill the place of the value that comes in
+            # unsigned, so that the sign does not fill the place of the next value
             shifted = words[j].to(tl.uint32, bitcast=True) >> 16
             if j + 1 < COUNT:
                 shifted |= words[j + 1].to(tl.uint32, bitcast=True) << 16
@@ -101,7 +102,7 @@ def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr, ELEMENT: t
 def placed(
     words, code, N: tl.constexpr, M: tl.constexpr, BY_BYTES: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr
 ):
-    """Columns of OUT: the values of a chunk at their places, zeros elsewhere."""
+    """Columns of OUT with the values of a chunk at their places, zeros elsewhere."""
     columns = ()
     if BY_BYTES:
         pairs = d.placed_pairs(words, code)
@@ -117,7 +118,7 @@ def placed(
 def placed_group(
     words, kept, GROUP: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr
 ):
-    """M columns of OUT: those of one group of a chunk."""
+    """M columns of OUT, for one group of a chunk."""
     if N == 1:
         columns = placed_one(halves(words[GROUP // 2], ELEMENT, OUT)[GROUP % 2], kept, M)
     elif N == 2:
@@ -133,8 +134,8 @@ def placed_group(
 
 @triton.jit
 def multiplied_byte(word, index: tl.constexpr, scale, ELEMENT: tl.constexpr):
-    """The bits of a byte of an int32 word, a signed number, times a scale, as an int32 that holds those of ELEMENT."""
-    # up to the sign's place, and down with it
+    """A signed byte of an int32 word times a scale: the bits of ELEMENT, as int32."""
+    # shift up to the sign bit, and down with sign extension
     number = (word << (24 - 8 * index)) >> 24
     value = d.round_to_nearest(number.to(tl.float32) * scale, ELEMENT)
     return value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -142,7 +143,7 @@ def multiplied_byte(word, index: tl.constexpr, scale, ELEMENT: tl.constexpr):
 
 @triton.jit
 def multiplied_words(bytes_, scale, ELEMENT: tl.constexpr):
-    """WORDS columns of two values of ELEMENT each, of two int32 columns of four int8 values each."""
+    """WORDS columns of two values of ELEMENT each, from two int32 columns of four int8 values each."""
     words = ()
     for i in tl.static_range(WORDS):
         low = multiplied_byte(bytes_[i // 2], 2 * (i % 2), scale, ELEMENT)
@@ -152,9 +153,9 @@ def multiplied_words(bytes_, scale, ELEMENT: tl.constexpr):
 
 @triton.jit
 def load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT: tl.constexpr):
-    """(WORDS columns of a chunk's values, the int32 code of its groups); zeros where it does not exist.
+    """(WORDS columns of a chunk's values, int32 code of its groups); zeros for chunks outside.
 
-    Chunk ``chunk`` of the ``chunks`` of a row. Where there are scales, values are int8.
+    A row has ``chunks`` chunks. With scales, values are int8.
     """
     at = row * chunks + chunk
     if scales is None:
@@ -173,7 +174,7 @@ def load_activations(x, chunk, inside, CHUNK: tl.constexpr):
     """CHUNK / 2 columns of int32, two values of x each."""
     columns = ()
     for part in tl.static_range(CHUNK // VALUES):
-        # one load of a thread: a wider tile would be spread over threads, and come by shared memory
+        # one load of a thread: a wider tile would be distributed over threads, through shared memory
         pointers = x + chunk[:, None] * (CHUNK // 2) + part * WORDS + tl.arange(0, WORDS)[None, :]
         columns = columns + d.split_columns(tl.load(pointers, mask=inside[:, None], other=0), WORDS)
     return columns
@@ -181,7 +182,7 @@ def load_activations(x, chunk, inside, CHUNK: tl.constexpr):
 
 @triton.jit
 def added_products(total, weights, activations, COUNT: tl.constexpr):
-    """A sum and the products of so many columns, in their order."""
+    """Add the products of COUNT columns to a sum, in order."""
     for i in tl.static_range(COUNT):
         total = tl.fma(weights[i], activations[i], total)
     return total
@@ -189,7 +190,7 @@ def added_products(total, weights, activations, COUNT: tl.constexpr):
 
 @triton.jit
 def unpacked_columns(words, COUNT: tl.constexpr, ELEMENT: tl.constexpr):
-    """Twice COUNT columns of float32, of int32 columns of two values each."""
+    """Twice COUNT columns of float32, from int32 columns of two values each."""
     columns = ()
     for i in tl.static_range(COUNT):
         columns = columns + halves(words[i], ELEMENT, tl.float32)
@@ -202,9 +203,9 @@ def packed_vector_kernel(
     N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, BY_BYTES: tl.constexpr, ELEMENT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token. A program owns ROWS rows, each of its threads chunks of all of them; no part of K is elsewhere.
+    """Product with one token. A program computes ROWS rows over all of K; each thread has chunks of all its rows.
 
-    With ``BY_BYTES`` values stay where they are, and each takes the activation that belongs to it.
+    With ``BY_BYTES`` values are not moved; for each one the kernel selects its activation.
     """
     CHUNK: tl.constexpr = VALUES * M // N
     chunks = units * UNIT
@@ -223,7 +224,7 @@ def packed_vector_kernel(
             activations = unpacked_columns(activations, CHUNK // 2, ELEMENT)
         new = ()
         for r in tl.static_range(ROWS):
-            # beyond the end the last row once more, which needs no mask
+            # beyond the end repeat the last row, which needs no mask
             row = tl.minimum(first_row + r, rows - 1).to(tl.int64)
             words, code = load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT)
             if BY_BYTES:
@@ -242,7 +243,7 @@ def packed_vector_kernel(
         tl.store(out + row, y.to(out.dtype.element_ty))
 
 
-# units: where one is all, LLVM sees a single step, and moves the zeros of its sum behind the fence of wgmma
+# not specialized on units = 1: LLVM would see a single step, and move the zeros of its sum after the fence of wgmma
 @triton.jit(do_not_specialize=["tokens", "units"])
 def packed_linear_kernel(
     x, values, bitmask, scales, bias, out, tokens: tl.int64, rows, units,
@@ -250,7 +251,7 @@ def packed_linear_kernel(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens. Programs along the grid's last axis share K, each writes its part's sum; see ``masked_gemm``."""
+    """Product with several tokens. Programs along the grid's last axis split K and write sums; see ``masked_gemm``."""
     CHUNK: tl.constexpr = VALUES * M // N
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
     chunks = units * UNIT
@@ -296,14 +297,14 @@ def unpack_kernel(
     values, bitmask, out, groups: tl.int64, row_bytes: tl.int64, total: tl.int64,
     N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Any pattern, values of any integer type; ``groups`` in a row, ``total`` in all."""
+    """Unpack any pattern, with values of any integer type; ``groups`` in a row, ``total`` in all."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
     kept = d.decode(load_code(bitmask, index // groups, index % groups, inside, row_bytes, M), M)
     at = index * N
     columns = ()
     for i in tl.static_range(M):
-        # where a bitmask keeps too many nothing is read beyond the end
+        # if a bitmask keeps too many, read nothing beyond the end
         columns = columns + (tl.load(values + at, mask=kept[i] & (at < total * N), other=0),)
         at += kept[i].to(tl.int64)
     tile = d.join_columns(columns, M)
@@ -312,10 +313,10 @@ def unpack_kernel(
 
 @triton.jit
 def indices_of_codes(codes):
-    """Four codes of 2:4 as four pairs of places, two bits each, the lower place in the lower bits: words of int32.
+    """Convert four codes of 2:4 to four pairs of places of two bits each, lower place first, in int32 words.
 
-    The lower place is 1 where weight 1 is kept without weight 0, and 2 where neither is. The upper one is 1 where both
-    are, 3 where weight 3 is kept, and else 2: its lower bit is set for 1 and 3, its upper bit for all but 1.
+    The lower place is 0 if weight 0 is kept, else 1 if weight 1 is kept, else 2. The upper place is 3 if weight 3 is
+    kept, else 1 if weights 0 and 1 are kept, else 2: its lower bit is set for 1 and 3, its upper bit for 2 and 3.
     """
     kept = ()
     for i in tl.static_range(4):
@@ -326,13 +327,13 @@ def indices_of_codes(codes):
 
 @triton.jit
 def metadata_kernel(bitmask, out, rows, columns, count, BLOCK: tl.constexpr):
-    """Words [rows, columns] of four codes each become words of four pairs of places, in the order of CUTLASS.
+    """Convert words [rows, columns] of four codes to words of four pairs of places, in the order of CUTLASS.
 
     In a block of 32 rows, row 8 a + b goes to row 4 b + a. Then blocks of 2 x 2 are transposed, and pairs of columns
-    lie one after the other.
+    are stored one after the other.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # by where a word goes to: its block, there the pair of columns, the row, and which of the pair
+    # a word's target: its block, and in it the pair of columns, the row, and the column of the pair
     block, at = index // (BLOCK_ROWS * BLOCK_COLUMNS), index % (BLOCK_ROWS * BLOCK_COLUMNS)
     row_blocks = rows // BLOCK_ROWS
     pair = block // row_blocks * (BLOCK_COLUMNS // 2) + at // (2 * BLOCK_ROWS)
@@ -346,14 +347,13 @@ def metadata_kernel(bitmask, out, rows, columns, count, BLOCK: tl.constexpr):
 
 
 def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, m: int) -> str:
-    """How the product of x [tokens, K] with a packed weight is computed.
+    """Route of the product of x [tokens, K] with a packed weight.
 
-    "vector": one token, without tensor cores. "tiles": tiles of the weight are unpacked in registers and multiplied.
-    "sparse": torch multiplies by sparse tensor cores. "unpack": the whole weight is unpacked into a transient one and
-    multiplied by torch.
+    "vector": one token, without tensor cores. "tiles": unpack tiles of the weight in registers and multiply. "sparse":
+    torch multiplies by sparse tensor cores. "unpack": unpack the whole weight into a temporary one; torch multiplies.
     """
     tokens, k = x.shape
-    # a slice may start anywhere, words do not
+    # words must be aligned, but a slice may start anywhere
     aligned = values.data_ptr() % 16 == 0 and bitmask.data_ptr() % 16 == 0
     if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2 or not aligned:
         return "unpack"
@@ -366,7 +366,7 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
 
 
 def nm_linear(x, values, bitmask, scales, bias, n, m):
-    """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which is that of the values, or of the scales."""
+    """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which values or scales have too."""
     tokens, rows = x.shape[0], values.shape[0]
     if tokens == 0:
         return torch.empty(0, rows, dtype=x.dtype, device=x.device)
@@ -383,7 +383,7 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
 
 
 def kernel_arguments(values, bitmask, k, n, m, dtype, target):
-    """(values and bitmask as words, chunks of a row in units, constants) of kernels for activations of ``dtype``."""
+    """(values and bitmask as words, units of chunks in a row, constants) of kernels for activations of ``dtype``."""
     chunks = k // chunk_length(n, m)
     unit = math.gcd(chunks, ALIGNED)
     words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk_length(n, m)])
@@ -399,7 +399,7 @@ def kernel_constants(n: int, m: int, dtype: torch.dtype, target: str) -> dict:
 def _vector(x, values, bitmask, scales, bias, n, m):
     rows, k, target = len(values), x.shape[1], architecture(x.device)
     words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
-    # words of two activations start at whole ones
+    # words of two activations must be aligned
     if x.data_ptr() % 4 or x.storage_offset() % 2:
         x = x.flatten().clone()
     out = torch.empty(1, rows, dtype=result_dtype(x.dtype), device=x.device)
@@ -421,7 +421,7 @@ def _tiles(x, values, bitmask, scales, bias, n, m):
 
 
 def metadata(bitmask: torch.Tensor) -> torch.Tensor:
-    """int16 [rows, K / 16] of a bitmask uint8 [rows, K / 8] of 2:4, rows a multiple of 32 and K of 32."""
+    """Metadata int16 [rows, K / 16] of a bitmask uint8 [rows, K / 8] of 2:4, rows and K multiples of 32."""
     words = bitmask.view(torch.int16)
     rows, columns = words.shape
     out = torch.empty_like(words)
@@ -431,9 +431,9 @@ def metadata(bitmask: torch.Tensor) -> torch.Tensor:
 
 
 def sparse_available(device: torch.device) -> bool:
-    """Say whether torch multiplies with semi-structured weights there: by CUTLASS, for 8.x and Linux alone.
+    """Return whether torch multiplies with semi-structured weights on a device: by CUTLASS, only on 8.x and Linux.
 
-    On 9.x and later torch has cuSPARSELt alone, whose format comes from the dense weight.
+    On 9.x and later torch has only cuSPARSELt, which makes its format from the dense weight.
     """
     if device.type != "cuda" or torch.version.hip is not None or sys.platform != "linux":
         return False
@@ -441,7 +441,7 @@ def sparse_available(device: torch.device) -> bool:
 
 
 def sparse_fits(x: torch.Tensor, values: torch.Tensor, n: int, m: int) -> bool:
-    """Say whether torch's kernel takes x [tokens, K] of 16 bits and the values of a weight [rows, K]."""
+    """Return whether torch's kernel supports x [tokens, K] of 16 bits and the values of a weight [rows, K]."""
     sizes = len(values) % ROWS == 0 and x.shape[1] % COLUMNS == 0
     return (n, m) == (2, 4) and x.itemsize == 2 and sizes and values.data_ptr() % 16 == 0
 
@@ -451,8 +451,8 @@ def sparse_linear(
 ) -> torch.Tensor:
     """x [tokens, K] @ unpacked [rows, K].T + bias [rows], all of one dtype of 16 bits; see ``sparse_fits``.
 
-    torch's kernel, CUTLASS's, takes the kept values as they are packed, and in place of the bitmask the metadata of
-    ``torch.sparse.SparseSemiStructuredTensorCUTLASS``: two bits for each value, in an order of its own.
+    torch's kernel, of CUTLASS, reads the packed values unchanged. Instead of the bitmask it reads the metadata of
+    ``torch.sparse.SparseSemiStructuredTensorCUTLASS``: two bits for each value, reordered.
     """
     tokens = len(x)
     if tokens % TOKENS or x.data_ptr() % 16:

@@ -1,12 +1,12 @@
-"""Draw, top-N, log-probability and score update: one program, a run of consecutive groups, or several that lie apart.
+"""Kernels of draw, top-N, log-probability and score update. A program computes one or several blocks of groups.
 
-Tensors are contiguous. ``total`` is the number of groups, ``columns`` those in a row of the tensor.
-The group with flat index p has the index offset + p in the whole layer, or, where rows of a shard lie
-further apart (WHOLE false), offset + p // columns * row_stride + p % columns.
+Tensors are contiguous. ``total`` is the number of groups, ``columns`` the number in a row of the tensor. The group with
+flat index p has the index offset + p in the whole layer. If rows of a shard are further apart (WHOLE false), the index
+is offset + p // columns * row_stride + p % columns.
 
-Constants of the kernels: N and M of the pattern; BLOCK, the groups that a program takes at a time; KIND of the mask, as
-of a ``MaskSource``; SHORT, whether determined groups of 2:4 take the shorter way to their score; SEVERAL, whether there
-are several draws. NODES and STEP are those of the reference's quadrature.
+Constants of the kernels: N and M of the pattern; BLOCK, the groups of a block; KIND of the mask as in ``MaskSource``;
+SHORT, whether determined groups of 2:4 use the shorter form of the score; SEVERAL, whether there are several draws.
+NODES and STEP are those of the reference's quadrature.
 """
 
 import torch
@@ -20,13 +20,13 @@ from .device.arithmetic import EXACT_SCORE_MAX_N
 from .launch import launch
 from .tiles import INTERPRETED, architecture, scores_in_short
 
-# Sizes and places of layers, for which nothing is compiled anew
+# Sizes and places of layers, for which kernels are not specialized
 UNSPECIALIZED = ["offset", "row_stride", "columns", "total"]
 
 
 @triton.jit
 def group_index(offset, row_stride, columns, first, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """uint32 index in the whole layer of BLOCK consecutive groups; first is an int64 scalar."""
+    """uint32 indices of BLOCK consecutive groups in the whole layer; first is an int64 scalar."""
     local = tl.arange(0, BLOCK)
     if WHOLE:
         index = (first + offset).to(tl.uint32) + local.to(tl.uint32)
@@ -38,7 +38,7 @@ def group_index(offset, row_stride, columns, first, BLOCK: tl.constexpr, WHOLE: 
 
 @triton.jit
 def tile_offsets(first, total, M: tl.constexpr, BLOCK: tl.constexpr):
-    """(offsets [BLOCK, M] from the first group's first weight, which of them exist)."""
+    """(offsets [BLOCK, M] from the first group's first weight, mask of those within the tensor)."""
     group = tl.arange(0, BLOCK)[:, None]
     inside = first + group < total
     return group * M + tl.arange(0, M)[None, :], inside
@@ -46,7 +46,7 @@ def tile_offsets(first, total, M: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
-    """The M columns of a run of groups, float32."""
+    """Load the M columns of a block of groups, float32."""
     offsets, inside = tile_offsets(first, total, M, BLOCK)
     return d.split_columns(tl.load(pointer + first * M + offsets, mask=inside, other=0.0).to(tl.float32), M)
 
@@ -61,7 +61,7 @@ def store_columns(pointer, columns, first, total, M: tl.constexpr, BLOCK: tl.con
 @triton.jit
 def load_codes(pointer, first, total, N: tl.constexpr, BLOCK: tl.constexpr):
     local = tl.arange(0, BLOCK)
-    # beyond the end as well N are kept: the score of another number would divide by zero
+    # beyond the end keep N as well: the score of another number would divide by zero
     return tl.load(pointer + first + local, mask=first + local < total, other=(1 << N) - 1).to(tl.int32)
 
 
@@ -73,7 +73,7 @@ def store_codes(pointer, codes, first, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
-    """The weight where the int32 group code keeps it, exact zeros elsewhere."""
+    """Store the weight under int32 group codes, with exact zeros for dropped weights."""
     offsets, inside = tile_offsets(first, total, M, BLOCK)
     w = tl.load(weight + first * M + offsets, mask=inside, other=0.0)
     masked = tl.where(d.decode_tile(code, M), w, 0.0)
@@ -85,7 +85,7 @@ def codes_of_run(
     logits, inv_temperature, key, offset, row_stride, columns, total, first,
     N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """int32 group codes of a draw of a run of groups."""
+    """int32 group codes of a draw of a block of groups."""
     x = load_columns(logits, first, total, M, BLOCK)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
     return d.drawn_code(x, group, inv_temperature, N, M, key)
@@ -118,9 +118,9 @@ def masked_weight_kernel(
     columns: tl.int64, total: tl.int64,
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, K] is the weight where the mask of ``source`` keeps it, exact zeros elsewhere.
+    """Write the weight under the mask of ``source`` to out [rows, K], with exact zeros for dropped weights.
 
-    ``source`` holds logits [rows, K], or codes [rows, K / M], by KIND.
+    By KIND, ``source`` has logits [rows, K] or codes [rows, K / M].
     """
     if KIND == "drawn":
         key = d.load_key(seed, step, layer, draw)
@@ -138,7 +138,7 @@ def mask_log_prob_kernel(
     logits, codes, out, inv_temperature, total: tl.int64,
     NODES: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability of each group's code, float32 [rows, K / M]: exact, or above some N by a quadrature."""
+    """Log-probability of each group's code, float32 [rows, K / M]: exact, or for large N by quadrature."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
     code = load_codes(codes, first, total, N, BLOCK)
@@ -154,7 +154,7 @@ def mask_score_kernel(
     logits, codes, grad, out, inv_temperature, total: tl.int64,
     NODES: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ``mask_log_prob`` in the logits, float32 [rows, K], times that in each group's log-probability."""
+    """Gradient of ``mask_log_prob`` in the logits times the gradient of each log-probability, float32 [rows, K]."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
     code = load_codes(codes, first, total, N, BLOCK)
@@ -200,13 +200,14 @@ def summed_terms(
     x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
     SEVERAL: tl.constexpr, SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """``update_terms`` of the first draw, whose key and factor are given, or where there are several the sum of all."""
+    """``update_terms`` of the first draw, with given key and factor, or with SEVERAL the sum over all draws."""
     if SEVERAL:
         delta = ()
         for _ in tl.static_range(M):
-            # -0.0: a zero added to it keeps its own sign. By its bits, as Triton 3.6 turns the literal into 0.0
+            # start at -0.0, so that an added zero keeps its sign; made of bits, since Triton 3.6 turns the literal into
+            # 0.0
             delta = delta + (tl.full(x[0].shape, -(1 << 31), tl.int32).to(tl.float32, bitcast=True),)
-        # the first one in the loop too: twice the code takes twice as long to compile
+        # the first draw is in the loop too: twice the code would take twice as long to compile
         for k in range(count):
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
@@ -222,7 +223,7 @@ def summed_terms(
 
 @triton.jit
 def store_less(logits, x, delta, group, key, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
-    """Store columns of logits less those of delta, rounded once where they are of 16 bits."""
+    """Store columns of logits less those of delta; logits of 16 bits are rounded once."""
     new = ()
     for i in tl.static_range(M):
         new = new + (x[i] - delta[i],)
@@ -238,7 +239,7 @@ def score_update_kernel(
     SEVERAL: tl.constexpr, SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Logits [rows, K] less the sum of coef * score over the masks of ``count`` draws, whose ids are ``draws``."""
+    """Subtract from logits [rows, K] the sum of coef * score over ``count`` draws with the ids ``draws``."""
     key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
@@ -249,7 +250,7 @@ def score_update_kernel(
 
 
 def counter_arguments(counter, rows, m):
-    """(what a kernel over the groups of a matrix [rows, K] takes of a counter, whether its groups lie side by side)."""
+    """(counter arguments of a kernel over the groups of a matrix [rows, K], whether rows of groups are adjacent)."""
     columns = rows.shape[1] // m
     return (*counter, columns, rows.numel() // m), counter.group_row_stride == columns
 
@@ -264,12 +265,12 @@ def sample_mask(logits, n, m, inv_temperature, counter):
 
 
 def masked_weight(weight, mask, dtype=None):
-    """``reference.sample_masked_weight`` and its kin as one kernel; ``mask`` a MaskSource.
+    """``reference.sample_masked_weight``, or with codes ``code_masked_weight``, as one kernel; ``mask`` a MaskSource.
 
-    In ``dtype``, to which the values are rounded, or that of the weight.
+    The result is rounded to ``dtype``, by default the weight's.
     """
     if dtype is not None and INTERPRETED:
-        # the interpreter truncates where hardware rounds
+        # the interpreter truncates, hardware rounds
         weight = weight.to(dtype)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     arguments, whole = counter_arguments(mask.counter, weight, mask.m)
@@ -303,7 +304,7 @@ def mask_score(logits, codes, grad, n, m, inv_temperature):
 
 
 def score_update_(logits, coef, n, m, inv_temperature, counter):
-    """``reference.score_update_`` as one kernel: logits read once and written once, however many draws."""
+    """``reference.score_update_`` as one kernel, which reads and writes logits once, for any number of draws."""
     arguments, whole = counter_arguments(counter, logits, m)
     several = coef.numel() > 1
     launch(score_update_kernel, "score_updates" if several else "score_update", m, arguments[-1], logits.device,

@@ -1,13 +1,13 @@
 """The slope of a loss in the mask, and the step of the logits against it.
 
 G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. With
-few tokens one kernel multiplies and steps: a program owns a tile of G and loops over all tokens, so that sums have a
-fixed order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory
-that the next layer's G takes again, and the second kernel here reads it.
+few tokens one kernel multiplies and steps: a program computes a tile of G over all tokens, so that sums have a fixed
+order. It writes G to memory only for ``weight_grad``. With many tokens torch multiplies, and a second kernel here reads
+G; the next layer's G reuses the memory.
 
-Constants of the kernels, beside those in ``masked_gemm``: UPDATE, whether they step the logits ``source`` and write
-``partial``, each program's sum of squares of the slope, or write the slope to ``out``. By KIND "codes" they take the
-mask from ``codes``, a draw that has been made already.
+Constants of the kernels, in addition to those in ``masked_gemm``: UPDATE, whether they step the logits ``source`` and
+write ``partial``, each program's sum of squares of the slope, or write the slope to ``out``. With KIND "codes" the mask
+comes from ``codes`` of an earlier draw.
 """
 
 import torch
@@ -29,13 +29,13 @@ from .masked_gemm import (
 from .sampling import UNSPECIALIZED, counter_arguments, group_index, load_columns, store_columns
 from .tiles import architecture, configuration, fused_tokens, tiles_for
 
-# Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory
+# Tiles of columns to process together, row by row of tiles: memory is then read a sixteenth as often for grad
 SHARING = tl.constexpr(16)
 
 
 @triton.jit
 def column_sum(columns, M: tl.constexpr):
-    """In index order."""
+    """Sum of columns in index order."""
     total = columns[0]
     for i in tl.static_range(1, M):
         total = total + columns[i]
@@ -67,18 +67,18 @@ def sum_of_squares(columns, M: tl.constexpr):
 
 @triton.jit
 def sum_over_tile(slope, M: tl.constexpr):
-    """The sum of squares of all columns of a slope that follows from a product's tile."""
+    """Sum of squares of all columns of a slope from a product's tile."""
     squares = sum_of_squares(slope, M)
     if M == 2:
-        # On sm_100 Triton 3.6 looks from the product's tile for users of its layout, and fails at a sum over a tensor
-        # of one dimension, if it comes that far. It does not go past a new dimension.
+        # On sm_100 Triton 3.6 propagates the layout of the product's tile to its users, and fails at a sum over a
+        # tensor of one dimension. A new dimension stops the propagation.
         squares = tl.sum(squares[None, :], 1)
     return tl.sum(squares, 0)
 
 
 @triton.jit
 def descended(x, gradient, rate, max_update, group, key, M: tl.constexpr, dtype: tl.constexpr):
-    """Columns of logits less the bounded step, rounded to 16 bits where ``dtype`` is."""
+    """Columns of logits less the clamped step, rounded for a ``dtype`` of 16 bits."""
     rate = tl.where(rate < float("inf"), rate, 0.0)
     new = ()
     for i in tl.static_range(M):
@@ -96,13 +96,13 @@ def finish_tile(
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Of G's tile, float32 [groups of the tile, M], the slope to ``out``, or the step of its logits."""
+    """Write the slope of a tile of G, float32 [groups of the tile, M], to ``out``, or step its logits."""
     row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
     logits = tile_logits(source, row, group, inside, groups, KIND, M)
     code = tile_code(codes if KIND == "codes" else source, logits, inv_temperature, row, group, inside, groups,
                      seed, step, layer, draw, offset, row_stride, KIND, N, M)  # fmt: skip
     w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
-    # one row [K] for all
+    # one row [K] for all rows
     squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
     squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
     grads = d.split_columns(gradient, M)
@@ -111,14 +111,14 @@ def finish_tile(
     if weight_grad is not None:
         tl.store(weight_grad + offsets, d.join_columns(grads, M), mask=inside[:, None])
     if UPDATE:
-        # of drawn masks for the second time: the compiler takes both loads for one, but where ``weight_grad`` is stored
-        # in between. To hold the columns over that takes registers: 12 more of 8:16 on gfx942
+        # for drawn masks a second load. The compiler merges both, unless ``weight_grad`` is stored in between. To keep
+        # the columns across the product would take registers: 12 more for 8:16 on gfx942
         logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
         index = (offset + row * row_stride + group).to(tl.uint32)
         dtype: tl.constexpr = source.dtype.element_ty
         new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
         tl.store(source + offsets, d.join_columns(new, M), mask=inside[:, None])
-        # weights outside of the matrix are read as zeros: no slope
+        # weights outside of the matrix are zeros, so they have no slope
         tl.store(partial + row_tile * group_tiles + group_tile, sum_over_tile(slope, M))
     else:
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
@@ -131,10 +131,10 @@ def straight_through_kernel(
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The product and what follows it."""
+    """Product, then slope or step."""
     GROUPS: tl.constexpr = BLOCK_K // M
     row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
-    # In the order in which they start, programs next to each other share rows of grad as well as columns of x
+    # programs that start one after the other share rows of grad as well as columns of x
     group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, row_tiles, SHARING)
     total = weight_grad_tile(grad, x, tokens, rows, groups, row_tile * BLOCK_OUT, group_tile * GROUPS,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
@@ -150,9 +150,9 @@ def straight_through_step_kernel(
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Slope, or step of the logits, by a product that is in memory, G.
+    """Slope, or step of the logits, from a product G in memory.
 
-    It is launched with what the other kernel takes too: ``tokens`` and BLOCK_T count for nothing here.
+    It has the arguments of the other kernel; ``tokens`` and BLOCK_T are not used.
     """
     GROUPS: tl.constexpr = BLOCK_K // M
     row_tile, group_tile, group_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -169,7 +169,7 @@ def descend_kernel(
     columns: tl.int64, total: tl.int64,
     M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Logits [rows, K] step against a gradient float32 [rows, K]; ``partial`` as of the others, of the gradient."""
+    """Step logits [rows, K] against a gradient float32 [rows, K]; ``partial`` gets its sums of squares."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_columns(logits, first, total, M, BLOCK)
     g = load_columns(gradient, first, total, M, BLOCK)
@@ -205,16 +205,16 @@ def descend_(logits, gradient, rate, max_update, m, counter):
 
 
 def fused(tokens: int, kind: str, device: torch.device) -> bool:
-    """Say whether one kernel multiplies and steps under a mask of that kind; else torch multiplies."""
+    """Return whether one kernel multiplies and steps under a mask of this kind; else torch multiplies."""
     return tokens <= fused_tokens(kind, architecture(device))
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """G = grad [tokens, rows].T @ x [tokens, K], float32, summed in float32, in ``out`` if there is one."""
+    """G = grad [tokens, rows].T @ x [tokens, K], float32, summed in float32, written to ``out`` if given."""
     if out is None:
         out = torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32, device=grad.device)
     if grad.device.type == "cpu":
-        # torch has the product with results of another dtype for GPUs alone
+        # only on GPUs does torch have products with results of another dtype
         return torch.mm(grad.t().float(), x.float(), out=out)
     return torch.mm(grad.t(), x, out_dtype=torch.float32, out=out)
 
@@ -241,5 +241,5 @@ def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, ra
 
 
 def _mean_square(partial, logits):
-    """Over all weights, from sums in fixed order."""
+    """Mean square over all weights, from sums in fixed order."""
     return partial.sum() / max(logits.numel(), 1)

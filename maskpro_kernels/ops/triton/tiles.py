@@ -1,7 +1,7 @@
-"""Launch tables: how each kernel is launched on each GPU architecture, and how an entry of a table is chosen.
+"""Launch tables of each kernel for each GPU architecture, and the choice of an entry.
 
-A target is an architecture with a row of its own in ``TARGETS``; every other architecture takes the row of a target.
-CONTRIBUTING.md says how to add a tile, and how to add an architecture. Nothing is tuned at run time.
+A target is an architecture with its own row in ``TARGETS``; other architectures use the row of a target.
+CONTRIBUTING.md explains how to add a tile or an architecture. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-# As triton reads it when it is imported
+# read like triton does when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# The target whose entries CPU tensors take on their way to the kernels: in Triton's interpreter, or by a driver of
-# Triton's that executes on a CPU what is compiled, and sets its target here. None: they go to no kernel.
+# Target of CPU tensors: in Triton's interpreter, or with a Triton driver that executes compiled kernels on a CPU and
+# sets its target here. None: CPU tensors use no kernel
 ON_CPU: str | None = "sm_90" if INTERPRETED else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _CompileOptions:
-    """How a kernel is compiled."""
+    """Options of compilation."""
 
     num_warps: int = 4
     num_stages: int = 3
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's."""
+        """Options for Triton."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
 class Configuration(_CompileOptions):
-    """How a kernel over groups is launched: groups that a program takes at a time, and how often it does at most."""
+    """Launch of a kernel over groups: groups of a block, and the most blocks of a program."""
 
     block: int
     steps: int = 1
 
     def programs(self, groups: int, processors: int) -> int:
-        """How many programs share out that many groups: fewer steps each where processors would idle."""
+        """Number of programs for ``groups`` groups: programs take fewer steps if processors would idle."""
         blocks = -(-groups // self.block)
         return min(blocks, max(-(-blocks // self.steps), PROGRAMS_A_PROCESSOR * processors))
 
 
 @dataclass(frozen=True)
 class Rows(_CompileOptions):
-    """How a kernel over rows of chunks is launched: rows a program, chunks of each that it takes at a time."""
+    """Launch of a kernel over rows of chunks: rows of a program, and chunks of a row at a time."""
 
     rows: int
     block: int
@@ -59,7 +59,7 @@ class Rows(_CompileOptions):
 
 @dataclass(frozen=True)
 class Tiles(_CompileOptions):
-    """How a product is launched: how many rows, tokens and columns of K a program multiplies at a time."""
+    """Launch of a product: rows, tokens and columns of K that a program multiplies at a time."""
 
     out: int
     tokens: int
@@ -68,18 +68,19 @@ class Tiles(_CompileOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The choices for one GPU architecture.
+    """Choices for one GPU architecture.
+
+    All cards that use a target's row have its numbers of processors and tokens. These determine the parts of a sum, and
+    so its bits: cards of one target agree.
 
     Attributes:
-        processors: streaming multiprocessors or compute units: as many programs leave none idle. They are the target's
-            on whatever card takes its row, and so are the numbers of tokens. For they decide into how many parts a sum
-            is split, and who adds it up, and with these its bits: cards of one target agree.
+        processors: streaming multiprocessors or compute units; as many programs leave none idle.
         drawn_tokens: most tokens for which a mask is drawn inside a product.
         fused_tokens: most tokens for which one kernel computes the gradient of a masked weight and steps the logits,
-            under a mask that is given, as in a step that draws its masks once. Beyond, torch's product is faster by
-            more than it takes to write and read its result.
-        fused_drawn_tokens: the same under a mask that the kernel draws.
-        tiles: tuples of tiles, by the keys of ``TILES``, that take the place of those there.
+            under a given mask, such as in a step that draws its masks once. For more tokens torch's product saves more
+            time than it takes to write and read its result.
+        fused_drawn_tokens: like ``fused_tokens``, under a mask that the kernel draws.
+        tiles: tuples of tiles that replace those of ``TILES``, by the same keys.
     """
 
     processors: int
@@ -89,9 +90,9 @@ class Target:
     tiles: Mapping[tuple[str, int], tuple[Tiles, ...]] = field(default_factory=dict)
 
 
-# Numbers of tokens are those of the cost model in benchmarks/; docs/kernels.md has its figures, and it does not cover
-# gfx942. A B200's memory is so fast that the draw bounds the time, which the product lengthens: few tokens of drawn
-# masks there. torch for ROCm has no product of 16 bits with a result in float32: the kernel multiplies for any number.
+# Numbers of tokens come from the cost model in benchmarks/, whose figures are in docs/kernels.md; it does not cover
+# gfx942. A B200's memory is so fast that the draw bounds the time, and a product would add to it: so drawn masks have
+# few tokens there. torch for ROCm has no product of 16 bits with a float32 result, so the kernel multiplies any number.
 TARGETS = {
     "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024),
     "sm_90": Target(processors=132, fused_tokens=256, fused_drawn_tokens=256),
@@ -99,9 +100,8 @@ TARGETS = {
     "gfx942": Target(processors=304, fused_tokens=sys.maxsize, fused_drawn_tokens=sys.maxsize),
 }
 
-# The target whose row an architecture takes. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction mma.sync, as
-# those of 8.0 do: 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block, into which
-# all tiles of sm_80 fit.
+# Target of each architecture. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction mma.sync like those of 8.0:
+# 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block, and all tiles of sm_80 fit.
 TARGET_OF = {
     "sm_80": "sm_80",
     "sm_86": "sm_80",
@@ -114,25 +114,25 @@ TARGET_OF = {
     "sm_121": "sm_80",
     "gfx942": "gfx942",
 }
-# What an unknown architecture takes: of its maker's targets the one whose tiles ask for the least shared memory
+# Targets of unknown architectures: of each vendor the one whose tiles need the least shared memory
 NVIDIA_TARGET, AMD_TARGET = "sm_80", "gfx942"
 
-# Most tokens for which a mask is applied inside the product, rather than to a transient masked weight: one block of
-# them, for a second one would find every mask again. The gradient of the weight finds it once either way, and takes the
-# same limit: its small tiles lose to torch's beyond a few hundred.
+# Most tokens for which a mask is applied inside the product, not to a temporary masked weight: one block of tokens,
+# since a second one would compute every mask again. The gradient of the weight computes masks once either way. It has
+# the same limit because its small tiles are slower than torch's beyond a few hundred tokens.
 ONE_PASS_TOKENS = 128
-# Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
+# Most tokens for which a packed weight is unpacked inside the product. For more, tensor cores bound the time, not bytes
 PACKED_TOKENS = 64
 
-# What an integer argument is a multiple of where Triton compiles a kernel for aligned rows
+# Integer arguments divisible by this make Triton compile a kernel for aligned rows
 ALIGNED = 16
 
-# Twice the 32 programs of one warp that a processor holds at a time: the last ones to start leave few processors idle
+# Twice the 32 one-warp programs that run on a processor at a time, so that few processors idle at the end
 PROGRAMS_A_PROCESSOR = 64
 
-# Kernels that draw: one warp, whose threads hold random words beside the columns. A block with a single draw that is
-# not determined computes the noise of all of its groups, and several warps would wait for each other to know. So short
-# a program is not worth its launch, nor what it computes for all groups alike: it takes several blocks.
+# Kernels that draw use one warp, whose threads keep random words beside the columns. If one draw of a block is not
+# determined, the block computes noise for all groups, and several warps would have to wait for each other to decide.
+# One block would be too short for a program's fixed costs, so a program takes several.
 DRAWING = frozenset({
     "sample_mask",
     "sample_masks",
@@ -149,37 +149,37 @@ ELEMENTS = {
     "split_sum": Configuration(block=256),
 }
 
-# Of products with a packed weight and one token, for short weight rows before long ones. A thread holds one chunk of
-# each of its rows, so that many loads are under way at once; a chunk of the activations is loaded once for all of them.
+# Products with a packed weight and one token; entries for short weight rows come first. A thread loads one chunk of
+# each of its rows, so that many loads are in flight; a chunk of the activations is loaded once for all rows.
 PACKED_ROWS = (
     Rows(rows=4, block=32, num_warps=1),
     Rows(rows=4, block=64, num_warps=2),
     Rows(rows=4, block=128, num_warps=4),
 )
 
-# By product and bytes of an operand; of as many tokens, smaller tiles before larger ones, see ``_from_table``. With few
-# tokens the draw bounds the time: small tiles then, so that no processor idles and a thread holds two groups of 4. With
-# many, larger ones, so that x is not read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05.
+# By product and bytes of an operand; for equal tokens smaller tiles come first, see ``_from_table``. With few tokens
+# the draw bounds the time: small tiles keep all processors busy, with two groups of 4 a thread. With many tokens larger
+# tiles read x less often; in 16 bits those of 64 weight rows use wgmma and tcgen05.
 TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
         Tiles(out=32, tokens=32, k=64),
         Tiles(out=32, tokens=64, k=64, num_warps=8),
-        # Not 3 stages: with weights of 4 bytes, as under autocast, they exceed the 99 KiB of cards of 8.6
+        # not 3 stages, which exceed the 99 KiB of cards of 8.6 with weights of 4 bytes, as under autocast
         Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2),
     ),
     ("masked_linear", 4): (
         Tiles(out=16, tokens=16, k=64),
-        # Not 4 warps: at 4:8 the log-probability then puts 48 bytes on the stack on sm_100
+        # not 4 warps, with which the log-probability of 4:8 takes 48 bytes of stack on sm_100
         Tiles(out=16, tokens=32, k=64, num_warps=8),
         Tiles(out=16, tokens=64, k=32, num_warps=8),
         Tiles(out=32, tokens=64, k=16, num_warps=8),
-        # Not 4 warps: each thread's part of the product alone would be more than its registers hold
+        # not 4 warps: each thread's part of the product would exceed its registers
         Tiles(out=16, tokens=128, k=16, num_warps=8),
         Tiles(out=32, tokens=128, k=16, num_warps=8),
     ),
     ("masked_linear_input_grad", 2): (
-        # rows of 64 bytes, two sectors of memory, in each
+        # each has rows of 64 bytes, two sectors of memory
         Tiles(out=32, tokens=16, k=32),
         Tiles(out=32, tokens=32, k=32),
         Tiles(out=32, tokens=64, k=32),
@@ -196,48 +196,48 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
     ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
     ("straight_through", 4): (Tiles(out=32, tokens=32, k=64),),
-    # torch has multiplied: no tokens are left, and a tile's count for nothing
+    # torch has multiplied, so the tile's tokens are not used
     ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
-    # Weight rows enough for wgmma and tcgen05, which read shared memory by themselves: by mma.sync each warp loads the
-    # tile of x, and that takes longer than to load the weight. From 32 tokens on the L2 cache bounds the time, which
-    # gives x to each block of weight rows: more of these then.
+    # enough weight rows for wgmma and tcgen05, which read shared memory directly: for mma.sync each warp loads the tile
+    # of x, which takes longer than loading the weight. From 32 tokens on the L2 cache bounds the time, since each block
+    # of weight rows reads x: larger blocks then.
     ("packed_linear", 2): (
         Tiles(out=64, tokens=16, k=128),
         Tiles(out=128, tokens=32, k=64, num_warps=8),
         Tiles(out=128, tokens=64, k=64, num_warps=8),
     ),
 }
-# Products whose results lie along the columns of the weight; those of the others lie along its rows
+# Products whose results are along the columns of the weight; others have results along its rows
 ACROSS_COLUMNS = ("masked_linear_input_grad",)
 
-# Of products that are split. Warps of a processor: three a scheduler hide what one waits for, and sums of more parts
-# are more bytes. Steps of a part, so that loads run ahead of their use; parts, whose sums are read again.
+# Limits of a split product. Warps of a processor: three a scheduler hide waits, and more parts write more bytes. Steps
+# of a part, so that loads run ahead of their use. Number of parts, whose sums are read again.
 LEAST_WARPS, LEAST_STEPS, MOST_PARTS = 12, 2, 16
 
-# The interpreter runs one program at a time through numpy: the cost is by call, not by element
+# The interpreter runs one program at a time by numpy, with costs by call and not by element
 INTERPRETER_BLOCK = 1 << 16
 INTERPRETER_ROWS = 64
 INTERPRETER_TILES = Tiles(out=512, tokens=128, k=512)
 
 
 def one_pass_tokens(kind: str, target: str) -> int:
-    """Most tokens for which a mask of that kind is applied inside the product."""
+    """Most tokens for which a mask of this kind is applied inside the product."""
     return TARGETS[target].drawn_tokens if kind == "drawn" else ONE_PASS_TOKENS
 
 
 def fused_tokens(kind: str, target: str) -> int:
-    """Most tokens for which one kernel multiplies and takes what follows, under a mask of that kind."""
+    """Most tokens for which one kernel multiplies and steps, under a mask of this kind."""
     return TARGETS[target].fused_drawn_tokens if kind == "drawn" else TARGETS[target].fused_tokens
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The target whose row a device takes; warns once of each architecture that ``TARGET_OF`` does not have."""
+    """Target of a device; warns once for each architecture that is not in ``TARGET_OF``."""
     if device.type == "cpu":
         return ON_CPU
     if torch.version.hip is not None:
-        # such as gfx942:sramecc+:xnack-
+        # without features, such as gfx942:sramecc+:xnack-
         name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
         return _target_of(name, AMD_TARGET)
     major, minor = torch.cuda.get_device_capability(device)
@@ -248,38 +248,38 @@ def architecture(device: torch.device) -> str:
 def _target_of(name: str, otherwise: str) -> str:
     if name not in TARGET_OF:
         warnings.warn(
-            f"GPU architecture {name}: expected one of {', '.join(TARGET_OF)}; its kernels are launched with the tiles "
-            f"of {otherwise}, which may be slow or not fit; CONTRIBUTING.md says how to add it",
+            f"GPU architecture {name}: expected one of {', '.join(TARGET_OF)}; its kernels use the tiles of "
+            f"{otherwise}, which may be slow or not fit; CONTRIBUTING.md explains how to add it",
             stacklevel=2,
         )
     return TARGET_OF.get(name, otherwise)
 
 
 def scores_in_short(target: str) -> bool:
-    """Say whether the update of 2:4 takes ``device.score_of_largest_2_of_4``."""
-    # LLVM then multiplies by 1 in ``v_pk_mul_f32`` on gfx942, and no document defines that constant's upper half
+    """Return whether the update of 2:4 uses ``device.score_of_largest_2_of_4``."""
+    # on gfx942 LLVM would then multiply by 1 in ``v_pk_mul_f32``, and no document defines that constant's upper half
     return not target.startswith("gfx")
 
 
 def configuration(kernel: str, m: int, count: int, target: str) -> Configuration:
-    """The configuration of a kernel over ``count`` groups of ``m``, or over single elements."""
+    """Configuration of a kernel over ``count`` groups of ``m``, or over single elements."""
     if kernel in ELEMENTS:
         config = ELEMENTS[kernel]
     elif kernel in DRAWING:
-        # each lane has a group, of two where M is small: 64 lanes in a wave of AMD's, 32 in a warp
+        # one group a lane, two for small M: an AMD wave has 64 lanes, a warp 32
         lanes = 64 if target.startswith("gfx") or m <= 4 else 32
         config = Configuration(block=lanes, num_warps=1, steps=8)
     else:
-        # a thread holds the M columns of one group in registers, of two where M is small
+        # a thread has the M columns of one group in registers, of two for small M
         config = Configuration(block=256 if m <= 4 else 128)
     if INTERPRETED:
-        # as many steps as there are programs with several
+        # take several steps as well
         return Configuration(block=min(INTERPRETER_BLOCK, power_above(count)), steps=min(config.steps, 2))
     return config
 
 
 def parts_for(tile: Tiles, blocks: int, steps: int, target: str) -> int:
-    """Into how many parts a product of so many blocks splits the dimension that each of them sums in ``steps``."""
+    """Number of parts into which a product of ``blocks`` blocks splits the ``steps`` of its sums."""
     parts, enough = 1, LEAST_WARPS * TARGETS[target].processors
     while blocks * parts * tile.num_warps < enough and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
         parts *= 2
@@ -287,22 +287,22 @@ def parts_for(tile: Tiles, blocks: int, steps: int, target: str) -> int:
 
 
 def power_above(size: int) -> int:
-    """The smallest power of two that is at least ``size`` and 1."""
+    """Smallest power of two that is at least ``size`` and 1."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def rows_for(rows: int, chunks: int, target: str) -> Rows:
-    """The configuration of a packed product of one token, with so many rows of so many chunks."""
+    """Configuration of a packed product of one token, with ``rows`` rows of ``chunks`` chunks."""
     if INTERPRETED:
         return Rows(rows=min(INTERPRETER_ROWS, power_above(rows)), block=power_above(chunks))
     config = next((config for config in PACKED_ROWS if chunks <= config.block), PACKED_ROWS[-1])
-    # fewer rows a program where processors would idle
+    # fewer rows a program if processors would idle
     most = max(1, rows // (2 * TARGETS[target].processors))
     return replace(config, rows=min(config.rows, power_above(most + 1) // 2))
 
 
 def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int, k: int, target: str) -> Tiles:
-    """The tiles of a product of that many tokens with a weight [rows, k] on a target."""
+    """Tiles of a product of ``tokens`` tokens with a weight [rows, k] on a target."""
     if INTERPRETED:
         most = INTERPRETER_TILES
         out, columns = min(most.out, power_above(rows)), min(most.k, power_above(k))
@@ -312,7 +312,7 @@ def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int
 
 @functools.lru_cache(maxsize=1 << 12)
 def _from_table(product: str, target: str, itemsize: int, tokens: int, rows: int, k: int) -> Tiles:
-    """Of the tiles of fewest blocks and least padding the last that keeps all processors busy, or the first."""
+    """Of the tiles with the fewest blocks and least padding, the last that keeps all processors busy, or the first."""
     candidates = tiles_of(product, target, itemsize)
     padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
     fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]
@@ -322,5 +322,5 @@ def _from_table(product: str, target: str, itemsize: int, tokens: int, rows: int
 
 
 def tiles_of(product: str, target: str, itemsize: int) -> tuple[Tiles, ...]:
-    """The entry of a product of operands of ``itemsize`` bytes."""
+    """Tiles of a product of operands of ``itemsize`` bytes."""
     return TARGETS[target].tiles.get((product, itemsize), TILES[product, itemsize])

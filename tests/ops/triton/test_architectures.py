@@ -78,7 +78,7 @@ def test_an_unknown_card_is_a_warning_once_that_names_what_is_used(device, what,
     (warning,) = told
     message = str(warning.message)
     assert message.startswith(f"GPU architecture {name}: expected one of sm_80, ")
-    assert f"with the tiles of {target}," in message and "CONTRIBUTING.md says how to add it" in message
+    assert f"use the tiles of {target}," in message and "CONTRIBUTING.md explains how to add it" in message
     with warnings.catch_warnings(action="error"):
         assert tiles.architecture(device(what)) == target
         # another card of the same kind

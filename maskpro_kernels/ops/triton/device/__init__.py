@@ -1,4 +1,4 @@
-"""Device functions, which kernels are built of: those that are used outside of this folder."""
+"""Device functions that kernels call, exported for use outside of this folder."""
 
 from .arithmetic import exp, ln
 from .byte_permutations import chosen_pairs, placed_pairs

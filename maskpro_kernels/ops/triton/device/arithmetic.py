@@ -1,4 +1,4 @@
-"""Constants of the reference as Triton takes them; logarithm, exponential and reciprocal with its bits."""
+"""Constants of the reference as tl.constexpr; logarithm, exponential and reciprocal with the reference's bits."""
 
 from __future__ import annotations
 
@@ -49,10 +49,9 @@ STREAM_DRAW: tl.constexpr = tl.constexpr(_philox.STREAM_DRAW)
 STREAM_ROUNDING: tl.constexpr = tl.constexpr(_philox.STREAM_ROUNDING)
 
 INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
-# y is 1 / x within one unit in the last place (PTX ISA 9.7.3.13, rcp), and e = 1 - x y is exact, so 1 / x is
-# y (1 + e + e^2) but for e^3. The sum e + e^2 is rounded up: rounded to the nearest it would leave a tie behind where
-# the significand of x is all ones, the one x that Newton's step may round wrongly (Markstein 2000, IA-64 and Elementary
-# Functions, chapter 8).
+# y is 1 / x within one unit in the last place (PTX ISA 9.7.3.13, rcp), and e = 1 - x y is exact, so 1 / x is y (1 + e +
+# e^2) up to e^3. The sum e + e^2 is rounded up: rounded to the nearest it would give a tie if the significand of x is
+# all ones, the one x that Newton's step may round wrongly (Markstein 2000, IA-64 and Elementary Functions, chapter 8).
 SCALED_RECIPROCAL: tl.constexpr = tl.constexpr("""{
 .reg .b32 y, e, minus;
 rcp.approx.ftz.f32 y, $1;
@@ -66,10 +65,10 @@ fma.rn.f32 $0, e, y, y;
 
 @triton.jit
 def scaled_reciprocal(x, SCALE: tl.constexpr):
-    """SCALE / x, rounded to the nearest, of float32 whose magnitude is between 2^-60 and 2^60. Not for AMD's GPUs.
+    """SCALE / x, rounded to the nearest, for float32 of magnitude between 2^-60 and 2^60. Not for AMD's GPUs.
 
-    SCALE is a power of two between 2^-30 and 2^30. Within these ranges nothing is subnormal. So there is no branch to a
-    slower way, as ``div_rn`` has it.
+    SCALE is a power of two between 2^-30 and 2^30. Within these ranges nothing is subnormal, so it needs no slow path
+    like that of ``div_rn``.
     """
     scale = tl.full(x.shape, SCALE, tl.float32)
     if INTERPRETED:
@@ -82,7 +81,7 @@ def scaled_reciprocal(x, SCALE: tl.constexpr):
 
 @triton.jit
 def ln(x, near_one):
-    """Natural logarithm of positive float32; near_one is x - 1 as exactly as the caller has it."""
+    """Natural logarithm of positive float32; ``near_one`` is x - 1, as exactly as the caller has it."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     t = tl.where(exponent == 0, near_one, (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0)
@@ -96,7 +95,7 @@ def ln(x, near_one):
 
 @triton.jit
 def saturated(x):
-    """float32 no lower than the lowest finite one: what overflowed to minus infinity is that."""
+    """Clamp float32 to at least the lowest finite number, which replaces minus infinity."""
     return tl.maximum(x, LOWEST_FLOAT32)
 
 
@@ -110,7 +109,7 @@ def saturated_columns(columns, M: tl.constexpr):
 
 @triton.jit
 def exp_in_range(x):
-    """e^x of float32 between -87 and 88."""
+    """e^x for float32 between -87 and 88."""
     exponent = (x * LOG2_E + 128.5).to(tl.int32) - 128
     scale = exponent.to(tl.float32)
     r = x - scale * LN2_HIGH - scale * LN2_LOW
@@ -125,5 +124,5 @@ def exp_in_range(x):
 
 @triton.jit
 def exp(x):
-    """e^x of float32 up to 88; 0 below -87, so that no subnormal arises."""
+    """e^x for float32 up to 88; 0 below -87, so that no result is subnormal."""
     return tl.where(x < EXP_UNDERFLOW, 0.0, exp_in_range(tl.maximum(x, EXP_UNDERFLOW)))

@@ -1,7 +1,7 @@
-"""Pairs of 2:4 at their places, by permutations of bytes.
+"""Placement of the pairs of 2:4 by permutations of bytes.
 
-A group's code becomes selectors by tables: what a table holds of all six codes is eight bytes, two registers, and one
-permutation reads it for the four groups of a word of codes at once. The low three bits of a code are enough for it.
+Tables convert codes of groups to selectors. A table for all six codes has eight bytes, two registers, and one
+permutation reads it for the four groups of a word of codes. The low three bits of a code are its index.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ..tiles import INTERPRETED as _INTERPRETED
 
 INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
 CODES = (0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100)
-# Of every group of a word its low three bits: selectors of tables
+# Mask of the low three bits of each group of a word: selectors of tables
 CODE_INDICES: tl.constexpr = tl.constexpr(0x7777)
-# A byte of a selector names the two bytes of a value of 16 bits: of the first and the second, and of a zero behind them
+# A byte of a selector names the two bytes of a 16-bit value: of the first, of the second, and of a zero after them
 _FIRST, _SECOND, _ZERO = 0x10, 0x32, 0x44
 
 
 def _table(byte_of: Callable[[tuple[int, ...]], int]) -> tuple[int, int]:
-    """(low, high) word of a table, of a byte for each pair of places kept."""
+    """(low, high) word of a table with a byte for each kept pair."""
     table = [0] * 8
     for code in CODES:
         table[code & 7] = byte_of(tuple(i for i in range(4) if code >> i & 1))
@@ -30,12 +30,12 @@ def _table(byte_of: Callable[[tuple[int, ...]], int]) -> tuple[int, int]:
 
 
 def _placed(column: int) -> tuple[int, int]:
-    """Table of the bytes that stand in a column."""
+    """Table of the bytes for a column."""
     return _table(lambda kept: (_FIRST, _SECOND)[kept.index(column)] if column in kept else _ZERO)
 
 
 def _chosen(value: int) -> tuple[int, int]:
-    """Table of the columns that a kept value belongs to."""
+    """Table of the columns of a kept value."""
     return _table(lambda kept: _FIRST + (_SECOND - _FIRST) * kept[value])
 
 
@@ -45,9 +45,9 @@ CHOSEN: tl.constexpr = tl.constexpr(sum((_chosen(value) for value in range(2)), 
 
 @triton.jit
 def permuted_bytes(low, high, selector):
-    """int32 of four bytes of eight, those of ``low`` before those of ``high``: byte k is number selector >> 4 k & 7.
+    """Select four of eight bytes, ``low`` before ``high``, into an int32: byte k is number selector >> 4 k & 7.
 
-    Selectors have no bit 3 of those four, which would repeat a sign. PTX ISA 9.7.9.7, prmt.
+    Bit 3 of a selector's four bits, which would repeat a sign, must be 0. PTX ISA 9.7.9.7, prmt.
     """
     if INTERPRETED:
         both = high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | low.to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -64,7 +64,7 @@ def permuted_bytes(low, high, selector):
 
 @triton.jit
 def table_bytes(codes, TABLE: tl.constexpr, NUMBER: tl.constexpr):
-    """Byte g of the int32 is that of table ``NUMBER`` for group g of int32 words of four codes."""
+    """Look up table ``NUMBER`` for int32 words of four codes; byte g of the int32 is for group g."""
     low = tl.full(codes.shape, TABLE[2 * NUMBER], tl.int32)
     high = tl.full(codes.shape, TABLE[2 * NUMBER + 1], tl.int32)
     return permuted_bytes(low, high, codes & CODE_INDICES)
@@ -72,13 +72,13 @@ def table_bytes(codes, TABLE: tl.constexpr, NUMBER: tl.constexpr):
 
 @triton.jit
 def byte_pair(low, high, AT: tl.constexpr):
-    """Byte ``AT`` of ``low``, and above it that of ``high``: a selector of two values."""
+    """Selector of two values: byte ``AT`` of ``low``, and above it byte ``AT`` of ``high``."""
     return permuted_bytes(low, high, tl.full(low.shape, AT | (AT + 4) << 4, tl.int32))
 
 
 @triton.jit
 def placed_pairs(words, codes):
-    """8 columns of int32, two columns of the weight each, of 4 words of two values of 16 bits, under 4 codes of 2:4."""
+    """8 int32 columns of two weights each, from 4 words of two 16-bit values and 4 codes of 2:4."""
     zero = tl.zeros_like(codes)
     bytes_ = ()
     for column in tl.static_range(4):
@@ -93,7 +93,7 @@ def placed_pairs(words, codes):
 
 @triton.jit
 def chosen_pairs(words, codes):
-    """4 columns of int32: of 8 words of two values each, the two of each group of four that 4 codes of 2:4 keep."""
+    """4 int32 columns of two values each: of 8 words of two values, those that 4 codes of 2:4 keep."""
     first, second = table_bytes(codes, CHOSEN, 0), table_bytes(codes, CHOSEN, 1)
     columns = ()
     for group in tl.static_range(4):

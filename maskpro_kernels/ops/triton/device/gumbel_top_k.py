@@ -11,7 +11,7 @@ from .philox import group_words
 
 @triton.jit
 def split_columns(x, M: tl.constexpr):
-    """The M columns, blocks [G], of a tile [G, M]."""
+    """Split a tile [G, M] into M columns, blocks [G]."""
     if M == 2:
         even, odd = tl.split(x)
         columns = (even, odd)
@@ -27,7 +27,7 @@ def split_columns(x, M: tl.constexpr):
 
 @triton.jit
 def join_columns(columns, M: tl.constexpr):
-    """A tile [G, M] from its M columns, blocks [G]."""
+    """Join M columns, blocks [G], to a tile [G, M]."""
     if M == 2:
         tile = tl.join(columns[0], columns[1])
     else:
@@ -77,7 +77,7 @@ def gumbel(r):
 
 @triton.jit
 def scaled(x, inv_temperature, M: tl.constexpr):
-    """Columns less the group's largest, over the temperature."""
+    """Columns less the group's largest, divided by the temperature."""
     largest = x[0]
     for i in tl.static_range(1, M):
         largest = tl.maximum(largest, x[i])
@@ -89,7 +89,7 @@ def scaled(x, inv_temperature, M: tl.constexpr):
 
 @triton.jit
 def keys_of(z, words, M: tl.constexpr):
-    """Scaled logits plus the Gumbel noise of these words."""
+    """Scaled logits plus Gumbel noise from given words."""
     keys = ()
     for i in tl.static_range(M):
         keys = keys + (z[i] + gumbel(words[i]),)
@@ -104,7 +104,7 @@ def drawn_keys(z, group, M: tl.constexpr, key):
 
 @triton.jit
 def top_n_of_4(keys, N: tl.constexpr):
-    """``top_n`` of four: each pair is compared once, and the three outcomes of a column are joined by logic."""
+    """``top_n`` of four: compare each pair once, and combine the three results of a column by logic."""
     over01, over02, over03 = keys[0] >= keys[1], keys[0] >= keys[2], keys[0] >= keys[3]
     over12, over13, over23 = keys[1] >= keys[2], keys[1] >= keys[3], keys[2] >= keys[3]
     wins = (
@@ -127,14 +127,14 @@ def top_n_of_4(keys, N: tl.constexpr):
 
 @triton.jit
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
-    """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
+    """int1 columns of the N largest keys of each group, ties to the lower index."""
     if M == 2:
         first = keys[0] >= keys[1]
         kept = (first, ~first)
     elif M == 4:
         kept = top_n_of_4(keys, N)
     else:
-        # at M = 16 half of the instructions that all pairs take
+        # at M = 16 half of the instructions of comparing all pairs
         threshold = descending(keys, M)[N - 1]
         above = ()
         ahead = tl.zeros_like(keys[0]).to(tl.int32)
@@ -144,7 +144,7 @@ def top_n(keys, N: tl.constexpr, M: tl.constexpr):
                 ahead += above[i].to(tl.int32)
         kept = ()
         for i in tl.static_range(M):
-            # where one is NaN, as of infinite logits, all are tied: N are kept even then
+            # with NaN, such as from infinite logits, all are tied, so that N are still kept
             tied = ~(above[i] | (keys[i] < threshold))
             kept = kept + (above[i] | (tied & (ahead < N)),)
             ahead += tied.to(tl.int32)
@@ -153,19 +153,19 @@ def top_n(keys, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def larger(a, b):
-    """The larger one, NaN where one is."""
+    """Maximum; NaN if one is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def smaller(a, b):
-    """The smaller one, NaN where one is."""
+    """Minimum; NaN if one is NaN."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def every_other(columns, FIRST: tl.constexpr, K: tl.constexpr):
-    """Of K columns every second one from FIRST on."""
+    """Every second one of K columns, from FIRST on."""
     chosen = ()
     for i in tl.static_range(FIRST, K, 2):
         chosen = chosen + (columns[i],)
@@ -174,7 +174,7 @@ def every_other(columns, FIRST: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def merged(first, second, K: tl.constexpr):
-    """2 K columns from the largest on, of K and K such."""
+    """Merge K and K columns in descending order to 2 K."""
     if K == 1:
         result = (larger(first[0], second[0]), smaller(first[0], second[0]))
     else:
@@ -189,9 +189,9 @@ def merged(first, second, K: tl.constexpr):
 
 @triton.jit
 def descending(x, M: tl.constexpr):
-    """Columns with the values of each group from the largest on, by Batcher's odd-even merge sort (1968).
+    """Columns with the values of each group in descending order, by Batcher's odd-even merge sort (1968).
 
-    Every column depends on all, so that all are NaN where one is.
+    Each column depends on all, so all are NaN if one is.
     """
     if M == 1:
         result = x
@@ -207,17 +207,17 @@ def descending(x, M: tl.constexpr):
 
 @triton.jit
 def minus_log(r):
-    """An upper bound of -ln((r + 1/2) / 2^32) for uint32 words; see ``bounds.minus_log``."""
+    """Upper bound of -ln((r + 1/2) / 2^32) for uint32 words; see ``bounds.minus_log``."""
     pattern = r.to(tl.float32).to(tl.int32, bitcast=True).to(tl.float32)
     return MINUS_LOG_AT_ZERO - pattern * NATS_PER_BIT_PATTERN
 
 
 @triton.jit
 def expected(x, ordered, inv_temperature, words, N: tl.constexpr, M: tl.constexpr):
-    """(which columns hold the N largest logits, int1 where no noise of these words can change that); see ``bounds``.
+    """(int1 columns of the N largest logits; int1 for groups whose draw with these words keeps them); see ``bounds``.
 
-    Takes the logits in descending order too. Void where a draw is not determined. Noise falls with its word: the
-    smallest word of the dropped and the largest of the kept bound it.
+    ``ordered`` are the logits in descending order. The columns of other groups are undefined. Noise falls with its
+    word: the smallest word of the dropped and the largest of the kept bound it.
     """
     least = tl.full(words[0].shape, 0xFFFFFFFF, tl.uint32)
     most = tl.full(words[0].shape, 0, tl.uint32)
@@ -229,20 +229,20 @@ def expected(x, ordered, inv_temperature, words, N: tl.constexpr, M: tl.constexp
     smallest_kept = (ordered[N - 1] - ordered[0]) * inv_temperature
     largest_dropped = (ordered[N] - ordered[0]) * inv_temperature
     floor = TANGENT - minus_log(most ^ 0xFFFFFFFF) * 0.5
-    # of a tie more than N are kept
+    # a tie at the N-th largest would keep more than N
     determined = (ordered[N] < ordered[N - 1]) & (largest_dropped + minus_log(least) < smallest_kept + floor)
     return kept, determined
 
 
 @triton.jit
 def flipped(x, kept, M: tl.constexpr):
-    """int32 1 where other columns are kept than those of the N largest logits, ties to the lower index."""
+    """int32 1 for groups whose mask differs from the N largest logits, ties to the lower index."""
     least = tl.full(x[0].shape, float("inf"), tl.float32)
     most = tl.full(x[0].shape, float("-inf"), tl.float32)
     for i in tl.static_range(M):
         least = tl.minimum(least, tl.where(kept[i], x[i], float("inf")))
         most = tl.maximum(most, tl.where(kept[i], float("-inf"), x[i]))
-    # of equal ones, a kept one behind a dropped one
+    # of equal logits, a dropped one before a kept one
     passed_over = tl.zeros(x[0].shape, tl.int1)
     behind = tl.zeros(x[0].shape, tl.int1)
     for i in tl.static_range(M):
@@ -253,7 +253,7 @@ def flipped(x, kept, M: tl.constexpr):
 
 @triton.jit
 def noisy_code(x, words, inv_temperature, N: tl.constexpr, M: tl.constexpr):
-    """int32 group codes of a draw with these words."""
+    """int32 group codes of a draw with given words."""
     keys = keys_of(scaled(x, inv_temperature, M), words, M)
     return encode(top_n(keys, N, M), M)
 
@@ -262,7 +262,7 @@ def noisy_code(x, words, inv_temperature, N: tl.constexpr, M: tl.constexpr):
 def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
     """int32 group codes of a draw from columns of float32 logits.
 
-    A block whose draws are all determined computes no noise.
+    A block with only determined draws computes no noise.
     """
     code, _ = drawn_code_and_flips(x, group, inv_temperature, N, M, key)
     return code
@@ -270,7 +270,7 @@ def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key)
 
 @triton.jit
 def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
-    """``drawn_code``, and int32 1 where it is not that of the N largest logits."""
+    """(``drawn_code``, int32 1 where it differs from the N largest logits)."""
     words = group_words(group, M, STREAM_DRAW, key)
     kept, determined = expected(x, descending(x, M), inv_temperature, words, N, M)
     code = encode(kept, M)

@@ -10,7 +10,7 @@ from .arithmetic import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
-    """Four uint32 words for a counter and key of uint32 words."""
+    """Compute four random uint32 words from a counter and a key of uint32 words."""
     for _ in tl.static_range(ROUNDS):
         product0 = tl.mul(c0.to(tl.uint64), MULTIPLIERS[0], sanitize_overflow=False)
         product1 = tl.mul(c2.to(tl.uint64), MULTIPLIERS[1], sanitize_overflow=False)
@@ -24,21 +24,21 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def load_key(seed, step, layer, draw):
-    """Key that all groups of a draw share, from the pointers of a counter: int64 scalars, but for the step."""
+    """Load the key that all groups of a draw share, from a counter's pointers: int64 scalars, the step as uint32."""
     return tl.load(seed), nearest_word(tl.load(step)), tl.load(layer), tl.load(draw)
 
 
 @triton.jit
 def nearest_word(value):
-    """The uint32 nearest to an int64."""
+    """Clamp an int64 to uint32."""
     high = (value >> 32).to(tl.int32)
-    # the sign of the upper half, spread over a word: all ones below 0
+    # the sign of the upper half in all bits: all ones for negative numbers
     return tl.where(high == 0, value.to(tl.uint32), (~(high >> 31)).to(tl.uint32, bitcast=True))
 
 
 @triton.jit
 def group_words(group, M: tl.constexpr, STREAM: tl.constexpr, key):
-    """M uint32 columns of random words for uint32 group indices; ``key`` as ``load_key`` gives it."""
+    """M uint32 columns of random words for uint32 group indices; ``key`` from ``load_key``."""
     seed, step, layer, draw = key
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)

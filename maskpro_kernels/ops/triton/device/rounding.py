@@ -14,15 +14,15 @@ CUTS_OFF = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def round_stochastically(x, r, dtype: tl.constexpr):
-    """float32 rounded up or down to a 16-bit dtype with probability by distance; r uint32 words.
+    """Round float32 up or down to a 16-bit dtype with probability by distance; r are random uint32 words.
 
-    Finite values stay finite, others pass through.
+    Finite values stay finite, others stay unchanged.
     """
     if dtype == tl.bfloat16:
-        # zeros stay by themselves; what has no number above is cut off, which leaves the largest number and infinities
+        # zeros stay zero; numbers without a larger finite one are truncated, which also keeps infinities
         r = tl.where(tl.abs(x) < BFLOAT16_MAX, r, 0)
         bits = x.to(tl.uint32, bitcast=True) + (r >> 16)
-        # as bits: a conversion rounds to the nearest, so that the bits below would have to be cleared first
+        # by bits: a conversion rounds to the nearest, so it would need the lower bits cleared first
         rounded = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
         magnitude = tl.abs(x)
@@ -42,7 +42,7 @@ def round_stochastically(x, r, dtype: tl.constexpr):
 
 @triton.jit
 def round_to_nearest(x, dtype: tl.constexpr):
-    """float32 in another dtype, ties to even, as hardware rounds; also in the interpreter, which cuts bfloat16 off."""
+    """Convert float32, ties to even like hardware; also in the interpreter, whose own conversion truncates bfloat16."""
     if CUTS_OFF and dtype == tl.bfloat16:
         bits = tl.where(x == 0.0, 1.0, x).to(tl.int32, bitcast=True)
         grid = ((bits + 0x7FFF + (bits >> 16 & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -52,7 +52,7 @@ def round_to_nearest(x, dtype: tl.constexpr):
 
 @triton.jit
 def round_group(x, group, M: tl.constexpr, key, dtype: tl.constexpr):
-    """Columns rounded to a 16-bit dtype with words of the rounding stream."""
+    """Round columns to a 16-bit dtype with words of the rounding stream."""
     words = group_words(group, M, STREAM_ROUNDING, key)
     rounded = ()
     for i in tl.static_range(M):

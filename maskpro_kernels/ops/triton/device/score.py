@@ -55,7 +55,7 @@ def dropped_total(e, kept, M: tl.constexpr):
 
 @triton.jit
 def kept_positions(kept, M: tl.constexpr):
-    """How many weights of its group are kept before each column."""
+    """Number of kept weights before each column of its group."""
     position = tl.zeros_like(kept[0]).to(tl.int32)
     positions = ()
     for i in tl.static_range(M):
@@ -66,7 +66,7 @@ def kept_positions(kept, M: tl.constexpr):
 
 @triton.jit
 def gather_slots(x, kept, positions, N: tl.constexpr, M: tl.constexpr):
-    """The kept columns' values, in order: N columns."""
+    """Values of the kept columns in order: N columns."""
     slots = ()
     for a in tl.static_range(N):
         value = tl.zeros_like(x[0])
@@ -78,7 +78,7 @@ def gather_slots(x, kept, positions, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def scatter_slots(slots, dropped, kept, positions, N: tl.constexpr, M: tl.constexpr):
-    """Columns that hold ``slots`` where kept and ``dropped`` elsewhere."""
+    """Columns with ``slots`` where kept and ``dropped`` elsewhere."""
     columns = ()
     for i in tl.static_range(M):
         value = dropped[i]
@@ -114,7 +114,7 @@ def plackett_luce_terms(z, kept, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def add_term(total, term, FIRST: tl.constexpr):
-    """total + term, or the term alone where it is the first."""
+    """total + term; for the first term the term alone."""
     if FIRST:
         result = term
     else:
@@ -188,10 +188,10 @@ def exact_score(z, kept, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def score_of_largest_2_of_4(x, ordered, inv_temperature):
-    """``exact_score`` of the two largest of four float32 logits; columns, from those that ``descending`` gives too.
+    """``exact_score`` of the two largest of four float32 logits; columns. ``ordered`` comes from ``descending``.
 
-    Void of equal second and third ones. What a column gets depends on its logit and on which of the two kept ones comes
-    first. So the arithmetic is done once for each place in the order; the second one is the centre, and its e is 1.
+    Undefined if the second and third are equal. The result of a column depends on its logit, and on which of the two
+    kept weights has the lower index. So it is computed for the sorted logits; the second is the centre, and its e is 1.
     """
     centre = saturated((ordered[1] - ordered[0]) * inv_temperature)
     first = exp_in_range(tl.minimum(0.0 - centre, EXPONENT_CLAMP))
@@ -210,10 +210,11 @@ def score_of_largest_2_of_4(x, ordered, inv_temperature):
     d_first, d_second = dropped_sum * inverse_first, dropped_sum * inverse_second
     score_first = (d_first * inverse_both + d_first * inverse_first) * inverse_h
     score_second = (d_second * inverse_both + d_second * inverse_second) * inverse_h
-    # without a dropped one above 0, both scores are 0
+    # if all dropped ones are 0, both scores are 0
     share = tl.div_rn(score_first + score_second, tl.maximum(dropped_sum, SMALLEST_NORMAL))
     score_third, score_fourth = 0.0 - third * share, 0.0 - fourth * share
-    # Always so. But ptxas would compare ahead of the divisions, and hold more outcomes than it has registers for such
+    # always true; it keeps ptxas from comparing before the divisions, which would take more predicate registers than
+    # exist
     true = share >= 0.0
     largest, dropped = tl.where(true, ordered[0], 0.0), tl.where(true, ordered[2], 0.0)
     scores = ()
@@ -250,7 +251,7 @@ def exact_log_prob(z, kept, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def drawn_score_2_of_4(x, group, inv_temperature, key):
-    """``exact_score`` of a draw of 2:4, columns; a block whose draws are all determined takes the shorter way to it."""
+    """``exact_score`` of a draw of 2:4; columns. Faster for a block with only determined draws."""
     words = group_words(group, 4, STREAM_DRAW, key)
     ordered = descending(x, 4)
     kept, determined = expected(x, ordered, inv_temperature, words, 2, 4)
@@ -276,7 +277,7 @@ def arrival_ratio(y):
 
 @triton.jit
 def dropped_softmax(z, kept, M: tl.constexpr):
-    """(exp(z - largest dropped) where dropped and 0 where kept, columns; their sum)."""
+    """(columns of exp(z - largest dropped) where dropped and 0 where kept; their sum)."""
     largest = largest_dropped(z, kept, M)
     e = ()
     for i in tl.static_range(M):
@@ -331,7 +332,7 @@ def log_arrivals(z, kept, M: tl.constexpr):
 
 @triton.jit
 def node_exponent(log_arrival, kept, u, M: tl.constexpr):
-    """ln of the integrand at u = ln t without the factors that lie in [0.63, 1], saturated; tiles [G, M]."""
+    """ln of the integrand at u = ln t without factors within [0.63, 1], saturated; tiles [G, M]."""
     terms = split_columns(tl.where(kept, tl.minimum(log_arrival + u, 0.0), 0.0), M)
     total = u - exp(u)
     for i in tl.static_range(M):
@@ -341,7 +342,7 @@ def node_exponent(log_arrival, kept, u, M: tl.constexpr):
 
 @triton.jit
 def peak_exponent(log_arrival, kept, COUNT: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr):
-    """The largest node_exponent over the nodes."""
+    """Largest node_exponent over the nodes."""
     peak = tl.full((log_arrival.shape[0],), float("-inf"), tl.float32)
     for node in range(COUNT):
         peak = tl.maximum(peak, node_exponent(log_arrival, kept, node * STEP + FIRST_NODE, M))
