@@ -1,7 +1,7 @@
-"""Compiled loops on disk: one file a loop, its results and its machine code behind a digest.
+"""Compiled loops on disk: one file a loop, with a digest, its results and its machine code.
 
-What lies there is run. So a file counts only if this user owns it and nobody else may write to it, which is asked of
-the file that is open, not of its name; and its digest covers its name, so that no loop passes for another.
+The machine code is executed. So a file is valid only if this user owns it and nobody else may write to it, which is
+checked on the open file, not on its name. The digest covers the name, so that no file can replace another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
-# What nobody has loaded for that long is removed
+# Files that were not loaded for this long are removed
 KEPT_SECONDS = 90 * 24 * 3600
 
 # (dtype, *shape) of tensors
@@ -34,30 +34,30 @@ Likes = tuple[tuple, ...]
 
 
 def compiled(name: str, made_of: object, make: Callable[[], tuple[bytes, Likes]]) -> tuple[bytes, Likes]:
-    """(Machine code, results) of a loop: that of an earlier process, or what ``make`` gives, which is kept."""
+    """(machine code, results) of a loop: loaded from disk, or made by ``make`` and stored."""
     path = folder() / f"{name}-{digest(made_of)}.o"
     # the folder may be deleted at any time
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
     with FileLock(lock):
-        # a lock that others wait for is not to be removed
+        # keeps the lock, for which others may wait, from removal
         os.utime(lock)
         kept = intact(path)
         if kept is not None:
             os.utime(path)
             return kept
-        logger.info("compiling %s: once, it is kept in %s", name, path.parent)
+        logger.info("compiling %s once, to store it in %s", name, path.parent)
         code, results = make()
         try:
             keep(path, code, results)
             remove_unused(path.parent)
         except OSError as error:
-            logger.warning("%s is not kept: %s", path, error)
+            logger.warning("%s is not stored: %s", path, error)
         return code, results
 
 
 def digest(made_of: object) -> str:
-    """Of all that compiled code depends on: the compiler, the processor, the sources, and the ``repr`` of the rest."""
+    """Digest of all that compiled code depends on: compiler, processor, sources, and the ``repr`` of the rest."""
     made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
     return hashlib.sha256(repr((made_of, made_by)).encode()).hexdigest()[:32]
 
@@ -68,7 +68,7 @@ def keep(path: Path, code: bytes, results: Likes) -> None:
     body = likes + b"\n" + code
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
-        # whatever the umask lets others do
+        # whatever the umask
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as file:
             file.write(_seal(path, body) + body)
@@ -76,7 +76,7 @@ def keep(path: Path, code: bytes, results: Likes) -> None:
 
 
 def intact(path: Path) -> tuple[bytes, Likes] | None:
-    """(Machine code, results) of a loop's file that is whole, of that name and of this user alone; else None."""
+    """(machine code, results) of a loop's file; None unless it is whole, of this name and of this user alone."""
     data = _own_content(path)
     if data is None or _seal(path, data[32:]) != data[:32]:
         return None
@@ -89,14 +89,14 @@ def _seal(path: Path, body: bytes) -> bytes:
 
 
 def _own_content(path: Path) -> bytes | None:
-    """The content of a regular file that this user owns and nobody else may write to; else None."""
+    """Content of a regular file that this user owns and nobody else may write to; else None."""
     try:
-        # neither through a link, nor waiting for who writes to a pipe
+        # do not follow a link, or wait for the writer of a pipe
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        # of the open file: another may stand under its name by now
+        # of the open file: the name may now belong to another
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             return None
@@ -109,9 +109,9 @@ def _own_content(path: Path) -> bytes | None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove what nobody has loaded for KEPT_SECONDS, and what killed processes left behind."""
+    """Remove files that were not loaded for KEPT_SECONDS, and temporary files of killed processes."""
     for path in folder.iterdir():
-        # another process may have removed its own in the meantime
+        # another process may have removed it since
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime < KEPT_SECONDS:
                 continue
@@ -123,8 +123,9 @@ def remove_unused(folder: Path) -> None:
 
 @functools.cache
 def folder() -> Path:
-    """Where compiled loops are kept: ``maskpro_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` if nobody else may
-    write there, for what lies there is run; else a folder of this process.
+    """Folder of compiled loops: ``maskpro_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    If others may write there, it is a temporary folder of this process, since its files are executed.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
@@ -138,14 +139,14 @@ def folder() -> Path:
                 return shared
     except OSError:
         pass
-    # it lies there as long as it is held
+    # it exists as long as this object
     folder.own = tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
     return Path(folder.own.name)
 
 
 @functools.cache
 def processor() -> str:
-    """This machine's processor and its features: a cache may be shared by machines of several kinds."""
+    """Name and features of this machine's processor, since different machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -156,7 +157,7 @@ def processor() -> str:
 
 
 def sources() -> str:
-    """Digest of what loops are compiled from."""
+    """Digest of the sources of compiled loops."""
     ops, digest = Path(__file__).parents[1], hashlib.sha256()
     folders = (ops, *(ops / name for name in ("reference", "cpu", "cpu/packed")))
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
@@ -164,5 +165,5 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-# Now, for a file may be edited before the first loop is compiled from what this process has loaded
+# Computed now: a file may be edited before this process compiles loops from the code that it has loaded
 CODE = sources()

@@ -1,8 +1,8 @@
-"""The CPU code generator: torch's operations on the columns of a group, one by one, as LLVM's, and loops over groups.
+"""CPU code generator: translates torch's operations on the columns of a group to LLVM's, and makes loops over groups.
 
 Nothing is reassociated, contracted or approximated: bits are those of torch. A traced function is the body of a loop,
-which LLVM vectorises with interleaved columns. Where a function leaves groups undetermined, such a loop runs over a
-block of them, and another over what has been gathered of those groups, which are then put back.
+which LLVM vectorises with interleaved columns. If a function leaves groups undetermined, its loop runs over a block of
+groups. Undetermined groups are then gathered, a second loop draws them, and its results are scattered.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor, fx
 
-# bfloat16 as the upper half of a float32's bits, for llvmlite has no such type
+# bfloat16 as the upper half of a float32's bits, since llvmlite has no such type
 TYPES = {
     torch.bool: ir.IntType(1),
     torch.uint8: ir.IntType(8),
@@ -53,43 +53,43 @@ FLOAT_OPERATIONS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
 COMPARISONS = {"ge": ">=", "gt": ">", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
 
 ENTRY, SHARED = "loop", "shared"
-# Those over many layers
+# Names of the loops over many layers
 LAYERS, SHARED_LAYERS = "layers", "shared_layers"
-# of OpenMP
+# Functions of OpenMP
 THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
 
-# Groups that the bounds are tried on before those left open are looked for, and how many of these are drawn at a time
+# Groups of a block for the bounds, and undetermined groups to draw at a time
 BLOCK = 1 << 11
 BATCH = 1 << 8
-# A multiple of what any CPU's vectors hold, unrolled as they may be
+# A multiple of the lanes of any CPU's unrolled vectors
 VECTORS = 1 << 6
 
 LEVEL, NUMBER = (torch.uint8,), (torch.uint32,)
 
 
 class Columns(NamedTuple):
-    """The columns of a group, or numbers that all groups share, as LLVM values."""
+    """Columns of a group, or numbers that all groups share, as LLVM values."""
 
     values: list
     dtype: torch.dtype
 
 
 def traced(function: Callable, sample: Sequence[Tensor]) -> fx.GraphModule:
-    """The operations of a function, as it does them for tensors like those of a sample."""
+    """Trace the operations of a function on tensors like those of a sample."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(function)(*sample)
 
 
 class Body:
-    """The body of the loop, operation by operation."""
+    """Body of a loop, translated operation by operation."""
 
     def __init__(self, graph: fx.GraphModule, builder: ir.IRBuilder, group: ir.Value, known: Mapping[fx.Node, Columns]):
         self.graph, self.builder, self.group = graph, builder, group
         self.known: dict[fx.Node, Columns | list[Columns]] = dict(known)
 
     def run(self) -> list[Columns]:
-        """All operations; gives the results."""
+        """Translate all operations and return the results."""
         *nodes, output = self.graph.graph.nodes
         for node in nodes:
             if node.op == "get_attr":
@@ -109,7 +109,7 @@ class Body:
         return [self.known[x] for x in output.args[0]]
 
     def translated(self, node: fx.Node, name: str, dtype: torch.dtype) -> list:
-        """The values of the columns of a result."""
+        """Values of the columns of a result."""
         args, builder = node.args, self.builder
         given = self.known.get(args[0]) if args and isinstance(args[0], fx.Node) else None
         match name:
@@ -146,7 +146,7 @@ class Body:
                 values = [builder.select(self.compare(sign, dtype, a, b), a, b) for a, b in pairs]
                 if not dtype.is_floating_point:
                     return values
-                # the second of the two is chosen already where it is no number
+                # the selection already takes the second if that is NaN
                 nans = [builder.fcmp_unordered("uno", a, a) for a, _ in pairs]
                 return [builder.select(nan, a, x) for nan, (a, _), x in zip(nans, pairs, values, strict=True)]
             case "clamp" | "clamp_min" | "clamp_max":
@@ -155,7 +155,7 @@ class Body:
                 for sign, limit in (("<", limits.get("min")), (">", limits.get("max"))):
                     if limit is not None:
                         limit = self.constant(limit, dtype)
-                        # what equals it, as the other zero does, or is no number stays
+                        # NaN stays, and so does a value equal to the limit, such as the other zero
                         values = [builder.select(self.compare(sign, dtype, x, limit), limit, x) for x in values]
                 return values
             case "rsub":
@@ -175,7 +175,7 @@ class Body:
 
     def constant(self, number, dtype: torch.dtype) -> ir.Constant:
         if dtype.is_floating_point:
-            # rounded to the dtype, which an IR constant of its type has to be
+            # rounded to the dtype, as an IR constant of its type must be
             return ir.Constant(TYPES[dtype], torch.tensor(number, dtype=dtype).item())
         return ir.Constant(TYPES[dtype], int(number))
 
@@ -193,7 +193,7 @@ class Body:
         return zip(*self.spread([self.operand(x, dtype) for x in node.args[:2]]), strict=True)
 
     def compare(self, sign: str, dtype: torch.dtype, a, b):
-        """A comparison as torch's: of those with a NaN only != holds."""
+        """Compare like torch: with NaN only != is true."""
         if dtype.is_floating_point:
             return (self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered)(sign, a, b)
         return (self.builder.icmp_unsigned if dtype in UNSIGNED else self.builder.icmp_signed)(sign, a, b)
@@ -222,7 +222,7 @@ class Body:
 
 
 def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """The upper half of a float32's bits, to the nearest and ties to even; NaN stays one."""
+    """Upper half of a float32's bits, rounded to the nearest, ties to even; NaN stays NaN."""
     bits = builder.bitcast(value, WORD)
     odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
     carried = builder.add(bits, builder.add(odd, WORD(0x7FFF)))
@@ -234,11 +234,11 @@ def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 def lowered(graph: fx.GraphModule, groups: Sequence[tuple], rest: Sequence[tuple],
             in_place: int | None = None, levels: fx.GraphModule | None = None,
             full: fx.GraphModule | None = None) -> tuple[str, tuple[tuple, ...]]:  # fmt: skip
-    """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
+    """(LLVM assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
 
-    The addresses are those of tensors of groups, of the rest, of the shard where there is ``full``, and of results,
-    but not of a first one in place of a tensor of groups. All others are as in ``CompiledLoop``, traced. In the same
-    module ``layers(start, stop, count, table)`` runs over the groups of many layers, see ``_add_layers``.
+    The addresses are of tensors of groups, of the rest, with ``full`` of the shard, and of results, except a first
+    result in place of a tensor of groups. Other arguments are those of ``CompiledLoop``, traced. The module also has
+    ``layers(start, stop, count, table)``, a loop over the groups of many layers, see ``_add_layers``.
     """
     module = ir.Module("maskpro_kernels")
     if full is None:
@@ -254,25 +254,25 @@ def lowered(graph: fx.GraphModule, groups: Sequence[tuple], rest: Sequence[tuple
 
 
 def add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
-    """A function of so many arguments that gives nothing back, and a builder of its body."""
+    """Add a function with ``longs`` and ``pointers`` as arguments and no result; return it and its builder."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[LONG] * longs, *[POINTER] * pointers]), name)
     return function, ir.IRBuilder(function.append_basic_block())
 
 
 def use_whole_registers(function: ir.Function) -> None:
-    """Some CPUs are tuned for half of their widest ones, and gain from whole ones here."""
-    # llvmlite knows no attributes of a value
+    """Use the widest registers, which is faster here; LLVM's tuning for some CPUs uses half of them."""
+    # llvmlite does not support attributes with values
     set.add(function.attributes, '"prefer-vector-width"="512"')
 
 
 def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, count: int, dtype: torch.dtype):
-    """Of the i-th of ``count`` columns of a group."""
+    """Address of the i-th of ``count`` columns of a group."""
     index = builder.add(builder.mul(group, LONG(count)), LONG(i))
     return builder.gep(pointer, [index], source_etype=TYPES[dtype])
 
 
 def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
-    """A loop over [start, stop), step by step; the builder goes on behind it."""
+    """Add a loop over [start, stop); the builder continues after it."""
     before, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
     builder.position_at_end(loop)
@@ -287,14 +287,14 @@ def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[
 
 def _add_loop(module: ir.Module, name: str, graph: fx.GraphModule, groups: Sequence[tuple],
               rest: Sequence[tuple], in_place: int | None) -> tuple[ir.Function, tuple[tuple, ...]]:  # fmt: skip
-    """``loop`` of a function by itself, and its results, as ``lowered`` says."""
+    """Add ``loop`` of a single function; return it and its results, see ``lowered``."""
     nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
     given = len(groups) + len(rest)
     function, builder = add_function(module, name, 2, given + len(results) - (in_place is not None))
     use_whole_registers(function)
-    # its arguments would no longer be known to lie apart
+    # inlined, its arguments would lose noalias
     function.attributes.add("noinline")
     start, stop, *pointers = function.args
     for pointer in pointers:
@@ -310,7 +310,7 @@ def _add_loop(module: ir.Module, name: str, graph: fx.GraphModule, groups: Seque
         for node, pointer, (dtype, *shape) in zip(nodes, pointers, groups, strict=False):
             known[node] = Columns(_loaded(builder, pointer, group, dtype, math.prod(shape)), dtype)
         operations = Body(graph, builder, group, known)
-        # all loads before all stores: a result may take the place of a tensor of groups
+        # all loads before all stores: a result may overwrite a tensor of groups
         for pointer, (dtype, *shape), columns in zip(outputs, results, operations.run(), strict=True):
             count = math.prod(shape)
             _store(builder, columns.values * (count // len(columns.values)), pointer, group, dtype)
@@ -321,20 +321,20 @@ def _add_loop(module: ir.Module, name: str, graph: fx.GraphModule, groups: Seque
 
 
 def _loaded(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, dtype: torch.dtype, count: int) -> list:
-    """The columns of a group."""
+    """Load the columns of a group."""
     addresses = [_address(builder, pointer, group, i, count, dtype) for i in range(count)]
-    # where tensors are views of files or of other tensors, nothing is aligned
+    # views of files or of other tensors may be unaligned
     return [builder.load(x, typ=TYPES[dtype], align=1) for x in addresses]
 
 
 def _store(builder: ir.IRBuilder, values: Sequence, pointer: ir.Value, group: ir.Value, dtype: torch.dtype) -> None:
-    """The values of ``_loaded``."""
+    """Store values of the columns of a group."""
     for i, value in enumerate(values):
         builder.store(value, _address(builder, pointer, group, i, len(values), dtype), align=1)
 
 
 class _Numbers:
-    """The numbers in the whole layer of the groups of a shard, into memory of ``NUMBER``, by the shard's address."""
+    """Writer of group indices in the whole layer into memory of ``NUMBER``, by the shard's address."""
 
     def __init__(self, builder: ir.IRBuilder, shard: ir.Value, memory: ir.Value):
         self.builder, self.memory = builder, memory
@@ -342,11 +342,11 @@ class _Numbers:
         self.shift, self.gap = builder.add(first, self.offset), builder.sub(row_stride, self.columns)
 
     def put(self, i: ir.Value, group: ir.Value) -> None:
-        """The number of a group as the i-th one, as far as rows lie side by side."""
+        """Write the i-th index, that of ``group``, as if rows were adjacent."""
         _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
 
     def set_apart(self, count: ir.Value) -> None:
-        """Correct so many of them where rows do not; those that do need no division."""
+        """Correct ``count`` indices if rows are not adjacent; adjacent rows need no division."""
         builder = self.builder
 
         def correct(i: ir.Value) -> None:
@@ -362,14 +362,14 @@ class _Numbers:
 def _add_draws(module: ir.Module, level: ir.Function, by_bounds: ir.Function, draw: ir.Function,
                groups: Sequence[tuple], rest: Sequence[tuple], in_place: int | None,
                result: tuple) -> ir.Function:  # fmt: skip
-    """``loop`` that determines BLOCK groups at a time, and draws what they leave open whenever BATCH groups are."""
+    """Add ``loop``, which tries BLOCK groups at a time by the bounds, and draws BATCH undetermined groups at a time."""
     batch = _add_batch(module, draw, groups, rest, in_place, result)
     given, own = len(groups) + len(rest), in_place is None
     function, builder = add_function(module, ENTRY, 2, given + 1 + own)
     start, stop, *pointers = function.args
     of_groups, others, written = pointers[: len(groups)], pointers[len(groups) : given], pointers[given + 1 :]
     byte = ir.IntType(8)
-    # read in words, of which the last one may go beyond what was determined
+    # read in words; the last one may go beyond the block
     flags_type = ir.ArrayType(byte, BLOCK + 8)
     flags, undrawn, filled = builder.alloca(flags_type), builder.alloca(LONG, BATCH), builder.alloca(LONG)
     levels, memory = builder.alloca(byte, BLOCK), builder.alloca(WORD, BLOCK)
@@ -422,13 +422,13 @@ def larger(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
 
 
 def _flag_of(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, typ: ir.Type) -> ir.Value:
-    """That of a group; as a word those of the groups behind it, too."""
+    """Pointer to a group's flag; as a word it also reads flags of later groups."""
     return builder.load(builder.gep(flags, [group], source_etype=ir.IntType(8)), typ=typ, align=1)
 
 
 def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorType) -> None:
-    """Copy a group, bytes of that vector; source and target are (pointer, number of the group)."""
-    # a vector as the step between groups would be rounded up to a power of two
+    """Copy a group as a vector of bytes; source and target are (pointer, index of the group)."""
+    # the stride of vectors would be rounded up to a power of two
     read, written = (
         builder.gep(pointer, [builder.mul(group, LONG(typ.count))], source_etype=ir.IntType(8))
         for pointer, group in (source, target)
@@ -438,24 +438,24 @@ def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorTyp
 
 def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], rest: Sequence[tuple],
                in_place: int | None, result: tuple) -> ir.Function:  # fmt: skip
-    """``batch(size, open groups, *addresses)``: up to BATCH groups, drawn side by side and put back."""
+    """Add ``batch(size, undetermined groups, *addresses)``: gather up to BATCH groups, draw and scatter them."""
     given, own = len(groups) + len(rest), in_place is None
     function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)
     function.attributes.add("noinline")
     size, undrawn, *pointers = function.args
-    # a group as a vector, or loops would be made of instructions that gather and scatter, and take longer
+    # copy each group as a vector: loops over columns would use slow gather and scatter instructions
     *types, result_type = (
         ir.VectorType(ir.IntType(8), dtype.itemsize * math.prod(shape)) for dtype, *shape in (*groups, result)
     )
     gathered = [builder.alloca(group, BATCH) for group in types]
     drawn = builder.alloca(result_type, BATCH) if own else gathered[in_place]
     for place in (*gathered, drawn):
-        # of the vectors that are read and written there
+        # aligned for the vectors that are read and written there
         place.align = 64
     memory = builder.alloca(WORD, BATCH)
     numbers = _Numbers(builder, pointers[given], memory)
     out = pointers[given + 1] if own else pointers[in_place]
-    # whole vectors, with the last group again and again: what a vector leaves over is done one by one
+    # pad to whole vectors with copies of the last group: a remainder would be processed one by one
     padded = builder.and_(builder.add(size, LONG(VECTORS - 1)), LONG(-VECTORS))
     last = builder.sub(size, LONG(1))
 
@@ -481,10 +481,10 @@ def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], re
 
 
 def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
-    """``layers(start, stop, count, table)``: the loop over groups [start, stop) of all layers, one behind the other.
+    """Add ``layers(start, stop, count, table)``: the loop over groups [start, stop) of all layers, layer after layer.
 
-    A row of the table has the number of the layer's first group among them and the addresses that the loop takes. A
-    last row, behind those of ``count`` layers, has the number of all groups.
+    A row of the table has the number of groups before the layer, and the addresses for the loop. One more row after
+    those of ``count`` layers has the number of all groups.
     """
     function, builder = add_function(module, LAYERS, 3, 1)
     start, stop, count, table = function.args
@@ -507,7 +507,7 @@ def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
 
 
 def add_shared(module: ir.Module, loop: ir.Function, name: str = SHARED) -> None:
-    """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *other arguments]."""
+    """Add ``shared(data)``, an OpenMP thread's share of the loop; data is [count, *other arguments]."""
     number = ir.FunctionType(WORD, [])
     thread, threads = (module.globals.get(x) or ir.Function(module, number, x) for x in (THREAD, THREADS))
     function, builder = add_function(module, name, 0, 1)

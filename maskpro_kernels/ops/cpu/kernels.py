@@ -1,8 +1,7 @@
-"""The reference as machine code: its functions again, with its arguments, through compiled loops.
+"""The reference as machine code: functions with the reference's names and arguments that run compiled loops.
 
-One loop serves all shapes. A loop takes tensors alone, so a counter is flattened where one is called. Draws whose
-outcome no noise can change are determined first, without logarithms (``bounds``); the rest are drawn in full, in the
-same pass.
+One loop serves all shapes. A loop takes only tensors, so calls flatten the counter. A pass first finds the groups that
+noise cannot change, without logarithms (``bounds``), and draws the others in full.
 """
 
 from __future__ import annotations
@@ -19,49 +18,49 @@ from ..pattern import code_dtype
 from .loops import compiled_loop, run
 from .packed import products
 
-# Most groups whose numbers, 8 bytes each, are made at a time
+# Most groups whose indices, 8 bytes each, are made at a time
 PIECE = 1 << 18
 
-# Bytes of float32 that stand beside the logits at a time: copies of those of 16 bits, or terms of an update
+# Bytes of temporary float32 values: copies of 16-bit logits, or terms of an update
 COPIED_BYTES = 1 << 21
 
 
 def _pieces(count: int, size: int = PIECE) -> Iterator[slice]:
-    """Consecutive groups, at most ``size`` of them at a time."""
+    """Slices of at most ``size`` consecutive groups."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 def _copied(logits: Tensor) -> Iterator[slice]:
-    """The pieces in which float32 values stand beside logits [groups, M]."""
+    """Slices of logits [groups, M] for temporary float32 values."""
     return _pieces(logits.shape[0], COPIED_BYTES // (4 * logits.shape[1]))
 
 
 @functools.lru_cache(maxsize=1 << 12)
 def integers(*values: int) -> Tensor:
-    """int64, only read: kept, for a layer needs the same few at every step."""
+    """int64 tensor, cached and only read: a layer needs the same few at each step."""
     with torch.inference_mode(False):
         return torch.tensor(values, device="cpu")
 
 
 class _Groups:
-    """Groups [groups, M] of logits and the counter of their draw, from flat index ``start`` of a shard on."""
+    """Groups [groups, M] of logits from flat index ``start`` of a shard, and the counter of their draw."""
 
     def __init__(self, logits: Tensor, columns: int, counter: Counter, start: int = 0):
         self.logits, self.counter = logits, counter
-        # as ``CompiledLoop`` takes it
+        # the order of ``CompiledLoop``
         self.shard = start, columns, counter.group_row_stride, counter.group_offset
 
     def part(self, which: slice, logits: Tensor) -> _Groups:
-        """Some of them, with other logits."""
+        """A part of the groups, with other logits."""
         return _Groups(logits, self.shard[1], self.counter, self.shard[0] + which.start)
 
     def by_draw(self, draw: Tensor) -> _Groups:
-        """These groups in another draw."""
+        """The groups with another draw id."""
         return _Groups(self.logits, self.shard[1], self.counter._replace(draw=draw), self.shard[0])
 
     def run(self, function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor], out: Tensor, **constants):
-        """``run`` on (tensors, numbers in the whole layer) of all groups and (key, rest), into ``out``."""
+        """Call ``run`` on (tensors, indices in the whole layer) of all groups and (key, rest), into ``out``."""
         start, columns, row_stride, offset = self.shard
         rest = (*self.counter.key, *rest)
         if row_stride == columns:
@@ -76,7 +75,7 @@ class _Groups:
 
 def _draw_into(out: Tensor, by_bounds: Callable, full: Callable, groups: _Groups, rest: Sequence[Tensor],
                others: Sequence[Tensor] = (), **constants) -> None:  # fmt: skip
-    """out = ``full`` of (logits, others, numbers, key, rest) where ``by_bounds``, of levels, has not determined it."""
+    """Write ``by_bounds`` by levels to out, and ``full`` of (logits, others, indices, key, rest) for other groups."""
     rest = (*groups.counter.key, *rest)
     how = {"shard": integers(*groups.shard), "levels": spread_levels, "full": full}
     run(by_bounds, [groups.logits, *others], rest, out=out, **how, **constants)
@@ -86,15 +85,15 @@ unpack_nm = products.unpack_nm
 
 
 def _weight_words(weight: Tensor, m: int) -> Tensor:
-    """A matrix [rows, K] as int32 [groups, words], of one weight or two: masks apply to whole words."""
+    """View a matrix [rows, K] as int32 [groups, words]; a word has one or two weights, and masks apply to words."""
     if weight.storage_offset() * weight.element_size() % 4:
         weight = weight.clone()
-    # rows of a single one may lie at any stride
+    # a single row may have any stride
     return weight.view(-1).view(torch.int32).view(-1, m * weight.element_size() // 4)
 
 
 def _mask_words(words, kept):
-    """Groups as ``_weight_words`` packs them, zeros where weights are not kept."""
+    """Mask groups of ``_weight_words``, zeros for dropped weights."""
     columns = reference.columns(words)
     if len(columns) == len(kept):
         return reference.uncolumns([torch.where(k, word, 0) for word, k in zip(columns, kept, strict=True)])
@@ -106,7 +105,7 @@ def _mask_words(words, kept):
 
 
 def spread_levels(group, seed, step, layer, draw, *rest, m):
-    # an update has them in a row
+    # an update has a 1-dim tensor of draws
     return bounds.group_spread_levels(group, (seed, step, layer, draw if draw.dim() == 0 else draw[0]), m=m)
 
 
@@ -221,7 +220,7 @@ def _round_into(out: Tensor, groups: _Groups) -> None:
 
 
 def _update(groups: _Groups, coef: Tensor, inv_temperature: Tensor, n: int) -> None:
-    """``reference.group_updated_logits``, in place; all numbers of draws above one by the same loops."""
+    """``reference.group_updated_logits`` in place; the same loops serve any number of draws above one."""
     # the score as an exponential race needs the keys of all groups
     exact = n <= reference.EXACT_SCORE_MAX_N
     if coef.shape[0] == 1:
@@ -285,24 +284,24 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
     codes, rounded = codes.view(-1), weight.view(-1, m)
     for part in _copied(groups[0]):
         given = [*(x[part] for x in groups), codes[part]]
-        # the first result goes where the master is
+        # the first result overwrites the master
         _, *rest = run(reference.group_adamw, given, scalars.unbind(), out=given[1], dtype=weight.dtype)
         for held, new in zip((given[2], given[3], rounded[part]), rest, strict=True):
             held.copy_(new)
 
 
-# Many layers by one call of machine code: loops are compiled for one layer, and a table says where each layer lies
+# Many layers by one call of machine code: loops are compiled for one layer, and a table has the layers' addresses
 
 
-# Arguments of a loop for one layer: tensors of groups, the rest, the last of all, and where results go
+# Arguments of a loop for one layer: tensors of groups, the rest, the last tensor, and memory for results
 _Given = tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]
 
 
 def _run_over_layers(function: Callable, given: Sequence[_Given], *how, in_place: bool = False, **constants) -> bool:
-    """Run the loop of a function over layers; False, and nothing has changed, where there is no machine code.
+    """Run the loop of a function over layers; without machine code return False, with nothing changed.
 
-    ``how`` is what ``CompiledLoop`` takes behind ``in_place``; without it the groups are numbered. ``in_place`` has the
-    results go where the first tensor of groups is.
+    ``how`` are the arguments of ``CompiledLoop`` after ``in_place``; without them the groups are numbered. With
+    ``in_place`` the results overwrite the first tensor of groups.
     """
     groups, rest, last, out = max(given, key=lambda one: len(one[3]))
     likes = tuple([(x.dtype, *x.shape[1:]) for x in groups]), tuple([(x.dtype, *x.shape) for x in rest])
@@ -321,12 +320,12 @@ def _run_over_layers(function: Callable, given: Sequence[_Given], *how, in_place
 
 
 def _key(group, i: int, seed: Tensor, step: Tensor, draw: Tensor) -> tuple[Tensor, ...]:
-    """Of the draws of the group's i-th layer."""
+    """Key of the draws of the group's i-th layer."""
     return seed, step, integers(group.layers[i].layer).view(()), draw
 
 
 def draw_layers_(group, inv_temperature: Tensor, seed: Tensor, step: Tensor, draw: Tensor) -> bool:
-    """Draw the codes of a ``LayerGroup``; False, and nothing has changed, where no machine code does it."""
+    """Draw the codes of a ``LayerGroup``; without machine code return False, with nothing changed."""
     given = []
     for i, (logits, _, offset, row_stride) in enumerate(group.layers):
         rest = *_key(group, i, seed, step, draw.view(())), inv_temperature
@@ -336,15 +335,15 @@ def draw_layers_(group, inv_temperature: Tensor, seed: Tensor, step: Tensor, dra
 
 
 def _no_level(number, *rest, m):
-    """Of what codes determine."""
+    """Levels for updates by codes, which need none."""
     return (number & 0).to(torch.uint8)
 
 
 def _expected_update(logits, codes, level, coef, inv_temperature, *, n):
-    """``reference.group_updated_logits`` where the codes keep the N largest, which takes less; others are left open."""
+    """Faster ``reference.group_updated_logits`` for groups whose codes keep the N largest; others are flagged."""
     xs = [x.to(torch.float32) for x in reference.columns(logits)]
     expected = bounds.Expected(xs, level, inv_temperature, n)
-    # of a tie more than N are kept
+    # a tie at the N-th largest would keep more than N
     distinct = expected.descending[n] < expected.descending[n - 1]
     same = expected.ordered & distinct & (reference.encode(expected.kept, codes.dtype) == codes)
     scale = coef[0] * inv_temperature
@@ -357,7 +356,7 @@ def _drawn_code_update(logits, codes, number, coef, inv_temperature, *, n):
 
 
 def _code_update(logits, codes, coef, inv_temperature, *, n):
-    """``reference.group_updated_logits`` by the draw that has given the codes, N <= EXACT_SCORE_MAX_N."""
+    """``reference.group_updated_logits`` by the draw of the codes, N <= EXACT_SCORE_MAX_N."""
     xs = [x.to(torch.float32) for x in reference.columns(logits)]
     score = reference.exact_score(reference.scaled(xs, inv_temperature), reference.decode(codes, len(xs)), n)
     scale = coef[0] * inv_temperature
@@ -365,13 +364,13 @@ def _code_update(logits, codes, coef, inv_temperature, *, n):
 
 
 def _rounded_code_update(logits, codes, number, seed, step, layer, draw, coef, inv_temperature, *, n, dtype):
-    """``_code_update`` of logits of 16 bits."""
+    """``_code_update`` for logits of 16 bits."""
     new = _code_update(logits, codes, coef, inv_temperature, n=n)
     return reference.group_round_logits(new, number, (seed, step, layer, draw[0]), dtype=dtype)
 
 
 def update_layers_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, step: Tensor, draws: Tensor) -> bool:
-    """Update the logits of a ``LayerGroup`` by the codes of a draw; False, and nothing has changed, as above."""
+    """Update the logits of a ``LayerGroup`` by the codes of a draw; False as in ``draw_layers_``."""
     given = []
     for i, layer in enumerate(group.layers):
         logits, rest = layer.logits.view(-1, group.m), (coef, inv_temperature)

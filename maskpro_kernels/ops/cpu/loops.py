@@ -1,7 +1,7 @@
 """Functions of groups as loops of machine code: compiled once, kept on disk, loaded by later processes.
 
-One loop serves any number of groups. A call costs microseconds, and a process that finds it on disk traces and
-compiles nothing.
+One loop serves any number of groups. A call costs microseconds. A process that loads it from disk does not trace or
+compile.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from ..reference.groups import INTEGERS
 from . import cache
 from .cache import Likes
 
-# Groups that a function is traced with: as many columns no group has
+# Groups of the traced tensors, a number that no group has of columns
 TRACED = 7
 
-# Groups that a loop is compared with its function on: more than are determined at a time, and no multiple of a vector
+# Groups for the comparison of a loop with its function: more than one block, and not a multiple of a vector
 SAMPLE = 5_003
 
-# Where they lie: in rows that the whole layer sets apart
+# Their shard, whose rows are not adjacent in the whole layer
 SAMPLE_SHARD = (3, 1_000, 1_777, 5)
 
-# Fewest groups that threads share
+# Fewest groups for several threads
 LEAST_SHARED = 1 << 14
 
-# torch's tracer changes settings of the whole process while it runs
+# torch's tracer changes settings of the process while it runs
 _making = threading.Lock()
 
-# Of a group's number, and of those of many, which the compiled code holds in half the width: it fits more into a vector
+# Types of a group's index, and of many indices, which compiled code stores in half the width for more in a vector
 NUMBER, NUMBERS = (torch.int64,), (torch.uint32,)
 LEVELS = (torch.uint8,)
 
 
 class _Bound(nn.Module):
-    """``function(*tensors, **constants)``, as a tuple; where ``numbered``, with all numbers in place of the first."""
+    """``function(*tensors, **constants)`` as a tuple; with ``numbered``, all indices replace the first one."""
 
     def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
         super().__init__()
@@ -56,7 +56,7 @@ class _Bound(nn.Module):
 
 
 class _Drawn(nn.Module):
-    """``by_bounds`` on all groups, and ``full`` on those that it leaves open, as ``CompiledLoop`` says."""
+    """``by_bounds`` on all groups, and ``full`` on undetermined ones, see ``CompiledLoop``."""
 
     def __init__(self, levels: _Bound, by_bounds: _Bound, full: _Bound):
         super().__init__()
@@ -75,24 +75,24 @@ class _Drawn(nn.Module):
 
 
 class CompiledLoop:
-    """``function(*groups, *rest, **constants)`` of tensors of groups [groups, ...], and of others.
+    """``function(*groups, *rest, **constants)`` on tensors of groups [groups, ...] and other tensors.
 
-    It is called with a list of all these tensors, each contiguous, and memory for the first result where that is the
-    caller's. It gives a list of results [groups, ...], and is compiled or loaded at its first call. Where it cannot be
-    compiled it runs eagerly.
+    Call it with a list of all these tensors, contiguous, and if the caller has it, memory for the first result. It
+    returns a list of results [groups, ...]. The first call compiles or loads it. If it cannot be compiled, it runs
+    eagerly.
 
     Args:
         groups: (dtype, *shape of one group) of each tensor of groups.
-        rest: (dtype, *shape) of each of the others.
-        numbered: whether the groups are consecutive, so that the number of the first one, a 0-dim int64 tensor that
-            comes last, stands for the tensor of their numbers, which the function takes behind those of groups.
-        out: (dtype, *shape of one group) of memory that is given for the first result.
-        in_place: index of the tensor of groups whose memory that is; None where it is no tensor's.
-        levels, full: the results of the function are then one and uint8 1 for each group that this one leaves open.
-            Such a group gets the result of ``full``, which takes numbers in the whole layer behind the tensors of
-            groups. The function takes there what ``levels(numbers, *rest, m=...)`` gives, uint8, for m the last size of
-            the first tensor of groups. What comes last of all is a tensor int64 (start, columns, row_stride, offset):
-            group i has the number l // columns * row_stride + l % columns + offset, with l = start + i.
+        rest: (dtype, *shape) of each other tensor.
+        numbered: whether groups are consecutive. The function takes the tensor of their indices after the tensors of
+            groups; a call passes the index of the first group instead, as a 0-dim int64 tensor, last.
+        out: (dtype, *shape of one group) of the given memory for the first result.
+        in_place: index of the tensor of groups with this memory; None if it is no tensor's.
+        levels, full: with these, the function has two results: one, and uint8 1 for each group that it leaves
+            undetermined. Such a group gets the result of ``full``, which takes indices in the whole layer after the
+            tensors of groups. At the same place the function takes ``levels(indices, *rest, m=...)``, uint8, with m the
+            last size of the first tensor of groups. The last tensor of a call is then int64 (start, columns,
+            row_stride, offset): group i has the index l // columns * row_stride + l % columns + offset, l = start + i.
     """
 
     def __init__(self, function: Callable, groups: Likes, rest: Likes, numbered: bool = False,
@@ -112,14 +112,14 @@ class CompiledLoop:
         return self.run(tensors, out)
 
     def over_layers(self, tensors: list[Tensor]) -> Callable[[Tensor], None] | None:
-        """``run(table)``: the loop over the groups of many layers, in one call; None where it runs eagerly.
+        """Return ``run(table)``, the loop over the groups of many layers in one call; None if it runs eagerly.
 
         A row of the table, int64 [layers + 1, 1 + addresses], has the number of groups in the layers before, and the
-        addresses of what is given for a layer: the tensors of a call, and behind them those that results are written
-        to, but for a first one in place of a tensor. Of the last row, behind the layers, the first number alone counts.
+        addresses for a layer: the tensors of a call, then those of results, without a first result in place of a
+        tensor. In the last row, after the layers, only the first number counts.
 
         Args:
-            tensors: those of one layer, for the first call compiles the loop.
+            tensors: those of one layer: the first call compiles the loop.
         """
         self._make(tensors)
         return self._over_layers
@@ -146,7 +146,7 @@ class CompiledLoop:
 
     def _compiled(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
         def make() -> tuple[bytes, Likes]:
-            # tracing takes no tensors of inference mode
+            # inference tensors cannot be traced
             with torch.inference_mode(False), torch.no_grad():
                 code, results = self._build()
                 self._check(self._loaded(code, results), tensors)
@@ -156,7 +156,7 @@ class CompiledLoop:
 
     @property
     def made_of(self) -> tuple:
-        """All of this loop that its code depends on."""
+        """Parts of this loop that its code depends on."""
         functions = [bound.function for bound in (self.function, self.levels, self.full) if bound]
         names = [(function.__module__, function.__qualname__) for function in functions]
         constants = sorted(map(str, self.function.constants.items()))
@@ -164,7 +164,7 @@ class CompiledLoop:
 
     def _build(self) -> tuple[bytes, Likes]:
         """(Machine code, (dtype, *shape of one group) of each result)."""
-        # here, for it brings all of LLVM
+        # imported here, since it loads LLVM
         from . import codegen, machine
 
         def traced(bound: _Bound, *groups: tuple) -> nn.Module:
@@ -184,7 +184,7 @@ class CompiledLoop:
     def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
         from . import machine
 
-        # where the first result is a tensor's, its address is there already
+        # a first result in place of a tensor has its address already
         written = results if self.in_place is None else results[1:]
         made = results if self.out is None else results[1:]
         addresses = len(self.groups) + len(self.rest) + (self.full is not None) + len(written)
@@ -207,7 +207,7 @@ class CompiledLoop:
         return run
 
     def _check(self, run: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
-        """Raise unless ``run`` does what the function does, bit for bit: translations and compilers may err."""
+        """Raise unless ``run`` matches the function bit for bit: translations and compilers may have bugs."""
         given, found_in = self._sample(tensors), self._sample(tensors)
         expected = self._eager(given)
         out = None
@@ -221,13 +221,13 @@ class CompiledLoop:
                 raise RuntimeError(f"the loop of {self.name} differs from the function")
 
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Few groups like ``tensors``: with their integers, for not all may be codes of groups, and any floats."""
+        """Sample of groups like ``tensors``: with their integers, since not all are codes, and random floats."""
         generator = torch.Generator("cpu").manual_seed(0)
 
         def like(x: Tensor, *shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
 
-        # as far apart as determines some draws and leaves others open, and factors that keep them so
+        # gaps that determine some draws and not others, and factors that keep them so
         some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
         groups, rest = tensors[: len(self.groups)], tensors[len(self.groups) :]
         if self.full:
@@ -240,18 +240,18 @@ class CompiledLoop:
 
 
 def warn_of_failure(error: Exception, consequence: str) -> None:
-    """Warn that compilation has failed: releases of compilers differ in what they raise."""
+    """Warn that compilation has failed, with any error: releases of compilers differ."""
     first_line = (str(error) or repr(error)).splitlines()[0]
     warnings.warn(f"compilation failed ({first_line}); {consequence}", stacklevel=5)
 
 
 def _threads(groups: int) -> int:
-    # all or one: OpenMP starts threads anew where their number changes
+    # all or one: OpenMP restarts threads when their number changes
     return torch.get_num_threads() if groups >= LEAST_SHARED else 1
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Say if two tensors hold the same bits, but for those of a NaN, which no operation promises."""
+    """Return whether two tensors have the same bits, except for the bits of a NaN, which may differ."""
     if not one.is_floating_point():
         return torch.equal(one, other)
     nan = one.isnan()
@@ -261,16 +261,17 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 @functools.cache
 def compiled_loop(*given, **constants: int | torch.dtype) -> CompiledLoop:
-    """The ``CompiledLoop`` of what is given, with those constants."""
+    """``CompiledLoop`` of these arguments, cached."""
     return CompiledLoop(*given, constants=constants)
 
 
 def run(function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor] = (), *, out: Tensor,
         first: Tensor | None = None, shard: Tensor | None = None, levels: Callable | None = None,
         full: Callable | None = None, **constants) -> list[Tensor]:  # fmt: skip
-    """The results [groups, ...] of ``function`` on tensors [groups, ...], by a ``CompiledLoop``; of no groups ``out``.
+    """Results [groups, ...] of ``function`` on tensors [groups, ...], by a ``CompiledLoop``; without groups ``out``.
 
-    ``out`` is memory for the first result, maybe that of one of the tensors; ``first`` the number of the first group.
+    ``out`` is memory for the first result, perhaps that of one of the tensors; ``first`` is the index of the first
+    group.
     """
     if not tensors[0].shape[0]:
         return [out]

@@ -1,4 +1,4 @@
-"""This machine: LLVM's assembly as its object code, and object code as a function whose threads are OpenMP's."""
+"""Compilation of LLVM assembly to this machine's object code, and loading of it as a function on OpenMP's threads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _initialize() -> None:
     binding.initialize_native_asmprinter()
 
 
-# Of Linux: the call by which a process asks for the tiles of AMX, what it asks, and the number of their state
+# Linux's system call with which a process requests the tiles of AMX, its request, and the number of their state
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE = 158, 0x1023, 18
 
 
 @functools.cache
 def features() -> dict[str, bool]:
-    """Features that this machine's processor has and the system lets a process use, by LLVM's names."""
+    """Features of this machine's processor that the system allows, by LLVM's names."""
     own = dict(binding.get_host_cpu_features())
     if own.get("amx-tile") and not _tiles_permitted():
         own = {name: has and not name.startswith("amx") for name, has in own.items()}
@@ -33,14 +33,14 @@ def features() -> dict[str, bool]:
 
 
 def _tiles_permitted() -> bool:
-    """Ask the system to let this process use tiles, and say if it does."""
+    """Request tiles for this process; return whether the system allows them."""
     linux = sys.platform == "linux"
     return linux and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE) == 0
 
 
 @functools.cache
 def machine() -> binding.TargetMachine:
-    """This one, with all its features."""
+    """Target machine of LLVM for this processor, with all its features."""
     _initialize()
     target = binding.Target.from_default_triple()
     flat = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features().items()))
@@ -48,7 +48,7 @@ def machine() -> binding.TargetMachine:
 
 
 def object_code(assembly: str) -> bytes:
-    """The object file of a module."""
+    """Compile the assembly of a module to an object file."""
     module = binding.parse_assembly(assembly)
     module.verify()
     options = binding.create_pipeline_tuning_options(speed_level=3)
@@ -59,18 +59,18 @@ def object_code(assembly: str) -> bytes:
 
 
 def loaded_loop(code: bytes, addresses: int) -> Callable[..., None]:
-    """``loop(count, threads, *addresses)`` of an object file: all groups, in the threads of torch's own loops."""
+    """Load ``loop(count, threads, *addresses)`` of an object file: all groups, in the threads of torch's loops."""
     (loop,) = _loaded(code, ((ENTRY, SHARED, addresses),))
     return loop
 
 
 def loaded_loop_and_layers(code: bytes, addresses: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """``loaded_loop``, and ``layers(count of all groups, threads, layers, address of a table)`` beside it."""
+    """(``loaded_loop``, ``layers(count of all groups, threads, layers, address of a table)``)."""
     return _loaded(code, ((ENTRY, SHARED, addresses), (LAYERS, SHARED_LAYERS, 2)))
 
 
 def _loaded(code: bytes, entries: Sequence[tuple[str, str, int]]) -> tuple[Callable[..., None], ...]:
-    """Functions (count, threads, *arguments) of an object file, by their names, of a thread's share, and arguments."""
+    """Load functions (count, threads, *arguments) of an object file; entries are (name, name of a share, arguments)."""
     _initialize()
     jit = binding.create_lljit_compiler()
     builder = binding.JITLibraryBuilder().add_object_img(code)
@@ -78,7 +78,7 @@ def _loaded(code: bytes, entries: Sequence[tuple[str, str, int]]) -> tuple[Calla
         builder.export_symbol(whole).export_symbol(share)
     openmp = _openmp()
     for name in (THREAD, THREADS):
-        # where there is no OpenMP nothing calls them, but they have to be something
+        # without OpenMP nothing calls them, but the symbols need an address
         builder.import_symbol(name, ctypes.cast(getattr(openmp, name, _NO_THREAD), ctypes.c_void_p).value)
     library = builder.link(jit, entries[0][0])
 
@@ -87,14 +87,14 @@ def _loaded(code: bytes, entries: Sequence[tuple[str, str, int]]) -> tuple[Calla
         given, shared = ctypes.c_int64 * (1 + arguments), ctypes.c_void_p(library[share])
 
         def function(count: int, threads: int, *values: int) -> None:
-            # ctypes would pass any number of them on
+            # ctypes would accept any number of arguments
             assert len(values) == arguments
             if threads > 1 and openmp:
                 openmp.GOMP_parallel(shared, given(count, *values), threads, 0)
             else:
                 whole(0, count, *values)
 
-        # the code lives as long as these
+        # the code exists as long as these
         function.kept = jit, library
         return function
 
@@ -106,7 +106,7 @@ _NO_THREAD = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """The library whose threads torch's own loops run in, where that is GNU's: no second one is loaded."""
+    """GNU's OpenMP library if torch's loops use its threads; no second one is loaded."""
     try:
         library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
     except (OSError, AttributeError):

@@ -257,7 +257,7 @@ def test_what_does_not_compile_is_unpacked(cpu, monkeypatch):
         warnings.simplefilter("always")
         y = products.nm_linear(x, (packed.values, packed.bitmask, None), None, 2, 4)
     assert [str(each.message).rpartition("; ")[2] for each in warned] == [
-        "packed weights are unpacked at each product",
+        "packed weights are unpacked for each product",
         "maskpro_kernels unpacks more slowly",
     ]
     assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)

@@ -1,7 +1,7 @@
-"""Packed weights on a CPU: code that puts their values at their places, and multiplies with them.
+"""Packed weights on a CPU: compiled code that places their values in columns, and multiplies with them.
 
-``products`` is what others call. It chooses one of several ways by the ``instructions`` that the CPU has: ``rows`` for
-a few tokens, ``tiles`` for many where there is AMX, else blocks of rows that are unpacked by code of ``weight``.
+Other modules call ``products``. By the CPU's ``instructions`` it uses ``rows`` for a few tokens, ``tiles`` for many
+tokens with AMX, and otherwise blocks of rows that code of ``weight`` unpacks.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 
 from ...reference.groups import SCALED
 
-# Weights of a row that are placed together: all patterns keep as many of each run
+# Weights of a row to place together; each run of a pattern has equally many kept ones
 RUN = 32
 
 
 class Packed(NamedTuple):
-    """A kind of packed weight, and what is done with it.
+    """Kind of packed weight and operand.
 
     Attributes:
         n, m: the pattern.
         values: dtype of the values.
-        x: dtype of what they are multiplied with and of the product, or of the unpacked weight.
+        x: dtype of the operand and of the product, or of the unpacked weight.
     """
 
     n: int
@@ -32,10 +32,10 @@ class Packed(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Values of a run."""
+        """Number of values of a run."""
         return RUN * self.n // self.m
 
     @property
     def scaled_runs(self) -> int | None:
-        """Runs that share a scale; None where no whole number of runs does."""
+        """Number of runs that share a scale; None if it is not a whole number."""
         return SCALED // self.kept if SCALED % self.kept == 0 else None

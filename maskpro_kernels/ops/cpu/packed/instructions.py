@@ -1,7 +1,7 @@
-"""Building blocks of code for packed weights: pieces in the terms of LLVM, and the instructions that a CPU has.
+"""Building blocks of code for packed weights: LLVM code, and instruction sets of CPUs.
 
-They put the kept values of a group at their places, and multiply them. A CPU's best are chosen by its features. Where
-it has none of them, packed weights are unpacked by the compiled loops.
+They place the kept values of a group in their columns and multiply them. A CPU's features determine the best set. On a
+CPU without any set, compiled loops unpack packed weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LINE_BYTES = 64
 
 
 class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite's builder does not know."""
+    """LLVM's bfloat, which llvmlite's builder lacks."""
 
     intrinsic_name = "bf16"
 
@@ -38,14 +38,14 @@ def zeros(type_: ir.Type) -> ir.Constant:
 
 
 def intrinsic(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
-    """The value of one of LLVM's intrinsics, called by its full name, with flags of floating point."""
+    """Call an LLVM intrinsic by its full name, with floating-point flags."""
     known = b.module.globals.get(name)
     function = known or ir.Function(b.module, ir.FunctionType(result, [x.type for x in args]), name)
     return b.call(function, args, fastmath=flags)
 
 
 class Variable:
-    """A value that changes, of which LLVM makes a register."""
+    """Variable that LLVM keeps in a register."""
 
     def __init__(self, b: ir.IRBuilder, initial: ir.Value):
         self.b, self.type = b, initial.type
@@ -60,10 +60,10 @@ class Variable:
 
 
 def buffer(b: ir.IRBuilder, element: ir.Type, count: int) -> ir.Value:
-    """Memory of the function for so many, made once however often a loop comes by."""
+    """Allocate memory for ``count`` elements once in the function, also for calls within loops."""
     with b.goto_entry_block():
         place = b.alloca(ir.ArrayType(element, count))
-    # a pointer like all others, which llvmlite gives the type of what it points to
+    # an untyped pointer; llvmlite gives it the type of the element
     place.align, place.type = LINE_BYTES, POINTER
     return place
 
@@ -78,7 +78,7 @@ def broadcast(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
 
 
 def widened(b: ir.IRBuilder, values: ir.Value, lanes: int) -> ir.Value:
-    """A vector of so many lanes that begins with another one; what stands behind that is not to be used."""
+    """Widen a vector to ``lanes`` lanes; the added lanes are undefined."""
     order = ir.Constant(vector(WORD, lanes), [min(i, values.type.count) for i in range(lanes)])
     return b.shuffle_vector(values, ir.Constant(values.type, ir.Undefined), order)
 
@@ -88,7 +88,7 @@ def fma(b: ir.IRBuilder, one: ir.Value, other: ir.Value, total: ir.Value) -> ir.
 
 
 def prefetch(b: ir.IRBuilder, pointer: ir.Value) -> None:
-    """Ask for a line, to be read once and kept in all caches; where there is no such memory nothing happens."""
+    """Prefetch a cache line for one read into all caches; does nothing for an invalid address."""
     intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), pointer, WORD(0), WORD(3), WORD(1))
 
 
@@ -100,18 +100,18 @@ def copy(b: ir.IRBuilder, source: ir.Value, target: ir.Value, count: ir.Value, e
 
 
 def divided_up(b: ir.IRBuilder, value: ir.Value, by: int) -> ir.Value:
-    """An i64 divided by a constant, and rounded up."""
+    """i64 divided by a constant, rounded up."""
     return b.sdiv(b.add(value, LONG(by - 1)), LONG(by))
 
 
 def horizontal_sum(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
-    """The sum of a float32 vector, in whatever order is quick."""
+    """Sum of a float32 vector, in the fastest order."""
     name = f"llvm.vector.reduce.fadd.v{values.type.count}f32"
     return intrinsic(b, name, FLOAT, ir.Constant(FLOAT, -0.0), values, flags=("reassoc",))
 
 
 def as_float32(b: ir.IRBuilder, values: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """A dtype's value, or a vector of such, as float32."""
+    """Convert a value or vector of a dtype to float32."""
     lanes = getattr(values.type, "count", None)
     wide, word = (FLOAT, WORD) if lanes is None else (vector(FLOAT, lanes), vector(WORD, lanes))
     if dtype == torch.bfloat16:
@@ -121,7 +121,7 @@ def as_float32(b: ir.IRBuilder, values: ir.Value, dtype: torch.dtype) -> ir.Valu
 
 
 def stored(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, dtype: torch.dtype) -> None:
-    """Store a float32 as a dtype."""
+    """Convert a float32 to a dtype and store it."""
     if dtype == torch.bfloat16:
         value = rounded_to_bfloat16(b, value)
     elif dtype == torch.float16:
@@ -130,7 +130,7 @@ def stored(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, dtype: torch.dty
 
 
 def _row_of(b: ir.IRBuilder, rows: list[list[int]], bits: ir.Value, bytes_each: int) -> ir.Value:
-    """The row that a piece of the bitmask names, of the module's one table of bytes."""
+    """Row of the module's table of bytes for a part of the bitmask."""
     table = b.module.globals.get("table")
     if table is None:
         content = bytearray(x & 0xFF for row in rows for x in row)
@@ -142,22 +142,22 @@ def _row_of(b: ir.IRBuilder, rows: list[list[int]], bits: ir.Value, bytes_each: 
 
 
 def _ranks(lanes: int) -> list[list[int | None]]:
-    """For each bitmask of so many lanes: which value stands in each lane, None where none does."""
+    """For each bitmask of ``lanes`` bits, the index of the value in each lane, or None."""
     places = range(lanes)
     return [[(x & (1 << i) - 1).bit_count() if x >> i & 1 else None for i in places] for x in range(1 << lanes)]
 
 
 class Instructions:
-    """Of one kind of CPU.
+    """Instruction set of one kind of CPU.
 
     Attributes:
-        needs: features, by LLVM's names, without which the CPU is of another kind.
+        needs: required features, by LLVM's names.
         lanes: 32-bit values of a vector.
-        tokens: most that a row is multiplied with at a time: as many sums as leave registers for the weights.
-        halves: whether 32 values of 16 bits are placed at once.
-        pairs: whether pairs of bfloat16 are multiplied into float32 sums.
-        octets: whether 64 bytes are placed at once, and quadruples of them multiplied into int32 sums.
-        tiles: whether matrices of 16 x 32 bfloat16 are multiplied.
+        tokens: most tokens to multiply a row with at a time, so that their sums leave registers for the weights.
+        halves: whether it places 32 values of 16 bits at once.
+        pairs: whether it multiplies pairs of bfloat16 into float32 sums.
+        octets: whether it places 64 bytes at once, and multiplies quadruples of them into int32 sums.
+        tiles: whether it multiplies matrices of 16 x 32 bfloat16.
     """
 
     needs: tuple[str, ...]
@@ -169,11 +169,11 @@ class Instructions:
         pass
 
     def __repr__(self) -> str:
-        # a part of the name on disk of what is compiled: CPUs of one kind may differ in these
+        # part of the key of compiled code: CPUs of one kind may differ in these
         return f"{type(self).__name__}({self.halves}, {self.pairs}, {self.octets}, {self.tiles})"
 
     def placed(self, b: ir.IRBuilder, values: ir.Value, bits: ir.Value) -> ir.Value:
-        """The first values of a vector of 32-bit integers in the lanes that ``bits`` keeps, zeros in the others."""
+        """Place the first values of a vector of 32-bit integers in the lanes of ``bits``, with zeros in others."""
         raise NotImplementedError
 
 
@@ -216,7 +216,7 @@ class Neon(Instructions):
     needs, lanes, tokens = ("neon",), 4, 16
 
     def placed(self, b, values, bits):
-        # a place beyond the 16 bytes gives zero
+        # an index beyond the 16 bytes gives zero
         rows = [[255 if x is None else 4 * x + byte for x in row for byte in range(4)] for row in _ranks(4)]
         order = _row_of(b, rows, bits, 16)
         octets = vector(BYTE, 16)
@@ -224,10 +224,10 @@ class Neon(Instructions):
         return b.bitcast(moved, vector(WORD, 4))
 
 
-# The best first
+# Best first
 KINDS: tuple[type[Instructions], ...] = (Avx512, Avx2, Neon)
 
 
 def chosen(features: Mapping[str, bool]) -> Instructions | None:
-    """The best of a CPU with these features, if it has any."""
+    """Best instruction set of a CPU with these features, or None."""
     return next((kind(features) for kind in KINDS if all(features.get(name) for name in kind.needs)), None)

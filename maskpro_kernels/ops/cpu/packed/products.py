@@ -1,7 +1,7 @@
-"""Products with packed weights by compiled code, and packed weights unpacked.
+"""Products with packed weights, and unpacking, by compiled code.
 
-How a product is computed depends on the CPU, on the dtypes and on the number of tokens, see ``way``. Code is compiled
-once, kept on disk, and compared with torch's product before it is used.
+CPU, dtypes and number of tokens determine how a product is computed, see ``way``. Code is compiled once, stored on
+disk, and compared with torch's product before its first use.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from . import RUN, Packed
 if TYPE_CHECKING:
     from .instructions import Instructions
 
-# Most tokens that a product multiplies in registers, by all instructions but tiles
+# Most tokens of a product in registers, without tiles
 FEW = 16
-# Most tokens for which that takes less time than tiles do, of 16-bit values and of int8
+# Most tokens for which registers are faster than tiles, for 16-bit values and for int8
 FEWER = 4
 
-# Bytes that stay in a core's cache: of an unpacked block, and of tokens that tiles are multiplied with
+# Bytes that stay in a core's cache: of an unpacked block, and of tokens for tiles
 CACHED_BYTES = 1 << 20
-# Fewest tokens for which weights are placed anew, where the cache would hold fewer
+# Fewest tokens between two placements of the weights, even if fewer fit into the cache
 LEAST_TOKENS = 128
 
 # (values, bitmask, scales or None)
 Parts = tuple[Tensor, Tensor, Tensor | None]
 
-# What computes a product, of (x, parts, bias)
+# Computes a product of (x, parts, bias)
 Runner = Callable[[Tensor, Parts, Tensor | None], Tensor]
 
-# Of (values, bitmask, first run, number of runs)
+# Unpacks (values, bitmask, first run, number of runs)
 Unpacked = Callable[[Tensor, Tensor, int, int], Tensor]
 
-# Fewest weights that threads share: handing over takes as long as a thread takes for so many
+# Fewest weights for another thread: starting it takes as long as one thread for this many
 SHARED_WEIGHTS = 1 << 16
 
 
 @functools.cache
 def available() -> Instructions | None:
-    """The best instructions of this CPU for packed weights, if it has any."""
-    # here and below, for it brings all of LLVM
+    """Best instruction set of this CPU for packed weights, or None."""
+    # imported here and below, since it loads LLVM
     from .. import machine
     from . import instructions
 
@@ -58,7 +58,7 @@ def available() -> Instructions | None:
 
 
 def compiled(name: str, arguments: int, build: Callable[..., str], *made_of) -> Callable[..., None]:
-    """``loop(count, threads, *arguments)`` of the code that ``build(*made_of)`` gives."""
+    """Compile the code of ``build(*made_of)`` to ``loop(count, threads, *arguments)``."""
     from .. import machine
 
     features = sorted(feature for feature, has in machine.features().items() if has)
@@ -72,7 +72,7 @@ def threads(weights: int) -> int:
 
 @functools.cache
 def unpacker(kind: Packed) -> Unpacked | None:
-    """``unpacked(values, bitmask, first, count)``: of all rows ``count`` runs from ``first`` on, if code can do it."""
+    """Return ``unpacked(values, bitmask, first, count)``, ``count`` runs of all rows from ``first``, or None."""
     use = available()
     if use is None:
         return None
@@ -100,7 +100,7 @@ def _unpacked_by(loop: Callable[..., None], kind: Packed) -> Unpacked:
 
 
 def _check_unpacked(unpacked: Unpacked, kind: Packed) -> None:
-    """Raise unless it unpacks a sample to the reference's bits."""
+    """Raise unless ``unpacked`` gives the reference's bits for a sample."""
     generator = torch.Generator("cpu").manual_seed(0)
     rows, groups = 5, 3 * RUN // kind.m + 1
     scores = torch.rand((rows, groups, kind.m), generator=generator, device="cpu")
@@ -113,7 +113,7 @@ def _check_unpacked(unpacked: Unpacked, kind: Packed) -> None:
         columns = slice(RUN * first, RUN * (first + count))
         part = unpacked(values, bitmask, first, min(count, -(-groups * kind.m // RUN) - first))
         if not torch.equal(part.view(integers), expected[:, columns].contiguous().view(integers)):
-            raise RuntimeError("what is unpacked differs from the reference")
+            raise RuntimeError("unpacked weights differ from the reference")
 
 
 def unpack_nm(values, bitmask, *, n, m):
@@ -123,17 +123,17 @@ def unpack_nm(values, bitmask, *, n, m):
         return unpacked(values, bitmask, 0, -(-(values.shape[1] // n * m) // RUN))
     out = torch.empty(values.shape[0], values.shape[1] // n * m, dtype=values.dtype)
     groups, flat = (x.view(reference.INTEGERS[x.itemsize]).view(-1, size) for x, size in ((values, n), (out, m)))
-    # those of a single group in a row would lie apart
+    # codes of a single group in a row may have a stride
     codes = codes_of(bitmask, out.shape[1], m).contiguous().view(-1)
     run(reference.group_unpacked, [groups, codes], out=flat, m=m)
     return out
 
 
 def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
-    """How a CPU with those instructions computes a product with so many tokens.
+    """Way in which a CPU with these instructions computes a product.
 
-    "registers" and "octets": row by row, see ``rows``, in floats or in integers. "tiles": by AMX. "blocks", "unpack":
-    by torch, once blocks of rows, or the whole weight without such instructions, are unpacked.
+    "registers" and "octets": row by row, see ``rows``, in floats or in integers. "tiles": by AMX. "blocks" and
+    "unpack": by torch, with unpacked blocks of rows, or without such instructions with the whole unpacked weight.
     """
     if use is None:
         return "unpack"
@@ -152,7 +152,7 @@ def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> T
     tokens = x.numel() // k
     if not tokens or not rows:
         return x.new_empty(*x.shape[:-1], rows)
-    # one runner for all larger numbers of tokens
+    # all larger numbers of tokens share one runner
     bounded = min(tokens, FEW + 1)
     return _chosen(bounded, n, m, parts[0].dtype, x.dtype, bias is not None)(x, parts, bias)
 
@@ -161,7 +161,7 @@ def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> T
 def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, biased: bool) -> Runner:
     kind = Packed(n, m, values, x)
     how = way(available(), tokens, kind)
-    # the code of the others is the same for all numbers of tokens
+    # the code of other ways does not depend on the number of tokens
     return _runner(how, kind, tokens if how in ("registers", "octets") else FEW + 1, biased)
 
 
@@ -188,7 +188,7 @@ def _pointer(tensor: Tensor | None) -> int:
 
 @functools.cache
 def _runner(how: str, kind: Packed, tokens: int, biased: bool) -> Runner:
-    """A function that computes a product that way, of FEW tokens or of more; by unpacking where its code fails."""
+    """Function for a product in one way, of up to FEW tokens or of more; if its code fails, it unpacks."""
     if how == "unpack":
         return functools.partial(_by_unpacking, kind)
     try:
@@ -196,7 +196,7 @@ def _runner(how: str, kind: Packed, tokens: int, biased: bool) -> Runner:
         runner = made(kind, tokens, biased)
         _check_product(runner, kind, tokens, biased)
     except Exception as error:
-        warn_of_failure(error, "packed weights are unpacked at each product")
+        warn_of_failure(error, "packed weights are unpacked for each product")
         return functools.partial(_by_unpacking, kind)
     return runner
 
@@ -209,9 +209,9 @@ def _by_unpacking(kind: Packed, x: Tensor, parts: Parts, bias: Tensor | None) ->
 
 
 def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None:
-    """Raise unless a small product is as near to that in float64 as torch's is: compilers may err."""
+    """Raise unless a small product is as close to float64 as torch's: compilers may have bugs."""
     generator = torch.Generator("cpu").manual_seed(0)
-    # more rows than are placed at once, and a run that a row does not fill
+    # more rows than are placed at once, and an incomplete last run
     rows, groups = 35, 3 * RUN // kind.m + 1
 
     def normal(*shape: int) -> Tensor:
@@ -233,7 +233,7 @@ def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None
 
 
 def _pieces(tokens: int, most: int, make: Callable[[int], Callable]) -> list[tuple[int, Callable]]:
-    """(first token, loop for so many) of consecutive tokens, ``most`` at a time."""
+    """(first token, loop for their number) of consecutive tokens, ``most`` at a time."""
     made = {count: make(count) for count in {min(tokens, most), tokens % most} - {0}}
     return [(first, made[min(most, tokens - first)]) for first in range(0, tokens, most)]
 
@@ -256,7 +256,7 @@ def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
         weight = values.data_ptr(), bitmask.data_ptr(), scales.data_ptr() if quantized else 0
         x_place, out_place, bias_place = given.data_ptr(), out.data_ptr(), bias.data_ptr() if biased else 0
         if len(pieces) == 1:
-            # what decoding does: each statement counts
+            # decoding runs this: each statement costs
             one(rows, threads(rows * k), k, rows, *weight, x_place, bias_place, out_place)
             return out
         for first, loop in pieces:
@@ -330,7 +330,7 @@ def _tiles(kind: Packed, tokens: int, biased: bool) -> Runner:
 def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
     unpacked = unpacker(kind._replace(values=kind.x))
     if unpacked is None:
-        raise RuntimeError("the code that unpacks blocks did not compile")
+        raise RuntimeError("code to unpack blocks did not compile")
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts

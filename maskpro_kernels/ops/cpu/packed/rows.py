@@ -1,9 +1,9 @@
 """Products with a few tokens, row by row: each run of weights is placed in registers once, and multiplied with all.
 
-Of int8 values 64 weights are placed at once where the CPU has the instructions, and multiplied as bytes. What they are
-multiplied with becomes integers of 16 bits, with one scale for each block of columns whose weights share one. The error
-of each is 2^-16 of the largest number of its block. Where that number stands out, the product is made in floats as
-others are. The two bytes of an integer are multiplied one by one.
+If the CPU has the instructions, 64 int8 values are placed at once and multiplied as bytes. The activations are then
+quantized to 16-bit integers, with one scale for each block of columns whose weights share a scale. Their error is 2^-16
+of the largest number of the block. For outliers, which would make it too large, the product uses floats. The two bytes
+of an integer are multiplied separately.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ from .instructions import (
 )
 from .weight import Weight
 
-# How far ahead values are asked for: the CPU's own prefetcher stops at each page
+# Distance of prefetches: the CPU's own prefetcher stops at each page
 AHEAD_BYTES = 4096
 
-# Weights that are placed at once
+# Weights to place at once
 OCTETS = 2 * RUN
 LANES = 16
 
-# Most tokens that a row is multiplied with at a time: each has two sums
+# Most tokens to multiply a row with at a time: each has two sums
 OCTET_TOKENS = 8
 
-# Integers of 16 bits that stand for -LARGEST to LARGEST are stored with MIDDLE added, for their bytes have no sign
+# Integers from -LARGEST to LARGEST are stored with MIDDLE added, since their bytes are unsigned
 LARGEST, MIDDLE = 32767, 32768
 
-# How often the mean magnitude of a block its largest number may be: the error of an integer, 2^-16 of that number, is
-# then below what rounding a product to bfloat16 costs, even if a mask drops the column of that number
+# Largest ratio of a block's largest magnitude to its mean. The error of an integer, 2^-16 of the largest, is then below
+# that of rounding a product to bfloat16, even if a mask drops the column of the largest number
 MOST_OVER_MEAN = 128.0
 
-# So that no reciprocal of a scale is infinite
+# Keeps reciprocals of scales finite
 LEAST_SCALE = 1e-37
 
 
 class RowProduct:
-    """``loop(start, stop, k, rows, *pointers, bias, out)``: rows start to stop of x @ weight.T + bias.
+    """Builder of ``loop(start, stop, k, rows, *pointers, bias, out)``: rows start to stop of x @ weight.T + bias.
 
-    Subclasses say what a row does, by ``add_row``. out [tokens, rows] and bias [rows] are of ``kind.x``.
+    ``add_row`` of subclasses adds the code of a row. out [tokens, rows] and bias [rows] are of ``kind.x``.
     """
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool, pointers: int):
@@ -74,7 +74,7 @@ class RowProduct:
         use_whole_registers(self.function)
         self.start, self.stop, self.k, self.rows, *self.pointers, self.bias, self.out = self.function.args
         self.row_values = self.b.mul(self.b.sdiv(self.k, LONG(kind.m)), LONG(kind.n))
-        # of a row
+        # scales of a row
         self.scales_count = divided_up(self.b, self.row_values, SCALED)
 
     def assembly(self) -> str:
@@ -84,13 +84,13 @@ class RowProduct:
         return str(self.module)
 
     def scale(self, scales: ir.Value, row: ir.Value, block: ir.Value) -> ir.Value:
-        """The float32 scale of a block of a row."""
+        """float32 scale of a block of a row."""
         b, element = self.b, TYPES[self.kind.x]
         index = b.add(b.mul(row, self.scales_count), block)
         return as_float32(b, b.load(at(b, scales, index, element), typ=element, align=1), self.kind.x)
 
     def store(self, row: ir.Value, token: int, total: ir.Value) -> None:
-        """Write the sum of a float32 vector, and the bias, to a token's place."""
+        """Write the sum of a float32 vector plus the bias to a token's output."""
         b, dtype = self.b, self.kind.x
         element, y = TYPES[dtype], horizontal_sum(self.b, total)
         if self.biased:
@@ -100,16 +100,16 @@ class RowProduct:
 
 
 def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
-    """``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``: as ``RowProduct``.
+    """Code of ``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``, see ``RowProduct``.
 
-    x [tokens, k] is of ``kind.x`` where ``multiplies_pairs``, else float32; scales [rows, ceil(values of a row /
-    SCALED)] are of ``kind.x``.
+    x [tokens, k] is of ``kind.x`` if ``multiplies_pairs``, else float32; scales [rows, ceil(values of a row / SCALED)]
+    are of ``kind.x``.
     """
     return RegisterProduct(kind, use, tokens, biased).assembly()
 
 
 def multiplies_pairs(kind: Packed, use: Instructions) -> bool:
-    """Say if the products of bfloat16 are made by instructions of their own."""
+    """Return whether instructions for products of bfloat16 are used."""
     return use.pairs and kind.x == torch.bfloat16
 
 
@@ -122,7 +122,7 @@ class RegisterProduct(RowProduct):
         self.pairs = multiplies_pairs(kind, use)
         self.weight = self.weight_class(self.b, kind, use, "halves" if self.pairs else "floats", values, bits, self.k)
         self.lanes = use.lanes
-        # enough sums beside each other to hide how long one takes
+        # enough independent sums to hide the latency of one
         self.beside = max(1, 4 // tokens)
         self.x_element = HALF if self.pairs else FLOAT
         self.x_aside = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
@@ -148,7 +148,7 @@ class RegisterProduct(RowProduct):
             self.store(row, token, total)
 
     def _sums(self, place: tuple, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
-        """Vectors [lanes] for each token whose sums are the products over those runs of a row."""
+        """Vectors [lanes] for each token; each adds up to the product over runs [start, stop) of a row."""
         b, weight, none = self.b, self.weight, zeros(vector(FLOAT, self.lanes))
         sums = [[Variable(b, none) for _ in range(self.tokens)] for _ in range(self.beside)]
         direct = weight.within(start, stop)
@@ -185,7 +185,7 @@ class RegisterProduct(RowProduct):
         return at(b, self.x, b.add(b.mul(self.k, LONG(token)), b.mul(run, LONG(RUN))), self.x_element)
 
     def _x_copied(self, token: int, run: ir.Value) -> ir.Value:
-        """``_x_of``, with zeros where the row has ended."""
+        """``_x_of``, with zeros after the end of the row."""
         b, aside = self.b, self.x_aside[token]
         b.store(zeros(ir.ArrayType(self.x_element, RUN)), aside)
         copy(b, self._x_of(token, run), aside, self.weight.weights_of(run), self.x_element)
@@ -204,15 +204,15 @@ class RegisterProduct(RowProduct):
                     total.set(fma(b, weight, own, total.get()))
 
 
-# Of int8 values in integers
+# Products of int8 values in integers
 
 
 def as_integers(kind: Packed) -> str:
-    """``loop(start, stop, k, x, high, low, scales, refused)``: for tokens start to stop of x [tokens, k] of ``kind.x``.
+    """Code of ``loop(start, stop, k, x, high, low, scales, refused)``: quantize tokens start to stop of x [tokens, k].
 
-    high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks]. An int64 at ``refused``
-    becomes 1 where integers would be too coarse for a block: its largest number lies too far above the others, or is
-    none.
+    x is of ``kind.x``, high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks]. An
+    int64 at ``refused`` is set to 1 if integers are too coarse for a block: its largest number is too far above the
+    others, or NaN.
     """
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 3, 5)
@@ -224,7 +224,7 @@ def as_integers(kind: Packed) -> str:
     element, aside = TYPES[kind.x], buffer(b, TYPES[kind.x], LANES)
 
     def lanes(row: ir.Value, first: ir.Value, last: ir.Value, take: Callable[[ir.Value, ir.Value], None]) -> None:
-        """``take(column, values)`` of columns [first, last), LANES at a time, as float32; zeros beyond the last."""
+        """Call ``take(column, values)`` for columns [first, last), LANES float32 at a time; zeros beyond the last."""
         whole = b.add(first, b.mul(b.sdiv(b.sub(last, first), LONG(LANES)), LONG(LANES)))
 
         def taken(column: ir.Value, pointer: ir.Value) -> None:
@@ -254,7 +254,7 @@ def as_integers(kind: Packed) -> str:
 
             def write(column: ir.Value, values: ir.Value) -> None:
                 nearest = intrinsic(b, f"llvm.rint.v{LANES}f32", values.type, b.fmul(values, factor))
-                # what is no number has no integer
+                # saturates, since NaN has no integer
                 number = intrinsic(b, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", words, nearest)
                 number = b.add(number, ir.Constant(words, [MIDDLE] * LANES))
                 for target, part in zip(
@@ -273,7 +273,7 @@ def as_integers(kind: Packed) -> str:
 
 
 def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, last: ir.Value) -> tuple:
-    """(By which the integers of those columns are to be multiplied, whether integers are fine enough for them)."""
+    """(scale of the integers of columns [first, last), whether integers are accurate enough for them)."""
     none = zeros(vector(FLOAT, LANES))
     most, total = Variable(b, none), Variable(b, none)
 
@@ -285,7 +285,7 @@ def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, las
     lanes(row, first, last, widen)
     largest = intrinsic(b, f"llvm.vector.reduce.fmaximum.v{LANES}f32", FLOAT, most.get())
     mean = b.fdiv(horizontal_sum(b, total.get()), b.sitofp(b.sub(last, first), FLOAT))
-    # false of what is no number
+    # false for NaN
     near = b.fcmp_ordered("<=", largest, b.fmul(mean, ir.Constant(FLOAT, MOST_OVER_MEAN)))
     finite = b.fcmp_ordered("<", largest, ir.Constant(FLOAT, float("inf")))
     scale = b.fdiv(largest, ir.Constant(FLOAT, float(LARGEST)))
@@ -294,7 +294,7 @@ def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, las
 
 
 def octet_product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
-    """``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``: as ``RowProduct``."""
+    """Code of ``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``."""
     return _OctetProduct(kind, use, tokens, biased).assembly()
 
 
@@ -330,7 +330,7 @@ class _OctetProduct(RowProduct):
             self.store(row, token, total.get())
 
     def _sums(self, values: ir.Value, bits: ir.Value, first: ir.Value, last: ir.Value) -> list[ir.Value]:
-        """int32 [LANES] for each token, whose sums are the products over those octets of a row."""
+        """int32 [LANES] for each token; each adds up to the product over octets [first, last) of a row."""
         b, none = self.b, zeros(vector(WORD, LANES))
         plain = Variable(b, none)
         parts = [(Variable(b, none), Variable(b, none)) for _ in range(self.tokens)]

@@ -1,7 +1,7 @@
 """Products with many tokens by AMX, whose instructions multiply matrices of 16 x 32 bfloat16.
 
-Weights are placed in a piece of memory that stays in the nearest cache, 32 rows by 16 runs, and multiplied with all
-tokens. What they are multiplied with is laid out before: of 16 tokens and two columns at a time.
+Weights, 32 rows by 16 runs at a time, are placed in memory that stays in the nearest cache, and multiplied with all
+tokens. The tokens are reordered before, by 16 tokens and two columns.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .weight import Weight
 TILE = 16
 TILE_BYTES = 64 * TILE
 
-# Rows that a product takes at a time, and runs of them
+# Rows that a product processes at a time, and their runs
 STRIP = 2 * TILE
 CHUNK = 16
 
-# Most tokens whose sums stand beside each other: 32 rows of them, in float32, lie in the next cache
+# Most tokens with sums in memory: 32 rows of float32 sums fit into the next cache
 TOKENS = 512
 
-# Tiles of sums: of 16 rows and 16 tokens, of the next 16 rows, of the next 16 tokens, and of both
+# Tiles of sums: for 16 rows and 16 tokens, for the next 16 rows, for the next 16 tokens, and for both
 SUMS, WEIGHTS, X = (0, 1, 2, 3), (4, 5), (6, 7)
 
 # All eight tiles of 16 rows of 64 bytes, by palette 1
@@ -51,7 +51,7 @@ TILES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
 
 
 def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
-    """The columns of a matrix of vectors; as many rows as columns, a power of two."""
+    """Columns of a square matrix of vectors; its size is a power of two."""
     rows, count, step = list(rows), len(rows), 1
     while step < count:
         order = [
@@ -67,10 +67,10 @@ def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
 
 
 def laid_out() -> str:
-    """``loop(start, stop, k, tokens, x, out)``: x [tokens, k] of bfloat16, tiles start to stop of its tokens.
+    """Code of ``loop(start, stop, k, tokens, x, out)``: reorder bfloat16 x [tokens, k], tiles start to stop of tokens.
 
-    out is [tiles, runs of a row, TILE pairs of columns, TILE tokens, 2], zeros beyond k; tokens beyond the last are the
-    last again.
+    out is [tiles, runs of a row, TILE pairs of columns, TILE tokens, 2], zeros beyond k; tokens beyond the last repeat
+    the last one.
     """
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 4, 2)
@@ -112,17 +112,16 @@ def laid_out() -> str:
 
 
 def product(kind: Packed, use: Instructions, biased: bool) -> str:
-    """``loop(start, stop, k, rows, first, tokens, values, bits, scales, x, bias, out)``: of strips start to stop.
+    """Code of ``loop(start, stop, k, rows, first, tokens, values, bits, scales, x, bias, out)`` for strips of rows.
 
-    A strip is STRIP rows.
-    x is as ``laid_out`` leaves it; all else as in ``rows.product``. ``tokens`` of them from ``first`` on are
-    multiplied, TOKENS at most; ``first`` is a multiple of TILE.
+    Strips start to stop, of STRIP rows each. x is from ``laid_out``; other arguments as in ``rows.product``. It
+    multiplies ``tokens`` tokens from ``first`` on, at most TOKENS; ``first`` is a multiple of TILE.
     """
     return _Product(kind, use, biased).assembly()
 
 
 class _Product:
-    """The function of ``product``."""
+    """Builder of the function of ``product``."""
 
     def __init__(self, kind: Packed, use: Instructions, biased: bool):
         self.kind, self.biased = kind, biased
@@ -143,7 +142,7 @@ class _Product:
         b = self.b
         before, own = buffer(b, BYTE, 64), buffer(b, BYTE, 64)
         b.store(ir.Constant(ir.ArrayType(BYTE, 64), bytearray(TILES)), own)
-        # other libraries of the process may count on the tiles that they have set up
+        # other libraries of the process may depend on their configuration of tiles
         intrinsic(b, "llvm.x86.sttilecfg", ir.VoidType(), before)
         intrinsic(b, "llvm.x86.ldtilecfg", ir.VoidType(), own)
         each(b, self.start, self.stop, self._strip)
@@ -172,7 +171,7 @@ class _Product:
         each(b, LONG(0), tiles, lambda tile: self._write(first, tile))
 
     def _place(self, first: ir.Value, run: ir.Value, until: ir.Value) -> None:
-        """Put the weights of a strip, those runs of each row, at their places."""
+        """Place the weights of a strip, runs [run, until) of each row, in their columns."""
         b, weight = self.b, self.weight
         rows = smaller(b, LONG(STRIP), b.sub(self.rows, first))
         direct = weight.within(run, until)
@@ -181,7 +180,7 @@ class _Product:
         def place_row(i: ir.Value) -> None:
             row = b.add(first, i)
             place = weight.row(row)
-            # the runs that come next, of this strip or of the next one
+            # the next runs, of this strip or of the next one
             following = weight.row(b.select(more, row, b.add(row, LONG(STRIP))))
             ahead = weight.values_of(following, b.select(more, until, LONG(0)))
 
@@ -207,7 +206,7 @@ class _Product:
         return as_float32(b, b.load(at(b, self.scales, index, element), typ=element, align=1), self.kind.x)
 
     def _tile(self, name: str, number: int, pointer: ir.Value) -> None:
-        """Load or store a tile, whose rows lie side by side."""
+        """Load or store a tile with adjacent rows."""
         intrinsic(self.b, f"llvm.x86.{name}64", ir.VoidType(), BYTE(number), pointer, LONG(64))
 
     def _multiply(self, tile: ir.Value, count: int, run: ir.Value, until: ir.Value) -> None:

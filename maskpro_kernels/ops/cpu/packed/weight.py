@@ -1,7 +1,7 @@
-"""A packed weight as code reads it, run by run, its values at their places in vectors; and the weight unpacked.
+"""Code that reads a packed weight run by run, with values placed in vectors, and code that unpacks it.
 
-A run is 32 weights of a row. All runs of a pattern keep as many, so the values of each lie at a fixed distance from
-those before. Nothing is read beyond the last value of a row: runs from which that could happen are copied aside first.
+A run is 32 weights of a row. All runs of a pattern keep equally many, so the distance of their values is fixed. Nothing
+is read beyond the last value of a row: runs for which that could happen are first copied to a buffer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .instructions import (
 
 
 class Weight:
-    """The rows of a packed weight, of ``k`` weights each, run by run, in a function that is being built.
+    """Reader of the rows of a packed weight, of ``k`` weights each, run by run, for a function under construction.
 
-    ``form`` says what vectors hold: "halves", 32 values of 16 bits; "floats"; "words", values as 32-bit integers.
+    ``form`` is the content of vectors: "halves", 32 values of 16 bits; "floats"; "words", values as 32-bit integers.
     """
 
     def __init__(
@@ -42,26 +42,26 @@ class Weight:
     ):
         self.b, self.kind, self.use, self.form, self.k = b, kind, use, form, k
         self.values, self.bits = values, bits
-        # bits are moved as integers, whatever they stand for
+        # values are moved as integers of their bits
         self.element = TYPES[kind.values] if form == "floats" else ir.IntType(8 * kind.values.itemsize)
         self.lanes = RUN if form == "halves" else use.lanes
-        # whether as many values belong to the lanes of every vector
+        # whether each vector has equally many values
         self.fixed = kind.m <= self.lanes
         self.row_values = b.mul(b.sdiv(k, LONG(kind.m)), LONG(kind.n))
         self.row_bytes = divided_up(b, k, 8)
         self.runs = divided_up(b, k, RUN)
-        # runs of a row that can be read where they lie, whatever the bitmask says
+        # runs of a row that can be read directly, for any bitmask
         self.direct_runs = b.sdiv(k, LONG(RUN))
         if not self.fixed:
-            # the vector of the last lanes may start behind as many values as there are other lanes
+            # the vector of the last lanes may start after as many values as there are other lanes
             beyond = b.sdiv(b.sub(self.row_values, LONG(RUN - kind.kept)), LONG(kind.kept))
             self.direct_runs = smaller(b, self.direct_runs, larger(b, beyond, LONG(0)))
         self.aside = buffer(b, self.element, 2 * RUN)
-        # what is read there beyond the values that are copied
+        # content of the buffer beyond the copied values
         b.store(zeros(ir.ArrayType(self.element, 2 * RUN)), self.aside)
 
     def within(self, first: ir.Value, last: ir.Value) -> ir.Value:
-        """Where the direct ones of the runs [first, last) end."""
+        """End of the direct runs among [first, last)."""
         return larger(self.b, first, smaller(self.b, self.direct_runs, last))
 
     def row(self, row: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -75,16 +75,16 @@ class Weight:
         return at(self.b, row[0], self.b.mul(run, LONG(self.kind.kept)), self.element)
 
     def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
-        """``vectors`` of one of the direct runs."""
+        """``vectors`` of a direct run."""
         word = self.b.load(at(self.b, row[1], run, WORD), typ=WORD, align=1)
         return self.vectors(self.values_of(row, run), word, scale)
 
     def weights_of(self, run: ir.Value) -> ir.Value:
-        """How many weights a run has, an i64."""
+        """Number of weights of a run, i64."""
         return smaller(self.b, LONG(RUN), self.b.sub(self.k, self.b.mul(run, LONG(RUN))))
 
     def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
-        """``vectors`` of any run, zeros where the row has ended."""
+        """``vectors`` of any run, with zeros after the end of the row."""
         b, weights = self.b, self.weights_of(run)
         values = b.mul(b.sdiv(weights, LONG(self.kind.m)), LONG(self.kind.n))
         copy(b, self.values_of(row, run), self.aside, values, self.element)
@@ -98,7 +98,7 @@ class Weight:
         return self.vectors(self.aside, word.get(), scale)
 
     def vectors(self, values: ir.Value, word: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
-        """The weights in order of a run at that pointer, with that bitmask; the float32 scale is multiplied in."""
+        """Weights of a run in order, from a pointer to values and a bitmask, times the float32 scale."""
         b, n, m = self.b, self.kind.n, self.kind.m
         if self.form == "halves":
             return [self.use.placed(b, self._loaded(values, self.kind.kept, scale), word)]
@@ -115,7 +115,7 @@ class Weight:
         return [b.bitcast(x, vector(FLOAT, self.lanes)) for x in out] if self.form == "floats" else out
 
     def _loaded(self, pointer: ir.Value, count: int, scale: ir.Value | None) -> ir.Value:
-        """So many values as the form wants them, as integers, in a whole vector."""
+        """Load ``count`` values in the form of vectors, as integers, in a whole vector."""
         b, dtype = self.b, self.kind.values
         given = b.load(pointer, typ=vector(self.element, count), align=1)
         if dtype == torch.int8:
@@ -134,7 +134,7 @@ class Weight:
 
 
 def unpack(kind: Packed, use: Instructions) -> str:
-    """``loop(start, stop, k, first, count, stride, values, bits, out)``: ``count`` runs of rows, from ``first`` on.
+    """Code of ``loop(start, stop, k, first, count, stride, values, bits, out)``: unpack ``count`` runs from ``first``.
 
     Row i of the result starts at element i * stride of ``out``. Values are of ``kind.x``, a dtype of 16 or 32 bits.
     """
