@@ -62,7 +62,7 @@ def test_masks_on_another_base_are_refused(tmp_path):
     for base, message in (
         (
             weights | {"up": changed},
-            f"model: expected the base .*tiny, of fingerprint {mask.base} in bfloat16, got bfloat16",
+            f"model: expected the masks' base model, tiny, with fingerprint {mask.base} in bfloat16, got bfloat16",
         ),
         ({"up": weights["up"]}, "got down.0 of shape none, but in the masks .16, 32."),
         (weights | {"x": changed}, "got x of shape .24, 64., but in the masks none"),
