@@ -16,7 +16,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -416,7 +416,9 @@ def resetting(model: nn.Module) -> Iterator[None]:
         for module in model.modules() if fsdp is not None else ():
             # one that has not run yet has nothing to be reset
             if isinstance(module, fsdp.FSDPModule) and module._get_fsdp_state()._is_root:
-                module.reset_iter_state()
+                # the error that came first is the one to raise
+                with suppress(RuntimeError):
+                    module.reset_iter_state()
         raise
 
 

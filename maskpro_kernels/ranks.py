@@ -72,8 +72,8 @@ class Ranks:
     """This process among those of a run: those of torch.distributed where it is initialized, else it is alone.
 
     All ranks call the same methods in the same order, ``connect`` first. Alone, nothing is sent. Where a rank has ended
-    the others get torch's RuntimeError. The exchanges of a step wait ``timeout`` seconds for the other ranks, and
-    ``on_any``, ``gather_objects``, ``first``, ``all_of`` and ``agree`` as long as it takes.
+    the others get torch's RuntimeError. The exchanges of a step wait ``timeout`` seconds for the others, ``connect``
+    half an hour at least, and ``on_any``, ``gather_objects``, ``first``, ``all_of`` and ``agree`` as long as it takes.
 
     Attributes:
         rank, world: of this process, from 0; how many there are.
@@ -91,6 +91,9 @@ class Ranks:
     def connect(self) -> None:
         """Meet the other ranks, where that has not been done."""
         if self.world > 1 and self._of_steps is None and not self._closed:
+            # half an hour at least: each loads its model before, as fast as its disk is
+            meeting = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(1800.0, self.timeout)))
+            dist.destroy_process_group(meeting)
             self._of_steps = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
             self._patient = dist.new_group(backend="gloo", timeout=LONG)
 

@@ -18,7 +18,7 @@ from helpers.bits import assert_same_bits
 from helpers.children import environment
 from helpers.in_ranks import LONGEST, Ended, all_in_ranks, in_ranks
 from helpers.rank_jobs import learn_on_rank, rank_trainer
-from helpers.small_trainer import a_model, logits_of, some_batches, uneven_batches
+from helpers.small_trainer import a_model, logits_of, loss_fn, some_batches, uneven_batches
 from torch import nn
 
 import maskpro_kernels as mk
@@ -130,10 +130,15 @@ def differ(rank: int, folder: Path) -> dict[str, str]:
     heavier[0].weight.data[0, 0] += rank
     other[0].logits.data[0, 0] += rank
     biased[2].bias.data[3] += rank
+    sparse = a_model()
+    sparse.register_buffer("graph", (torch.eye(4) * (1 + rank)).to_sparse())
     wider = nn.Sequential(nn.Linear(16, 8 + 4 * rank), nn.Linear(8 + 4 * rank, 4))
     mk.convert(wider, "2:4", gap=2.0)
     trainers = {
         "other tensors of the model": rank_trainer(model=biased, accumulate=2),
+        "other tensors of the model, loss_fn": rank_trainer(
+            model=sparse, loss_fn=(lambda *_: None) if rank else loss_fn, accumulate=2
+        ),
         "seed": rank_trainer(seed=rank, accumulate=2),
         "batches": rank_trainer(batches=[*uneven_batches(), *some_batches(rank)], accumulate=2),
         "weights": rank_trainer(model=heavier, accumulate=2),
@@ -290,6 +295,18 @@ def test_the_others_end_where_a_rank_is_killed_and_the_run_goes_on(victim, resum
     ):
         assert [record["step"] for record in records] == [2, 3]
         assert_same_bits(theirs, logits)
+
+
+def come_late(rank: int) -> list[list[float]]:
+    """Rank 1 loads its model for longer than an exchange may take."""
+    time.sleep(2.5 * rank)
+    late = ranks.Ranks(timeout=1.0)
+    late.connect()
+    return late.gather([rank])
+
+
+def test_ranks_that_load_for_long_meet():
+    assert all_in_ranks(2, come_late) == [[[0.0], [1.0]]] * 2
 
 
 def hang(rank: int) -> None:

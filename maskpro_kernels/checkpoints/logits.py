@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import write_tensors
+from ..files import digest, write_tensors
 from ..fsdp import check_not_sharded
 from ..modules import MaskedLinear, masked_layers
 
-# Its name in the folder of a run
-LOGITS_FILE = "logits.safetensors"
+# Its name in the folder of a run, and that of the report, which has a digest of the logits
+LOGITS_FILE, REPORT = "logits.safetensors", "report.json"
 # Key of the metadata that lists the layers with changed weights in the file
 CHANGED = "changed_weights"
 # A layer's logits have the name of the layer; its weight has this suffix as well
@@ -85,6 +85,15 @@ def load_logits(path: str | Path) -> Logits:
         raise ValueError(f"path: expected a safetensors file, got {str(path)!r}: {error}") from error
     weights = {name: tensors.pop(name + WEIGHT) for name in json.loads(metadata.pop(CHANGED, "[]"))}
     return Logits(tensors, weights, metadata)
+
+
+def logits_of_run(folder: Path) -> Logits:
+    """``load_logits`` of the folder of a run; ValueError if it has ended with others, as its report says."""
+    learned, report = load_logits(folder / LOGITS_FILE), folder / REPORT
+    own = digest(learned.logits[name] for name in sorted(learned.logits))
+    if report.is_file() and json.loads(report.read_bytes())["logits"] != own:
+        raise ValueError(f"expected the logits that {REPORT} has the digest of, got others; restore {LOGITS_FILE}")
+    return learned
 
 
 def changed_weights(layers: Mapping[str, MaskedLinear]) -> dict[str, torch.Tensor]:

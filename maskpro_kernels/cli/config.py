@@ -165,7 +165,7 @@ class Import:
 
     output: str | None = _option(None, "folder to write; must be new or empty", "DIR")
     model: str | None = _option(None, f"for masks: the model that they belong to, {MODEL}")
-    pattern: str = _option("2:4", "pattern of the weights or masks", "N:M")
+    pattern: str | None = _option(None, "pattern of the weights or masks (default: as stored, else 2:4)", "N:M")
     to: Literal["dense", "packed"] = _option("packed", "how the weights are stored")
     values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8")
     dtype: Dtype | None = _option(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.logits import LOGITS_FILE, load_logits
+from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import save_masks
-from ..files import check_output, digest
+from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
@@ -26,12 +26,11 @@ def export(options: Export, source: str, output: str) -> None:
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
     check_new_file(output) if options.to == "mask" else check_output(output)
-    path = Path(source) / LOGITS_FILE
-    if not path.is_file():
+    if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
         raise ValueError(f"run: expected {LOGITS_FILE} in {source!r}, got none; restore it from a copy")
     with naming("run"):
-        learned = load_logits(path)
+        learned = logits_of_run(Path(source))
         metadata = learned.metadata
         lacking = {"model", "pattern", "dtype", "weights", "dense_weights"} - metadata.keys()
         if lacking or not learned.logits or metadata["dtype"] not in DTYPES:
@@ -40,9 +39,6 @@ def export(options: Export, source: str, output: str) -> None:
         if not all(logits.dim() == 2 and logits.isfinite().all() for logits in learned.logits.values()):
             raise ValueError("expected finite logits [out, K], got others")
         codes = {name: top_n_mask(logits, pattern) for name, logits in learned.logits.items()}
-        own = digest(learned.logits[name] for name in sorted(learned.logits))
-        if (Path(source) / REPORT).is_file() and read_report(Path(source))["logits"] != own:
-            raise ValueError(f"expected the logits that {REPORT} has the digest of, got others; restore {LOGITS_FILE}")
     if options.to == "mask" and learned.weights:
         raise ValueError("run: expected a mask of the base model's weights, got changed weights; export a checkpoint")
     name = options.model or metadata["model"]

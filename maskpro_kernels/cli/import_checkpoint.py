@@ -26,7 +26,7 @@ def import_checkpoint(options: Import, source: str) -> None:
         raise ValueError("output: expected --output, the folder to write, got none")
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
-    pattern = NMPattern(options.pattern)
+    pattern = given = NMPattern(options.pattern or "2:4")
     check_output(options.output)
     from ..hf import fetch
 
@@ -39,6 +39,8 @@ def import_checkpoint(options: Import, source: str) -> None:
         layers, model, tokenizer = _with_learned_masks(options, path, pattern)
     else:
         pattern, layers, model, tokenizer = _with_zeros(options, path, pattern)
+    if options.pattern is not None and str(pattern) != str(given):
+        raise ValueError(f"pattern: expected {pattern}, as {source!r} is stored, got {given}")
     save(model, tokenizer, options.output, options.model or source, str(pattern))
     print(f"{options.to} {pattern} checkpoint of {layers} sparse layers written to {options.output}")
     if options.to == "packed":

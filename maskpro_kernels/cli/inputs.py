@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoints.logits import REPORT
 from ..files import check_takes_files, digest
 from ..modules import masked_layers
 from ..packed import INT8, NMLinear, bits_a_weight
@@ -24,7 +25,7 @@ from .config import DTYPES
 # Lines of what takes long, where there is no bar
 LINES = 50
 # Of a run's folder
-SETTINGS, PROGRESS, REPORT = "settings.json", "progress", "report.json"
+SETTINGS, PROGRESS = "settings.json", "progress"
 # Of the files in it; those of earlier versions have none
 FORMAT = "maskpro-run 2"
 # Of the table of a run: titles, and digits of the figures

@@ -34,7 +34,7 @@ from ..extras import missing
 from ..files import check_output, digest, discard, make_folder, sync, write_tensors, write_whole
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..functional.masks import top_n_mask
-from ..learn.estimator import Estimator, LossFn, StepRecord
+from ..learn.estimator import Estimator, StepRecord
 from ..learn.reinforce import Reinforce
 from ..learn.run import LOCK, newest_snapshot, snapshots_in
 from ..learn.straight_through import StraightThrough
@@ -163,7 +163,10 @@ def learn(options: Learn) -> None:
     calibration = every[:learned_from]
 
     # convert
-    loss_fn = _loss_of(options, progress)
+    # the dense model is asked ahead where it changes
+    changes = options.refit != "none" or options.train_weights is not None
+    cache = TeacherCache(folder=progress / TEACHER) if changes and options.loss != "ce" else None
+    loss_fn = distillation_loss(options.loss, cache=cache)
     if begun:
         ranks.all_of(lambda: convert(model, options.pattern, init="magnitude", gap=options.gap))
         start = ranks.first(lambda: read_json(progress / START))
@@ -171,7 +174,7 @@ def learn(options: Learn) -> None:
             ranks.first(lambda: _put_back_start_weights(model, progress, start))
             _spread_weights(model, ranks)
     else:
-        if getattr(loss_fn, "cache", None) is not None:
+        if cache is not None:
             report(f"asking the dense model about {len(calibration)} batches, for it changes")
             ranks.all_of(lambda: loss_fn.fill(model, calibration[ranks.rank :: ranks.world], progress=wants_bars()))
         for name, reason in skipped.items():
@@ -271,14 +274,6 @@ def estimator_of(options: Learn) -> Estimator:
     if options.estimator == "reinforce":
         return Reinforce(lr=options.lr)
     return StraightThrough(steps=options.steps, lr=options.lr, train_weights=options.train_weights)
-
-
-def _loss_of(options: Learn, progress: Path) -> LossFn:
-    """The loss; where weights will change, with a cache of what the dense model says."""
-    if options.loss == "ce":
-        return distillation_loss("ce")
-    changes = options.refit != "none" or options.train_weights is not None
-    return distillation_loss(options.loss, cache=TeacherCache(folder=progress / TEACHER) if changes else None)
 
 
 def _check_output(output: Path) -> None:

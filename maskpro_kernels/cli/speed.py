@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,7 +75,12 @@ def speed(options: Speed, models: list[str]) -> int:
         f"prompts of {options.prompt_tokens} tokens, {options.new_tokens} new ones, batch size {options.batch_size}, "
         f"{options.dtype}, on {where}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "")
     )
-    _print_rows([TITLES, *(_figures(row, rows[0]) for row in rows)])
+    table = [TITLES, *(_figures(row, rows[0]) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        texts = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths[:2], strict=True)]
+        figures = [f"{cell:>{width}}" for cell, width in zip(cells[2:], widths[2:], strict=True)]
+        print("  ".join([*texts, *figures]))
     print(f"medians of {options.rounds} rounds, quartiles in brackets; times: of the first model's decode")
     for agreement in measured.agreements:
         print(agreement)
@@ -88,14 +92,6 @@ def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _print_rows(table: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        texts = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths[:2], strict=True)]
-        figures = [f"{cell:>{width}}" for cell, width in zip(cells[2:], widths[2:], strict=True)]
-        print("  ".join([*texts, *figures]))
 
 
 def _figures(row: dict, first: dict) -> tuple[str, ...]:

@@ -236,12 +236,12 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
-    """Write the snapshot behind a step; of those up to that step all but the first and the two newest are removed."""
+    """Write the snapshot behind a step; of those up to that step the first and those of the two newest steps stay."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
     path = folder / f"snapshot-{step:010}-{digest_of_bytes(content).hex()}.safetensors"
     write_whole(path, content)
-    _remove_old_snapshots(folder, step)
+    _remove_old_snapshots(path)
     return path
 
 
@@ -258,16 +258,15 @@ def publish_snapshot(aside: Path, step: int, digests: Mapping[str, str], state: 
             discard(path)
         os.rename(aside, path)
     sync(path.parent)
-    for other in snapshots_in(path.parent):
-        # the order of entries in a file is left to chance, and so is its digest
-        if step_of(other) == step and other != path:
-            discard(other)
-    _remove_old_snapshots(path.parent, step)
+    _remove_old_snapshots(path)
     return path
 
 
-def _remove_old_snapshots(folder: Path, step: int) -> None:
-    for old in [other for other in snapshots_in(folder) if step_of(other) <= step][1:-KEPT]:
+def _remove_old_snapshots(newest: Path) -> None:
+    older = [path for path in snapshots_in(newest.parent) if step_of(path) < step_of(newest)]
+    # the order of entries in a file is left to chance, and so is its digest
+    same = [path for path in snapshots_in(newest.parent) if step_of(path) == step_of(newest) and path != newest]
+    for old in (*older[1 : 1 - KEPT], *same):
         discard(old)
 
 
@@ -390,6 +389,8 @@ class RunFolder:
         self.rows: list[dict] = []
         self._journal: Journal | None = None
         self._lock: FileLock | None = None
+        # of the lock and the journal, by which they are the ones that this process has made
+        self._states: dict[Path, os.stat_result] = {}
         # settings and id
         self.run: Mapping = {}
         self._written = 0
@@ -424,6 +425,7 @@ class RunFolder:
         """Start the journal; from here on the folder holds a run."""
         header = {"run": self.run, "initial_losses": initial_losses}
         self._journal = Journal.create(self.path / JOURNAL, header, self.estimator.draws)
+        self._states[self.path / JOURNAL] = os.stat(self.path / JOURNAL)
 
     def resume(self, settings: Mapping, check_batches: Callable, check_run: Callable | None) -> SavedRun:
         """Take the folder of a run that was broken off, and leave it as the last step would have, and so the estimator.
@@ -454,6 +456,11 @@ class RunFolder:
         snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, run)
         run = state["run"]
         self._check_settings(settings, run)
+        if records is None and next(filter(None, map(_read_state, snapshots_in(self.path))))[1]["run"] != run:
+            raise ValueError(
+                f"output_dir: expected snapshots of one run in {str(self.path)!r}, got a newest one that is of another "
+                "run than the first; move those of the other run away"
+            )
         # the first one was taken before the journal was there: that it is of the run, the run's id says
         if records is not None and snapshot_step and state.get("chain") != records.chain[snapshot_step].hex():
             raise ValueError(
@@ -485,6 +492,7 @@ class RunFolder:
             discard(path)
         if records is not None:
             self._journal = Journal.resume(self.path / JOURNAL, records)
+            self._states[self.path / JOURNAL] = os.stat(self.path / JOURNAL)
         unusable = {*damaged, *(path for path in snapshots_in(self.path) if step_of(path) > steps)}
         for path in unusable:
             path.rename(path.with_suffix(".aside"))
@@ -509,13 +517,11 @@ class RunFolder:
             raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
 
     def _check_tensors(self, stored: StoredTensors) -> None:
-        own = {PREFIX + name: f"{list(x.shape)} of {x.dtype}" for name, x in self.estimator.tensors().items()}
-        kinds = stored.kinds.items()
-        held = {name: f"{shape} of {dtype}" for name, (shape, dtype) in kinds if name.startswith(PREFIX)}
-        if own != held:
+        own = {PREFIX + name: (list(x.shape), x.dtype) for name, x in self.estimator.tensors().items()}
+        kinds = {name: kind for name, kind in stored.kinds.items() if name.startswith(PREFIX)}
+        if own != kinds:
             raise ValueError(
-                f"output_dir: expected a snapshot with the tensors of {self.estimator.name}, "
-                f"{sorted(own.items() - held.items())}, got {sorted(held.items() - own.items())}"
+                f"output_dir: expected a snapshot with the tensors of {self.estimator.name}, {own}, got {kinds}"
             )
 
     def _read_rows(self, steps: int) -> dict[int, dict]:
@@ -530,7 +536,7 @@ class RunFolder:
 
     def add_entry(self, entry: Entry | None) -> None:
         """Add the record of a step to the journal, where the run has one, ahead of its update."""
-        self._check_process()
+        self._check_own()
         if self._journal is not None and entry is not None:
             self._journal.append(entry)
 
@@ -545,7 +551,7 @@ class RunFolder:
 
     def folder_aside(self) -> Path:
         """Make the folder of a snapshot that ranks write their files into before ``publish_snapshot``."""
-        self._check_process()
+        self._check_own()
         # by its name a run that is resumed sees that it is unfinished
         path = self.path / f"{MANIFEST}.{secrets.token_hex(8)}.tmp"
         path.mkdir()
@@ -556,7 +562,7 @@ class RunFolder:
 
     def _prepared(self, state: Mapping) -> dict:
         """The state of a snapshot to come: with the run, and the record of the journal that it stands at."""
-        self._check_process()
+        self._check_own()
         if not self.estimator.journaled and (self.path / METRICS).exists():
             # the steps before are not taken again, and their losses are nowhere else
             sync(self.path / METRICS)
@@ -573,14 +579,21 @@ class RunFolder:
                 f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
                 f"{str(self.path)!r}"
             ) from None
-        self._process = os.getpid()
+        self._process, self._states = os.getpid(), {self.path / LOCK: os.stat(self.path / LOCK)}
 
-    def _check_process(self) -> None:
+    def _check_own(self) -> None:
+        """Raise unless this process made the run, and has the folder still."""
         if self._process not in (None, os.getpid()):
             raise RuntimeError(
                 f"output_dir: expected process {self._process}, whose run is in {str(self.path)!r}, got {os.getpid()}, "
                 "which was forked from it: two may not write to one run; make a trainer with another output_dir here"
             )
+        for path, state in self._states.items():
+            if not path.exists() or not os.path.samestat(path.stat(), state):
+                raise ValueError(
+                    f"output_dir: expected {str(path)!r} as this process has made it, got another file or none; close "
+                    "this trainer, put back what the folder held, and resume the run"
+                )
 
     def close(self) -> None:
         """Let another trainer have the folder; a forked process lets go of nothing that its parent holds."""
@@ -593,7 +606,7 @@ class RunFolder:
             # also where the disk refuses to close the file
             if self._lock is not None:
                 self._lock.release()
-            self._journal = self._lock = None
+            self._journal, self._lock, self._states = None, None, {}
 
 
 def _lines(rows: Sequence[Mapping]) -> bytes:

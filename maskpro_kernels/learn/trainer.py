@@ -226,7 +226,7 @@ class MaskTrainer:
             # without a journal ``resume`` needs it. Ranks with rows cannot: the others may not take part
             if not (self.broken or self.estimator.journaled or self._sharded) and self._folder is not None:
                 # raise the first error
-                with suppress(OSError, RuntimeError):
+                with suppress(OSError, RuntimeError, ValueError):
                     self._save_snapshot()
             raise
         if self.output_dir is not None:
@@ -237,7 +237,8 @@ class MaskTrainer:
         """Take a step: a forward for each draw and batch under newly drawn masks, then one update of all logits.
 
         Raises:
-            ValueError: if a loss has no gradient, all steps are taken, or an iterator of batches has ended.
+            ValueError: if a loss has no gradient, all steps are taken, an iterator of batches has ended, or
+                ``output_dir`` has another lock or journal.
             FloatingPointError: if the update is not finite: logits and tracker are then unchanged. Also if the loss, or
                 with ``StraightThrough`` a gradient, was not finite in more steps in a row than ``max_skipped``: this
                 step then counts as done.
@@ -361,8 +362,9 @@ class MaskTrainer:
             own = [tensor for x in self.layers.values() for tensor in (x.weight, x.logits, *x.counter_state.buffers())]
             ids = set(map(id, own))
             rest = [x for x in (*self.model.parameters(), *self.model.buffers()) if id(x) not in ids]
-            rest = digest(x for x in rest if x.layout == torch.strided and not x.is_meta)
-            self.ranks.agree(settings | {"other tensors of the model": rest})
+            rest = digest(x if x.layout == torch.strided else x.to_dense() for x in rest if not x.is_meta)
+            name = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__)
+            self.ranks.agree(settings | {"other tensors of the model": rest, "loss_fn": name})
         return settings
 
     def _save_snapshot(self) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.logits import LOGITS_FILE, load_logits
+from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import DTYPES, load_masks
 from ..files import digest
 from ..fsdp import local, part_of, resharded
@@ -240,7 +240,7 @@ def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str 
 def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> tuple[dict[str, Tensor], list[str]]:
     """(group codes, warnings)."""
     with _naming_init():
-        learned = load_logits(path / LOGITS_FILE)
+        learned = logits_of_run(path)
     metadata = learned.metadata
     if not {"pattern", "dtype", "dense_weights"} <= metadata.keys() or metadata["dtype"] not in DTYPES:
         raise ValueError(f"init: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others")

@@ -78,6 +78,8 @@ def test_a_mask_travels_without_its_weights(inputs, run, refitted, tmp_path, cap
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").get_submodule(LAYER)
     assert_same_bits(packed.packed.unpack(), expected[f"{LAYER}.weight"])
     out = ["--output", str(tmp_path / "out")]
+    arguments = ["import", str(mask), "--model", str(inputs / "model"), "--pattern", "4:8", *out]
+    refuses(capsys, tmp_path, arguments, f"pattern: expected 2:4, as '{mask}' is stored, got 4:8")
     refuses(capsys, tmp_path, ["import", str(mask), *out], "model: expected the base model of the mask file")
     other = tiny_model()
     other.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
@@ -102,6 +104,8 @@ def test_packed_checkpoints_are_imported_dense_and_packed_otherwise(run, tmp_pat
     assert_same_bits(load_file(tmp_path / "dense" / "model.safetensors"), expected)
     assert main.main(["import", str(packed), "--output", str(tmp_path / "int8"), "--values", "int8"]) == 0
     refuses(capsys, tmp_path, ["import", str(packed), "--output", str(tmp_path / "new")], "which is packed already")
+    arguments = ["import", str(packed), "--output", str(tmp_path / "new"), "--to", "dense", "--pattern", "4:8"]
+    refuses(capsys, tmp_path, arguments, f"pattern: expected 2:4, as '{packed}' is stored, got 4:8")
     arguments = ["import", str(run), "--output", str(tmp_path / "new"), "--pattern", "1:4"]
     assert main.main(arguments) == 2
     assert "pattern: " in capsys.readouterr().err.splitlines()[-1]

@@ -80,6 +80,33 @@ def test_a_journal_that_something_else_writes_to_is_not_written_on(tmp_path):
     assert_same_bits(logits_of(trainer.model), logits)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(
+    ("how", "name"), [("straight-through", ".lock"), ("reinforce", ".lock"), ("reinforce", "journal")]
+)
+def test_a_folder_that_others_have_taken_is_not_written_to(tmp_path, how, name, replaced):
+    trainer = a_trainer_in(tmp_path, how)
+    trainer.run(2, progress=False)
+    logits, content = logits_of(trainer.model), (tmp_path / name).read_bytes()
+    (tmp_path / name).rename(tmp_path / "mine")
+    if replaced:
+        (tmp_path / name).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for call in (trainer.step, lambda: trainer.run(2, progress=False)):
+        with pytest.raises(
+            ValueError, match=f"^output_dir: expected .*{name}' as this process has made it, got another"
+        ):
+            call()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert_same_bits(logits_of(trainer.model), logits)
+    # the way out that the message names
+    trainer.close()
+    (tmp_path / "mine").replace(tmp_path / name)
+    resumed = a_trainer_in(tmp_path, how)
+    assert resumed.resume() == 2
+    assert_same_bits(logits_of(resumed.model), logits)
+
+
 def test_a_trainer_that_has_not_begun_may_go_to_a_forked_process(tmp_path):
     trainer = a_trainer_in(tmp_path)
     assert in_a_fork(lambda: len(trainer.run(2, progress=False))) == "2"

@@ -183,6 +183,22 @@ def test_a_run_like_another_is_another(tmp_path):
         a_trainer_in(tmp_path / "one").resume()
 
 
+def test_a_snapshot_of_another_straight_through_run_is_refused(tmp_path):
+    """The two have the same settings: without a journal the first snapshot alone says which run it is."""
+    for name, steps in (("one", 2), ("two", 3)):
+        trainer = a_trainer_in(tmp_path / name, "straight-through")
+        trainer.run(steps, progress=False)
+        trainer.close()
+    foreign = shutil.copy(run.snapshots_in(tmp_path / "two")[-1], tmp_path / "one")
+    files = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run .* that is of another run"):
+        a_trainer_in(tmp_path / "one", "straight-through").resume()
+    assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == files
+    # the way out that the message names
+    foreign.unlink()
+    assert a_trainer_in(tmp_path / "one", "straight-through").resume() == 2
+
+
 def test_a_snapshot_beside_other_records_is_refused(tmp_path):
     """A copy of the folder may have gone on otherwise."""
     trainer = a_trainer_in(tmp_path / "one")

@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.small_trainer import a_trainer_in, logits_of
 
-from maskpro_kernels.learn.run import newest_snapshot, save_snapshot
+from maskpro_kernels.learn.run import newest_snapshot, save_snapshot, snapshots_in, step_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -42,3 +43,34 @@ def test_every_byte_of_a_snapshot_flipped_is_found(tmp_path):
         ValueError, match="snapshot: expected a sound one in .*, got none, 2 are damaged or of another run"
     ):
         newest_snapshot(tmp_path)
+
+
+def test_two_snapshots_of_a_step_push_out_no_older_one(tmp_path):
+    """As where a snapshot is due at the last step of a run, which leaves one at its end as well."""
+    for step, state in ((0, 0), (3, 0), (4, 0), (4, 1), (4, 2)):
+        save_snapshot(tmp_path, step, {"a": torch.zeros(2)}, {"x": state})
+    assert [step_of(path) for path in snapshots_in(tmp_path)] == [0, 3, 4]
+    assert newest_snapshot(tmp_path)[2] == {"x": 2}
+
+
+def test_whatever_is_damaged_in_the_last_snapshot_it_is_set_aside(tmp_path):
+    """Its header says how long it is, of what shapes and where; 200 places, most of them there."""
+    trainer = a_trainer_in(tmp_path, "straight-through")
+    trainer.run(1, progress=False)
+    logits = logits_of(trainer.model)
+    trainer.run(1, progress=False)
+    trainer.close()
+    first, _, last = snapshots_in(tmp_path)
+    whole, aside, metrics = last.read_bytes(), last.with_suffix(".aside"), (tmp_path / "metrics.jsonl").read_bytes()
+    places = [*range(8), *range(8, len(whole), len(whole) // 190)]
+    assert len(places) > 195
+    for at in places:
+        last.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        again = a_trainer_in(tmp_path, "straight-through")
+        with pytest.warns(UserWarning, match=f"{last.name} is damaged .*: it is set aside"):
+            assert again.resume() == 1
+        again.close()
+        assert_same_bits(logits_of(again.model), logits)
+        assert aside.exists() and not last.exists()
+        aside.unlink()
+        (tmp_path / "metrics.jsonl").write_bytes(metrics)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from maskpro_kernels import hf
 from maskpro_kernels.checkpoints.logits import LOGITS_FILE, save_logits
 from maskpro_kernels.checkpoints.mask_file import save_masks
 from maskpro_kernels.cli.inputs import digest_of_weights
+from maskpro_kernels.files import digest
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.finalize import finalize
 from maskpro_kernels.prune.initial_masks import initial_codes, stored_mask
@@ -121,6 +124,16 @@ def test_another_base_is_refused(tmp_path, kind):
     }[kind]
     with pytest.raises(ValueError, match=f"^model: expected the base .*{told}"):
         stored_mask(STORED[kind](tmp_path), dense_layers(model), "2:4")
+
+
+def test_logits_that_the_report_of_their_run_does_not_have_are_refused(tmp_path):
+    path, own = run(tmp_path / "run"), masked_layers(converted())
+    for logits, matches in (([own[name].logits for name in sorted(own)], True), ([own[FIRST].logits], False)):
+        (path / "report.json").write_text(json.dumps({"logits": digest(logits)}))
+        with (
+            nullcontext() if matches else pytest.raises(ValueError, match="^init: expected the logits that report.json")
+        ):
+            assert_same_bits(stored_mask(path, dense_layers(), "2:4"), random_codes())
 
 
 @pytest.mark.parametrize("kind", ["zeros", "packed"])

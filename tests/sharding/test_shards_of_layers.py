@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.bits import assert_same_bits
@@ -13,7 +15,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
-from maskpro_kernels.fsdp import whole
+from maskpro_kernels.fsdp import resetting, whole
 from maskpro_kernels.learn.masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.selection import READ_ELSEWHERE
@@ -236,3 +238,16 @@ def test_gradients_are_those_of_the_mask_of_the_forward():
 
 def test_sharded_layers_take_a_policy_and_give_gradients():
     all_in_ranks(2, use_in_other_ways)
+
+
+def test_the_first_error_is_raised_where_ranks_have_ended(monkeypatch):
+    class Root(nn.Module):
+        def _get_fsdp_state(self):
+            return SimpleNamespace(_is_root=True)
+
+        def reset_iter_state(self):
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", Root)
+    with pytest.raises(ValueError, match="^the first$"), resetting(nn.Sequential(Root())):
+        raise ValueError("the first")
