@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_a_snapshot_of_another_straight_through_run_is_refused(tmp_path):
         trainer = a_trainer_in(tmp_path / name, "straight-through")
         trainer.run(steps, progress=False)
         trainer.close()
-    foreign = shutil.copy(run.snapshots_in(tmp_path / "two")[-1], tmp_path / "one")
+    foreign = Path(shutil.copy(run.snapshots_in(tmp_path / "two")[-1], tmp_path / "one"))
     files = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run .* that is of another run"):
         a_trainer_in(tmp_path / "one", "straight-through").resume()
