@@ -23,6 +23,8 @@ WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through fu
 KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits ops/reference/test_gumbel_top_k \
 	ops/reference/test_rounding $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
 test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
+# Each worker and child of a test imports the package: from bytecode, whatever the environment says
+test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: export PYTHONDONTWRITEBYTECODE =
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 INSTALLED_OLDEST := $(OLDEST)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,18 +15,29 @@ import maskpro_kernels
 
 NAME = maskpro_kernels.__name__
 MODULES = modules_of(Path(maskpro_kernels.__file__).parent)
-# The package itself passes names on, and python runs it before all others; no module imports from it
-BELOW = {module: imports(module, MODULES) & MODULES.keys() for module in MODULES if module != NAME}
 MOST_FLOORS = 8
 MOST_FILES_OF_LEARN = 80
 
 
+@functools.cache
+def imported() -> dict[str, set[str]]:
+    """The modules that each module imports from.
+
+    The package itself passes names on, and python runs it before all others: no module imports from it.
+    """
+    return {module: imports(module, MODULES) & MODULES.keys() for module in MODULES if module != NAME}
+
+
 def rooms_of(house: str) -> dict[str, set[str]]:
     """The rooms that each room of a house imports from; a room is a folder or a file at its top."""
-    of = {module: module.removeprefix(f"{house}.").split(".")[0] for module in BELOW if module.startswith(f"{house}.")}
+    of = {
+        module: module.removeprefix(f"{house}.").split(".")[0]
+        for module in imported()
+        if module.startswith(f"{house}.")
+    }
     rooms = {room: set() for room in of.values()}
     for module, room in of.items():
-        rooms[room] |= {of[other] for other in BELOW[module] if other in of} - {room}
+        rooms[room] |= {of[other] for other in imported()[module] if other in of} - {room}
     return rooms
 
 
@@ -44,7 +56,7 @@ def test_a_circle_is_named():
 
 
 def test_modules_import_in_no_circle():
-    floors({module: below - {module} for module, below in BELOW.items()})
+    floors({module: below - {module} for module, below in imported().items()})
 
 
 @pytest.mark.parametrize("house", [NAME, f"{NAME}.ops"])
@@ -63,7 +75,7 @@ def test_the_command_learn_needs_few_files():
 
 
 def test_no_module_imports_from_the_package_itself():
-    assert [module for module, below in BELOW.items() if NAME in below] == []
+    assert [module for module, below in imported().items() if NAME in below] == []
 
 
 @pytest.mark.parametrize(("library", "place"), [("triton", "ops.triton"), ("transformers", "hf"), ("peft", "peft")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -15,7 +16,6 @@ from helpers.source_tree import identifiers, parse, statements
 
 FOLDERS = ("maskpro_kernels", "benchmarks", "docs", "tests")
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
-TREES = {str(path.relative_to(ROOT)): parse(path) for path in sorted(FILES)}
 
 PACKAGE = sorted((ROOT / "maskpro_kernels").rglob("*.py"))
 TREE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The tree")[2].partition("\n## ")[0]
@@ -34,9 +34,14 @@ OLD_WORDS = re.compile(
 )
 
 
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    return {str(path.relative_to(ROOT)): parse(path) for path in sorted(FILES)}
+
+
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
     """(file, function) of all, those inside others and of classes among them."""
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in statements(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield name, node
@@ -126,7 +131,7 @@ def test_docstrings_begin_with_an_imperative_or_a_noun():
 
 
 def test_names_are_words_of_the_field():
-    found = {name: [word for word in identifiers(tree) if OLD_WORDS.search(word)] for name, tree in TREES.items()}
+    found = {name: [word for word in identifiers(tree) if OLD_WORDS.search(word)] for name, tree in trees().items()}
     assert {name: words for name, words in found.items() if words} == {}
 
 
@@ -141,7 +146,7 @@ def test_old_words_are_found_in_names_of_any_kind():
 def test_no_file_of_tests_imports_another():
     """What several need stands in ``helpers``."""
     files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")} | {"conftest"}
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         if name.startswith("tests/"):
             nodes = [node for node in statements(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
             imported = {part for node in nodes for part in identifiers(node) | {getattr(node, "module", None)}}
