@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 # bfloat16 as the upper half of a float32's bits, since llvmlite has no such type
 TYPES = {
@@ -74,26 +76,58 @@ class Columns(NamedTuple):
     dtype: torch.dtype
 
 
-def traced(function: Callable, sample: Sequence[Tensor]) -> fx.GraphModule:
-    """Trace the operations of a function on tensors like those of a sample."""
-    from torch.fx.experimental.proxy_tensor import make_fx
+def traced(function: Callable, sample: Sequence[Tensor]) -> fx.Graph:
+    """Record the operations of a function on a sample; each node has its tensor as ``meta["val"]``.
 
-    return make_fx(function)(*sample)
+    ``make_fx`` records the same at ten times the cost: with a fake tensor and a stack trace for each operation.
+    """
+    graph, nodes = fx.Graph(), {}
+
+    def record(x: Tensor, node: fx.Node) -> None:
+        if not isinstance(x, Tensor):
+            raise NotImplementedError(f"{node.target}: its result is no tensor")
+        # kept alive by its node, so that no other tensor gets its id
+        node.meta["val"] = x
+        nodes[id(x)] = node
+
+    def node_of(x: Tensor) -> fx.Node:
+        if id(x) not in nodes:
+            record(x, graph.create_node("get_attr", f"constant_{len(nodes)}"))
+        return nodes[id(x)]
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            node = graph.call_function(operation, *tree_map_only(Tensor, node_of, (args, kwargs or {})))
+            if isinstance(result, (list, tuple)):
+                for i, x in enumerate(result):
+                    record(x, graph.call_function(operator.getitem, (node, i)))
+            else:
+                record(result, node)
+            return result
+
+    for i, x in enumerate(sample):
+        record(x, graph.placeholder(f"tensor_{i}"))
+    with Recorder():
+        results = function(*sample)
+    graph.output([node_of(x) for x in results])
+    graph.eliminate_dead_code()
+    return graph
 
 
 class Body:
     """Body of a loop, translated operation by operation."""
 
-    def __init__(self, graph: fx.GraphModule, builder: ir.IRBuilder, group: ir.Value, known: Mapping[fx.Node, Columns]):
+    def __init__(self, graph: fx.Graph, builder: ir.IRBuilder, group: ir.Value, known: Mapping[fx.Node, Columns]):
         self.graph, self.builder, self.group = graph, builder, group
         self.known: dict[fx.Node, Columns | list[Columns]] = dict(known)
 
     def run(self) -> list[Columns]:
-        """Translate all operations and return the results."""
-        *nodes, output = self.graph.graph.nodes
+        """All operations; gives the results."""
+        *nodes, output = self.graph.nodes
         for node in nodes:
             if node.op == "get_attr":
-                number = getattr(self.graph, node.target)
+                number = node.meta["val"]
                 self.known[node] = Columns([self.constant(number.item(), number.dtype)], number.dtype)
             elif node.target is operator.getitem:
                 source, i = node.args
@@ -231,10 +265,10 @@ def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.trunc(builder.lshr(rounded, WORD(16)), TYPES[torch.bfloat16])
 
 
-def lowered(graph: fx.GraphModule, groups: Sequence[tuple], rest: Sequence[tuple],
-            in_place: int | None = None, levels: fx.GraphModule | None = None,
-            full: fx.GraphModule | None = None) -> tuple[str, tuple[tuple, ...]]:  # fmt: skip
-    """(LLVM assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
+def lowered(graph: fx.Graph, groups: Sequence[tuple], rest: Sequence[tuple],
+            in_place: int | None = None, levels: fx.Graph | None = None,
+            full: fx.Graph | None = None) -> tuple[str, tuple[tuple, ...]]:  # fmt: skip
+    """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
 
     The addresses are of tensors of groups, of the rest, with ``full`` of the shard, and of results, except a first
     result in place of a tensor of groups. Other arguments are those of ``CompiledLoop``, traced. The module also has
@@ -285,11 +319,11 @@ def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[
     builder.position_at_end(done)
 
 
-def _add_loop(module: ir.Module, name: str, graph: fx.GraphModule, groups: Sequence[tuple],
+def _add_loop(module: ir.Module, name: str, graph: fx.Graph, groups: Sequence[tuple],
               rest: Sequence[tuple], in_place: int | None) -> tuple[ir.Function, tuple[tuple, ...]]:  # fmt: skip
-    """Add ``loop`` of a single function; return it and its results, see ``lowered``."""
-    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    """``loop`` of a function by itself, and its results, as ``lowered`` says."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in graph.nodes if node.op == "output")
     results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
     given = len(groups) + len(rest)
     function, builder = add_function(module, name, 2, given + len(results) - (in_place is not None))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..reference.groups import INTEGERS
 from . import cache
@@ -31,7 +31,7 @@ SAMPLE_SHARD = (3, 1_000, 1_777, 5)
 # Fewest groups for several threads
 LEAST_SHARED = 1 << 14
 
-# torch's tracer changes settings of the process while it runs
+# Each loop is compiled once, whichever thread calls it first
 _making = threading.Lock()
 
 # Types of a group's index, and of many indices, which compiled code stores in half the width for more in a vector
@@ -167,7 +167,7 @@ class CompiledLoop:
         # imported here, since it loads LLVM
         from . import codegen, machine
 
-        def traced(bound: _Bound, *groups: tuple) -> nn.Module:
+        def traced(bound: _Bound, *groups: tuple) -> fx.Graph:
             sizes = [(dtype, TRACED, *shape) for dtype, *shape in groups]
             sample = [torch.zeros(shape, dtype=dtype, device="cpu") for dtype, *shape in (*sizes, *self.rest)]
             return codegen.traced(bound, sample)
