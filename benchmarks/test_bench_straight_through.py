@@ -40,7 +40,7 @@ class Layer:
         self.rate = torch.tensor(RATE, device=DEVICE)
 
     def ours(self):
-        mask = MaskSource(self.logits, "drawn", N, M, counter=self.counter)
+        mask = MaskSource(self.logits, "drawn", N, M, 1.0, counter=self.counter)
         return ops.straight_through_update_(self.grad, self.x, self.weight, CURVATURE, self.rate, LARGEST, mask)
 
     def eager(self):

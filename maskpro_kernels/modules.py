@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .fsdp import Place, RowShard, attach, check_in_memory, check_not_sharded
 from .functional.checks import (
+    check_cast,
     check_codes,
     check_exactly_n,
     check_floats,
@@ -190,7 +191,7 @@ class MaskedLinear(nn.Module):
                 "only whole weights can learn"
             )
         backward = self.logits_backward if self.training else None
-        mask = MaskSource(None if backward is None else self.logits, "applied", self.pattern.n, self.pattern.m)
+        mask = MaskSource(None if backward is None else self.logits, "applied", self.pattern.n, self.pattern.m, 1.0)
         y, _ = linear_under(input, weight, self.bias, mask, logits_backward=backward, is_current=is_current)
         return self._warning(y) if backward is None else y
 
@@ -209,8 +210,8 @@ class MaskedLinear(nn.Module):
         if logits.shape != weight.shape:
             raise ValueError(f"logits: expected those of a weight {list(weight.shape)}, got {describe(logits)}")
         if drawn:
-            return MaskSource(logits, "drawn", n, m, counter=self.counter(), codes=cached)
-        return MaskSource(ops.top_n_mask(logits.detach().to(weight.device), n, m), "codes", n, m)
+            return MaskSource(logits, "drawn", n, m, 1.0, counter=self.counter(), codes=cached)
+        return MaskSource(ops.top_n_mask(logits.detach().to(weight.device), n, m), "codes", n, m, 1.0)
 
     def logits_on_device(self) -> Tensor:
         """Logits of this rank on the weight's device: a copy if they are on another device."""
@@ -293,6 +294,7 @@ class MaskedLinear(nn.Module):
         return Counter(*key, *self.place)
 
     def _apply(self, fn, recurse: bool = True) -> MaskedLinear:
+        check_cast(fn, self.weight)
         super()._apply(fn, recurse)
         # ``to_empty`` makes new tensors without values
         self.layer_id.fill_(self._layer)

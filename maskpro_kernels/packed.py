@@ -15,9 +15,11 @@ from torch.autograd import forward_ad
 from . import ops
 from .functional.checks import (
     LOGIT_DTYPES,
+    check_cast,
     check_exactly_n,
     check_floats,
     check_not_distributed,
+    check_transforms,
     check_weight,
     describe,
     linear_input,
@@ -257,6 +259,7 @@ def packed_linear(
     for name, part in (("bitmask", bitmask), ("scales", scales)):
         if part is not None and part.device != values.device:
             raise ValueError(f"{name}: expected a tensor on the values' device {values.device}, got {describe(part)}")
+    check_transforms("Grad", works="a packed layer has jacobian, hessian and hvp of torch.autograd.functional")
     x = linear_input(x, bias, (rows, k), own.dtype, values.device)
     # a private variable of torch: asking each tensor takes longer than a small product
     if getattr(forward_ad, "_current_level", 0) >= 0:
@@ -385,6 +388,10 @@ class NMLinear(nn.Module):
             parts = self.values, self.bitmask, self.scales, self.bias
         y = ops.direct_nm_linear(input, *parts, pattern.n, pattern.m)
         return packed_linear(input, *parts, pattern) if y is None else y
+
+    def _apply(self, fn, recurse: bool = True) -> NMLinear:
+        check_cast(fn, self.values if self.scales is None else self.scales)
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         *_, errors = args

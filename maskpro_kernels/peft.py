@@ -8,12 +8,14 @@ the extra ``peft``.
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from .extras import require
 from .modules import MaskedLinear
 from .packed import SPARSE, NMLinear
-from .unfuse import refuse_merging
+from .unfuse import ExpertLinears, refuse_merging
 
 try:
     from peft import LoraConfig
@@ -22,7 +24,7 @@ except ModuleNotFoundError:
     raise
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 # Others compute the adapter from the base weight, or change that weight
@@ -60,15 +62,19 @@ class SparseLoraModel(lora.LoraModel):
             was.
     """
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Put an adapter beside its targets; peft calls it for each one."""
+        config = self.peft_config[adapter_name]
+        if config.target_modules and _sparse_layers(model):
+            # by their own names, ahead of peft, which takes those of experts for names of the parameters that they were
+            config.target_modules = _targets_of(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         sparse = _sparse_layers(self.model)
         if not sparse:
             return peft_config
-        targets = peft_config.target_modules
-        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
-            peft_config.target_modules |= sparse
         if any(self._check_target_module_exists(peft_config, name) for name in sparse):
             _check_leaves_base_weight(peft_config)
         return beside_masks(peft_config)
@@ -99,6 +105,31 @@ def _sparse_layers(model: nn.Module) -> set[str]:
     bases = modules | {name: module.get_base_layer() for name, module in adapted.items()}
     within = tuple(f"{name}." for name in adapted)
     return {name for name, base in bases.items() if isinstance(base, SPARSE) and not name.startswith(within)}
+
+
+def _targets_of(model: nn.Module, config: LoraConfig) -> set[str]:
+    """Names of the modules that are to get an adapter, and the targets that are of none, for peft to look into."""
+    targets, modules = config.target_modules, dict(model.named_modules())
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        names = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules | _sparse_layers(model)
+        if any(isinstance(module, ExpertLinears) for module in modules.values()):
+            # needs a transformers that has such experts
+            from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+            router = copy.copy(config)
+            router.target_modules = {"gate"}
+            convert_peft_config_for_transformers(router, model, None)
+            # a parameter, where peft counts it among the linear layers of a dense model
+            names |= set() if router.target_modules else {"gate"}
+        return names
+    names = {name for name in modules if check_target_module_exists(config, name)}
+    for lists in [name for name in names if isinstance(modules[name], nn.ModuleList)]:
+        # of what an expert multiplies with
+        names.remove(lists)
+        names |= {f"{lists}.{expert}" for expert in range(len(modules[lists]))}
+    if isinstance(targets, str):
+        return names or targets
+    return names | {target for target in targets if not any(f".{name}".endswith(f".{target}") for name in modules)}
 
 
 def _check_leaves_base_weight(config: LoraConfig) -> None:

@@ -480,6 +480,32 @@ def lost_with(module: nn.Module) -> str | None:
     return HOOKS if any(getattr(module, name) for name in names) else None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """True of nn.Linear, and of a subclass that has a forward of its own alone, which computes x W^T + b, as Falcon's.
+
+    One on meta has no values to try it by: a checkpoint that names it was made of one that had.
+    """
+    kind = type(module)
+    if kind is nn.Linear or not isinstance(module, nn.Linear):
+        return kind is nn.Linear
+    own = {name for base in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(base)}
+    parts = vars(module).keys() ^ vars(nn.Linear(1, 1, device="meta")).keys() or module._buffers or module._modules
+    if {name for name in own if not name.startswith("__")} != {"forward"} or own & {"__call__", "__getattr__"} or parts:
+        return False
+    weight = module.weight
+    if weight.is_meta or is_distributed(weight):
+        return weight.is_meta
+    training, x = module.training, torch.linspace(-1.0, 1.0, 4 * module.in_features, device=weight.device)
+    with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []), suppress(Exception):
+        x = x.view(2, 2, -1).to(weight.dtype)
+        expected = nn.functional.linear(x, weight, module.bias)
+        found = [kind.forward(module.train(mode), x) for mode in (not training, training)]
+        bound = max(4 * torch.finfo(weight.dtype).eps, 1e-5) * expected.abs().max()
+        return all(y.shape == expected.shape and (y - expected).abs().max() <= bound for y in found)
+    module.train(training)
+    return False
+
+
 def _is_dense(parts: list[nn.Module]) -> bool:
     return all(type(part) is nn.Linear for part in parts)
 

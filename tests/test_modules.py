@@ -317,3 +317,15 @@ def test_an_undefined_gradient_gives_none(logits_backward):
     x = torch.randn(3, 16, requires_grad=True)
     torch._C._functions.UndefinedGrad()(layer(x)).sum().backward()
     assert x.grad is None and layer.logits.grad is None
+
+
+@pytest.mark.parametrize("values", [None, "keep", "int8"])
+def test_a_cast_to_what_no_product_takes_is_refused_at_the_cast(values):
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4")
+    layer = layer if values is None else mk.NMLinear.from_masked(layer, values)
+    before = layer.state_dict()
+    for cast in (lambda: layer.double(), lambda: layer.to(torch.float64), lambda: nn.Sequential(layer).double()):
+        with pytest.raises(TypeError, match="^dtype: expected float32, bfloat16 or float16, got .*finalize gives$"):
+            cast()
+    assert_same_bits(layer.state_dict(), before)
+    assert layer.half().bias.dtype == torch.float16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
@@ -114,6 +114,28 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
     expected = None if like is None else [*like.shape[:-1], like.shape[-1] // pattern.m]
     if like is not None and (list(codes.shape) != expected or codes.device != like.device):
         raise ValueError(f"{name}: expected shape {expected} for {pattern} on {like.device}, got {describe(codes)}")
+
+
+def check_cast(cast: Callable[[Tensor], Tensor], weight: Tensor) -> None:
+    """Raise TypeError if a cast, as ``Module._apply`` takes it, gives a weight a dtype that no product takes."""
+    dtype = cast(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+    if dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"dtype: expected float32, bfloat16 or float16, got {dtype}; take the dense model that finalize gives"
+        )
+
+
+def check_transforms(*refused: str, works: str) -> None:
+    """Raise ValueError within transforms of torch.func of these kinds, or two of kind "Grad"; ``works`` instead."""
+    # dynamo writes the derivatives of a graph itself
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    kinds = [level.key().name for level in torch._C._functorch.get_interpreter_stack()]
+    if not set(refused).isdisjoint(kinds) or kinds.count("Grad") > 1:
+        raise ValueError(
+            f"x: expected a product outside of these transforms of torch.func, got {kinds}: {works}; the "
+            "dense model that finalize gives has all"
+        )
 
 
 def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:

@@ -12,7 +12,16 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from ..ops.counter import NO_COUNTER, MaskSource
 from ..ops.pattern import NMPattern
-from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_input, tokens_of
+from .checks import (
+    CounterKeywords,
+    check_codes,
+    check_like,
+    check_transforms,
+    check_weight,
+    drawn_from,
+    linear_input,
+    tokens_of,
+)
 
 # (gradient of y [tokens, out], x [tokens, K], weight [out, K], source of the mask) -> gradient of the logits or None
 LogitsBackward = Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None]
@@ -125,7 +134,7 @@ def codes_linear(
     pattern = NMPattern(pattern)
     check_weight(weight, pattern)
     check_codes("codes", codes, pattern, weight)
-    return linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m))[0]
+    return linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m, 1.0))[0]
 
 
 def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSource, log_prob: bool = False,
@@ -135,6 +144,7 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
 
     Backward raises if ``is_current()`` is false: an applied mask is then no longer that of the forward.
     """
+    check_transforms("Vmap", works="a masked layer has one grad, vjp or jacrev at a time, so no hessian")
     operand = linear_input(x, bias, weight.shape, weight.dtype, weight.device)
     tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
     if not log_prob and logits_backward is None and mask.kind != "applied":
@@ -194,6 +204,12 @@ class _MaskedLinear(torch.autograd.Function):
             )
         if grad is None and log_prob_grad is None:
             return (None,) * 8
+        if grad is not None and grad.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:
+            # a graph of this backward ends here, where torch.autograd.functional would take zeros for its derivative
+            raise RuntimeError(
+                "grad: expected one without a gradient of its own: a masked layer has no second derivatives; the dense "
+                "model that finalize gives has them"
+            )
         mask, (x, weight) = ops.saved_mask(ctx)
         source = mask.tensor
         mask = mask.of(source, (log_prob_grad if grad is None else grad).device)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from ..kept_zeros import KeptZeros
 from ..learn.backward import check_slope_settings
+from ..learn.estimator import warn_of_unlearned
 from ..learn.masks import margins
 from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
@@ -98,7 +99,7 @@ class MaskCallback(TrainerCallback):
             per_epoch = len(train_dataloader)
             # the last step of an epoch may have fewer batches
             batches = min(batches, per_epoch - state.global_step % -(-per_epoch // batches) * batches)
-        self._masks.slopes.loss_scale = scale / batches
+        self._masks.slopes.set_scale(scale / batches)
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """Move the logits instead of the Trainer's optimizer, which then has no gradient."""
@@ -117,6 +118,8 @@ class MaskCallback(TrainerCallback):
             state.log_history[-1].update(moves)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            warn_of_unlearned(self._masks.unlearned(), self._masks.layers)
         self.release()
 
     def release(self) -> None:

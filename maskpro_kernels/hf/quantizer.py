@@ -16,7 +16,7 @@ from ..modules import CounterState, MaskedLinear
 from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
 from ..packed import INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, hold_in_huge_pages, packed_class
-from ..unfuse import as_built, as_linears, fit_adapters, refuse_merging, replace_modules, taken_apart
+from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, taken_apart
 
 METHOD, VERSION = "maskpro", 1
 HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
@@ -258,7 +258,7 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
     replacements, modules, state = {}, dict(model.named_modules()), CounterState(device="meta")
     for name, own in _own_names(model, layers).items():
         linear, pattern = modules.get(own), NMPattern(layers[name]["pattern"])
-        if type(linear) is not nn.Linear:
+        if linear is None or not is_linear(linear):
             raise ValueError(
                 f"quantization_config: expected names of nn.Linear modules of {type(model).__name__}, got {name!r}, "
                 f"which is {'none of its modules' if linear is None else type(linear).__name__}"

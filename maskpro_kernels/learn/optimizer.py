@@ -117,6 +117,10 @@ class MaskOptimizer(torch.optim.Optimizer):
         # not by parameter: an optimizer that wraps this one would take it for its own state and cast it
         return self.state.setdefault("masks", {}).setdefault(layer.layer, {})
 
+    def unlearned(self) -> list[str]:
+        """Names of the layers that no step has given anything to learn from."""
+        return [name for name, layer in self.layers.items() if self._state_of(layer).get("mean_square") is None]
+
     @torch.no_grad()
     def moved(self) -> float:
         """Share of the groups whose N largest logits differ from those of the first step."""
@@ -144,11 +148,16 @@ class ScaledSlopes:
     """``logits_backward`` of the layers: ``straight_through_gradient`` of a scaled loss."""
 
     def __init__(self, curvature: float, loss_scale: float | Callable[[], float]):
-        self.curvature, self.loss_scale = curvature, loss_scale
+        # as text: torch.compile(dynamic=True) takes a float for an input of its graph, and fails where layers share it
+        self.curvature = repr(curvature)
+        self.set_scale(loss_scale)
+
+    def set_scale(self, loss_scale: float | Callable[[], float]) -> None:
+        self.loss_scale = loss_scale if callable(loss_scale) else repr(loss_scale)
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> Tensor:
-        scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        return straight_through_gradient(grad, x, weight, mask, self.curvature / scale)
+        scale = self.loss_scale() if callable(self.loss_scale) else float(self.loss_scale)
+        return straight_through_gradient(grad, x, weight, mask, float(self.curvature) / scale)
 
 
 def _codes(layer: MaskedLinear) -> Tensor:

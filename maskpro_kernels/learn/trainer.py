@@ -31,7 +31,18 @@ from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
-from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
+from .estimator import (
+    Entry,
+    Estimator,
+    LossFn,
+    Step,
+    StepRecord,
+    StepResult,
+    check_float,
+    check_whole,
+    top_n_loss,
+    warn_of_unlearned,
+)
 from .masks import ModelMasks, least_margin
 from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 
@@ -200,6 +211,9 @@ class MaskTrainer:
             after_step: called with the record of each step; if it returns true, the run ends. Ranks wait for each
                 other's without a time limit, and all end if one returns true.
 
+        Warns:
+            UserWarning: of layers that no backward has come to, as where the loss does not depend on them.
+
         Raises:
             TypeError, ValueError: if ``steps`` is not an int of at least 1, or more than the estimator allows.
             FloatingPointError: see ``step``.
@@ -231,6 +245,8 @@ class MaskTrainer:
             raise
         if self.output_dir is not None:
             self._save_snapshot()
+        if self.ranks.rank == 0:
+            warn_of_unlearned(self.estimator.unlearned(), self.layers)
         return records
 
     def step(self) -> StepRecord:

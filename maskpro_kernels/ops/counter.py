@@ -108,7 +108,8 @@ class MaskSource(NamedTuple):
             ``tensor`` [rows, K / M]. "applied": ranks have gathered a weight that is masked already; ``tensor`` is the
             logits that learn, of any shape, or None.
         n, m: of the pattern.
-        inv_temperature: 1 / temperature of a draw.
+        inv_temperature: 1 / temperature of a draw. It has no default: torch.compile(dynamic=True) would make that a
+            dynamic input.
         counter: of a draw.
         codes: group codes [rows, K / M] of a draw, if it has been made; else None.
     """
@@ -117,14 +118,14 @@ class MaskSource(NamedTuple):
     kind: str
     n: int
     m: int
-    inv_temperature: float = 1.0
+    inv_temperature: float
     counter: Counter = NO_COUNTER
     codes: Tensor | None = None
 
     @property
     def by_codes(self) -> MaskSource:
         """Mask of kind "codes" if there are codes, else itself."""
-        return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m)
+        return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m, 1.0)
 
     def of(self, tensor: Tensor | None, device: torch.device) -> MaskSource:
         """Mask with another tensor, moved to the device unless there are codes, which suffice."""

@@ -16,7 +16,7 @@ from ..functional.checks import LOGIT_DTYPES
 from ..modules import MaskedLinear, evaluating
 from ..ops.pattern import NMPattern
 from ..packed import NMLinear
-from ..unfuse import ADAPTER, adapter_modules, lost_with
+from ..unfuse import ADAPTER, adapter_modules, is_linear, lost_with
 from .calibration import Call, as_call, check_calibration, run_call
 
 HEAD = "output head"
@@ -65,7 +65,7 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
     """Select the nn.Linear layers that ``targets`` name, by default all that can have a mask."""
     everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     adapters = dict.fromkeys(adapter_modules(model) & everything.keys(), ADAPTER)
-    linears = {n: module for n, module in everything.items() if type(module) is nn.Linear and n not in adapters}
+    linears = {n: module for n, module in everything.items() if n not in adapters and is_linear(module)}
     if not linears:
         raise ValueError(f"model: expected a module that contains nn.Linear layers, got none{_why_none(model)}")
     # they compute something other than x @ w.T + b, or other code depends on their type

@@ -11,6 +11,7 @@ from helpers.products import DRAW
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.packed import dense_layer
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -96,3 +97,42 @@ def test_a_forward_mode_derivative_is_not_lost_but_refused(name):
 
     with pytest.raises(RuntimeError, match="forward mode AD"):
         torch.func.jvp(product, (operands[name],), (torch.ones_like(operands[name]),))
+
+
+def twice(layer):
+    return lambda x: layer(x).square().sum()
+
+
+# What works of torch.func and of torch.autograd.functional, beside a dense layer with the same zeros
+OF_FUNC = {
+    "grad": lambda layer, x: torch.func.grad(twice(layer))(x),
+    "jacrev": lambda layer, x: torch.func.jacrev(layer)(x),
+    "vmap": lambda layer, x: torch.func.vmap(layer)(x),
+    "vmap of grad": lambda layer, x: torch.func.vmap(torch.func.grad(twice(layer)))(x),
+    "grad of grad": lambda layer, x: torch.func.grad(lambda x: torch.func.grad(twice(layer))(x).sum())(x),
+    "hessian": lambda layer, x: torch.func.hessian(twice(layer))(x),
+    "functional.jacobian": lambda layer, x: torch.autograd.functional.jacobian(layer, x),
+    "functional.hessian": lambda layer, x: torch.autograd.functional.hessian(twice(layer), x),
+    "functional.hvp": lambda layer, x: torch.autograd.functional.hvp(twice(layer), x, x)[1],
+}
+WORKS = {
+    "masked": {"grad", "jacrev", "functional.jacobian"},
+    "packed": {"vmap", "functional.jacobian", "functional.hessian", "functional.hvp"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", WORKS)
+@pytest.mark.parametrize("name", OF_FUNC)
+def test_transforms_of_torch_give_what_a_dense_layer_gives_or_say_what_works(name, kind):
+    torch.manual_seed(0)
+    layer, x = mk.MaskedLinear.from_linear(nn.Linear(16, 8), "2:4").eval(), torch.randn(3, 16)
+    dense = dense_layer(layer)
+    layer = layer if kind == "masked" else mk.NMLinear.from_masked(layer)
+    if name in WORKS[kind]:
+        torch.testing.assert_close(OF_FUNC[name](layer, x), OF_FUNC[name](dense, x))
+    else:
+        with pytest.raises(
+            (ValueError, RuntimeError), match=f"^(x|grad): expected .* a {kind} layer has .* the dense model"
+        ):
+            OF_FUNC[name](layer, x)

@@ -36,12 +36,13 @@ def test_second_derivatives_are_refused():
     _, x, weight, logits = slope_operands(NMPattern("2:4"))
     logits.requires_grad_()
     y = mk.straight_through_linear(x, weight, logits, pattern="2:4", **COUNTER)
-    (first,) = torch.autograd.grad(y.square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    # ahead of torch, which would take zeros for them in torch.autograd.functional.hessian
+    with pytest.raises(RuntimeError, match="^grad: .* a masked layer has no second derivatives; the dense model"):
+        torch.autograd.grad(y.square().sum(), logits, create_graph=True)
 
 
-def test_gradients_arrive_for_any_optimizer_also_under_compile():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_gradients_arrive_for_any_optimizer_also_under_compile(dynamic):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).to(KERNEL_DEVICE)
     mk.convert(model, "2:4", targets=["0", "2"], gap=3.0)
@@ -51,7 +52,8 @@ def test_gradients_arrive_for_any_optimizer_also_under_compile():
     model(x).square().mean().backward()
     eager = [layer.logits.grad.clone() for layer in (model[0], model[2])]
     model.zero_grad()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
+    torch._dynamo.reset()
+    torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)(x).square().mean().backward()
     assert_same_bits([layer.logits.grad for layer in (model[0], model[2])], eager)
     before = model[0].logits.detach().clone()
     torch.optim.SGD([layer.logits for layer in (model[0], model[2])], lr=1.0).step()

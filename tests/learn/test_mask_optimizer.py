@@ -185,3 +185,16 @@ def test_who_learns_otherwise_is_not_told():
         layer.logits_backward = None
         layer.logits.requires_grad_(False)
     loss_fn(model, batch).backward()
+
+
+@pytest.mark.parametrize("loss_scale", [0.5, lambda: 0.5])
+def test_a_model_compiled_for_dynamic_sizes_learns_the_same_bits(loss_scale):
+    learned = []
+    for compiled in (False, True):
+        model = a_model()
+        optimizer = optimizer_of(model, loss_scale=loss_scale)
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else model
+        steps(run, optimizer, [batch[: 3 + place] for place, batch in enumerate(some_batches(2))])
+        learned.append(logits_of(model))
+    assert_same_bits(*learned)

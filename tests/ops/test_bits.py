@@ -213,7 +213,7 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
     where = counter(logits, n, m)
     for result in (
         sampling.masked_weight(weight, MaskSource(logits, "drawn", n, m, TEMPERATURE, where)),
-        sampling.masked_weight(weight, MaskSource(codes, "codes", n, m)),
+        sampling.masked_weight(weight, MaskSource(codes, "codes", n, m, 1.0)),
         reference.code_masked_weight(weight, codes, n=n, m=m),
         kernels.code_masked_weight(weight, codes, n=n, m=m),
         reference.sample_masked_weight(weight, logits, where, scalar(TEMPERATURE), n=n, m=m),

@@ -17,7 +17,7 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
     counter = (*(torch.tensor(value) for value in (7, 3, 5, 1)), 0, 2)
     drawn = (logits, "drawn", 2, 4, 1.0, *counter, None)
     held = (*drawn[:-1], codes)
-    given = MaskSource(codes, "codes", 2, 4).flat()
+    given = MaskSource(codes, "codes", 2, 4, 1.0).flat()
     x, bias = cpu_normal(3, 8, seed=2, dtype=dtype), cpu_normal(2, seed=3, dtype=dtype)
     grad = cpu_normal(3, 2, seed=4, dtype=dtype)
     return {

@@ -245,3 +245,50 @@ def test_layers_masked_earlier_and_packed_ones_count():
     packed = mk.prune.finalize.pack(model, "2:4")
     assert packed.converted == ["0", "1"] and packed.masked_share == 2 / 3
     assert packed.unmasked == {"2.weight": packed.skipped["2"]}
+
+
+class Plain(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 1.001 * nn.functional.linear(input, self.weight, self.bias)
+
+
+class InEvalAlone(nn.Linear):
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight, self.bias) * (0.5 if self.training else 1.0)
+
+
+class WithMore(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) if self.weight.sum() != 0 else input
+
+    def extra(self):
+        pass
+
+
+class Pair(nn.Linear):
+    def forward(self, input):
+        return super().forward(input), input
+
+
+@pytest.mark.parametrize(
+    "kind", [Scaled, InEvalAlone, WithMore, Pair, nn.modules.linear.NonDynamicallyQuantizableLinear]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_that_computes_what_a_linear_layer_does_is_one(kind, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(Plain(32, 16), kind(16, 8)).to(dtype).eval()
+    if kind is Scaled and dtype == torch.bfloat16:
+        # within the rounding
+        return
+    x = torch.randn(3, 32, dtype=dtype)
+    before = model[0](x)
+    conversion = mk.convert(model, "2:4", targets=["0"])
+    assert conversion.converted == ["0"] and conversion.skipped["1"] == f"subclass of nn.Linear: {kind.__name__}"
+    assert not model[1].training
+    with mk.dense(model):
+        torch.testing.assert_close(model[0](x), before)

@@ -326,7 +326,7 @@ def _drawn_with_log_prob(mask):
     if codes is None:
         codes = sampling.sample_mask(mask.tensor, *pattern, mask.inv_temperature, mask.counter)
     total = sampling.mask_log_prob(mask.tensor, codes, *pattern, mask.inv_temperature).sum()
-    return MaskSource(codes, "codes", *pattern), total
+    return MaskSource(codes, "codes", *pattern, 1.0), total
 
 
 def masked_linear_input_grad(grad, weight, mask):

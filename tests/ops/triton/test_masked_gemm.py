@@ -126,7 +126,7 @@ def test_one_pass_takes_one_block_of_tokens(dtype, launched):
     for tokens in (one_pass, one_pass + 1):
         launched.clear()
         x, weight, scores = normal(tokens, 64, dtype=dtype), normal(16, 64, dtype=dtype), normal(16, 64)
-        mask = MaskSource(mk.top_n_mask(scores, pattern), "codes", 8, 16)
+        mask = MaskSource(mk.top_n_mask(scores, pattern), "codes", 8, 16, 1.0)
         y, _ = masked_gemm.masked_linear(x, weight, None, mask, False)
         masked_gemm.masked_linear_input_grad(y, weight, mask)
         inside = tokens <= one_pass
