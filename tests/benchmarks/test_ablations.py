@@ -33,7 +33,7 @@ def model(text):
 
 CHANGES = [(option, value) for option, values in ABLATIONS.values() for value in values]
 # Of the others the code is that of characters.py
-QUICK = [("draws", 4), ("batches", 1), ("init", "random"), ("pattern", "4:8")]
+QUICK = [("draws", 4), ("pattern", "4:8")]
 
 
 @pytest.mark.parametrize(("option", "value"), cases(CHANGES, slow=lambda *case: case not in QUICK))
@@ -112,6 +112,7 @@ def test_unfit_options_are_refused(given, told, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_value(capsys):
     ablations.main("--train-steps 20 --forwards 513 --seeds 1 --lrs 6 --only batches".split())
     dense, _, head, _, *rows = capsys.readouterr().out.splitlines()

@@ -47,7 +47,7 @@ def child(inputs, tmp_path_factory):
 @pytest.mark.parametrize(
     ("how", "world", "kills"),
     [
-        ("straight-through", 1, 5),
+        ("straight-through", 1, 3),
         *(pytest.param(how, world, 50, marks=pytest.mark.slow) for how in WAYS for world in (1, 2)),
     ],
 )
