@@ -91,7 +91,7 @@ def logits_of_run(folder: Path) -> Logits:
     """``load_logits`` of the folder of a run; ValueError if it has ended with others, as its report says."""
     learned, report = load_logits(folder / LOGITS_FILE), folder / REPORT
     own = digest(learned.logits[name] for name in sorted(learned.logits))
-    if report.is_file() and json.loads(report.read_bytes())["logits"] != own:
+    if report.is_file() and json.loads(report.read_bytes()).get("logits") != own:
         raise ValueError(f"expected the logits that {REPORT} has the digest of, got others; restore {LOGITS_FILE}")
     return learned
 

@@ -29,6 +29,7 @@ def export(options: Export, source: str, output: str) -> None:
     if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
         raise ValueError(f"run: expected {LOGITS_FILE} in {source!r}, got none; restore it from a copy")
+    table = read_report(Path(source))["table"] if (Path(source) / REPORT).is_file() else ()
     with naming("run"):
         learned = logits_of_run(Path(source))
         metadata = learned.metadata
@@ -63,7 +64,6 @@ def export(options: Export, source: str, output: str) -> None:
             save_masks(output, layers, pattern, model=base_name(name), provenance={"run": metadata.get("run")})
         print(f"{pattern} mask of {name} written to {output}, {Path(output).stat().st_size / 1e6:.2f} MB")
         return
-    table = read_report(Path(source))["table"] if (Path(source) / REPORT).is_file() else ()
     save(finalize(model, to=options.to, values=options.values), tokenizer, output, name, str(pattern), table)
     print(f"{options.to} {pattern} checkpoint of {name} written to {output}")
     if options.to == "packed":

@@ -129,7 +129,7 @@ def test_weights_and_biases_never_move():
         ({"model": nn.Sequential(nn.Linear(4, 4))}, ValueError, "^model: expected a model with MaskedLinear"),
         ({"loss_fn": None}, TypeError, "^loss_fn: "),
         ({"batches": []}, ValueError, "^batches: expected at least one batch"),
-        ({"batches": iter(some_batches())}, ValueError, r"^estimator: .* as Reinforce\(steps=1000\): .* steps=None"),
+        ({"batches": iter(some_batches())}, ValueError, r"^estimator: .* as Reinforce\(steps=1000\), .* steps=None"),
         ({"batches": iter([]), "estimator": mk.Reinforce(steps=2)}, ValueError, "^batches: expected at least one"),
         ({"batches": None}, TypeError, "^batches: expected an iterable of batches"),
         ({"batches": some_batches()[0]}, TypeError, "^batches: expected an iterable of batches"),
