@@ -58,3 +58,22 @@ def test_gradients_arrive_for_any_optimizer_also_under_compile(dynamic):
     before = model[0].logits.detach().clone()
     torch.optim.SGD([layer.logits for layer in (model[0], model[2])], lr=1.0).step()
     assert not torch.equal(model[0].logits, before)
+
+
+@pytest.mark.parametrize("tokens", [20, 150])
+def test_logits_that_backward_moves_move_behind_the_other_gradients(tokens):
+    """Which are those of the mask that the logits of the forward draw."""
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = slope_operands(pattern, tokens=tokens)
+    found, moved = {}, []
+
+    def move(grad, x, weight, mask):
+        moved.append(mask.tensor.neg_())
+
+    for logits_backward in (mk.straight_through_gradient, move):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, logits)]
+        how = {"pattern": pattern, "logits_backward": logits_backward, **COUNTER}
+        mk.straight_through_linear(*leaves, **how).backward(grad)
+        found[logits_backward] = [leaf.grad for leaf in leaves[:2]]
+    assert_same_bits(found[move], found[mk.straight_through_gradient])
+    assert len(moved) == 1 and torch.equal(leaves[2].detach(), -logits)

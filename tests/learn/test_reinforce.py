@@ -155,3 +155,18 @@ def test_normalized_advantages_of_several_draws_are_bounded():
     assert estimator.advantages([0.0, 0.0]) == [0.0, 0.0]
     assert max(estimator.advantages([0.0, 1e6])) <= 3.0
     assert mk.Reinforce(lr=1.0, normalize=True, draws=2).advantages([1.0, 1.0]) == [0.0, 0.0]
+
+
+def test_what_breaks_off_a_step_leaves_the_estimator_as_it_was(tmp_path, monkeypatch):
+    trainer = a_trainer(how="normalized", output_dir=tmp_path)
+    trainer.step()
+    before = trainer.estimator.state()
+    assert before["delta"] and before["mean_square"]
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer._folder, "add_entry", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.step()
+    assert trainer.estimator.state() == before

@@ -86,3 +86,14 @@ def test_a_resumed_run_counts_on_with_the_losses_that_were_not_finite(tmp_path, 
     assert last.resume() == 5
     # a finite one begins a new row
     assert [math.isnan(one.loss) for one in last.run(3, progress=False)] == [False, True, True]
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_a_resumed_run_counts_those_in_a_row_alone(tmp_path, how):
+    first = spoiled(tmp_path, how, {0, 2}, 2)
+    first.run(3, progress=False)
+    first.close()
+    again = spoiled(tmp_path, how, {3, 4}, 2)
+    assert again.resume() == 3
+    with pytest.raises(FloatingPointError, match="loss of step 4: .*, after 2 others in a row"):
+        again.run(2, progress=False)
