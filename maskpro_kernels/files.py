@@ -132,9 +132,9 @@ def check_takes_files(folder: Path) -> None:
 
 def check_output(folder: str | Path) -> None:
     """Raise ValueError unless an output folder is writable and empty or missing; leave no file there."""
-    folder = Path(folder)
-    missing = _missing(folder.absolute())
+    folder, missing = Path(folder), []
     try:
+        missing = _missing(folder.absolute())
         folder.mkdir(parents=True, exist_ok=True)
         check_takes_files(folder)
     except OSError as error:

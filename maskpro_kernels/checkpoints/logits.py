@@ -75,15 +75,15 @@ def load_logits(path: str | Path) -> Logits:
     ``prune.refit.put_weights`` writes the weights into the layers of a converted model.
 
     Raises:
-        ValueError: if the file is not a safetensors file.
+        ValueError: if the file is no safetensors file, or lacks a tensor that its metadata name.
         OSError: if it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"path: expected a safetensors file, got {str(path)!r}: {error}") from error
-    weights = {name: tensors.pop(name + WEIGHT) for name in json.loads(metadata.pop(CHANGED, "[]"))}
+        weights = {name: tensors.pop(name + WEIGHT) for name in json.loads(metadata.pop(CHANGED, "[]"))}
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"path: expected a safetensors file, got {str(path)!r}: {error!r}") from error
     return Logits(tensors, weights, metadata)
 
 

@@ -118,7 +118,15 @@ def load_masks(path: str | Path) -> MaskFile:
     checksum = digest_of_named(tensors, metadata)
     if stored != checksum or metadata.keys() != set(METADATA):
         raise ValueError(f"mask: expected an unchanged file, got {str(path)!r}, which was damaged or changed")
-    return MaskFile(tensors, metadata, checksum)
+    try:
+        masks = MaskFile(tensors, metadata, checksum)
+        if others := masks.layers.keys() ^ tensors.keys():
+            raise ValueError(f"a layer without a tensor, or a tensor without a layer, {min(others)!r}")
+        if not all(type(size) is int and size >= 0 for shape in masks.layers.values() for size in shape):
+            raise ValueError(f"layers {metadata['layers']}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"mask: expected metadata of a mask file, got others in {str(path)!r}: {error}") from error
+    return masks
 
 
 def save_masks(path: str | Path, layers: Iterable[tuple[str, Tensor, Tensor]], pattern: str | NMPattern,

@@ -250,6 +250,13 @@ def parse(command: str, words: list[str]) -> tuple[object, dict[str, object]]:
         words = [*_words_of(Path(words[0]), parser), *words[1:]]
     parsed = vars(parser.parse_args(words))
     arguments = {name: parsed.pop(name) for name, *_ in positional}
+    for name in ("model", "models", "output", "resume", "init", "source"):
+        given = (parsed | arguments).get(name)
+        try:
+            for value in given if isinstance(given, list) else [given or ""]:
+                Path(value).exists()
+        except OSError as error:
+            raise ValueError(f"{name}: expected a path or a name, got {given!r}: {error.strerror}") from error
     return options(**parsed), arguments
 
 

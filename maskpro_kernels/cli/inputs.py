@@ -95,9 +95,9 @@ def check_least(options: object, **least: int) -> None:
 def check_new_file(path: str) -> None:
     """Raise ValueError unless a new file can be written there."""
     expected = f"output: expected a new file in a writable folder, got {path!r}"
-    if Path(path).exists():
-        raise ValueError(f"{expected}, which exists; give another name")
     try:
+        if Path(path).exists():
+            raise ValueError(f"{expected}, which exists; give another name")
         check_takes_files(Path(path).absolute().parent)
     except OSError as error:
         raise ValueError(f"{expected}: {error}") from error

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.full_disk import files_of_at_most
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from maskpro_kernels import MaskedLinear
@@ -109,3 +110,13 @@ def test_what_is_no_file_of_logits_is_refused(tmp_path):
     (tmp_path / "logits").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="path: expected a safetensors file, got .*logits"):
         load_logits(tmp_path / "logits")
+
+
+@pytest.mark.parametrize("names", ['["0", "1"]', '"0.weight"', "[0]", "{", "3", "[" * 100_000])
+def test_weights_that_the_file_names_and_lacks_are_refused(tmp_path, names):
+    model = changed(masked(), 1.0)
+    save_logits(model, tmp_path / "a", {})
+    content = load_file(tmp_path / "a")
+    save_file(content, tmp_path / "a", {"changed_weights": names})
+    with pytest.raises(ValueError, match=r"^path: expected a safetensors file, got [^\n]*$"):
+        load_logits(tmp_path / "a")

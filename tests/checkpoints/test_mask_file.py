@@ -8,9 +8,10 @@ from itertools import combinations
 
 import pytest
 import torch
+from helpers.checkpoints import forge
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from maskpro_kernels import NMPattern, top_n_mask
 from maskpro_kernels.checkpoints.mask_file import (
@@ -165,3 +166,53 @@ def test_bytes_of_no_ranks_are_refused():
         unpack_ranks(torch.zeros(3, dtype=torch.uint8), 4, pattern)
     with pytest.raises(ValueError, match="^packed: expected words of 3 ranks, got larger ones"):
         unpack_ranks(torch.tensor([216], dtype=torch.uint8), 3, pattern)
+
+
+# Codes, and the bytes of their ranks: by Python's integers, words of 3 digits to the base 6 in a byte, of 9 to the base
+# 70 and of 4 to the base 12870 in 7 bytes, the lowest byte first
+GOLDEN = {
+    "2:4": ([3, 5, 6, 9, 10, 12, 3, 12], "4ecf1e"),
+    "4:8": ([15, 240, 85, 170, 60, 195, 102, 153, 23, 232], "4680dcc4dc490344000000000000"),
+    "8:16": ([0x00FF, 0xFF00, 0x5555, 0xAAAA, 0x0FF0, 0xF00F], "a2640839e68e42b8377e09000000"),
+}
+
+
+@pytest.mark.parametrize("pattern", GOLDEN)
+def test_the_bytes_of_masks_stay(tmp_path, pattern):
+    """Files travel: a writer and a reader that both change would read the files of before as other masks."""
+    codes, expected = torch.tensor([GOLDEN[pattern][0]], dtype=NMPattern(pattern).code_dtype), GOLDEN[pattern][1]
+    save_masks(
+        tmp_path / "mask", [("a", codes, torch.zeros(1, codes.numel() * NMPattern(pattern).m))], pattern, model="m"
+    )
+    assert load_file(tmp_path / "mask")["a"].numpy().tobytes().hex() == expected
+    assert torch.equal(load_masks(tmp_path / "mask").codes("a"), codes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"layers": '{"up": [24, 64], "down.0": [16, 32], "gate": [8, 8]}'}, "a layer without a tensor.* 'gate'"),
+        ({"layers": '{"up": [24, 64]}'}, "a tensor without a layer, 'down.0'"),
+        ({"layers": '{"up": [24, 64], "down.0": ["16", 32]}'}, '"16"'),
+        ({"layers": '{"up": [24, 64], "down.0": [-16, -32]}'}, "-16"),
+        ({"layers": '{"up": [24, 64], "down.0": [16]}'}, "unpack"),
+        ({"layers": '["up", "down.0"]'}, "items"),
+        ({"layers": "{"}, "line 1"),
+        ({"layers": "[" * 100_000}, "recursion"),
+        ({"dtype": "int8"}, "int8"),
+        ({"pattern": "4:2"}, "4:2"),
+        ({"provenance": "?"}, "line 1"),
+    ],
+)
+def test_a_forged_file_is_refused_in_a_line(tmp_path, changed, named):
+    save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny")
+    forge(tmp_path / "mask", **changed)
+    with pytest.raises(ValueError, match=rf"^mask: expected metadata of a mask file, got [^\n]*{named}[^\n]*$"):
+        load_masks(tmp_path / "mask")
+
+
+def test_a_layer_that_is_larger_than_its_ranks_is_refused(tmp_path):
+    save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny")
+    forge(tmp_path / "mask", layers='{"up": [4000000000, 4000000000], "down.0": [16, 32]}')
+    with pytest.raises(ValueError, match="^packed: expected uint8 "):
+        load_masks(tmp_path / "mask").codes("up")

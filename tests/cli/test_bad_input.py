@@ -6,18 +6,28 @@ import shutil
 
 import pytest
 import torch
+from helpers.checkpoints import forge
 from helpers.command import SIZES, refuses
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+
+from maskpro_kernels import top_n_mask
+from maskpro_kernels.checkpoints.mask_file import save_masks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 SOURCES = "--data text.txt --device cpu"
 LEARN = f"learn --model model --output out --dtype float32 --estimator reinforce --init wanda {SIZES} {SOURCES}"
+LONG = "a" * 300
 
 
 def write(path, content):
     """What writes a file below a folder."""
-    return lambda folder: (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def written(folder):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return written
 
 
 def with_infinite_head(folder):
@@ -25,6 +35,12 @@ def with_infinite_head(folder):
     model.lm_head.weight.data.fill_(torch.nan)
     model.save_pretrained(folder / "nan")
     tiny_tokenizer().save_pretrained(folder / "nan")
+
+
+def with_forged_mask(folder):
+    weight = torch.ones(4, 8)
+    save_masks(folder / "mask", [("layer", top_n_mask(weight, "2:4"), weight)], "2:4", model="tiny")
+    forge(folder / "mask", layers='{"layer": [4, 8], "other": [4, 8]}')
 
 
 # by name: the command, what is done to the folder before, parts of the line
@@ -94,6 +110,41 @@ CASES = {
     "import of nothing": ("import model", None, ["output: expected --output"]),
     "masks without a model": ("import text.txt --output out", None, ["model: expected the model that the masks in"]),
     "import of no zeros": ("import model --output out", None, ["pattern: "]),
+    "an output that is a file": (
+        f"{LEARN} --output text.txt",
+        None,
+        ["output: expected a writable folder, got 'text.tx"],
+    ),
+    "an output below a file": (
+        f"{LEARN} --output text.txt/o",
+        None,
+        ["output: expected a writable folder, got 'text.t"],
+    ),
+    "an output of too long a name": (f"{LEARN} --output {LONG}", None, ["output: expected a path", "name too long"]),
+    "a model of too long a name": (f"{LEARN} --model {LONG}", None, ["model: expected a path", "name too long"]),
+    "a mask of too long a name": (f"{LEARN} --init {LONG}", None, ["init: expected a path", "name too long"]),
+    "a text of too long a name": (f"{LEARN} --data {LONG}", None, ["data: expected"]),
+    "a run of too long a name": (f"learn --resume {LONG}", None, ["resume: expected a path", "name too long"]),
+    "models of too long a name": (f"eval none {LONG}", None, ["models: expected a path", "name too long"]),
+    "masks of too long a name": (f"import {LONG} --output out", None, ["source: expected a path", "name too long"]),
+    "figures in a file that exists": (
+        "speed model --output text.txt",
+        None,
+        ["output: expected a new file in a writable folder, got 'text.txt', which exists"],
+    ),
+    "figures in no folder": ("eval model --output none/x", None, ["output: expected a new file in a writable folder"]),
+    "no file of options": ("learn none.yaml", None, ["none.yaml"]),
+    "a mask file that lacks a layer": (
+        f"{LEARN} --init mask",
+        with_forged_mask,
+        ["init: expected metadata of a mask file, got others in 'mask': a layer without a tensor", "'other'"],
+    ),
+    "a report without entries": (
+        "eval run --device cpu",
+        write("run/report.json", '{"format": "maskpro-run 2"}'),
+        ["expected an entry 'settings' in a file, got none"],
+    ),
+    "a report without end": ("eval run", write("run/report.json", "[" * 100_000), ["RecursionError: "]),
     "masks that are none": ("import text.txt --model model --output out", None, ["text.txt"]),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -98,3 +99,11 @@ def reconfigure(change: Callable[[dict], object]) -> Callable[[Path], None]:
         file.write_text(json.dumps(config))
 
     return damage
+
+
+def forge(path: Path, **changed: str) -> None:
+    """Give a mask file other metadata, and the checksum of these."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() | changed
+    del metadata["checksum"]
+    save_file(tensors, path, metadata | {"checksum": files.digest_of_named(tensors, metadata)})
