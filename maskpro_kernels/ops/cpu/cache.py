@@ -35,13 +35,18 @@ Likes = tuple[tuple, ...]
 
 def compiled(name: str, made_of: object, make: Callable[[], tuple[bytes, Likes]]) -> tuple[bytes, Likes]:
     """(machine code, results) of a loop: loaded from disk, or made by ``make`` and stored."""
-    path = folder() / f"{name}-{digest(made_of)}.o"
-    # the folder may be deleted at any time
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = path.with_suffix(".lock")
-    with FileLock(lock):
+    try:
+        path = folder() / f"{name}-{digest(made_of)}.o"
+        # the folder may be deleted at any time
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock")
+        held = FileLock(lock).acquire()
         # keeps the lock, for which others may wait, from removal
         os.utime(lock)
+    except OSError as error:
+        logger.warning("%s is compiled, and not stored: %s", name, error)
+        return make()
+    with held:
         kept = intact(path)
         if kept is not None:
             os.utime(path)

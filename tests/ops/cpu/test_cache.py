@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -256,3 +257,21 @@ def test_loops_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_
         folder = folder_of(XDG_CACHE_HOME=str(base))
         assert "maskpro_kernels-" in folder
         assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("lacking", ["the folder", "the folder above it", "the lock"])
+def test_a_disk_that_takes_no_file_compiles_what_is_not_kept(tmp_path, monkeypatch, caplog, lacking):
+    """As one without inodes or room, or a home that is read only."""
+
+    def folder():
+        if lacking == "the folder above it":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return tmp_path / "file" if lacking == "the folder" else tmp_path
+
+    monkeypatch.setattr(cache, "folder", folder)
+    monkeypatch.setattr(cache, "digest", lambda _: "x")
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop-x.lock").mkdir()
+    assert cache.compiled("loop", (), lambda: SOUND) == SOUND
+    assert "loop is compiled, and not stored: [Errno" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop-x.lock"]
