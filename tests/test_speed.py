@@ -59,6 +59,9 @@ def test_models_are_compared_with_the_first_one_of_their_weights(models):
     assert report.agree and all(found[name].holds for name in found)
     assert str(found["packed"]) == "packed: same weights as sparse; same 4 tokens"
     assert str(found["base"]).startswith("base: other weights than sparse, first in model.layers.0.self_attn.q_proj.")
+    first = "first in model.layers.0.self_attn.q_proj.weight; same"
+    assert str(found["int8"]).startswith(f"int8: weights rounded to int8, else those of sparse, {first}")
+    assert [name for name in found if found[name].is_rounded] == ["int8"]
     assert [model.stored for model in report.models][:5] == [
         "dense",
         "packed 2:4",
@@ -80,6 +83,18 @@ def test_a_weight_that_differs_is_named(models):
     assert first_difference(shallow, models["base"]).startswith("model.layers.1.")
     assert first_difference(models["base"], shallow).startswith("model.layers.1.")
     assert first_difference(tiny_model(rope_theta=500.0), tiny_model()) == "model.rotary_emb.inv_freq"
+
+
+def test_rounding_to_int8_is_told_from_other_weights(models):
+    """Of the model that was rounded, wherever it stands, and as far as rounding goes."""
+    order = {name: models[name] for name in ("base", "int8", "packed")}
+    packed, found = measure_speed(order, PROMPT, new_tokens=2, rounds=1).agreements[::-1]
+    assert (packed.other, packed.is_rounded) == ("int8", True) and (found.other, found.is_rounded) == ("base", False)
+    changed = copy.deepcopy(models["int8"])
+    assert first_difference(changed, models["sparse"], rounded=True) is None
+    changed.get_submodule(LAYER).values[3, 5] -= 2
+    assert first_difference(changed, models["sparse"], rounded=True) == f"{LAYER}.weight"
+    assert first_difference(models["packed"], changed, rounded=True) == f"{LAYER}.weight"
 
 
 def test_weights_of_modules_that_are_taken_apart_are_compared():

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..modules import CounterState, MaskedLinear, evaluating
-from ..packed import NMLinear
+from ..packed import INT8, NMLinear
 from ..unfuse import in_linear_form
 
 # Rounds that do not count: caches fill, clocks rise
@@ -46,13 +46,14 @@ class Agreement:
     """Comparison of the greedy tokens of two models.
 
     Attributes:
-        model, other: their names; ``other`` is the first model with the same weights, else the first of all.
+        model, other: their names; ``other`` is the first model with the same weights, else these in int8, else of all.
         differs_in: the first weight or buffer in which they differ; None if there is none.
         same_tokens: number of leading tokens that are equal in all rows.
         new_tokens: number of generated tokens.
         gap: at the first difference, ``other``'s logit of its own token less its logit of the model's token; of several
             rows the gap that most exceeds its rounding. None if all tokens are equal.
         rounding: the largest gap that rounding explains there, see ``rounding_of``; None if all tokens are equal.
+        is_rounded: true if all that differs are values that one of the two holds in int8.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Agreement:
     new_tokens: int
     gap: float | None = None
     rounding: float | None = None
+    is_rounded: bool = False
 
     @property
     def holds(self) -> bool:
@@ -74,7 +76,8 @@ class Agreement:
         else:
             tokens = f"same tokens up to {self.same_tokens} of {self.new_tokens}"
         if self.differs_in is not None:
-            return f"{self.model}: other weights than {self.other}, first in {self.differs_in}; {tokens}"
+            weights = "weights rounded to int8, else those of" if self.is_rounded else "other weights than"
+            return f"{self.model}: {weights} {self.other}, first in {self.differs_in}; {tokens}"
         line = f"{self.model}: same weights as {self.other}; {tokens}"
         if self.gap is None:
             return line
@@ -167,13 +170,14 @@ def measure_speed(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tok
         # models whose weights no earlier model has
         distinct = [next(iter(models))]
         for name, model in list(models.items())[1:]:
-            differs_in = {other: first_difference(model, models[other]) for other in distinct}
-            other = next((other for other in distinct if differs_in[other] is None), distinct[0])
-            if differs_in[other] is not None:
+            same = [one for one in distinct if first_difference(model, models[one]) is None]
+            near = same or [one for one in distinct if first_difference(model, models[one], rounded=True) is None]
+            other = (near or distinct)[0]
+            differs_in = first_difference(model, models[other])
+            agreement = _agreement((name, other), differs_in, models[other], prompt, written[name], written[other])
+            agreements.append(replace(agreement, is_rounded=bool(near) and not same))
+            if not same:
                 distinct.append(name)
-            agreements.append(
-                _agreement((name, other), differs_in[other], models[other], prompt, written[name], written[other])
-            )
         timers = [_Timer(name, model, prompt, new_tokens) for name, model in models.items()]
         progress(0, WARM_UP + rounds)
         for done in range(WARM_UP + rounds):
@@ -265,14 +269,20 @@ def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
     return UNITS.get(dtype, UNITS[torch.float32]) * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest))
 
 
-def first_difference(model: nn.Module, other: nn.Module) -> str | None:
+def first_difference(model: nn.Module, other: nn.Module, rounded: bool = False) -> str | None:
     """Name of the first weight, unpacked or masked, or buffer in which two models differ; None if there is none."""
     with torch.no_grad(), in_linear_form(model), in_linear_form(other):
         own, others = _tensors(model), _tensors(other)
+        named = (*model.named_modules(), *other.named_modules()) if rounded else ()
+        # int8 values are near where the largest scale of their row sets them apart
+        near = {f"{name}.weight": x.scales for name, x in named if isinstance(x, NMLinear) and x.kind == INT8}
         for name in [*own, *(name for name in others if name not in own)]:
             if name not in own or name not in others:
                 return name
             first, second = own[name](), others[name]()
+            if name in near and first.shape == second.shape:
+                scale = near[name].float().amax(1, keepdim=True)
+                second = torch.where((first.float() - second.float()).abs() <= scale, first, second)
             if first.dtype != second.dtype or not torch.equal(first, second):
                 return name
     return None
