@@ -99,7 +99,7 @@ class MaskedLinear(nn.Module):
         check_floats("logits", logits)
         if logits.shape != weight.shape or logits.is_meta != weight.is_meta:
             raise ValueError(f"logits: expected those of a weight {describe(weight)}, got {describe(logits)}")
-        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        if bias is not None and (getattr(bias, "shape", None) != weight.shape[:1] or bias.dtype != weight.dtype):
             raise ValueError(f"bias: expected [{weight.shape[0]}] of {weight.dtype}, got {describe(bias)}")
         check_int("layer", layer, MAX_LAYERS)
         group_row_stride = check_shard(weight.shape, self.pattern, group_offset, group_row_stride)
@@ -149,10 +149,10 @@ class MaskedLinear(nn.Module):
             check_codes("init", init, pattern, linear.weight)
             check_exactly_n("init", init, pattern)
             codes = init
-        elif init == "magnitude":
+        elif isinstance(init, str) and init == "magnitude":
             codes = top_n_mask(linear.weight.detach().abs(), pattern)
         else:
-            raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
+            raise ValueError(f'init: expected "magnitude" or group codes, got {describe(init)}; convert takes others')
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
         if linear.weight.is_cuda and device.type == "cpu":
             try:
@@ -371,7 +371,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    """MaskedLinear modules of a model by name, those that FSDP2 has cut with a ``shard``; ValueError if none."""
+    """MaskedLinear modules of a model by name, those that FSDP2 has cut with a ``shard``; an error if none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected nn.Module, got {describe(model)}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if not layers:
         raise ValueError("model: expected a model with MaskedLinear layers, got none; call convert first")

@@ -19,6 +19,7 @@ from .functional.checks import (
     check_exactly_n,
     check_floats,
     check_not_distributed,
+    check_one_of,
     check_transforms,
     check_weight,
     describe,
@@ -138,7 +139,7 @@ class PackedNM:
         Raises:
             ValueError: if ``values`` is neither, or a value to quantize is not finite.
         """
-        check_values_kind(values)
+        check_one_of("values", values, VALUE_KINDS)
         if values == self.kind:
             return self
         if values == INT8:
@@ -183,7 +184,7 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
             is not finite.
     """
     pattern = NMPattern(pattern)
-    check_values_kind(values)
+    check_one_of("values", values, VALUE_KINDS)
     check_weight(weight, pattern)
     weight = weight.detach().contiguous()
     rows, k = weight.shape
@@ -202,12 +203,6 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
     codes = ops.top_n_mask(worth, pattern.n, pattern.m)
     kept = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
     return PackedNM(kept, bitmask_of(codes, pattern.m), pattern).stored_as(values)
-
-
-def check_values_kind(values: str) -> None:
-    """Raise ValueError unless ``values`` is one of VALUE_KINDS."""
-    if values not in VALUE_KINDS:
-        raise ValueError(f"values: expected one of {', '.join(VALUE_KINDS)}, got {values!r}")
 
 
 def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,8 +326,9 @@ class NMLinear(nn.Module):
         self.register_buffer("bitmask", packed.bitmask)
         self.register_buffer("scales", packed.scales)
         dtype, device = packed.dtype, packed.values.device
-        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype != dtype or bias.device != device):
-            raise ValueError(f"bias: expected [{self.out_features}] of {dtype} on {device}, got {describe(bias)}")
+        shape = (self.out_features,)
+        if bias is not None and (getattr(bias, "shape", None) != shape or bias.dtype != dtype or bias.device != device):
+            raise ValueError(f"bias: expected {list(shape)} of {dtype} on {device}, got {describe(bias)}")
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod

@@ -465,7 +465,7 @@ BAD_CALLS = {
     ),
     "linear: expected nn.Linear": lambda: mk.NMLinear.from_dense(nn.ReLU(), "2:4"),
     "layer: expected MaskedLinear": lambda: mk.NMLinear.from_masked(nn.Linear(16, 4)),
-    'to: expected "dense" or "packed"': lambda: mk.finalize(nn.Linear(16, 4), to="sparse"),
+    "to: expected one of dense, packed, got 'sparse'": lambda: mk.finalize(nn.Linear(16, 4), to="sparse"),
 }
 
 

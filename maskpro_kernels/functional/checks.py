@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
 import torch
@@ -30,7 +30,18 @@ def describe(value) -> str:
     if isinstance(value, Tensor):
         kind = "a tensor" if value.layout is torch.strided else f"a tensor of layout {value.layout}"
         return f"{kind} {list(value.shape)} of {value.dtype} on {value.device}"
-    return f"{type(value).__name__} {_SHORT.repr(value)}"
+    return f"{type(value).__name__} {in_a_line(value)}"
+
+
+def in_a_line(value) -> str:
+    """The ``repr`` of a value, that of an array too, shortened and without line breaks."""
+    return " ".join(_SHORT.repr(value).split())
+
+
+def check_one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    # of an array ``in`` would ask each element
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {in_a_line(value)}")
 
 
 def check_floats(name: str, tensor: Tensor) -> None:
@@ -154,8 +165,8 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
 
 def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
     """Raise unless ``gap`` is a finite gap of logits of ``dtype``, at least 0."""
-    if dtype not in LOGIT_DTYPES:
-        raise TypeError(f"logits_dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits_dtype: expected float32, bfloat16 or float16, got {in_a_line(dtype)}")
     if isinstance(gap, bool) or not isinstance(gap, (int, float)):
         raise TypeError(f"gap: expected a float, got {describe(gap)}")
     largest = torch.finfo(dtype).max
@@ -167,7 +178,7 @@ def device_of_logits(device: torch.device | str) -> torch.device:
     """Return the device that ``logits_device`` names; ValueError if it names none, or meta."""
     try:
         named = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         named = None
     if named is None or named.type == "meta":
         raise ValueError(f"logits_device: expected a device with memory, got {describe(device)}")

@@ -373,7 +373,7 @@ def value_of(loss: Tensor | float) -> float:
 def check_float(name: str, value: float, low: float, high: float = FLOAT32_MAX, strict: bool = False) -> None:
     """Raise TypeError or ValueError unless ``value`` is a number in [low, high], or with ``strict`` above ``low``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected a float, got {describe(value)}")
     if not low <= value <= high or strict and value == low:
         least, most = "above" if strict else "of at least", f" and at most {high:g}" if high < FLOAT32_MAX else ""
         raise ValueError(f"{name}: expected a float {least} {low:g}{most}, got {value}")
@@ -383,6 +383,6 @@ def check_whole(name: str, value: int, low: int, high: int | None = None) -> Non
     """Raise TypeError or ValueError unless ``value`` is an int of at least ``low``, and at most ``high`` if given."""
     expected = f"of at least {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int {expected}, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected an int {expected}, got {describe(value)}")
     if value < low or high is not None and value > high:
         raise ValueError(f"{name}: expected an int {expected}, got {value}")

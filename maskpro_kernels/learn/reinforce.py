@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..functional.checks import FLOAT32_MAX
+from ..functional.checks import FLOAT32_MAX, check_one_of, in_a_line
 from ..ops.philox import MAX_DRAWS
 from .estimator import Draw, Entry, Estimator, Step, StepResult, check_float, check_whole, replay
 
@@ -50,11 +50,10 @@ class Reinforce(Estimator):
                  steps: int | None = None):  # fmt: skip
         check_float("lr", lr, 0.0, strict=True)
         check_float("alpha", alpha, 0.0, 1.0)
-        if tracker not in ("after", "before"):
-            raise ValueError(f'tracker: expected "after" or "before", got {tracker!r}')
+        check_one_of("tracker", tracker, ("after", "before"))
         for name, value in (("normalize", normalize), ("refresh", refresh)):
             if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected a bool, got {value!r}")
+                raise TypeError(f"{name}: expected a bool, got {in_a_line(value)}")
         check_whole("draws", draws, 1, MAX_DRAWS)
         if refresh and draws > 1:
             raise ValueError(f"refresh: expected False with several draws, which need no initial losses, got {refresh}")

@@ -27,6 +27,7 @@ from ..fsdp import (
     resetting,
     without_gradients,
 )
+from ..functional.checks import describe
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
@@ -108,8 +109,8 @@ class MaskTrainer:
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable, estimator: Estimator, *,
                  seed: int, output_dir: str | Path | None = None, snapshot_minutes: float = 10.0,
                  max_skipped: int = 0, accumulate: int = 1, timeout: float = 600.0):  # fmt: skip
-        check_no_flat_parameters("model", model)
         self.layers = masked_layers(model)
+        check_no_flat_parameters("model", model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a callable, got {type(loss_fn).__name__}")
         _check_batches(batches)
@@ -122,6 +123,12 @@ class MaskTrainer:
         check_whole("max_skipped", max_skipped, 0)
         check_whole("accumulate", accumulate, 1)
         check_float("timeout", timeout, 0.0, strict=True)
+        try:
+            folders = () if output_dir is None else (Path(output_dir), *Path(output_dir).absolute().parents)
+            if not all(folder.is_dir() for folder in folders if folder.exists()):
+                raise NotADirectoryError("there is a file")
+        except (TypeError, OSError) as error:
+            raise ValueError(f"output_dir: expected a folder, got {describe(output_dir)}: {error}") from error
         self.ranks = Ranks(timeout)
         check_sharding(self.layers)
         self._sharded = is_sharded(self.layers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..files import digest_of_named
 from ..fsdp import check_no_flat_parameters, is_distributed, like_shards, resharded
-from ..functional.checks import LARGEST_GAP, check_gap, check_int, device_of_logits
+from ..functional.checks import LARGEST_GAP, check_gap, check_int, check_one_of, device_of_logits, in_a_line
 from ..learn.batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits, masked_layers
 from ..ops.pattern import NMPattern
@@ -24,7 +24,7 @@ from ..unfuse import as_built, check_not_merged, fit_adapters, in_linear_form, r
 from .calibration import check_calibration
 from .initial_masks import Init, Progress, check_initial_mask, given, refitted_masks
 from .reconstruction import Reconstruction
-from .refit import check_refit, put_weights
+from .refit import FITS, put_weights
 from .selection import MOST_OF_A_MODEL, coverage, first_call, layers_to_convert, reasons_by_name
 
 # A part of error messages
@@ -104,7 +104,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     if not cut:
         # for cut models all ranks check it together
         check_initial_mask(init)
-    check_refit(refit)
+    check_one_of("refit", refit, ("none", *FITS))
     check_int("seed", seed, 1 << 63)
     check_gap(gap, logits_dtype)
     if flip_rate is not None:
@@ -282,7 +282,7 @@ def gap_for_flip_rate(rate: float, pattern: str | NMPattern) -> float:
     low, high = 0.0, LARGEST_GAP
     rarest, commonest = flip_rate(high, pattern), flip_rate(low, pattern)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rarest <= rate <= commonest:
-        raise ValueError(f"flip_rate: expected a float in [{rarest:.2g}, {commonest:.4g}] for {pattern}, got {rate!r}")
+        raise ValueError(f"flip_rate: expected a float in [{rarest:.2g}, {commonest:.4g}], got {in_a_line(rate)}")
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if flip_rate(middle, pattern) > rate else (low, middle)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..fsdp import check_in_memory, check_not_sharded, check_not_wrapped
+from ..functional.checks import check_one_of
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
-from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
+from ..packed import KEEP, VALUE_KINDS, NMLinear, dense_layer, hold_in_huge_pages, packed_class
 from ..unfuse import in_linear_form, taken_apart
 from .convert import Conversion, check_replaceable, replace_layers
 from .selection import coverage, reasons_by_name, select_layers
@@ -39,13 +40,12 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
             MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in memory, or a weight to
             quantize is not finite. The model is then unchanged.
     """
-    if to not in ("dense", "packed"):
-        raise ValueError(f'to: expected "dense" or "packed", got {to!r}')
-    check_values_kind(values)
+    check_one_of("to", to, ("dense", "packed"))
+    check_one_of("values", values, VALUE_KINDS)
     if to == "dense" and values != KEEP:
         raise ValueError(f'values: expected "{KEEP}" for dense layers, got {values!r}; pack them by to="packed"')
-    check_replaceable(model)
     replacements, layers = {}, masked_layers(model)
+    check_replaceable(model)
     if to == "packed":
         check_not_sharded(layers, "save a dense checkpoint, load it in one process, and pack that model")
     for apart in taken_apart(model):
@@ -83,7 +83,7 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
             weight to quantize is not finite. The model is then unchanged.
     """
     pattern = NMPattern(pattern)
-    check_values_kind(values)
+    check_one_of("values", values, VALUE_KINDS)
     check_replaceable(model)
     replacements, packed = {}, []
     with in_linear_form(model) as left_out:
@@ -113,7 +113,7 @@ def repack(model: nn.Module, values: str) -> int:
         ValueError: if ``values`` is unknown, a weight is not in memory, or a weight to quantize is not finite. The
             model is then unchanged.
     """
-    check_values_kind(values)
+    check_one_of("values", values, VALUE_KINDS)
     replacements = {}
     for name, layer in model.named_modules():
         if isinstance(layer, NMLinear) and layer.kind != values:

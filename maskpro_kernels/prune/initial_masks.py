@@ -20,7 +20,7 @@ from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import DTYPES, load_masks
 from ..files import digest
 from ..fsdp import local, part_of, resharded
-from ..functional.checks import check_codes, check_exactly_n, check_int
+from ..functional.checks import check_codes, check_exactly_n, check_int, in_a_line
 from ..functional.masks import expand_mask, sample_mask, top_n_mask
 from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern, codes_of
@@ -126,7 +126,7 @@ def check_initial_mask(init: Init) -> None:
             return
     raise ValueError(
         f"init: expected one of {', '.join(INITIAL_MASKS)}, the path of a mask file, a run or a sparse checkpoint, "
-        f"or a mapping of names to group codes, got {init!r}"
+        f"or a mapping of names to group codes, got {in_a_line(init)}"
     )
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional.checks import check_codes
+from ..functional.checks import check_codes, check_one_of
 from ..ops.pattern import NMPattern
 from .calibration import calls_of, layer_by_layer, masks_of
-from .refit import DAMPING, FITS, PIECE, check_refit, conjugate_gradients, refit_rows, row_errors
+from .refit import DAMPING, FITS, PIECE, conjugate_gradients, refit_rows, row_errors
 
 # At first, one in FIRST_SHARE of a row's groups may swap together
 FIRST_SHARE = 16
@@ -71,7 +71,7 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
         TypeError, ValueError: an argument is not as above, there is no batch, or another layer gets no input.
     """
     pattern = NMPattern(pattern)
-    check_refit(refit)
+    check_one_of("refit", refit, ("none", *FITS))
     calls = calls_of(calibration)
     masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fsdp import check_in_memory, is_distributed, local
+from ..functional.checks import check_one_of
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear, masked_layers
 from ..ops.pattern import NMPattern
@@ -61,8 +62,7 @@ def refit(
         TypeError, ValueError: an argument is not as above, there is no batch, or a layer gets no input. The model is
             then unchanged.
     """
-    if to not in FITS:
-        raise ValueError(f"to: expected one of {tuple(FITS)}, got {to!r}")
+    check_one_of("to", to, FITS)
     layers = masked_layers(model)
     for name, layer in layers.items():
         check_in_memory("model", layer, name)
@@ -143,11 +143,6 @@ def put_weights(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor
             # a new tensor: the old one may be shared with a layer without a mask
             layer.weight.data = weight.to(layer.weight.device, layer.weight.dtype)
         layer.weight_changed = True
-
-
-def check_refit(refit: str) -> None:
-    if refit != "none" and (not isinstance(refit, str) or refit not in FITS):
-        raise ValueError(f"refit: expected one of {('none', *FITS)}, got {refit!r}")
 
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..fsdp import check_cut_by_fsdp, check_in_memory, check_row_shard, is_finite, resetting, resharded
-from ..functional.checks import LOGIT_DTYPES
+from ..functional.checks import LOGIT_DTYPES, describe
 from ..modules import MaskedLinear, evaluating
 from ..ops.pattern import NMPattern
 from ..packed import NMLinear
@@ -132,7 +132,7 @@ def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
                 bypassed: Mapping[str, str], targets: Sequence[str]) -> Selection:  # fmt: skip
     expected = "targets: expected a sequence of fnmatch patterns"
     if isinstance(targets, str) or not isinstance(targets, Sequence):
-        raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")
+        raise TypeError(f"{expected}, got the {describe(targets)}")
     # a shared layer has several names
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -140,7 +140,7 @@ def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
     matched, exact = set(), {name: own for own, module in linears.items() for name in names[id(module)]}
     for target in targets:
         if not isinstance(target, str):
-            raise TypeError(f"{expected}, got {type(target).__name__} {target!r} in it")
+            raise TypeError(f"{expected}, got {describe(target)} in it")
         if target in exact:
             matched.add(exact[target])
             continue
