@@ -330,8 +330,12 @@ def test_a_single_shard_keeps_its_index(tmp_path):
 def test_bad_imports_are_refused_in_one_line(folder, tmp_path, capsys):
     source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
     (source / "model-0.safetensors").write_bytes((source / "model-0.safetensors").read_bytes()[:-9])
-    model = folder / "model"
+    model, pickled = folder / "model", tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(model / "config.json", pickled)
+    torch.save(tiny_model().state_dict(), pickled / "pytorch_model.bin")
     for arguments, message in (
+        ([pickled], "checkpoint: expected a folder with safetensors files"),
         ([tmp_path / "none" / "x" / "y"], "source: expected a file, a folder or an id"),
         ([model / "model.safetensors"], "model: expected the model that the masks in"),
         ([model], "pattern: expected one that some layer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import numpy as np
 import pytest
@@ -61,3 +62,10 @@ def test_it_runs_and_is_short(one_kernel, capsys):
     ]
     assert len(losses) == 4 and min(losses[1:]) < losses[0]
     assert len((ROOT / "docs" / "one_kernel.py").read_text().splitlines()) <= 150
+
+
+def test_kernels_md_shows_the_whole_kernel():
+    page, file = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("kernels.md", "one_kernel.py"))
+    (shown,) = re.findall(r"^```python\n(@triton\.jit\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^def (\w+)", shown, re.MULTILINE) == ["draw", "masked_linear_kernel"]
+    assert f"\n\n\n{shown}\n\n@triton.jit\n" in file

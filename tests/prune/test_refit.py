@@ -187,7 +187,7 @@ def test_bad_arguments_leave_the_model_as_it_was():
     refused(model, ValueError, r"calibration: .*run every layer, \['unused'\] got no input")
     del model.unused
     mk.refit(model, inputs())
-    refused(model, ValueError, "model: expected dense weights, .* got refitted or trained ones in blocks.0.0; convert")
+    refused(model, ValueError, "model: expected dense weights, .* got refitted or trained ones in blocks.0.0; load and convert")
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was():
