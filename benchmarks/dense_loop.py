@@ -19,13 +19,13 @@ class _Dense(Weight):
 
     def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         source = self.values_of(row, run)
-        return [self._loaded(self._behind(source, lane), self.lanes, scale) for lane in range(0, RUN, self.lanes)]
+        return [self._loaded(self._after(source, lane), self.lanes, scale) for lane in range(0, RUN, self.lanes)]
 
     def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         # K is a multiple of RUN, so that there are none
         return self.direct(row, run, scale)
 
-    def _behind(self, pointer: ir.Value, values: int) -> ir.Value:
+    def _after(self, pointer: ir.Value, values: int) -> ir.Value:
         return self.b.gep(pointer, [ir.Constant(ir.IntType(64), values)], source_etype=self.element)
 
 
@@ -44,7 +44,7 @@ def dense_loop(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
         raise RuntimeError("a dense loop: expected AVX-512, AVX2 or NEON, got a CPU without")
     # every value is kept
     kind = Packed(1, 1, dtype, dtype)
-    # not kept on disk, where nothing would tell that this file has changed
+    # not kept on disk, where nothing would show that this file has changed
     loop = machine.loaded_loop(machine.object_code(_Product(kind, use, 1, False).assembly()), 8)
     pairs = rows.multiplies_pairs(kind, use)
 

@@ -1,7 +1,7 @@
 """Timing in paired rounds, and the rows that they make.
 
 In every round all providers are timed, so that what changes on the machine meanwhile meets each of them. But a busy
-machine does not slow all work alike, and stays as it is for seconds to minutes: on a CPU a run therefore visits every
+machine does not slow all work alike, and stays unchanged for seconds to minutes: on a CPU a run therefore visits every
 benchmark several times, minutes apart.
 """
 
@@ -28,7 +28,7 @@ FEWEST_ROUNDS = {"cuda": 5, "cpu": 2}
 # A sample repeats short calls until the clock's share is small
 SHORTEST_SAMPLE_SECONDS = 0.01
 MOST_CALLS = {"cuda": 20, "cpu": 1 << 20}
-# More than any cache of a GPU holds, several times over: 0.3 ms on an H100, while the call behind it is being queued
+# More than any cache of a GPU holds, several times over: 0.3 ms on an H100, while the call after it is being queued
 FLUSHED_BYTES = 256 << 20
 FLUSHES = 4
 # Less may stay in a CPU's caches from call to call

@@ -117,7 +117,7 @@ def branches(lines: tuple[str, ...]) -> list[tuple[int, int, bool]]:
     """(where it stands, where it leads, whether on a condition) of every branch."""
     where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     targets = ((i, line, re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
-    # a condition may stand in the name, or a uniform predicate behind it: BRA.U !UP0
+    # a condition may stand in the name, or a uniform predicate after it: BRA.U !UP0
     condition = re.compile(r"@|BRA\.DIV|BRA\S*\s+!?U?P\d")
     return [(i, where[target[1]], condition.match(line) is not None) for i, line, target in targets if target]
 
@@ -129,7 +129,7 @@ def largest_loop(lines: tuple[str, ...]) -> tuple[int, int]:
         return any(re.match(pattern, line) for line in lines[loop[0] : loop[1] + 1])
 
     loops = [(j, i) for i, j, _ in branches(lines) if j < i]
-    # where a kernel waits for matrix units it may branch behind its end and back, which is no loop
+    # where a kernel waits for matrix units it may branch after its end and back, which is no loop
     loops = [loop for loop in loops if not holds(loop, r"EXIT")] or loops
     multiplying = [loop for loop in loops if holds(loop, r"(@!?U?P\w+ )?\w*MMA")]
     return max(multiplying or loops, key=lambda loop: loop[1] - loop[0])
@@ -269,7 +269,7 @@ def print_kernels(target: str, n: int, m: int) -> None:
             line(f"{kernel}, {kind}", built, counted(built, config.block * m / (32 * config.num_warps), True))
     for product, itemsize in TILES:
         for tile in tiles_of(product, target, itemsize) if itemsize == 2 and product != "packed_linear" else ():
-            # those with a tile of the weight's gradient draw once, behind their loop over the tokens
+            # those with a tile of the weight's gradient draw once, after their loop over the tokens
             looping = product in ("masked_linear", "masked_linear_input_grad")
             for kind in ("drawn", "codes"):
                 built = build_product(product, target, n, m, tile, KIND=kind)

@@ -38,7 +38,7 @@ class Case:
         self.logits = GAP * mk.expand_mask(mk.top_n_mask(self.weight.abs(), PATTERN), PATTERN) + normal(rows, k)
         seed, step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, STEP))
         self.counter = {"pattern": PATTERN, "seed": seed, "step": step, "layer": LAYER}
-        # of one shape alone, for each number of tokens compiles anew
+        # of one shape alone, for each number of tokens compiles again
         with_compiler = DEVICE == "cuda" and (rows, k) == SHAPES[0]
         self.compiled = torch.compile(self.by_reference, dynamic=False) if with_compiler else None
 

@@ -56,7 +56,7 @@ text { font-size: 12px; }
 
 
 def style() -> str:
-    """CSS with both palettes: the card behind everything has a colour of its own, so each is readable on any page."""
+    """CSS with both palettes: the card after everything has a colour of its own, so each is readable on any page."""
     light = "".join(f".{name} {{ {what}: {colour}; }}\n" for name, (what, colour, _) in COLOURS.items())
     dark = "".join(f"  .{name} {{ {what}: {colour}; }}\n" for name, (what, _, colour) in COLOURS.items())
     return f"{STYLE}{light}@media (prefers-color-scheme: dark) {{\n{dark}}}\n"

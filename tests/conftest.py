@@ -119,5 +119,5 @@ def datasets_cache(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    # behind each stream of parquet files, where the library has it
+    # after each stream of parquet files, where the library has it
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)

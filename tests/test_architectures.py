@@ -36,7 +36,7 @@ EVERY_KIND = ("LLaMA", "GPT-2", "T5", "gpt-oss", "Mamba", "convolutions")
 UNUSED = {"LLaVA": ["vision_tower.encoder.layers.1."], "Gemma 3 with images": ["vision_tower.head."]}
 
 
-def test_every_architecture_is_told_of():
+def test_every_architecture_is_reported():
     assert MASKED.keys() == MAKERS.keys() and len(MAKERS) >= 20
 
 
@@ -86,7 +86,7 @@ DEFAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), DEFAULTS)
 def test_shares_of_default_configurations(name, kind):
-    """Without memory for the weights. No forward can tell there what is read past a module: of Mamba it is known."""
+    """Without memory for the weights. No forward shows which weights other code reads: for Mamba they are given."""
     with torch.device("meta"):
         model = getattr(transformers, kind if kind.startswith("Gemma3F") else name + kind)(
             getattr(transformers, f"{name}Config")()

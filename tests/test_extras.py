@@ -50,7 +50,7 @@ def test_every_package_that_is_imported_is_a_dependency_or_optional():
 
 
 @pytest.mark.parametrize(
-    ("packages", "told"),
+    ("packages", "reported"),
     [
         (["transformers"], "the package transformers, which is not installed (pip install 'maskpro-kernels[hf]')"),
         (["matplotlib"], "the package matplotlib, which is not installed (pip install 'maskpro-kernels[cli]')"),
@@ -63,16 +63,16 @@ def test_every_package_that_is_imported_is_a_dependency_or_optional():
     ],
     ids=str,
 )
-def test_the_smallest_extra_that_brings_all_is_told(packages, told, monkeypatch):
+def test_the_smallest_extra_that_brings_all_is_reported(packages, reported, monkeypatch):
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
-    assert missing(*packages) == told
+    assert missing(*packages) == reported
     with pytest.raises(ModuleNotFoundError) as raised:
         require("this", *packages)
-    assert str(raised.value) == f"this needs {told}"
+    assert str(raised.value) == f"this needs {reported}"
 
 
-def test_nothing_is_told_of_what_is_installed():
+def test_nothing_is_reported_what_is_installed():
     assert missing("transformers", "matplotlib") is None
     require("this", "transformers")
 
@@ -88,7 +88,7 @@ def test_nothing_is_told_of_what_is_installed():
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
-def test_a_command_tells_what_it_lacks_before_anything_else(arguments, packages, extra, monkeypatch, capsys):
+def test_a_command_reports_what_it_lacks_before_anything_else(arguments, packages, extra, monkeypatch, capsys):
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
     assert main.main(arguments) == 2
@@ -98,7 +98,7 @@ def test_a_command_tells_what_it_lacks_before_anything_else(arguments, packages,
     assert line.endswith(f"(pip install 'maskpro-kernels[{extra}]')")
 
 
-def test_models_of_hugging_face_tell_which_extra_they_lack():
+def test_models_of_hugging_face_report_which_extra_they_lack():
     """And all else is there without transformers."""
     code = "\n".join(
         (

@@ -237,7 +237,7 @@ def test_a_captured_graph_draws_anew_after_each_advance():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16"])
 def test_a_reinforce_step_is_one_captured_graph(pattern, dtype):
-    """Draw, forward, update and advance: each replay draws anew, and moves the logits by the factor that it finds."""
+    """Draw, forward, update and advance: each replay draws again, and moves the logits by the factor that it finds."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 64))
     models = {}
@@ -339,7 +339,7 @@ def test_learning_by_the_dense_model_repeats_itself_and_follows_the_cpu(k):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_speed_tells_what_a_model_takes_of_the_device():
+def test_speed_reports_what_a_model_takes_of_the_device():
     pytest.importorskip("transformers")
     from helpers.tiny_llama import tiny_model
 

@@ -33,7 +33,7 @@ def test_folder_round_trip(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
-def test_a_full_disk_is_told_as_one(tmp_path, file):
+def test_a_full_disk_is_reported_as_one(tmp_path, file):
     """Whichever library writes the file that is too large."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
     tokenizer.add_tokens([f"added{index}" for index in range(2000)])
@@ -85,7 +85,7 @@ def test_bad_dtype(dtype):
         ("accelerate", "the package accelerate, which is not installed"),
     ],
 )
-def test_smollm2_tells_what_to_install(monkeypatch, tmp_path, missing, cure):
+def test_smollm2_reports_what_to_install(monkeypatch, tmp_path, missing, cure):
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr("maskpro_kernels.hf.loading.find_spec", lambda package: None if package == missing else spec)
     monkeypatch.setitem(sys.modules, missing, None)

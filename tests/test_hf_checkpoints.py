@@ -385,7 +385,9 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("form", "message", "damage"), DAMAGES, ids=[f"{form}: {told}" for form, told, _ in DAMAGES])
+@pytest.mark.parametrize(
+    ("form", "message", "damage"), DAMAGES, ids=[f"{form}: {reported}" for form, reported, _ in DAMAGES]
+)
 def test_damaged_checkpoints_are_refused(form, message, damage, folders, tmp_path):
     for file in (folders / form).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -79,7 +79,7 @@ def test_a_model_that_follows_no_pattern_is_refused(tmp_path):
         KeepMask("2:5")
 
 
-def test_layers_that_are_all_frozen_are_told(tmp_path):
+def test_layers_that_are_all_frozen_are_reported(tmp_path):
     model = tiny_model()
     mk.convert(model, "2:4")
     with pytest.warns(UserWarning, match="KeepMask: expected weights that train, got 14 frozen ones"):
@@ -120,7 +120,7 @@ def test_groups_with_fewer_than_n_keep_n():
 
 @pytest.mark.slow
 def test_a_checkpoint_of_a_converted_model_has_its_masks(tmp_path):
-    """One that the Trainer writes: its model is back with logits and pattern, and the trainer goes on from it."""
+    """One that the Trainer writes: its model is back with logits and pattern, and the trainer continues from it."""
     model = tiny_model()
     mk.convert(model, "2:4", gap=2.0)
     whole = trained(model, tmp_path / "whole", steps=4, save_strategy="steps", save_steps=2)
@@ -172,7 +172,7 @@ def test_mask_callback_learns_the_masks_alone(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (not name.endswith(("logits", "_extra_state"))), name
     assert {int(layer.counter_state.step) for layer in masked_layers(model).values()} == {6}
-    # as it was before, and no memory of an optimizer's own
+    # as before, and no memory of an optimizer
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
     assert all(layer.logits_backward is None for layer in masked_layers(model).values())
     assert trainer.optimizer.state.keys() == {"masks"}
@@ -291,7 +291,7 @@ def test_without_it_the_trainer_warns_of_masks_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_layers_that_do_not_follow_the_pattern_are_told(tmp_path):
+def test_layers_that_do_not_follow_the_pattern_are_reported(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     mk.convert(model, "2:4", targets=["*.mlp.*"])
     mk.finalize(model).requires_grad_()
@@ -316,7 +316,7 @@ def test_training_that_broke_off_begins_again(tmp_path):
 
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_gradient_scaler_skips_what_is_not_finite(fused):
-    """As the Trainer has it in float16, where a fused optimizer is called all the same, and told."""
+    """As the Trainer has it in float16, where a fused optimizer is still called, with ``found_inf``."""
     arguments = TrainingArguments("unused", use_cpu=True, report_to="none")
     accelerate.Accelerator(cpu=True)
     model, rows = masked().train(), torch.stack([row["input_ids"] for row in texts()]).split(4)

@@ -131,7 +131,7 @@ def test_state_dict_round_trip():
         assert_same_bits(layer.drawn_codes(), same.drawn_codes())
 
 
-def test_a_state_dict_tells_whether_kept_weights_have_changed():
+def test_a_state_dict_reports_whether_kept_weights_have_changed():
     layer, fresh = (mk.MaskedLinear.from_linear(nn.Linear(8, 4), "2:4") for _ in range(2))
     assert layer.weight_changed is False
     layer.weight_changed = True
@@ -281,7 +281,7 @@ def test_a_backward_comes_before_the_draw_changes():
         y.sum().backward()
 
 
-def test_masks_do_not_come_again_behind_the_last_step():
+def test_masks_do_not_come_again_after_the_last_step():
     model = two_layers()
     (shared,) = counter_states(model)
     shared.step.fill_((1 << 32) - 2)

@@ -469,10 +469,10 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize("told", BAD_CALLS)
-def test_bad_arguments_are_named(told):
-    with pytest.raises((TypeError, ValueError), match=told):
-        BAD_CALLS[told]()
+@pytest.mark.parametrize("reported", BAD_CALLS)
+def test_bad_arguments_are_named(reported):
+    with pytest.raises((TypeError, ValueError), match=reported):
+        BAD_CALLS[reported]()
 
 
 @pytest.mark.parametrize("values", ["keep", "int8"])

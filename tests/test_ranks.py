@@ -48,7 +48,7 @@ def in_journal(folder: Path):
 
 
 def learn_across_a_refresh(rank: int, folder: Path):
-    """(logits, residuals, how many forwards under initial masks) of a run that is broken off between two steps."""
+    """(logits, residuals, how many forwards under initial masks) of a run that is interrupted between two steps."""
     seen, residuals = [], []
 
     def loss_fn(model, batch):

@@ -61,7 +61,7 @@ class Twice(ThreeLayers):
 
 
 class Checkpointed(ThreeLayers):
-    """Computes the first layers anew in backward."""
+    """Computes the first layers again in backward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.third(checkpoint(lambda x: self.second(torch.relu(self.first(x))), x, use_reentrant=False))
@@ -146,7 +146,7 @@ def trained_weights(rank: int, accumulate: int, kind: type[nn.Module], folder=No
 
 
 def test_weights_that_learn_on_ranks_are_those_of_one_process(tmp_path, eager_reference):
-    """A layer moves in its turn, or behind backward where it is used twice; a resumed run gives its weights to all."""
+    """A layer moves in its turn, or after backward where it is used twice; a resumed run gives its weights to all."""
     steps = {"accumulate": 2, "kind": Twice}
     one, other = all_in_ranks(2, trained_weights, folder=tmp_path / "ranks", **steps)
     alone = trained_weights(0, folder=tmp_path / "alone", **steps)
@@ -169,7 +169,7 @@ def streamed(rank: int, folder=None, other: int | None = None, resume: bool = Fa
         trainer.close()
 
 
-def test_ranks_with_other_batches_that_are_no_sequence_are_told(tmp_path):
+def test_ranks_with_other_batches_that_are_no_sequence_are_reported(tmp_path):
     for error in in_ranks(2, streamed, other=1):
         assert isinstance(error, ValueError) and "got other batches on rank 1" in str(error)
     all_in_ranks(2, streamed, folder=tmp_path)

@@ -75,7 +75,7 @@ def mixtures_are_masked(folder: Path) -> None:
     assert mk.convert(tiny("Mixtral").model, "2:4").masked_share > 0.9
 
 
-def little_is_told(folder: Path) -> None:
+def little_is_masked(folder: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         mk.convert(tiny("convolutions").model, "2:4")
@@ -136,11 +136,11 @@ def with_int8_values(folder: Path):
     return model, folder / "model.safetensors"
 
 
-def refused(folder: Path, told: str) -> None:
+def refused(folder: Path, reported: str) -> None:
     try:
         AutoModelForCausalLM.from_pretrained(folder)
     except ValueError as error:
-        assert told in str(error)
+        assert reported in str(error)
     else:
         raise AssertionError("a damaged checkpoint was loaded")
 
@@ -191,7 +191,7 @@ def zeros_stay(folder: Path) -> None:
 
 
 class Fault(NamedTuple):
-    """A guard, what stands in its place where it is switched off, and what tells that it is missing."""
+    """A guard, what stands in its place where it is switched off, and the sign that it is missing."""
 
     guard: str
     off: object
@@ -218,7 +218,7 @@ FAULTS = [
     Fault("hf.quantizer.as_linears", nothing, taken_apart_comes_back),
     Fault("prune.selection.read_elsewhere", lambda *_: set(), every_mask_matters),
     Fault("prune.convert.in_linear_form", lambda _: nullcontext({}), mixtures_are_masked),
-    Fault("prune.convert.MOST_OF_A_MODEL", 0.0, little_is_told),
+    Fault("prune.convert.MOST_OF_A_MODEL", 0.0, little_is_masked),
     Fault("prune.selection.adapter_modules", lambda _: set(), adapters_get_no_mask),
     Fault("unfuse._refuse", nothing, merged_computes_the_same),
     Fault("prune.convert.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
@@ -230,7 +230,7 @@ FAULTS = [
 ]
 
 
-# A training, of which tests/test_hf_trainer.py tells as well
+# A training, of which tests/test_hf_trainer.py covers as well
 TRAINING = Fault("kept_zeros.KeptZeros.restore", nothing, zeros_stay)
 
 

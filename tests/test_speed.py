@@ -122,7 +122,7 @@ def parted(distance: float):
     return {"one": first, "two": other}
 
 
-def test_a_near_tie_is_told_and_no_difference():
+def test_a_near_tie_is_reported_and_no_difference():
     report = measure_speed(parted(1e-6), PROMPT, new_tokens=4, rounds=1)
     (found,) = report.agreements
     assert found.differs_in is None and found.same_tokens == 0 and 0 < found.gap <= found.rounding < 1e-4
@@ -166,13 +166,13 @@ def test_models_take_turns(models, monkeypatch):
     three = {name: models[name] for name in ("sparse", "packed", "masked")}
     report = measure_speed(three, PROMPT, new_tokens=2, rounds=2)
     a, b, c = three
-    # behind what each writes to be compared
+    # after what each writes to be compared
     assert WARM_UP == 1 and order[3:] == [a, b, c, b, c, a, c, a, b]
     assert all(len(model.prefill_seconds) == len(model.step_seconds) == 2 for model in report.models)
 
 
 def test_rates_are_tokens_over_seconds(models, monkeypatch):
-    # a clock that goes on by a second each time somebody looks
+    # a clock that continues by a second each time somebody looks
     seconds = iter(range(10_000))
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
     done = []
@@ -212,7 +212,7 @@ def test_modes_come_back(models):
 def test_it_refuses_what_it_cannot_measure(models):
     base = models["base"]
     bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
-    for given, told in [
+    for given, reported in [
         (({}, PROMPT), "models: expected at least one"),
         (({"a": bert}, PROMPT), "models: expected models that generate, got BertModel as 'a'"),
         (
@@ -229,5 +229,5 @@ def test_it_refuses_what_it_cannot_measure(models):
         (({"a": base}, PROMPT, 1), "new_tokens: expected at least 2, got 1"),
         (({"a": base}, PROMPT, 2, 0), "rounds: expected at least 1, got 0"),
     ]:
-        with pytest.raises(ValueError, match=f"^{told}"):
+        with pytest.raises(ValueError, match=f"^{reported}"):
             measure_speed(*given)

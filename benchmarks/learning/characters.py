@@ -3,7 +3,7 @@
     python benchmarks/learning/characters.py
 
 A model of 16 characters of context (Bengio et al. 2003) is trained on the Python documentation, in less than a minute.
-Its two hidden layers get Wanda's 2:4 mask, and the paper's update (MaskPro, arXiv 2506.12876, section 4) goes on from
+Its two hidden layers get Wanda's 2:4 mask, and the paper's update (MaskPro, arXiv 2506.12876, section 4) continues from
 there: a draw a step, loss residual and tracker, frozen weights. Learning rate and flip rate are those with which
 validation text has the lowest loss in the end; the test text judges nothing.
 
@@ -82,7 +82,7 @@ class Text(NamedTuple):
         return cls(len(known) + 1, splits)
 
     def batch(self, split: str, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(contexts [rows, 16], the characters behind them [rows]) from places drawn at random."""
+        """(contexts [rows, 16], the characters after them [rows]) from places drawn at random."""
         windows = self.splits[split].unfold(0, CONTEXT + 1, 1)
         found = windows[torch.randint(len(windows), (rows,), generator=generator)]
         return found[:, :CONTEXT], found[:, CONTEXT]
@@ -134,7 +134,7 @@ class Problem:
         pattern: str = PATTERN,
         **settings,
     ) -> Iterator[dict[str, float]]:
-        """Losses under the initial mask, and then behind each number of forwards, by the paper's update.
+        """Losses under the initial mask, and then after each number of forwards, by the paper's update.
 
         Args:
             lr: of ``Reinforce``, as are ``settings``.

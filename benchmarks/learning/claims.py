@@ -7,8 +7,8 @@ and two of REINFORCE, whose residual needs the loss under the initial mask as we
 settings, and those that of some flip rates and learning rates end lowest on validation text. They are chosen by the
 first seed alone, after fewer steps; the test texts judge nothing.
 
-Each seed has a folder of its own, with rows as ``compare.py`` keeps them, and so the command goes on where it was. What
-it prints are means over the seeds, with the sample standard deviation.
+Each seed has its own folder of rows, as in ``compare.py``, so the command resumes. It prints means over the seeds, with
+the sample standard deviation.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Claims(Comparison):
         return super().gap_of(estimator)
 
     def without_steps(self) -> None:
-        """The rows of the dense model and of masks that take no steps, ahead of any conversion."""
+        """The rows of the dense model and of masks that take no steps, before any conversion."""
         self.dense  # noqa: B018
         for name in ONE_SHOT:
             self.one_shot(name)

@@ -5,7 +5,7 @@ best of all, by the perplexity of validation text, take the next number of steps
 ones. The test texts judge nothing.
 
 Rows are kept as they come, in ``rows.jsonl`` of the output folder; called again with the same arguments, the command
-goes on where it was. ``table.md`` shows them.
+continues where it was. ``table.md`` shows them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Comparison:
         self.weights = sum(layer.weight.numel() for layer in self.layers.values())
         learned = [name for name, _ in texts_of(args.data)]
         texts = {name: load_text(name) for name in dict.fromkeys((*learned, *args.test))}
-        # ahead of the samples: those of other rows are not to be drawn over
+        # before the samples: those of other rows are not to be drawn over
         self.rows = Rows(args.output, self._shared(texts))
 
         def cut(names: Sequence[str], split: str, length: int) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ class Comparison:
         self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
 
     def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
-        """What all rows have in common: the options, and what stands behind the names of model and texts."""
+        """What all rows have in common: the options, and what stands after the names of model and texts."""
         options = {name: value for name, value in vars(self.args).items() if name not in ("output", "steps", "methods")}
         content = json.dumps(texts, sort_keys=True).encode()
         return options | {
@@ -102,14 +102,14 @@ class Comparison:
     def _samples(self, start: int | None) -> Tensor:
         """int64 [--samples, --seq-len], of the dense model, drawn once."""
         path, of = self.args.output / "samples.safetensors", (start, self.args.samples, self.args.seq_len)
-        told = {"of": json.dumps([*of, self.args.seed, self.rows.shared["weights"]])}
+        reported = {"of": json.dumps([*of, self.args.seed, self.rows.shared["weights"]])}
         if path.exists():
             with safe_open(path, framework="pt") as file:
                 # a call that ended before it had a row may have been of another model or seed
-                if file.metadata() == told:
+                if file.metadata() == reported:
                     return file.get_tensor(SELF)
         drawn = sample_windows(self.model, *of, seed=self.args.seed)
-        write_tensors({SELF: drawn}, path, told)
+        write_tensors({SELF: drawn}, path, reported)
         return drawn
 
     def row(
@@ -122,7 +122,7 @@ class Comparison:
         weights: str = "dense",
         **of_learner: object,
     ) -> dict:
-        """A row of the model as it is; ``weights`` tells whether the kept ones are the dense ones, or its own."""
+        """A row of the model as it is; ``weights`` shows kept weights are the dense ones, or its own."""
         found = {name: perplexity(self.model, test) for name, test in self.tests.items()}
         dense = found if method == "dense" else self.dense["perplexity"]
         row = {
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     try:
         comparison = Comparison(args)
-        # ahead of any conversion
+        # before any conversion
         comparison.dense  # noqa: B018
         for name in (*ONE_SHOT, *comparison.learners):
             if name in args.methods:

@@ -130,7 +130,7 @@ class ProxSparse(RelaxedMask):
         share = dense.abs() / (dense.abs() + EPSILON)
         return self.frozen * (share * (learned - dense)).square().sum()
 
-    def behind_update(self, layer: MaskedLinear, learned: Tensor) -> None:
+    def after_update(self, layer: MaskedLinear, learned: Tensor) -> None:
         groups = learned.view(layer.out_features, -1, layer.pattern.m)
         learned.copy_(proximal(groups, self.strength, layer.pattern.n).view_as(learned))
 

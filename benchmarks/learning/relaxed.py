@@ -1,8 +1,8 @@
 """What learners with a relaxed mask share: own tensors, weights for the forwards, AdamW, and the mask written down.
 
-A forward sees a weight that is a differentiable function of what is learned. Each layer's is made for its own product
-and anew in backward, so that no relaxed mask outlives its layer. Before the first step and after each one the mask that
-is likeliest by then stands in the layers' logits: evaluation, ``finalize`` and snapshots need to know nothing else.
+A forward uses a weight that is a differentiable function of the learned tensors, computed for each layer's product
+and again in backward, so that no relaxed mask stays in memory. Before the first step and after each one the layers'
+logits are set to the most likely mask, for evaluation, ``finalize`` and snapshots.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RelaxedMask(Estimator):
     def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor, step: int) -> Tensor | None:
         """What the loss has beside that of the text, 0-dim; None: nothing."""
 
-    def behind_update(self, layer: MaskedLinear, learned: Tensor) -> None:  # noqa: B027
+    def after_update(self, layer: MaskedLinear, learned: Tensor) -> None:  # noqa: B027
         """What follows the step of AdamW, in place."""
 
     def lr_at(self, step: int) -> float:
@@ -100,7 +100,7 @@ class RelaxedMask(Estimator):
     def step(self, step: Step) -> StepResult:
         """One step of AdamW, then the likeliest masks into the logits.
 
-        A loss that is not finite moves nothing; a gradient that is not leaves its layer as it was.
+        A loss that is not finite moves nothing; a gradient that is not leaves its layer unchanged.
         """
         try:
             with step.drawing(), self._relaxed(step) as penalties:
@@ -138,7 +138,7 @@ class RelaxedMask(Estimator):
             moments = self._means[name], self._squares[name]
             lr, decay = self.lr_at(step.index), self.weight_decay
             adamw_(learned, learned.grad.mul_(scale), *moments, step.index + 1, lr, self.betas, self.eps, decay)
-            self.behind_update(layer, learned)
+            self.after_update(layer, learned)
         self._write_down(step.layers, good)
         return tuple(name for name in norms if name not in good)
 
@@ -162,7 +162,7 @@ class RelaxedMask(Estimator):
                 return y, self.penalty(layer, learned, weight, step.index)
 
             def multiply(input: Tensor) -> Tensor:
-                # in place of a forward to which a hook might have brought its input
+                # instead of a forward to which a hook might have brought its input
                 input = input.to(layer.weight.device)
                 y, penalty = checkpoint(product, input, use_reentrant=False, preserve_rng_state=False)
                 if penalty is not None:

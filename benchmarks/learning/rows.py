@@ -12,7 +12,7 @@ from pathlib import Path
 from maskpro_kernels.files import write_whole
 
 ROWS, TABLE = "rows.jsonl", "table.md"
-# How a row with learned or refitted weights is called behind the name of its method
+# How a row with learned or refitted weights is called after the name of its method
 WITH_WEIGHTS = ", its weights"
 
 

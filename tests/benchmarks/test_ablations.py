@@ -89,8 +89,8 @@ def test_a_line_has_means_and_spreads():
     row = Row(6.0, False, [3.0, 3.2], [2.5, 2.9], [2.0, 2.0])
     assert row.regained == pytest.approx([0.5, 0.25])
     initial, learned = statistics.stdev(row.initial), statistics.stdev(row.learned)
-    told = f"| alpha | 0.9 | 6 | 3.100 ± {initial:.3f} | 2.700 ± {learned:.3f} | 38% ± 18 |"
-    assert ablations.line("alpha", 0.9, row) == told
+    reported = f"| alpha | 0.9 | 6 | 3.100 ± {initial:.3f} | 2.700 ± {learned:.3f} | 38% ± 18 |"
+    assert ablations.line("alpha", 0.9, row) == reported
     one = Row(6.0, True, [3.0], [2.5], [2.0])
     assert ablations.line("alpha", 0.9, one) == "| alpha | 0.9 | 6* | 3.000 | 2.500 | 50% |"
     lost = Row(6.0, False, [3.0, 3.0], [math.nan, 2.5], [2.0, 2.0])
@@ -98,7 +98,7 @@ def test_a_line_has_means_and_spreads():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [
         (["--forwards", "512"], "--forwards: expected more than 512"),
         (["--forwards", "64", "--only", "pattern"], "--forwards: expected more than 64"),
@@ -106,10 +106,10 @@ def test_a_line_has_means_and_spreads():
         (["--lrs", "6", "0"], "--lrs: expected learning rates above 0"),
     ],
 )
-def test_unfit_options_are_refused(given, told, capsys):
+def test_unfit_options_are_refused(given, reported, capsys):
     with pytest.raises(SystemExit):
         ablations.main(given)
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 @pytest.mark.slow

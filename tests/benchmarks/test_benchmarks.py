@@ -66,7 +66,7 @@ if fork == 0:
         sys.stderr.flush()
     finally:
         os._exit(code)
-tell(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
+report(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
 """
 
 
@@ -142,7 +142,7 @@ def test_the_interpreter_is_not_timed(tmp_path):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """ticking(sampled, seconds): a call is timed to ``sampled``, and between two looks at the clock it goes on by
+    """ticking(sampled, seconds): a call is timed to ``sampled``, and between two looks at the clock it continues by
     ``seconds``.
     """
 

@@ -1,4 +1,4 @@
-"""REINFORCE on character models: it improves Wanda's mask by as many forwards as are told, and the command shows it."""
+"""REINFORCE on character models: it improves Wanda's mask by the given number of forwards, and the command shows it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_losses_are_means_over_characters(problem):
         torch.testing.assert_close(characters.loss_of(problem.model, (context, following)), each.mean())
 
 
-def test_a_batch_is_text_and_what_comes_behind(problem):
+def test_a_batch_is_text_and_what_comes_after(problem):
     text = problem.text
     whole = text.splits["test"]
     context, following = text.batch("test", 20, torch.Generator().manual_seed(4))

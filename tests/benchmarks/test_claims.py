@@ -1,4 +1,4 @@
-"""The claims over several seeds: settings chosen by the first one alone, means and spreads, and a call that goes on."""
+"""The claims over several seeds: settings by the first one alone, means and spreads, and a resumed call."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_the_first_seed_chooses_by_validation_text(arguments, tmp_path, monkeypa
         (0, tuned, wanted["lr"], wanted["flips"], 5),
         (1, tuned, wanted["lr"], wanted["flips"], 5),
     ]
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "| method | settings | steps | a | score | groups that moved | seconds |"
-    assert told[2] == "| dense |  | 0 | 1.50 ± 0.71 | 3.00 ± 1.41 | 500 | 1,000 |"
-    assert len(told) == 2 + 1 + len(ONE_SHOT) + 3
+    reported = capsys.readouterr().out.splitlines()
+    assert reported[0] == "| method | settings | steps | a | score | groups that moved | seconds |"
+    assert reported[2] == "| dense |  | 0 | 1.50 ± 0.71 | 3.00 ± 1.41 | 500 | 1,000 |"
+    assert len(reported) == 2 + 1 + len(ONE_SHOT) + 3
 
 
 def test_every_seed_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys):
@@ -64,15 +64,15 @@ def test_every_seed_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "SEARCH", claims.SEARCH[::3])
     flip_rates = [given["flips"] for given in claims.SEARCH]
     claims.main([*arguments, "--output", str(output), "--seeds", "2", "--steps", "1", "2"])
-    told, runs = capsys.readouterr().out, len(gaps)
+    reported, runs = capsys.readouterr().out, len(gaps)
     # two that the first seed searches among, and the three of each seed
     assert runs == 2 + 2 * 3
     assert gaps[:2] == pytest.approx([gap_for_flip_rate(flips, "2:4") for flips in flip_rates], abs=1e-3)
     for seed in (0, 1):
         names = {row["method"] for row in rows_in(output / f"seed-{seed}")}
         assert names == {"dense", *ONE_SHOT, "sparsegpt, its weights", *claims.LEARNERS}
-    assert "| dense |  | 0 |" in told and "±" in told
+    assert "| dense |  | 0 |" in reported and "±" in reported
     claims.main([*arguments, "--output", str(output), "--seeds", "2", "--steps", "1", "2"])
-    assert len(gaps) == runs and told.endswith(capsys.readouterr().out)
+    assert len(gaps) == runs and reported.endswith(capsys.readouterr().out)
     with pytest.raises(SystemExit):
         claims.main([*arguments, "--output", str(output), "--seeds", "0"])

@@ -55,10 +55,10 @@ def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys
     assert (state["reinforce"], state["wanda"]) == (4.0, 0.0)
     # and of a float a row for the curvature, which is little where rows are long
     assert 4.0 < state["straight-through"] < 4.25
-    before, told = (output / rows.TABLE).read_text(encoding="utf-8"), len(runs)
+    before, reported = (output / rows.TABLE).read_text(encoding="utf-8"), len(runs)
     capsys.readouterr()
     compare.main([*arguments, "--steps", "1", "2"])
-    assert len(runs) == told and capsys.readouterr().out == before
+    assert len(runs) == reported and capsys.readouterr().out == before
     assert before.count("\n") == len(found) + 2 and "**lr" in before
     with pytest.raises(
         SystemExit, match="^error: output: expected the rows of a comparison with the same seed, got others"
@@ -234,7 +234,7 @@ def test_weights_are_put_back():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ("--steps 0", "expected at least 1"),
         ("--methods x", "invalid choice"),
@@ -242,9 +242,9 @@ def test_weights_are_put_back():
         ("--data self", "expected a text, by which settings are chosen, got self"),
     ],
 )
-def test_options_are_checked(options, told, tmp_path, capsys):
+def test_options_are_checked(options, reported, tmp_path, capsys):
     pytest.raises(SystemExit, compare.main, ["--output", str(tmp_path), *options.split()])
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 def test_methods_that_are_there():

@@ -58,7 +58,7 @@ def test_an_unknown_instruction_is_refused():
 
 def test_the_largest_branch_of_the_largest_loop_is_what_determined_draws_skip():
     fewest, most = model.instructions(lines_of(LOOP), looping=True)
-    # the pointer behind a load is not its width
+    # the pointer after a load is not its width
     assert most == {"lsu": 6, "half": 2, "multiply": 1, "other": 4, "fp32": 4, "issue": 12}
     assert most - fewest == {"fp32": 3, "half": 1, "issue": 3}
     assert model.instructions(lines_of(LOOP), looping=False)[1] - most == {"other": 2, "issue": 2}
@@ -87,7 +87,7 @@ EXIT
     assert most == {"fp32": 3, "other": 3, "issue": 6}
 
 
-def test_the_loop_of_a_product_multiplies_and_does_not_wait_behind_the_end():
+def test_the_loop_of_a_product_multiplies_and_does_not_wait_after_the_end():
     text = """
 .L_x_0:
 FADD R8, R8, 1
@@ -117,7 +117,7 @@ def test_multiplications_of_integers_share_the_pipe_of_fp32():
 @pytest.mark.slow
 def test_the_costs_by_which_a_step_draws_once_are_those_of_the_model():
     child_code = (
-        "from modelled_costs import CHIPS, mask_costs\nfor target in CHIPS: tell([target, list(mask_costs(target))])"
+        "from modelled_costs import CHIPS, mask_costs\nfor target in CHIPS: report([target, list(mask_costs(target))])"
     )
     with Child() as child:
         rows = child(child_code)

@@ -163,7 +163,7 @@ def test_bad_input_is_refused_in_a_line(name, folder, capsys):
     if damage is not None:
         damage(folder)
     if name == "a model without a finite loss":
-        # behind what the model is asked to write first
+        # after what the model is asked to write first
         from maskpro_kernels.cli import main
 
         assert main.main(command.split()) == 2

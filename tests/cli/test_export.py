@@ -56,8 +56,8 @@ def test_packed_checkpoints_give_the_logits_of_the_run(learned, tmp_path, capsys
     assert main.main(["export", str(learned), str(tmp_path / "packed"), "--to", "packed"]) == 0
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert_same_bits(packed(tokens).logits, AutoModelForCausalLM.from_pretrained(learned)(tokens).logits)
-    told = capsys.readouterr().out
-    assert "14 packed layers take 17.00 bits a weight" in told or "14 packed layers take" in told
+    reported = capsys.readouterr().out
+    assert "14 packed layers take 17.00 bits a weight" in reported or "14 packed layers take" in reported
     int8 = ["export", str(learned), str(tmp_path / "int8"), "--to", "packed", "--values", "int8"]
     assert main.main(int8) == 0
     assert "values of 14 rounded to int8" in capsys.readouterr().out
@@ -120,8 +120,8 @@ def test_another_base_model_or_logits_are_refused(inputs, run, tmp_path, capsys)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
     shutil.copytree(inputs / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    told = "that its masks were learned on, got others; name the base model as it was by --model"
-    refuses(capsys, tmp_path, ["export", str(copy), out, "--model", str(tmp_path / "model")], told)
+    reported = "that its masks were learned on, got others; name the base model as it was by --model"
+    refuses(capsys, tmp_path, ["export", str(copy), out, "--model", str(tmp_path / "model")], reported)
     moved = learned._replace(metadata=learned.metadata | {"model": str(tmp_path / "gone")})
     write_logits(moved, copy / "logits.safetensors")
     refuses(capsys, tmp_path, ["export", str(copy), out], "run: ", "or name its new place by --model")

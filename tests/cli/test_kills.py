@@ -13,7 +13,7 @@ SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 4 --eval-windows 2"
 COMMON = f"{SIZES} --init magnitude --eval-every 10 --dtype float32 --device cpu --accumulate 2".split()
 WAYS = {"reinforce": "--estimator reinforce".split(), "straight-through": "--estimator straight-through --lr 1".split()}
 
-# Imports what a command needs, for all that are forked. Without a backward: torch refuses one in a fork behind it.
+# Imports what a command needs, for all that are forked. Without a backward: torch refuses one in a fork after it.
 WARMING = """
 import contextlib, sys
 from maskpro_kernels.cli import main
@@ -26,8 +26,8 @@ from helpers.killed import KilledRuns
 *given, kills = arguments
 killed = KilledRuns(*given)
 killed.kill(kills)
-tell(killed.runs)
-tell(killed.moments)
+emit(killed.runs)
+emit(killed.moments)
 """
 
 

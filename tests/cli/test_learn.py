@@ -86,12 +86,12 @@ def test_a_run_leaves_its_record_and_prints_its_table(inputs, tmp_path, capsys):
     moved = f"{written['flipped_groups']} of {written['groups']} groups differ from the initial mask"
     assert lines[5] == f"{moved}; weights frozen; written to {run}"
     assert (nonzeros(AutoModelForCausalLM.from_pretrained(run), "model.layers.1.mlp.down_proj") == 1).all()
-    told = captured.err.splitlines()
-    assert "left dense: lm_head (output head)" in told
-    assert [line.split(":")[0] for line in told if line.startswith("step")] == [
+    reported = captured.err.splitlines()
+    assert "left dense: lm_head (output head)" in reported
+    assert [line.split(":")[0] for line in reported if line.startswith("step")] == [
         f"step {step} of 6" for step in range(7)
     ]
-    assert sum("validation perplexity" in line for line in told) == 4
+    assert sum("validation perplexity" in line for line in reported) == 4
 
 
 def test_the_defaults_of_an_estimator_hold_where_nothing_is_given(inputs):
@@ -113,17 +113,17 @@ def looked_at(monkeypatch, *validation: float) -> None:
 def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, capsys, monkeypatch, rows):
     looked_at(monkeypatch, *rows)
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
-    told = capsys.readouterr().err
-    assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in told
-    assert "maskpro: warning: the validation perplexity was lowest at step 0, 10.00" in told
+    reported = capsys.readouterr().err
+    assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in reported
+    assert "maskpro: warning: the validation perplexity was lowest at step 0, 10.00" in reported
     assert len(report(tmp_path / "run")["steps"]) == 4
 
 
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch):
     looked_at(monkeypatch, float("inf"))
     assert main.main(learn(inputs, tmp_path / "run")) == 2
-    told = "validation perplexity at step 0: expected a finite number, got inf; take another --dtype"
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {told}")
+    reported = "validation perplexity at step 0: expected a finite number, got inf; take another --dtype"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {reported}")
     # the folder may be given again
     monkeypatch.undo()
     assert main.main(learn(inputs, tmp_path / "run")) == 0
@@ -196,8 +196,8 @@ def test_a_checkpoint_with_other_kept_weights_is_warned_of(inputs, tmp_path, cap
     model.get_submodule("model.layers.0.self_attn.q_proj").weight.data *= 2
     save_model(model, tiny_tokenizer(), tmp_path / "pruned")
     assert main.main(learn(inputs, tmp_path / "run", "--init", str(tmp_path / "pruned"), "--steps", "1")) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maskpro: warning: ")]
-    assert any("model.layers.0.self_attn.q_proj" in line for line in told)
+    reported = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maskpro: warning: ")]
+    assert any("model.layers.0.self_attn.q_proj" in line for line in reported)
 
 
 @pytest.mark.parametrize(

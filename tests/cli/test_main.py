@@ -39,7 +39,7 @@ def test_an_interrupt_before_the_first_step_is_a_line(inputs, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reported"),
     [
         (KeyError("weights"), "expected an entry 'weights' in a file, got none"),
         (MemoryError("too large"), "MemoryError: too large"),
@@ -48,14 +48,14 @@ def test_an_interrupt_before_the_first_step_is_a_line(inputs, tmp_path, capsys, 
         (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory; take smaller windows or batches"),
     ],
 )
-def test_an_error_is_one_line(inputs, tmp_path, capsys, monkeypatch, error, told):
+def test_an_error_is_one_line(inputs, tmp_path, capsys, monkeypatch, error, reported):
     def failing(*_):
         raise error
 
     monkeypatch.setattr(learning, "_load_texts", failing)
     assert main.main(learn(inputs, tmp_path / "out")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"maskpro: error: {told}")
+    assert line.startswith(f"maskpro: error: {reported}")
 
 
 def test_a_fault_of_the_package_is_no_line(inputs, tmp_path, monkeypatch):

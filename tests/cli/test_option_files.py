@@ -64,7 +64,7 @@ def test_the_settings_of_a_run_repeat_it(inputs, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reported"),
     [
         ("a.yaml", "steps: [", "options: expected a YAML or JSON file"),
         ("a.json", "{", "options: expected a YAML or JSON file"),
@@ -79,8 +79,8 @@ def test_the_settings_of_a_run_repeat_it(inputs, run, tmp_path):
         ("none.yaml", None, "No such file"),
     ],
 )
-def test_a_bad_file_is_refused(inputs, tmp_path, capsys, name, content, told):
+def test_a_bad_file_is_refused(inputs, tmp_path, capsys, name, content, reported):
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
     _, *words = learn(inputs, tmp_path / "run")
-    refuses(capsys, tmp_path, ["learn", str(tmp_path / name), *words], told)
+    refuses(capsys, tmp_path, ["learn", str(tmp_path / name), *words], reported)

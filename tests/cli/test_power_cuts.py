@@ -1,4 +1,4 @@
-"""Power cuts and disk errors at any operation of `maskpro learn`: the command goes on to the bits of a whole run."""
+"""Power cuts and disk errors at any operation of `maskpro learn`: the command ends with the bits of a whole run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from helpers.command import learn, report
 from helpers.disk_model import put
 from helpers.power_cuts import NOTHING, Failing, Watched
-from helpers.watched_runs import thinned, told
+from helpers.watched_runs import reported, thinned
 
 from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
@@ -24,7 +24,7 @@ WAYS = {"reinforce": [], "straight-through": ["--estimator", "straight-through",
 
 
 class Command:
-    """`maskpro learn` of six steps, with a snapshot behind each."""
+    """`maskpro learn` of six steps, with a snapshot after each."""
 
     def __init__(self, inputs, how: str):
         self.inputs, self.options = inputs, [*WAYS[how], "--steps", "6", "--eval-every", "3"]
@@ -33,12 +33,12 @@ class Command:
         return main.main(learn(self.inputs, run, *self.options))
 
     def learned(self, run) -> tuple:
-        told = report(run)
+        reported = report(run)
         tensors = [(run / name).read_bytes() for name in ("model.safetensors", "config.json")]
-        return told["logits"], told["validation"], [row["loss"] for row in told["steps"]], tensors
+        return reported["logits"], reported["validation"], [row["loss"] for row in reported["steps"]], tensors
 
     def goes_on(self, run, acknowledged: int, capsys) -> tuple:
-        """Resume, or begin anew in the same folder where nothing was told; gives what was learned."""
+        """Resume, or begin again in the same folder where nothing was reported; gives what was learned."""
         capsys.readouterr()
         code = main.main(["learn", "--resume", str(run)])
         lines = capsys.readouterr().err
@@ -63,12 +63,12 @@ def fast_and_often(monkeypatch):
 @pytest.mark.parametrize(
     ("how", "number"), [("reinforce", 2), *(pytest.param(how, 150, marks=pytest.mark.slow) for how in WAYS)]
 )
-def test_a_power_cut_loses_nothing_that_the_command_has_told(
+def test_a_power_cut_loses_nothing_that_the_command_has_reported(
     inputs, tmp_path, capsys, monkeypatch, fast_and_often, how, number
 ):
     root, command = tmp_path / "whole", Command(inputs, how)
     root.mkdir()
-    with Watched(root, unseen=True) as watched, told(watched, monkeypatch, of=learning._Run):
+    with Watched(root, unseen=True) as watched, reported(watched, monkeypatch, of=learning._Run):
         assert command.begin(root / "run") == 0
         watched.acknowledge(math.inf)
     whole = command.learned(root / "run")

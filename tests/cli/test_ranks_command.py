@@ -1,4 +1,4 @@
-"""`maskpro learn` on several ranks: the bits of one process, and what it tells where a rank ends or is told to."""
+"""`maskpro learn` on several ranks: the bits of one process, and the end of a rank by itself or by a signal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ sys.exit(main.main(sys.argv[4:]))
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As torchrun has it: with more, sums of losses have another order."""
+    """As under torchrun: with more, sums of losses have another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -131,8 +131,8 @@ def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs,
     how = f"continue with: maskpro learn --resume {run}"
     stopped = OnRanks(tmp_path / "stopped", learn(inputs, run, *options), (signal.SIGTERM, "0,1", 1))
     assert (stopped.code, stopped.out[1], stopped.err[1]) == (0, "", ""), stopped.err
-    told = stopped.err[0].splitlines()
-    assert "SIGTERM: the run stops after this step" in told and told[-1] == f"stopped after 2 steps; {how}"
+    reported = stopped.err[0].splitlines()
+    assert "SIGTERM: the run stops after this step" in reported and reported[-1] == f"stopped after 2 steps; {how}"
     assert not (run / "report.json").exists()
 
     broken = OnRanks(tmp_path / "broken", ["learn", "--resume", str(run)], (signal.SIGKILL, victim, 4))
@@ -161,7 +161,7 @@ def refused(rank: int, cases: list) -> list[tuple[int, str, str]]:
     return results
 
 
-def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp_path):
+def test_what_is_wrong_on_any_rank_is_reported_by_the_first_and_ends_all(inputs, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     bad = inputs / "bad"
@@ -194,7 +194,7 @@ def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp
         last = err.splitlines()[-1]
         assert (code, out) == (2, "") and last.startswith(f"maskpro: error: {message}"), err
         assert err.count("error") == 1, err
-    # ranks that are given other settings say so behind the samples, which the next run goes on with
+    # ranks that are given other settings say so after the samples, which the next run continues with
     left = {path.name for path in contents(tmp_path).keys() - before.keys() if path.is_file()}
     assert {"samples.safetensors", "settings.json"} <= left and "start.json" not in left
     assert before.items() <= contents(tmp_path).items()
@@ -224,14 +224,14 @@ def test_each_rank_has_a_device_of_its_own(inputs):
 
 
 @pytest.mark.parametrize(
-    ("rank", "error", "told"),
+    ("rank", "error", "reported"),
     [
         (1, torch.OutOfMemoryError("CUDA out of memory"), "rank 1: CUDA out of memory; take smaller windows"),
         (1, FloatingPointError("loss"), None),
         (0, FailedRank("rank 1: OSError: full"), "rank 1: OSError: full"),
     ],
 )
-def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told):
+def test_who_reports_an_error(tmp_path, capsys, monkeypatch, rank, error, reported):
     """Rank 0 of one that all have, this rank of one that it alone has."""
 
     def fail(options):
@@ -244,4 +244,4 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
     monkeypatch.setattr(main, "under_torchrun", contextlib.nullcontext)
     assert main.main(["learn", "--output", str(tmp_path / "none")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == (told is not None) and all(told in line for line in lines)
+    assert len(lines) == (reported is not None) and all(reported in line for line in lines)

@@ -1,4 +1,4 @@
-"""`maskpro learn --resume`: a run goes on to the bits of one that was never broken off, or is refused in a line."""
+"""`maskpro learn --resume`: a run ends with the bits of one that was never interrupted, or is refused in a line."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_run_that_was_broken_off_ends_as_a_whole_one(inputs, wholes, tmp_path,
         assert not (run / "logits.safetensors").exists()
     else:
         assert broken_off(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how) == 130
-        told = capsys.readouterr().err.splitlines()
-        assert told[-2] == f"stopped after {step} steps; continue with: maskpro learn --resume {run}"
+        reported = capsys.readouterr().err.splitlines()
+        assert reported[-2] == f"stopped after {step} steps; continue with: maskpro learn --resume {run}"
         assert (run / "logits.safetensors").exists()
     # from another folder, and with what does not change the result
     monkeypatch.chdir(tmp_path)
@@ -91,15 +91,15 @@ def test_a_run_that_was_broken_off_ends_as_a_whole_one(inputs, wholes, tmp_path,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_behind_its_step(inputs, wholes, tmp_path, monkeypatch, capfd, number):
+def test_a_signal_ends_a_run_after_its_step(inputs, wholes, tmp_path, monkeypatch, capfd, number):
     run = tmp_path / "run"
     assert (
         broken_off(inputs, run, monkeypatch, 2, [*COMMON, *WAYS["reinforce"]], lambda: os.kill(os.getpid(), number))
         == 0
     )
-    told = capfd.readouterr().err.splitlines()
-    assert f"{number.name}: the run stops after this step" in told
-    assert told[-1] == f"stopped after 3 steps; continue with: maskpro learn --resume {run}"
+    reported = capfd.readouterr().err.splitlines()
+    assert f"{number.name}: the run stops after this step" in reported
+    assert reported[-1] == f"stopped after 3 steps; continue with: maskpro learn --resume {run}"
     # what has been learned by then can be exported
     assert main.main(["export", str(run), str(tmp_path / "out")]) == 0
     assert main.main(["learn", "--resume", str(run)]) == 0
@@ -144,7 +144,7 @@ def test_a_run_goes_on_without_the_mask_that_it_began_with(inputs, run, tmp_path
 
 @pytest.fixture
 def broken(inputs, tmp_path, monkeypatch):
-    """A run that was killed behind three steps."""
+    """A run that was killed after three steps."""
     with pytest.raises(Killed):
         broken_off(inputs, tmp_path / "run", monkeypatch, 3, [*COMMON, *WAYS["scales"]], kill)
     return tmp_path / "run"
@@ -168,15 +168,15 @@ def test_what_does_not_go_on_is_refused_in_a_line(inputs, run, broken, tmp_path,
 
 def test_a_folder_of_an_earlier_version_is_refused_in_a_line(run, broken, tmp_path, capsys):
     """Their settings and reports named no format."""
-    told = "run: expected a run of this version (maskpro-run 2) in"
+    reported = "run: expected a run of this version (maskpro-run 2) in"
     earlier = {"settings": {"model": "m", "data": "pydoc"}, "table": [], "digests": {}}
     (broken / "settings.json").write_text(json.dumps(earlier))
-    refuses(capsys, tmp_path, ["learn", "--resume", str(broken)], told, "got one of another; use that version")
+    refuses(capsys, tmp_path, ["learn", "--resume", str(broken)], reported, "got one of another; use that version")
     old = tmp_path / "old"
     shutil.copytree(run, old)
     (old / "report.json").write_text(json.dumps(earlier))
-    refuses(capsys, tmp_path, ["eval", str(old)], told)
-    refuses(capsys, tmp_path, ["export", str(old), str(tmp_path / "out")], told)
+    refuses(capsys, tmp_path, ["eval", str(old)], reported)
+    refuses(capsys, tmp_path, ["export", str(old), str(tmp_path / "out")], reported)
 
 
 def test_another_model_or_text_or_lost_weights_are_refused(inputs, broken, tmp_path, capsys):
@@ -187,10 +187,10 @@ def test_another_model_or_text_or_lost_weights_are_refused(inputs, broken, tmp_p
     model.save_pretrained(other / "model")
     (other / "text.txt").write_text((inputs / "text.txt").read_text().replace("w3", "w4"), encoding="utf-8")
     content = (broken / "settings.json").read_text()
-    for name, told in (("model", "got other weights"), ("text.txt", "expected a run with batches")):
+    for name, reported in (("model", "got other weights"), ("text.txt", "expected a run with batches")):
         (broken / "settings.json").write_text(content.replace(str(inputs / name), str(other / name)))
         assert main.main(resume) == 2
-        assert told in capsys.readouterr().err.splitlines()[-1]
+        assert reported in capsys.readouterr().err.splitlines()[-1]
     (broken / "settings.json").write_text(content)
     start = broken / "progress" / "start-weights.safetensors"
     sound = start.read_bytes()
@@ -220,7 +220,7 @@ def test_a_full_disk_and_a_loss_that_is_not_finite_end_a_run_that_can_go_on(inpu
         with monkeypatch.context() as patched:
             patched.setattr(MaskTrainer, "step", failing)
             assert main.main(learn(inputs, run, *COMMON)) == 2
-        told = capsys.readouterr().err.splitlines()
-        assert told[-2] == f"stopped after 2 steps; continue with: maskpro learn --resume {run}"
-        assert told[-1].startswith("maskpro: error: ") and str(error) in told[-1]
+        reported = capsys.readouterr().err.splitlines()
+        assert reported[-2] == f"stopped after 2 steps; continue with: maskpro learn --resume {run}"
+        assert reported[-1].startswith("maskpro: error: ") and str(error) in reported[-1]
     assert main.main(["learn", "--resume", str(tmp_path / "full")]) == 0

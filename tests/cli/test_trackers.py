@@ -27,7 +27,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.pictures
-def test_tensorboard_gets_each_step_once_also_behind_an_interrupt(inputs, tmp_path, monkeypatch):
+def test_tensorboard_gets_each_step_once_also_after_an_interrupt(inputs, tmp_path, monkeypatch):
     def stop():
         raise KeyboardInterrupt
 

@@ -28,7 +28,7 @@ assert ALL_ROWS * GROUPS * NEAR.m > 1 << 31
 
 
 def far(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of a matrix as the last ones of a large one; what has no rows is as it was."""
+    """The rows of a matrix as the last ones of a large one; a tensor without rows stays unchanged."""
     if tensor.dim() < 2 or len(tensor) != LAST:
         return tensor
     whole = torch.empty(ALL_ROWS, *tensor.shape[1:], dtype=tensor.dtype)

@@ -11,7 +11,7 @@ from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_o
 from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
 from helpers.layers import DRAWS, OVER_LAYERS, ManyLayers, numbers
 
-from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_behind_long_divisions
+from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_after_long_divisions
 from gpu_emulators.ptx.loops import only_goes_to, replaces_a_loop
 from maskpro_kernels import ops
 from maskpro_kernels.ops.triton import grouped, packed, sampling, straight_through
@@ -30,10 +30,10 @@ OF_A_SPLIT = "results of more than 2^32 elements; only those of few programs are
 def reason_on_amd(kernel, number, missed) -> str | None:
     """Why no launch reaches a block, one of those ``missed``."""
     block = kernel.blocks[number]
-    if divides_in_64_bits(block) or only_behind_long_divisions(kernel, number):
+    if divides_in_64_bits(block) or only_after_long_divisions(kernel, number):
         return FEWER_GROUPS
     if block[-1].text == TO_THE_START:
-        return "a wave begins behind it, as its first arguments are in registers"
+        return "a wave begins after it, as its first arguments are in registers"
     return None
 
 
@@ -113,7 +113,7 @@ def run_products(target, patched):
         Product(kernel, tiles_of(kernel, target, 2)[0], log_prob=True, parts=4).assert_right()
     for kind, spread in (("drawn", "certain"), ("drawn", "open"), ("codes", "open")):
         Product(STEP, tiles_of(STEP, target, 2)[0], kind=kind, spread=spread, update=kind == "drawn").assert_right()
-    # of no tokens and of some, by one kernel and by torch's product ahead of another
+    # of no tokens and of some, by one kernel and by torch's product before another
     of = Matrix(2, 4, rows=37, groups=16)
     for dtype, tokens, at_once in itertools.product(DTYPES[:2], (0, 140), (True, False)):
         patched.setattr(straight_through, "fused", lambda *_, at_once=at_once: at_once)

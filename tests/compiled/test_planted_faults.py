@@ -22,14 +22,14 @@ PRODUCT_AND_SUM = (
     r"\tv_mul_f32_e32 (v\d+), (0x\w+), \1\n((?:(?!\.LBB|.*v\[|.*\b\1\b).*\n)*)"
     r"\tv_add_f32_e32 (?!\1\b)(v\d+), (v\d+), \1$"
 )
-# The product is there again behind the sum, for what else it goes into
+# The product is there again after the sum, for what else it goes into
 contracted_on_amd = replaced(
     PRODUCT_AND_SUM, r"\3\tv_mov_b32_e32 v200, \2\n\tv_fma_f32 \4, v200, \1, \5\n\tv_mul_f32_e32 \1, v200, \1"
 )
 
 
 def of_one_workgroup(text: str) -> str:
-    """All workgroups take themselves for the first: their number is behind the arguments that are in registers."""
+    """All workgroups take themselves for the first: their number is after the arguments that are in registers."""
     register = re.search(r"\.amdhsa_user_sgpr_count (\d+)", text)[1]
     return replaced(r"^(\.LBB0_0:.*\n(?:\t\..*\n)*)", rf"\g<1>\ts_mov_b32 s{register}, 0\n")(text)
 

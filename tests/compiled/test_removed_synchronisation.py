@@ -22,17 +22,17 @@ OWN_COPY = "each thread reads what it has copied itself, after its own wait"
 STANDS_BEFORE = "the same stands before it on every way here, and since then shared memory has been read alone"
 BEFORE_COPIES = "no thread has touched the memory that is copied to after it"
 OWN_WAIT = "each thread waits for the product itself, before it writes where the product has read"
-BEFORE_PRODUCT = "another barrier stands behind it, ahead of the product"
+BEFORE_PRODUCT = "another barrier stands after it, ahead of the product"
 ONLY_WAITS = "up to the next barrier each thread does nothing but wait"
 WAITS_LATER = "before the product each thread waits again, for all that it has stored"
 NOT_WRITTEN = "no register of the product has been written since the fence before it"
 WAITS_AGAIN = "a later wait is for the same products, and up to it nothing is touched that they alone still use"
 LET_PASS = "what is found is of a kind that this release gives rise to by itself, and that is let pass"
 OF_TWO_ENDS = "it stands between the ends of two mbarriers, which have nothing to do with each other"
-AFTER_LOADS = "a barrier stands behind the loads of tensor memory, ahead of this one"
+AFTER_LOADS = "a barrier stands after the loads of tensor memory, ahead of this one"
 # those of a kernel are taken away at once, which is found
 FOR_EACH_OTHER = "another barrier stands between the same accesses"
-BEFORE_THE_START = "a wave begins behind it, as its first arguments are in registers"
+BEFORE_THE_START = "a wave begins after it, as its first arguments are in registers"
 OWN_WAVE = "the wave that reads there has written it itself, in the order of its code"
 # By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
 IS_OLDEST = tuple(map(int, triton.__version__.split(".")[:2])) == (3, 6)
@@ -101,7 +101,7 @@ REDUNDANT |= {
     ("packed_linear", "sm_100"): {2: WAITS_LATER, 8: OWN_WAIT, 15: ONLY_WAITS, 21: AFTER_LOADS},
 }
 KERNELS = [*PRODUCTS, STEP, "packed_vector", "packed_linear", "descend"]
-# "by codes" launches a second kernel behind the draw
+# "by codes" launches a second kernel after the draw
 OF_LAYERS = [kernel for kernel in OVER_LAYERS if kernel != "by codes"]
 for of_release in (REDUNDANT, REDUNDANT_IN_OLDEST):
     of_release |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in (*OVER_GROUPS, *OF_LAYERS)}
@@ -134,7 +134,7 @@ def redundant_in(kernel, target):
 
 
 class Compiled(BaseException):
-    """Ends a call ahead of its launch; nothing takes it for an error."""
+    """Ends a call before its launch; nothing takes it for an error."""
 
 
 def text_of(emulator, call) -> str:

@@ -7,9 +7,9 @@ Fenced blocks run document by document, from the first block to the last, in a f
   the small ones of ``SMALL``, appended, so that the line's own are parsed as well. A folder that ``--output`` names
   is removed first. One that ``--resume`` names becomes a run that was interrupted after its first step.
 - Other lines of ``sh`` blocks are checked: targets of make, files and tests of python and pytest, extras of pip,
-  options of the command behind torchrun.
+  options of the command after torchrun.
 
-A block that does not run stands behind a comment that says why: ``<!-- not run: needs two GPUs -->``.
+Before a block that does not run there is a comment with the reason: ``<!-- not run: needs two GPUs -->``.
 """
 
 from __future__ import annotations
@@ -251,50 +251,50 @@ def test_blocks_run(document, folder, datasets_cache, capsys):
 def check_line(words: list[str], document: Path) -> None:
     """That what a shell line names exists; ValueError where there is no check for its program."""
     program, *arguments = words
-    told = f"{document.name}: {shlex.join(words)}"
+    reported = f"{document.name}: {shlex.join(words)}"
     if program == "maskpro":
-        check_options(arguments, told)
+        check_options(arguments, reported)
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         targets = {word for line in re.findall(r"^([\w -]+):", makefile, re.MULTILINE) for word in line.split()}
         variables = set(re.findall(r"^(\w+) \?=", makefile, re.MULTILINE))
         given = {word.partition("=")[0] for word in arguments if "=" in word}
-        assert given <= variables and {word for word in arguments if "=" not in word} <= targets, told
+        assert given <= variables and {word for word in arguments if "=" not in word} <= targets, reported
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         named = [name for word in arguments for part in re.findall(r"\[(.*)\]", word) for name in part.split(",")]
-        assert set(named) <= project["optional-dependencies"].keys(), told
+        assert set(named) <= project["optional-dependencies"].keys(), reported
     elif program in ("python", "pytest"):
-        check_tests(arguments, told)
+        check_tests(arguments, reported)
     elif program == "torchrun":
-        check_options(arguments[arguments.index("-m") + 2 :] if "-m" in arguments else [], told)
+        check_options(arguments[arguments.index("-m") + 2 :] if "-m" in arguments else [], reported)
     elif program != "git":
-        raise ValueError(f"{told}: no check for this program; mark the block as not run")
+        raise ValueError(f"{reported}: no check for this program; mark the block as not run")
 
 
-def check_options(arguments: list[str], told: str) -> None:
+def check_options(arguments: list[str], reported: str) -> None:
     """That a command of ``maskpro`` has these options."""
     commands = subparsers()
     if not arguments or arguments[0] in ("--version", "--help", "COMMAND"):
         return
-    assert arguments[0] in commands, told
+    assert arguments[0] in commands, reported
     known = set(commands[arguments[0]]._option_string_actions)
-    assert {word for word in arguments if word.startswith("--")} <= known, told
+    assert {word for word in arguments if word.startswith("--")} <= known, reported
 
 
-def check_tests(arguments: list[str], told: str) -> None:
+def check_tests(arguments: list[str], reported: str) -> None:
     """That files exist, and that each word of ``-k`` is in the name of a test in them."""
     if "-m" in arguments[:1]:
         return
     paths = [ROOT / word for word in arguments if word.endswith(".py") or word in ("benchmarks", "tests")]
-    assert all(path.exists() for path in paths), told
+    assert all(path.exists() for path in paths), reported
     if "-k" in arguments:
         files = [file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])]
         tests = {
             node.name for file in files for node in ast.parse(text_of(file)).body if isinstance(node, ast.FunctionDef)
         }
         words = set(arguments[arguments.index("-k") + 1].split()) - {"and", "or", "not"}
-        assert all(any(word in test for test in tests if test.startswith("test_")) for word in words), told
+        assert all(any(word in test for test in tests if test.startswith("test_")) for word in words), reported
 
 
 @pytest.mark.parametrize("document", WITH_BLOCKS, ids=lambda document: document.stem)

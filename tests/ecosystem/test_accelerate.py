@@ -1,4 +1,4 @@
-"""Loops of accelerate on sparse models: masks learn and go on with the same bits, zeros stay."""
+"""Loops of accelerate on sparse models: masks learn and continue with the same bits, zeros stay."""
 
 from __future__ import annotations
 

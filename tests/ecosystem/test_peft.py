@@ -160,38 +160,38 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("told", REFUSED)
-def test_what_reads_or_changes_the_base_weight_is_refused_before_anything_changes(told):
-    sound, refused = config(target_modules=["lm_head", "q_proj"]), config(**REFUSED[told])
+@pytest.mark.parametrize("reported", REFUSED)
+def test_what_reads_or_changes_the_base_weight_is_refused_before_anything_changes(reported):
+    sound, refused = config(target_modules=["lm_head", "q_proj"]), config(**REFUSED[reported])
     model = sparse("masked")
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         get_peft_model(model, refused)
     assert repr(model) == repr(before)
     assert_same_bits(model(tokens()).logits, before(tokens()).logits)
     # among adapters of several kinds each layer looks for itself
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         get_peft_model(model, beside_masks(copy.deepcopy(refused)), mixed=True)
     # a dense layer alone may have it
-    get_peft_model(before, config(**REFUSED[told], target_modules=["lm_head"]))
+    get_peft_model(before, config(**REFUSED[reported], target_modules=["lm_head"]))
     assert get_peft_model(sparse("masked"), sound)
 
 
 @pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
-@pytest.mark.parametrize("told", [told for told in REFUSED if "kasa" not in told])
-def test_a_second_adapter_is_held_to_the_same(told, kind, tmp_path):
+@pytest.mark.parametrize("reported", [reported for reported in REFUSED if "kasa" not in reported])
+def test_a_second_adapter_is_held_to_the_same(reported, kind, tmp_path):
     model = get_peft_model(sparse(kind), config(target_modules=["embed_tokens", "q_proj"]))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refused = config(**REFUSED[told], target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(ValueError, match=told):
+    refused = config(**REFUSED[reported], target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ValueError, match=reported):
         model.add_adapter("two", refused)
     assert "two" not in model.peft_config and model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     # one that was trained beside a dense model
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | REFUSED[told]))
-    with pytest.raises(ValueError, match=told):
+    path.write_text(json.dumps(json.loads(path.read_text()) | REFUSED[reported]))
+    with pytest.raises(ValueError, match=reported):
         model.load_adapter(tmp_path, "two")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     model.add_adapter("two", config(target_modules=["q_proj"]))
@@ -240,7 +240,7 @@ def test_what_an_adapter_reads_past_its_forward_stays_as_it_was():
     model(**mixture.batch)
 
 
-def test_lora_on_masked_experts_is_saved_and_merged_behind_finalize(tmp_path):
+def test_lora_on_masked_experts_is_saved_and_merged_after_finalize(tmp_path):
     torch.manual_seed(0)
     # of Mixtral peft knows other names, by which it finds no such layers
     model, batch = tiny("gpt-oss")
@@ -251,7 +251,7 @@ def test_lora_on_masked_experts_is_saved_and_merged_behind_finalize(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
-    # still taken apart, and stored as such
+    # still unfused, and stored as such
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)

@@ -52,8 +52,8 @@ def test_a_network_is_converted_learns_and_is_finalized(name):
 
 def test_the_convolutions_of_a_network_are_named():
     model = network("resnet10t")
-    with pytest.warns(UserWarning, match="0.1% of its matrix weights have a mask") as told:
+    with pytest.warns(UserWarning, match="0.1% of its matrix weights have a mask") as reported:
         conversion = mk.convert(model, "2:4", calibration=[torch.randn(2, 3, 32, 32)])
     convolutions = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    assert len(told) == 1 and conversion.masked_share < 0.1
+    assert len(reported) == 1 and conversion.masked_share < 0.1
     assert convolutions == conversion.unmasked.keys() - {"fc.weight"}

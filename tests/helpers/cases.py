@@ -13,5 +13,5 @@ def cases(rows: Iterable[tuple], slow: Callable[..., bool]) -> list:
 
 
 def slow(*arguments):
-    """For ``parametrize``: a case that the ordinary suite leaves out, since others tell of the same behaviour."""
+    """For ``parametrize``: a case that the ordinary suite leaves out, since others test the same behaviour."""
     return pytest.param(*arguments, marks=pytest.mark.slow)

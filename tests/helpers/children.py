@@ -30,7 +30,7 @@ for line in sys.stdin:
     code, arguments = json.loads(line)
     answer = {"rows": [], "error": None}
     try:
-        exec(code, {"arguments": arguments, "tell": answer["rows"].append})
+        exec(code, {"arguments": arguments, "emit": answer["rows"].append})
     except BaseException:
         answer["error"] = traceback.format_exc()
     print(json.dumps(answer), flush=True)
@@ -40,7 +40,7 @@ for line in sys.stdin:
 class Child:
     """A process on the routes that users get, which runs code as often as it is called: it imports once.
 
-    Code finds ``arguments``, and gives a row by ``tell(row)``; both are of what JSON holds.
+    Code uses ``arguments``, and returns a row by ``emit(row)``; both are JSON values.
     """
 
     def __enter__(self) -> Child:

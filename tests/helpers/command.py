@@ -46,7 +46,7 @@ def nonzeros(model, name, m=4):
 
 
 def broken_off(inputs, folder, monkeypatch, step, options, break_off):
-    """A run that is broken off before a step."""
+    """A run that is interrupted before a step."""
     take = MaskTrainer.step
 
     def broken(trainer):

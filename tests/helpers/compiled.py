@@ -103,7 +103,7 @@ def assert_bits_of_reference(call: Callable[[], Iterable[Tensor]]) -> None:
 
 
 def misaligned(tensor: Tensor, by: int) -> Tensor:
-    """The same values, that many elements behind an address that every vector load may start from."""
+    """The same values, that many elements after an address that every vector load may start from."""
     buffer = torch.zeros(tensor.numel() + 16, dtype=tensor.dtype)
     own = buffer[by : by + tensor.numel()].view(tensor.shape)
     own.copy_(tensor)

@@ -18,7 +18,7 @@ Tree = dict[str, bytes | None]
 
 
 class File:
-    """The content of a file: as processes see it, as it was before the last write, and as it is on disk for sure."""
+    """The content of a file: for processes, before the last write, and surely on disk."""
 
     def __init__(self):
         self.content = self.before = self.synced = b""
@@ -46,7 +46,7 @@ class File:
         return self.synced[: len(self.content)].ljust(len(self.content), b"\0")
 
     def torn(self) -> Iterator[bytes]:
-        """The last write, of which the sectors before or behind a bound have not reached the disk."""
+        """The last write, of which the sectors before or after a bound have not reached the disk."""
         begin, end = _written(self.before, self.content)
         bounds = range((begin // SECTOR + 1) * SECTOR, end, SECTOR)
         # of a long write some, evenly
@@ -127,7 +127,7 @@ class Disk:
         self._changes = [one for one in self._changes if one[0] is not node]
 
     def states(self) -> Iterator[tuple[str, Tree]]:
-        """(how it comes about, what a power cut leaves); some more than once.
+        """(cause, state after a power cut); some more than once.
 
         Of the names that were not synced none are there, or the first ones, or one alone; of what was written and not
         synced all or nothing, or zeros in its place, or a part of the last write.

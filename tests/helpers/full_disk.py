@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_of_at_most(size):
-    """A disk that is full, as far as a file can tell: none grows beyond that many bytes."""
+    """A disk that is full, for files: none grows beyond that many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

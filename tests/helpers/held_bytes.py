@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Counting(TorchDispatchMode):
-    """Behind each operation sums up the bytes of all storages that live, which FSDP2 empties and fills again."""
+    """After each operation sums up the bytes of all storages that live, which FSDP2 empties and fills again."""
 
     def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
@@ -51,7 +51,7 @@ def counting_held():
     """
     gc.collect()
     with warnings.catch_warnings():
-        # of objects that tell their age when they are looked at
+        # of objects that a look keeps alive
         warnings.simplefilter("ignore")
         known = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     with _Counting(known) as counting:

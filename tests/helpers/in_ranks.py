@@ -78,7 +78,7 @@ def _in_ranks(context, world: int, job, arguments: dict) -> list:
 
 
 def _answers(pipes: list) -> list:
-    """What each rank sends. One that fails alone may leave the others waiting: its error is the one that is told."""
+    """What each rank sends. One that fails alone may leave the others waiting: its error is reported."""
     results: dict = {}
     while len(results) < len(pipes):
         ready = wait([pipe for pipe in pipes if pipe not in results], LONGEST)

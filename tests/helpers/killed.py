@@ -32,7 +32,7 @@ class KilledRuns:
     """Runs of one kind: the first one whole, the others killed, one after the other.
 
     Args:
-        folder: of the runs and of what they tell.
+        folder: of the runs and of their output.
         begin: arguments of a run of so many steps, without its ``--output``.
         steps: of each.
         world: ranks of each.
@@ -40,7 +40,7 @@ class KilledRuns:
 
     Attributes:
         runs: that have ended.
-        moments: of each kill, how many ranks were killed, and how many steps had been told as done by then.
+        moments: of each kill, how many ranks were killed, and how many steps had been reported as done by then.
     """
 
     def __init__(self, folder: str, begin: Sequence[str], steps: int, world: int, seed: int):
@@ -54,7 +54,7 @@ class KilledRuns:
         MaskTrainer.__init__.__kwdefaults__["snapshot_minutes"] = 0.0
         ranks.LOOK, ranks.ANSWER = 0.1, 0.5
         # of the last run
-        self._told = 0
+        self._reported = 0
         began = time.monotonic()
         self._go_on(kill=False)
         self.span = time.monotonic() - began
@@ -71,7 +71,7 @@ class KilledRuns:
         return self.folder / str(len(self.runs))
 
     def _go_on(self, kill: bool) -> None:
-        """Begin a run or go on with it, and kill it or let it end."""
+        """Begin a run or continue with it, and kill it or let it end."""
         run = self._run()
         pids = self._start(run)
         victims = self._victims(pids) if kill else []
@@ -79,23 +79,23 @@ class KilledRuns:
         logs = list(map(self._log, range(self.world)))
         assert not any("Traceback" in log for log in logs), "\n".join(logs)
         assert victims or codes == [0] * self.world, "\n".join(logs)
-        self._told = _told(logs[0], self._told)
+        self._reported = _reported(logs[0], self._reported)
         if victims:
-            self.moments.append((len(victims), self._told))
+            self.moments.append((len(victims), self._reported))
         if (run / "report.json").exists():
             self.runs.append(str(run))
-            self._told = 0
+            self._reported = 0
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.log"
 
     def _log(self, rank: int) -> str:
-        """What a rank has told; one that was killed at once has told of nothing."""
+        """What a rank has reported; nothing if it was killed at once."""
         path = self._path(rank)
         return path.read_text() if path.exists() else ""
 
     def _start(self, run: Path) -> list[int]:
-        """The processes that begin a run, or go on with it."""
+        """The processes that begin a run, or continue with it."""
         begun = (run / "settings.json").exists()
         argv = ["learn", "--resume", str(run)] if begun else [*self.begin, "--output", str(run)]
         for rank in range(self.world):
@@ -123,7 +123,7 @@ class KilledRuns:
         if self.draw.random() < 0.5:
             _wait(pids, self.draw.uniform(0.0, self.span))
         else:
-            step = min(self._told + self.draw.randint(1, self.steps // 4), self.steps)
+            step = min(self._reported + self.draw.randint(1, self.steps // 4), self.steps)
             _wait(pids, LONGEST, lambda: f"\nstep {step} of" in self._log(0))
             _wait(pids, self.draw.uniform(0.0, 2 * self.span / self.steps))
         if all(map(_has_ended, pids)):
@@ -177,9 +177,9 @@ def _ended(pids: list[int], victims: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def _told(log: str, before: int) -> int:
-    """How many steps are told as done; none that were told before are lost."""
+def _reported(log: str, before: int) -> int:
+    """How many steps are reported as done; none that were reported before are lost."""
     resumed = re.search(r"(\d+) steps were taken before", log)
-    assert resumed is None or int(resumed[1]) >= before, f"{before} steps were told, then:\n{log}"
+    assert resumed is None or int(resumed[1]) >= before, f"{before} steps were reported, then:\n{log}"
     steps = [int(step) for step in re.findall(r"^step (\d+) of", log, re.MULTILINE)]
     return max([before, *([int(resumed[1])] if resumed else []), *steps])

@@ -58,7 +58,7 @@ def is_amdgcn(text: str) -> bool:
 def without(text: str, numbers: set[int]) -> str:
     """The text with these synchronisations taken away.
 
-    A wait for some of many waits for one less, and what asks whether a phase is complete is told so at once.
+    A wait for some of many waits for one less, and a test whether a phase is complete succeeds at once.
     """
     found = synchronisations(text)
     for match in reversed([match for number in sorted(numbers) for match in found[number]]):

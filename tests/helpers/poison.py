@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Elements behind what a kernel may write
+# Elements after what a kernel may write
 MARGIN = 1 << 12
 # Bytes of outputs that are kept to be checked together, and how many of the newest may not be written yet
 MOST_KEPT = 1 << 30
@@ -17,7 +17,7 @@ def poison_of(dtype):
 
 
 class PoisonedTorch:
-    """torch with allocations that hold poison, and more of it behind them."""
+    """torch with allocations that hold poison, and more of it after them."""
 
     def __init__(self):
         self.buffers, self.bytes = [], 0

@@ -19,7 +19,7 @@ from maskpro_kernels import files
 OF_FILES = ("write", "pwrite", "writev", "pwritev", "ftruncate")
 OF_PATHS = ("open", "truncate", "rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir")
 
-# Of nothing that a run has told
+# Of nothing that a run has reported
 NOTHING = -1
 
 
@@ -34,8 +34,8 @@ class State:
     Attributes:
         tree: of the folder.
         how: it comes about first.
-        acknowledged: how many steps the run has told as done, at most, by a cut that leaves this; ``NOTHING`` before it
-            has told that it has begun.
+        acknowledged: the most steps that the run has reported before a cut with this state; ``NOTHING`` before its
+            begin is reported.
     """
 
     tree: Tree
@@ -58,8 +58,8 @@ class Watched:
 
     Attributes:
         cuts: how many operations there were that change something.
-        states: what the cuts behind them leave, by content.
-        acknowledged: how many steps the run has told as done.
+        states: what the cuts after them leave, by content.
+        acknowledged: how many steps the run has reported as done.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Watched:
         """From here on no power cut may lose one of these steps."""
         if steps > self.acknowledged:
             self.acknowledged = steps
-            self._collect("told")
+            self._collect("reported")
 
     def revive(self) -> None:
-        """From here on it is another process, behind one that was killed: nothing but its states counts."""
+        """From here on it is another process, after one that was killed: nothing but its states counts."""
         # files that the dead one has not closed are to be closed by it
         gc.collect()
         self.dead = False
@@ -120,8 +120,8 @@ class Watched:
     def _collect(self, operation: str) -> None:
         for how, tree in self.disk.states():
             key = tuple(sorted(tree.items()))
-            told = f"cut {self.cuts} behind {operation}: {how}"
-            state = self.states.setdefault(key, State(tree, told, self.acknowledged))
+            reported = f"cut {self.cuts} after {operation}: {how}"
+            state = self.states.setdefault(key, State(tree, reported, self.acknowledged))
             state.acknowledged = max(state.acknowledged, self.acknowledged)
 
     def _call(self, name: str, path: Path, call: Callable, half: Callable = lambda: None):
@@ -233,7 +233,7 @@ class Failing:
         what: the number of an error, None: the process is killed.
         operation: its name; None: any.
         number: which of that name, counted from 0.
-        lasting: whether all that come behind it fail, too.
+        lasting: whether all that come after it fail, too.
 
     Attributes:
         came: whether it has been.

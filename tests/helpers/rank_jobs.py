@@ -11,14 +11,14 @@ def rank_trainer(how: str = "reinforce", **arguments) -> mk.MaskTrainer:
 
 
 def records_until(trainer: mk.MaskTrainer, steps: int) -> list[dict]:
-    """Take the steps that are left, and close the trainer; the records without what they tell of time."""
+    """Take the steps that are left, and close the trainer; the records without their times."""
     records = trainer.run(steps - trainer.steps_done, progress=False)
     trainer.close()
     return [vars(record) | {"seconds": 0.0} for record in records]
 
 
 def records_of_run(trainer: mk.MaskTrainer, steps: int) -> list[dict]:
-    """``records_until`` of a run, which goes on where ``output_dir`` holds one."""
+    """``records_until`` of a run, which continues where ``output_dir`` holds one."""
     folder = trainer.output_dir
     if folder is not None and any(folder.glob("snapshot-*")):
         trainer.resume()

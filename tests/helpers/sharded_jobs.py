@@ -48,13 +48,13 @@ def shard(model: nn.Module, mesh: Sequence[int], **how) -> None:
     fully_shard(model, mesh=mesh, **how)
 
 
-def a_sharded_model(mesh: Sequence[int] | None, behind: bool = False, **of_model) -> Blocks:
-    """Converted, and sharded where there is a mesh; ``behind``: converted after that."""
+def a_sharded_model(mesh: Sequence[int] | None, after: bool = False, **of_model) -> Blocks:
+    """Converted, and sharded where there is a mesh; ``after``: converted after that."""
     model = Blocks(**of_model)
-    if mesh is not None and behind:
+    if mesh is not None and after:
         shard(model, mesh)
     mk.convert(model, "2:4", targets=["*"], gap=2.0)
-    if mesh is not None and not behind:
+    if mesh is not None and not after:
         shard(model, mesh)
     return model
 
@@ -63,9 +63,9 @@ def whole_logits(model: nn.Module) -> list[torch.Tensor]:
     return [whole(layer.logits.detach()).clone() for layer in masked_layers(model).values()]
 
 
-def learn_sharded(rank: int, mesh: Sequence[int] | None, how: str, steps: int, behind: bool = False, **others):
-    """(whole logits, records without their seconds) of a run, which goes on where ``output_dir`` holds one."""
-    trainer = rank_trainer(how, model=a_sharded_model(mesh, behind), **others)
+def learn_sharded(rank: int, mesh: Sequence[int] | None, how: str, steps: int, after: bool = False, **others):
+    """(whole logits, records without their seconds) of a run, which continues where ``output_dir`` holds one."""
+    trainer = rank_trainer(how, model=a_sharded_model(mesh, after), **others)
     records = records_of_run(trainer, steps)
     return whole_logits(trainer.model), records
 

@@ -38,8 +38,8 @@ def test_the_first_group_and_both_bit_patterns_are_named():
     expected = torch.tensor([[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]])
     actual = expected.clone()
     actual[0, 2], actual[1, 1] = torch.tensor(2.0).nextafter(torch.tensor(3.0)), -5.0
-    told = "group (0, 1) has 40000001 40400000 (2.00000024, 3), expected 40000000 40400000 (2, 3); 2 of 4 differ"
-    assert first_difference(actual, expected, m=2) == told
+    reported = "group (0, 1) has 40000001 40400000 (2.00000024, 3), expected 40000000 40400000 (2, 3); 2 of 4 differ"
+    assert first_difference(actual, expected, m=2) == reported
     assert first_difference(torch.tensor(3), torch.tensor(-1)).startswith(
         "group () has 0000000000000003 (3), expected f"
     )
@@ -55,7 +55,7 @@ def test_zeros_of_either_sign_differ_and_nans_do_not():
 
 
 @pytest.mark.parametrize(
-    ("actual", "expected", "told"),
+    ("actual", "expected", "reported"),
     [
         (torch.zeros(2), torch.zeros(2, dtype=torch.int32), "dtype: expected torch.int32, got torch.float32"),
         (torch.zeros(2, 1), torch.zeros(2), "shape: expected torch.Size([2]), got torch.Size([2, 1])"),
@@ -64,8 +64,8 @@ def test_zeros_of_either_sign_differ_and_nans_do_not():
         ({"a": [torch.zeros(2)]}, {"a": [torch.ones(2)]}, "'a': 0: group (0,) has 00000000 (0), expected 3f800000 (1)"),
     ],
 )
-def test_what_is_compared_must_be_alike(actual, expected, told):
-    with pytest.raises(AssertionError, match=re.escape(told)):
+def test_what_is_compared_must_be_alike(actual, expected, reported):
+    with pytest.raises(AssertionError, match=re.escape(reported)):
         assert_same_bits(actual, expected)
 
 

@@ -1,4 +1,4 @@
-"""Runs of a small trainer in a watched folder: which steps they tell as done, and going on with what is left."""
+"""Runs of a small trainer in a watched folder: the steps that they report, and resumed runs."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ class SmallRun:
         return [[row[name] for name in COLUMNS] for row in rows]
 
     def resume(self, acknowledged: int) -> int:
-        """Go on, or begin anew where nothing was told as done: a run may then be refused, in one line.
+        """Continue, or begin again if no step was reported: a run may then be refused, in one line.
 
         Args:
             acknowledged: steps that must not be lost.
 
         Returns:
-            The steps that are done; ``NOTHING`` where it begins anew.
+            The steps that are done; ``NOTHING`` where it begins again.
         """
         try:
             with warnings.catch_warnings():
@@ -76,17 +76,17 @@ class SmallRun:
                 steps = self.trainer.resume()
         except ValueError as error:
             line = str(error)
-            assert acknowledged == NOTHING, f"{acknowledged} steps were told as done: {line}"
+            assert acknowledged == NOTHING, f"{acknowledged} steps were reported as done: {line}"
             assert ": expected " in line and "\n" not in line, line
             self.trainer = a_trainer_in(self.folder, self.how)
             return NOTHING
-        assert steps >= acknowledged, f"{steps} steps are left of {acknowledged} that were told as done"
+        assert steps >= acknowledged, f"{steps} steps are left of {acknowledged} that were reported as done"
         return steps
 
 
 @contextmanager
-def told(watched: Watched, monkeypatch, of: type = MaskTrainer) -> Iterator[None]:
-    """Notes what a run tells as done: that its ``begin`` has ended, then each record of its journal, or each snapshot.
+def reported(watched: Watched, monkeypatch, of: type = MaskTrainer) -> Iterator[None]:
+    """Note what a run reports: that its ``begin`` has ended, then each record of its journal, or each snapshot.
 
     Args:
         of: what begins.
@@ -114,15 +114,15 @@ def told(watched: Watched, monkeypatch, of: type = MaskTrainer) -> Iterator[None
 
 
 def watched_run(root: Path, how: str, monkeypatch, **watch) -> tuple[Watched, Learned]:
-    """(what a power cut leaves behind each operation of a run, what the run has learned)."""
+    """(state after a power cut at each operation of a run, logits of the run)."""
     root.mkdir()
-    with Watched(root, **watch) as watched, told(watched, monkeypatch):
+    with Watched(root, **watch) as watched, reported(watched, monkeypatch):
         learned = SmallRun(root, how).take()
     return watched, learned
 
 
 def resumed(state: State, root: Path, how: str, steps: int = STEPS) -> SmallRun:
-    """A run that goes on with a state; what it has told is not lost."""
+    """A run that continues with a state; what it has reported is not lost."""
     put(state.tree, root)
     run = SmallRun(root, how, steps)
     run.resume(state.acknowledged)
@@ -130,14 +130,14 @@ def resumed(state: State, root: Path, how: str, steps: int = STEPS) -> SmallRun:
 
 
 class GoingOn:
-    """What runs have learned at their end that go on with states; of those at one place the first is taken there."""
+    """What runs have learned at their end that continue with states; of those at one place the first is taken there."""
 
     def __init__(self, how: str, steps: int = STEPS):
         self.how, self.steps = how, steps
         self._known: list[tuple[tuple, Learned]] = []
 
     def learned(self, state: State, root: Path) -> Learned:
-        """Of a state, which is put into a new folder; what it has told is not lost."""
+        """Of a state, which is put into a new folder; what it has reported is not lost."""
         run = resumed(state, root, self.how, self.steps)
         place = run.place()
         for other, learned in self._known:

@@ -148,7 +148,7 @@ def scaled(batch) -> float:
     ],
     ids=["text", "numbers", "objects", "beside a tensor"],
 )
-def test_batches_that_are_not_tensors_alone_are_told_apart(batches):
+def test_batches_that_are_not_tensors_alone_differ(batches):
     def loss_fn(model, batch):
         return model(torch.ones(16)).square().mean() * scaled(batch)
 

@@ -1,4 +1,4 @@
-"""A disk that fails at any operation on a run's files: the run ends, and goes on to the bits of a whole one."""
+"""A disk that fails at any operation on a run's files: the run ends, and ends with the bits of a whole one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 from helpers.power_cuts import Failing, Watched
-from helpers.watched_runs import GoingOn, SmallRun, told
+from helpers.watched_runs import GoingOn, SmallRun, reported
 
 pytestmark = pytest.mark.usefixtures("compiled_reference")
 
@@ -37,7 +37,7 @@ FAILURES = [
     ],
 )
 def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch, how, every):
-    """What a sync has failed to write is lost where the power is cut, whatever is synced behind it."""
+    """What a sync has failed to write is lost where the power is cut, whatever is synced after it."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     whole, failed, cuts = SmallRun(tmp_path / "whole", how, STEPS).take(), 0, 0
     going_on = GoingOn(how, STEPS)
@@ -46,12 +46,12 @@ def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch
             root = tmp_path / f"{operation} {number} {code}"
             root.mkdir()
             failing = Failing(code, operation, number, lasting=operation is None)
-            with Watched(root, error=failing) as watched, told(watched, monkeypatch):
+            with Watched(root, error=failing) as watched, reported(watched, monkeypatch):
                 run = SmallRun(root, how, STEPS)
                 try:
                     assert run.take() == whole
                     # of a folder that is there already, and of a probe of the lock
-                    assert not failing.came or operation in ("mkdir", "open"), f"{root.name}: nobody was told"
+                    assert not failing.came or operation in ("mkdir", "open"), f"{root.name}: nobody was reported"
                 except OSError as caught:
                     assert caught.errno == code
                 if not failing.came:
@@ -67,4 +67,4 @@ def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch
             for index, state in enumerate(list(watched.states.values())[:: every * 2 - 1]):
                 assert going_on.learned(state, root / f"state {index}") == whole, f"{root.name}: {state.how}"
                 cuts += 1
-    print(f"{how}: {failed} errors, {cuts} power cuts behind them")
+    print(f"{how}: {failed} errors, {cuts} power cuts after them")

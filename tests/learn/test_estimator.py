@@ -51,7 +51,7 @@ def test_a_new_estimator_runs_and_resumes(tmp_path):
 
 
 class Faulty(mk.Reinforce):
-    """One whose second step does not tell the journal as it should."""
+    """Estimator whose second step does not pass its journal entry."""
 
     def __init__(self, fault):
         super().__init__(lr=2.0, alpha=0.75)
@@ -103,7 +103,7 @@ def test_a_journal_does_not_go_with_tensors():
 
 
 class Holding(Estimator):
-    """Has tensors that its settings do not tell."""
+    """Estimator with tensors that its settings do not name."""
 
     name = "holding"
 

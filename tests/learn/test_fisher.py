@@ -1,4 +1,4 @@
-"""Straight-through under a loss whose gradient does not tell its curvature: Fisher passes, and steps by them."""
+"""Straight-through under a loss whose squared gradient is not its curvature: Fisher passes, and steps by them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_steps_are_those_of_the_formula():
     assert trainer.estimator.state()["fisher_passes"] == {"head": 2}
 
 
-def test_a_loss_that_tells_its_curvature_has_no_passes():
+def test_a_loss_that_names_its_curvature_has_no_passes():
     trainer, _ = learn(softmax_model(), softmax_batches(), 2, causal_lm_loss)
     assert trainer.estimator.state()["fisher_passes"] == {"head": 0}
     assert not squares_of(trainer)["fisher/head"].any()
@@ -186,9 +186,11 @@ class BadFisher:
 
 
 def test_squares_that_are_not_finite_are_left_out():
-    with pytest.warns(UserWarning, match=r"fisher_loss of step 0: expected finite .* got others in \['head'\]") as told:
+    with pytest.warns(
+        UserWarning, match=r"fisher_loss of step 0: expected finite .* got others in \['head'\]"
+    ) as reported:
         trainer, _ = learn(softmax_model(), softmax_batches(), 2, BadFisher(math.nan))
-    assert len(told) == 1
+    assert len(reported) == 1
     assert trainer.estimator.state()["fisher_passes"] == {"head": 0}
     assert not squares_of(trainer)["fisher/head"].any()
     # then the gradient's own squares serve

@@ -1,4 +1,4 @@
-"""A disk that is full: no half of a line or of a record is left, and the run goes on once there is room."""
+"""A disk that is full: no half of a line or of a record is left, and the run continues once there is room."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def whole_run(folder, how):
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_disk_that_is_full_leaves_no_half_of_a_line(tmp_path, how, monkeypatch):
-    """The steps go on in the same process, once there is room: none is missing, and no line is broken."""
+    """The steps continue in the same process, once there is room: none is missing, and no line is broken."""
     whole = whole_run(tmp_path / "whole", how)
     trainer = a_trainer_in(tmp_path / "run", how)
     trainer.run(3, progress=False)

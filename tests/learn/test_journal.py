@@ -142,8 +142,8 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["fsync", "ftruncate"])
-def test_behind_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_path, monkeypatch, failing):
-    """A sync that is asked for again would succeed without a write; behind a half no record would be found."""
+def test_after_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_path, monkeypatch, failing):
+    """A sync that is asked for again would succeed without a write; after a half no record would be found."""
     path = tmp_path / "journal"
     entries = a_journal(path, 3)
     writer = Journal.resume(path, run.read_journal(path))
@@ -156,7 +156,7 @@ def test_behind_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_pat
         patched.setattr(os, failing, fail)
         if failing == "ftruncate":
             writer._file = FullDisk(file)
-        # the first error is told
+        # the first error is reported
         with pytest.raises(OSError, match="Input/output error" if failing == "fsync" else "No space left"):
             writer.append(entry(3))
     writer._file = file

@@ -55,8 +55,8 @@ def test_a_scaled_loss_gives_the_same_steps():
     """Without its scale the curvature would count as much more."""
     batches, models = some_batches(), [a_model(), a_model(), a_model()]
     scales = (1.0, 1.0), (64.0, 64.0), (64.0, 1.0)
-    for model, (scale, told) in zip(models, scales, strict=True):
-        steps(model, optimizer_of(model, loss_scale=told), batches, scale)
+    for model, (scale, reported) in zip(models, scales, strict=True):
+        steps(model, optimizer_of(model, loss_scale=reported), batches, scale)
     plain, right, wrong = map(logits_of, models)
     torch.testing.assert_close(right, plain, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(wrong[0], plain[0], rtol=1e-2)
@@ -77,7 +77,7 @@ def test_a_gradient_scaler_skips_what_is_not_finite():
     torch.testing.assert_close(logits_of(model), by_the_trainer(batches), rtol=1e-5, atol=1e-5)
 
 
-def test_slopes_that_are_not_finite_leave_their_logits_and_are_told():
+def test_slopes_that_are_not_finite_leave_their_logits_and_are_reported():
     model, (batch, *_) = a_model(), some_batches()
     optimizer = optimizer_of(model)
     before = logits_of(model)
@@ -166,7 +166,7 @@ def test_data_parallel_ranks_take_the_steps_of_one_process():
     torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_that_leaves_masks_alone_is_told():
+def test_a_gradient_that_leaves_masks_alone_is_reported():
     model, (batch, *_) = a_model(), some_batches()
     model.train()
     with pytest.warns(UserWarning, match="MaskedLinear: this backward gives the logits no gradient"):
@@ -174,7 +174,7 @@ def test_a_gradient_that_leaves_masks_alone_is_told():
 
 
 @pytest.mark.filterwarnings("error:MaskedLinear")
-def test_who_learns_otherwise_is_not_told():
+def test_who_learns_otherwise_is_not_reported():
     model, (batch, *_) = a_model(), some_batches()
     batch.requires_grad_()
     loss_fn(model.eval(), batch).backward()

@@ -81,9 +81,9 @@ def test_layers_of_all_kinds_are_updated(draws):
 @pytest.fixture
 def by_codes(monkeypatch):
     """Of each update of a group whether it takes codes that are held."""
-    told, real = [], masks_file.update_layers_
-    monkeypatch.setattr(masks_file, "update_layers_", lambda *args: (told.append(args[-1]), real(*args)))
-    return told
+    reported, real = [], masks_file.update_layers_
+    monkeypatch.setattr(masks_file, "update_layers_", lambda *args: (reported.append(args[-1]), real(*args)))
+    return reported
 
 
 def test_an_update_of_the_draw_that_is_held_takes_its_codes(by_codes):
@@ -99,7 +99,7 @@ def test_an_update_of_the_draw_that_is_held_takes_its_codes(by_codes):
 
 
 @pytest.mark.parametrize("given", [{}, {"draw": (2,)}, {"draw": 2, "seed": 7, "step": 3}], ids=str)
-def test_an_update_behind_a_draw_takes_its_codes_where_it_is_the_same(given, by_codes):
+def test_an_update_after_a_draw_takes_its_codes_where_it_is_the_same(given, by_codes):
     model, other = mixed_model(), mixed_model()
     masks, coef = ModelMasks(model), (0.5,) if isinstance(given.get("draw"), tuple) else 0.5
     with masks.drawn(2 if given else None):
@@ -226,7 +226,7 @@ def test_an_update_that_breaks_off_leaves_no_codes(monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_the_kernels_draw_and_update_so_too(pattern, monkeypatch):
-    """Also behind a step in inference mode."""
+    """Also after a step in inference mode."""
     found = []
     for route in ("eager", "kernels"):
         take_route(monkeypatch, route)
@@ -288,7 +288,7 @@ LINEAR = mk.MaskedLinear.from_linear(nn.Linear(8, 4), "2:4")
 
 
 @pytest.mark.parametrize(
-    ("layers", "error", "told"),
+    ("layers", "error", "reported"),
     [
         (nn.Linear(4, 4), ValueError, "^model: expected a model with MaskedLinear layers"),
         ({}, ValueError, "^layers: expected at least one MaskedLinear, got none"),
@@ -298,8 +298,8 @@ LINEAR = mk.MaskedLinear.from_linear(nn.Linear(8, 4), "2:4")
     ],
     ids=["dense", "none", "a list", "of nn.Linear", "two names"],
 )
-def test_layers_without_masks_are_refused(layers, error, told):
-    with pytest.raises(error, match=told):
+def test_layers_without_masks_are_refused(layers, error, reported):
+    with pytest.raises(error, match=reported):
         ModelMasks(layers)
 
 

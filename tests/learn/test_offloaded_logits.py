@@ -26,11 +26,11 @@ class LateTransfers(Transfers):
         super().__init__(torch.device("cpu"))
         self.incoming, self.outgoing = collections.deque(), collections.deque()
         self.copies, self.most = weakref.WeakSet(), 0
-        self.told, self.numbers = [], {}
+        self.reported, self.numbers = [], {}
 
-    def tell(self, what, logits):
+    def emit(self, what, logits):
         """With the layer's number, in the order in which they came."""
-        self.told.append((what, self.numbers.setdefault(logits.data_ptr(), len(self.numbers))))
+        self.reported.append((what, self.numbers.setdefault(logits.data_ptr(), len(self.numbers))))
 
     @staticmethod
     def until(queue, action):
@@ -41,7 +41,7 @@ class LateTransfers(Transfers):
         logits = torch.full_like(source, torch.nan)
         self.copies.add(logits)
         self.most = max(self.most, len(self.copies))
-        self.tell("fetch", source)
+        self.emit("fetch", source)
 
         def copy():
             logits.copy_(source)
@@ -50,12 +50,12 @@ class LateTransfers(Transfers):
         return logits, lambda: self.until(self.incoming, copy)
 
     def used(self, logits):
-        self.told.append("used")
-        # what is read later than its end is told
+        self.reported.append("used")
+        # what is read later than its end is reported
         return lambda: logits.fill_(torch.nan)
 
     def put_back(self, logits, target):
-        self.tell("put back", target)
+        self.emit("put back", target)
 
         def copy():
             target.copy_(logits)
@@ -90,8 +90,8 @@ def test_the_next_copy_is_on_its_way_while_a_layer_computes(late):
         for i, layer in enumerate(layers):
             with copies.moving(layer) as logits:
                 logits += i
-    ahead = [told for i in range(1, 5) for told in (("fetch", i), ("put back", i - 1))]
-    assert late.told == [("fetch", 0), *ahead, ("put back", 4)]
+    ahead = [reported for i in range(1, 5) for reported in (("fetch", i), ("put back", i - 1))]
+    assert late.reported == [("fetch", 0), *ahead, ("put back", 4)]
     assert_same_bits([layer.logits.detach() for layer in layers], expected)
 
 
@@ -113,13 +113,13 @@ def test_layers_that_do_not_come_stop_nothing(late):
         for i in (0, 1, 3, 4, 6):
             with copies.moving(layers[i]):
                 pass
-    fetched = [number for what, number in late.told if what == "fetch"]
+    fetched = [number for what, number in late.reported if what == "fetch"]
     # 2 and 5 are awaited in vain
     assert [late.numbers[layer.logits.data_ptr()] for layer in layers] == fetched[:7]
     assert len(fetched) == 7
-    at = {told: i for i, told in enumerate(late.told)}
-    for before, behind in ((0, 1), (3, 4)):
-        one, other = (late.numbers[layers[i].logits.data_ptr()] for i in (before, behind))
+    at = {reported: i for i, reported in enumerate(late.reported)}
+    for before, after in ((0, 1), (3, 4)):
+        one, other = (late.numbers[layers[i].logits.data_ptr()] for i in (before, after))
         assert at["fetch", other] < at["put back", one]
 
 
@@ -157,7 +157,7 @@ def test_a_trainer_learns_the_same(how, accumulate, request):
     trainer = a_trainer(estimator=ESTIMATORS[how](), accumulate=accumulate)
     trainer.run(4, progress=False)
     # of both layers, that of the second one comes while the first computes
-    kinds = [told if isinstance(told, str) else told[0] for told in late.told]
+    kinds = [reported if isinstance(reported, str) else reported[0] for reported in late.reported]
     walks = {tuple(kinds[i : i + 4]) for i in range(0, len(kinds), 4)}
     assert walks == {("fetch", "fetch", "used", "used"), ("fetch", "fetch", "put back", "put back")}
     assert_same_bits(logits_of(trainer.model), logits_of(plain.model))

@@ -26,17 +26,17 @@ def in_a_fork(call: Callable[[], object]) -> str:
     child = os.fork()
     if child == 0:
         try:
-            told = str(call())
+            reported = str(call())
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(write, told.encode())
+            reported = f"{type(error).__name__}: {error}"
+        os.write(write, reported.encode())
         # as multiprocessing ends a child
         os._exit(0)
     os.close(write)
     with open(read) as pipe:
-        told = pipe.read()
+        reported = pipe.read()
     os.waitpid(child, 0)
-    return told
+    return reported
 
 
 def whole_run(how: str, steps: int) -> list[torch.Tensor]:
@@ -51,8 +51,10 @@ def test_a_forked_process_takes_no_step_of_its_parents_run(how, tmp_path):
     trainer.run(2, progress=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for call in (trainer.step, lambda: trainer.run(2, progress=False)):
-        told = in_a_fork(call)
-        assert told.startswith(f"RuntimeError: output_dir: expected process {os.getpid()}, whose run is in"), told
+        reported = in_a_fork(call)
+        assert reported.startswith(f"RuntimeError: output_dir: expected process {os.getpid()}, whose run is in"), (
+            reported
+        )
     assert in_a_fork(trainer.close) == "None"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     # it has not let go of what its parent holds

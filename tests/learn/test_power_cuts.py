@@ -1,4 +1,4 @@
-"""A power cut behind any operation on a run's files: the run goes on to the bits of a whole one."""
+"""A power cut after any operation on a run's files: the run ends with the bits of a whole one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.cases import cases
 from helpers.power_cuts import Failing, Kill, Watched
-from helpers.watched_runs import GoingOn, SmallRun, resumed, thinned, told, watched_run
+from helpers.watched_runs import GoingOn, SmallRun, reported, resumed, thinned, watched_run
 
 from maskpro_kernels.learn import run
 
@@ -21,7 +21,7 @@ STEPS = 12
 
 @pytest.fixture
 def no_sync(monkeypatch):
-    """What goes on here is not cut off any more."""
+    """What continues here is not cut off any more."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -36,7 +36,7 @@ def no_sync(monkeypatch):
         ),
     ],
 )
-def test_a_power_cut_loses_no_step_that_was_told(tmp_path, monkeypatch, no_sync, how, number):
+def test_a_power_cut_loses_no_step_that_was_reported(tmp_path, monkeypatch, no_sync, how, number):
     watched, whole = watched_run(tmp_path / "whole", how, monkeypatch)
     print(f"{how}: {watched.cuts} operations, {len(watched.states)} states")
     going_on = GoingOn(how)
@@ -66,7 +66,7 @@ FAULTS = {
 }
 # One for each estimator
 ORDINARY = ("the journal is not synced", "snapshots are renamed and not synced")
-FOUND = "steps are left of|were told as done|expected a folder without a run"
+FOUND = "steps are left of|were reported as done|expected a folder without a run"
 
 
 @pytest.mark.parametrize("fault", cases(((name,) for name in FAULTS), slow=lambda name: name not in ORDINARY))
@@ -78,7 +78,7 @@ def test_a_run_that_does_not_sync_is_found(tmp_path, monkeypatch, no_sync, fault
         watched, _ = watched_run(tmp_path / "whole", how, monkeypatch, **watch)
     with pytest.raises((AssertionError, ValueError), match=FOUND):
         for index, state in enumerate(watched.states.values()):
-            # which has nothing to do where the run goes on
+            # which has nothing to do where the run continues
             resumed(state, tmp_path / str(index), how).trainer.begin()
 
 
@@ -107,14 +107,14 @@ KILLS = {
         ),
     ],
 )
-def test_a_power_cut_behind_a_kill_loses_no_step_that_was_told(
+def test_a_power_cut_after_a_kill_loses_no_step_that_was_reported(
     tmp_path, monkeypatch, no_sync, how, operation, one, number
 ):
     """What a killed process has written is there for the next one, though it may not be on disk."""
     whole = SmallRun(tmp_path / "whole", how, STEPS).take()
     root = tmp_path / "killed"
     root.mkdir()
-    with Watched(root, error=Failing(None, operation, one)) as watched, told(watched, monkeypatch):
+    with Watched(root, error=Failing(None, operation, one)) as watched, reported(watched, monkeypatch):
         killed = SmallRun(root, how, STEPS)
         with suppress(Kill):
             killed.take()

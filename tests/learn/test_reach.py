@@ -1,4 +1,4 @@
-"""Runs whose steps cannot change a mask: told, or refused."""
+"""Runs whose steps cannot change a mask: reported, or refused."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_margins_of_groups(n, expected):
     assert margins(logits, NMPattern(f"{n}:4")).tolist() == expected
 
 
-def test_straight_through_tells_that_its_steps_are_too_few():
+def test_straight_through_warns_that_its_steps_are_too_few():
     """Both logits move by 2 a step at most: 3 steps cross a gap of 12."""
-    told = "all steps together can cross a gap of 12, .* 12.5; set more steps"
-    with pytest.warns(UserWarning, match=told) as caught:
+    reported = "all steps together can cross a gap of 12, .* 12.5; set more steps"
+    with pytest.warns(UserWarning, match=reported) as caught:
         a_trainer(spread(12.5), estimator=StraightThrough(steps=3))
     # where the trainer is made
     assert caught[0].filename == small_trainer.__file__
@@ -53,7 +53,7 @@ def test_straight_through_tells_that_its_steps_are_too_few():
         (spread(40.0, but=25.0), Reinforce()),
     ],
 )
-def test_runs_in_which_a_mask_may_change_are_not_told_of(model, estimator):
+def test_runs_in_which_a_mask_may_change_are_not_reported(model, estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         a_trainer(model, estimator=estimator)

@@ -1,4 +1,4 @@
-"""A run that was broken off goes on to the bits of one that was not."""
+"""A run that was interrupted ends with the bits of one that was not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, how):
     first = a_trainer_in(tmp_path / "run", how)
     first.run(4, progress=False)
     if how != "straight-through":
-        # behind the last snapshot, in the journal alone
+        # after the last snapshot, in the journal alone
         for _ in range(2):
             first.step()
     first.close()
@@ -176,8 +176,8 @@ def test_an_error_between_two_updates_loses_no_step(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
-@pytest.mark.parametrize("where", ["in its update", "behind its update"])
-def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, how, where):
+@pytest.mark.parametrize("where", ["in its update", "after its update"])
+def test_logits_that_are_not_those_of_the_count_are_reported(tmp_path, monkeypatch, how, where):
     whole = a_trainer_in(tmp_path / "whole", how)
     whole.run(5, progress=False)
     trainer = a_trainer_in(tmp_path / "run", how)

@@ -1,4 +1,4 @@
-"""A run broken off while its initial masks are refreshed goes on to the bits of a whole one."""
+"""A run interrupted while its initial masks are refreshed ends with the bits of a whole one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     def broken(*_, **__):
         raise KeyboardInterrupt
 
-    def behind(real):
+    def after(real):
         def called(*args):
             real(*args)
             raise KeyboardInterrupt
@@ -37,7 +37,7 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     if where == "before its record":
         patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], broken))
     elif where == "before its update":
-        patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], behind(append)))
+        patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], after(append)))
     elif where == "in its update":
         patched.setattr(reinforce, "replay", only(estimator.replay, lambda *args: args[2].step == HALVED[0], broken))
     elif where == "in a forward of the new masks":
@@ -80,7 +80,7 @@ def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where,
     assert [(r.loss, r.residual, r.tracker) for r in rest] == [(r.loss, r.residual, r.tracker) for r in records[steps:]]
     assert_same_bits(logits_of(again.model), logits_of(whole.model))
     again.close()
-    # the journal alone tells the logits
+    # the journal alone determines the logits
     replayed = run.replay_run(tmp_path / "run")
     assert_same_bits([replayed[name] for name in again.layers], logits_of(whole.model))
 

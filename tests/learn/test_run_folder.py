@@ -1,4 +1,4 @@
-"""The folder of a run: it belongs to one trainer and one run, and holds nothing of a start that was broken off."""
+"""The folder of a run: it belongs to one trainer and one run, and holds nothing of a start that was interrupted."""
 
 from __future__ import annotations
 

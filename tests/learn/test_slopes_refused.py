@@ -22,7 +22,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 
-def test_a_gradient_that_is_not_finite_is_told_and_spoils_nothing(eager_reference):
+def test_a_gradient_that_is_not_finite_is_reported_and_spoils_nothing(eager_reference):
     model = masked_llama()
     trainer, _ = learn_straight_through(model, 1)
     before, squares, step = (
@@ -45,7 +45,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_spoils_nothing(eager_referenc
 
 
 def test_a_run_bears_gradients_that_are_not_finite(eager_reference, tmp_path):
-    """Each of as many as it may is told; one more ends the run, and is not taken again where it is resumed."""
+    """Each of ``max_skipped`` is reported; one more ends the run, and is not taken again after a resume."""
 
     def a_trainer():
         arguments = {"seed": 3, "output_dir": tmp_path, "max_skipped": 1}
@@ -129,7 +129,7 @@ class InParts(torch.autograd.Function):
         return torch.zeros_like(x), None
 
 
-def test_a_layer_that_is_come_to_again_after_it_has_moved_is_told(eager_reference):
+def test_a_layer_that_is_come_to_again_after_it_has_moved_is_reported(eager_reference):
     model, x = two_masked_layers()
 
     def loss(model, x):

@@ -1,4 +1,4 @@
-"""Batches that are no sequence: DataLoaders, generators; which of them a step takes, and how a run goes on."""
+"""Batches that are no sequence: DataLoaders, generators; which of them a step takes, and how a run continues."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_resumed_run_sees_the_batches_of_a_whole_one(tmp_path, estimator, accu
         assert_same_bits(seen, all_seen)
 
 
-def test_a_snapshot_behind_a_failed_step_has_the_batches_of_the_steps_that_are_done(tmp_path):
+def test_a_snapshot_after_a_failed_step_has_the_batches_of_the_steps_that_are_done(tmp_path):
     failing = []
 
     def loss(model, batch):
@@ -179,5 +179,5 @@ def test_other_batches_are_refused_and_nothing_changes(tmp_path, name):
         second.resume()
     assert_same_bits(logits_of(second.model), logits)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    # whoever gives those of the run goes on
+    # whoever gives those of the run continues
     assert a_trainer_in(tmp_path, STRAIGHT, batches=endless()).resume() == 3

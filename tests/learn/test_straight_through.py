@@ -136,7 +136,7 @@ def compiled_two_layers():
     ids=["slope", "slope and weights", "scalar", "language model"],
 )
 def test_a_compiled_model_learns_as_an_eager_one(problem, estimator, graphs, eager_reference):
-    """No graph anew for another step, and afterwards the graphs of the model as it is.
+    """No graph again for another step, and afterwards the graphs of the model as it is.
 
     The same bits where the backend leaves the operations as they are; it rewrites some of a language model's.
     """

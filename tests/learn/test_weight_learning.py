@@ -97,7 +97,7 @@ def test_what_a_mask_drops_stays_with_its_moments():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_gradients_of_all_uses_and_batches_are_summed(parts):
-    """Of a layer that is used twice, and of batches by their tokens; the first moment of the first step tells."""
+    """Of a layer that is used twice, and of batches by their tokens; by the first moment of the first step."""
     torch.manual_seed(0)
     model, plain = Twice(), Twice()
     plain.load_state_dict(model.state_dict())
@@ -144,7 +144,7 @@ def test_steps_that_are_not_finite_move_no_weight(bad, accumulate):
         else:
             trainer.step()
         assert_same_bits(everything(trainer), before)
-        # and it goes on
+        # and it continues
         trainer.loss_fn = whole
         trainer.step()
         assert all(tensor.isfinite().all() for tensor in everything(trainer))

@@ -145,7 +145,7 @@ def test_float64_is_refused_and_a_negation_is_heeded(layer, taken):
 
 
 def test_replicas_with_plain_attributes_multiply(layer, taken):
-    """DataParallel and FSDP put them in the place of parameters."""
+    """DataParallel and FSDP replace parameters by plain attributes."""
     replica, x = layer._replicate_for_data_parallel(), torch.randn(2, 32)
     for name in ("values", "bias"):
         setattr(replica, name, getattr(layer, name).detach())

@@ -34,7 +34,7 @@ def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkey
 
 @pytest.fixture
 def compiled_route(monkeypatch):
-    """CPU tensors go to the compiled reference, whose loops are made anew."""
+    """CPU tensors go to the compiled reference, whose loops are made again."""
     take_route(monkeypatch, "compiled")
     monkeypatch.setattr(loops, "compiled_loop", functools.cache(loops.compiled_loop.__wrapped__))
 
@@ -91,7 +91,7 @@ def reference_update(logits: torch.Tensor) -> torch.Tensor:
     return updated
 
 
-def test_that_no_compiler_is_found_is_told(monkeypatch, caplog):
+def test_that_no_compiler_is_found_is_reported(monkeypatch, caplog):
     def none_found():
         raise RuntimeError("no compiler")
 

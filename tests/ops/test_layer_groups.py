@@ -117,7 +117,7 @@ def test_flips_are_counted(route):
 
 
 def test_numbers_are_read_where_they_stand(route):
-    """As a captured CUDA graph does: what changes in them counts, and nothing that it reads is made anew."""
+    """As a captured CUDA graph does: what changes in them counts, and nothing that it reads is made again."""
     of = ManyLayers(2, 4)
     group, (seed, step), draw = of.group(), numbers(STEP - 1), torch.tensor(0)
     draw_layers_(group, 1 / 0.7, seed, step, draw)

@@ -211,10 +211,12 @@ def test_attention_of_torch_and_its_encoder_are_left_out_with_the_reason():
         ({"init": "wanda"}, None),
     ],
 )
-def test_progress_tells_how_many_layers_are_done(how, total, eager_reference):
-    told: list[tuple[int, int]] = []
-    mk.convert(tiny_model(), "2:4", calibration=token_batches(2), progress=lambda *counts: told.append(counts), **how)
-    assert told == ([] if total is None else [(done, total) for done in range(total + 1)])
+def test_progress_reports_how_many_layers_are_done(how, total, eager_reference):
+    reported: list[tuple[int, int]] = []
+    mk.convert(
+        tiny_model(), "2:4", calibration=token_batches(2), progress=lambda *counts: reported.append(counts), **how
+    )
+    assert reported == ([] if total is None else [(done, total) for done in range(total + 1)])
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"])

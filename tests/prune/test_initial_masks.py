@@ -93,7 +93,7 @@ def test_inputs_that_are_not_finite_are_refused_with_the_layer(layer, init, valu
     refused(model, ValueError, message, init={**codes, "2": codes["2"][:4]}, calibration=[bad], refit="scales")
 
 
-def test_a_forward_pass_ends_where_nothing_behind_it_is_wanted():
+def test_a_forward_pass_ends_where_nothing_after_it_is_wanted():
     model = two_layers()
     reached = []
     model[2].register_forward_pre_hook(lambda *_: reached.append(True))

@@ -72,7 +72,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3])
 def test_the_change_is_that_of_the_error(pattern):
-    """Against the error of every swap of every group, worked out anew."""
+    """Against the error of every swap of every group, worked out again."""
     m = NMPattern(pattern).m
     weight, gram = problem(3, 2 * m)
     codes = mk.top_n_mask(weight.abs(), pattern)
@@ -156,7 +156,7 @@ def test_bad_arguments_of_swap_descent(change, error, message):
 
 
 class Residual(nn.Module):
-    """Two Linears that share an input, and one behind them."""
+    """Two Linears that share an input, and one after them."""
 
     def __init__(self):
         super().__init__()

@@ -67,7 +67,7 @@ def test_scales_are_the_factors_of_least_error(pattern):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("to", FITS)
 def test_the_error_of_no_row_rises(to, dtype):
-    """With the rounded values: rows which a refit cannot help stay as they are."""
+    """With the rounded values: rows which a refit cannot help stay unchanged."""
     weight, kept, gram = problem("2:4", rows=40, dtype=dtype)
     # nothing is cut from these rows, or all is cut that they have, or nothing is there
     weight[0, ~kept[0]] = 0
@@ -187,7 +187,11 @@ def test_bad_arguments_leave_the_model_as_it_was():
     refused(model, ValueError, r"calibration: .*run every layer, \['unused'\] got no input")
     del model.unused
     mk.refit(model, inputs())
-    refused(model, ValueError, "model: expected dense weights, .* got refitted or trained ones in blocks.0.0; load and convert")
+    refused(
+        model,
+        ValueError,
+        "model: expected dense weights, .* got refitted or trained ones in blocks.0.0; load and convert",
+    )
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was():

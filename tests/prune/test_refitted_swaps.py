@@ -1,4 +1,4 @@
-"""Swaps that count on the refit: what they cost, and what they gain over a refit behind other swaps."""
+"""Swaps that count on the refit: what they cost, and what they gain over a refit after other swaps."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def swap_and_refit_rows(weight, codes, gram, pattern, **how):
     return swap_and_refit(weight, codes, gram, conditional_blocks(codes, gram, pattern), pattern, **how)
 
 
-def test_the_blocks_tell_what_a_swap_costs_after_the_refit(monkeypatch):
-    """Of one row with one weight kept in a group the blocks are exact: every swap of a group, refitted anew."""
+def test_the_blocks_report_what_a_swap_costs_after_the_refit(monkeypatch):
+    """Of one row with one weight kept in a group the blocks are exact: every swap of a group, refitted again."""
     weight, kept, gram = problem("1:4", rows=1, k=16)
     gram.diagonal().mul_(3)
     codes, pattern = mk.pack_mask(kept, "1:4"), NMPattern("1:4")
@@ -77,10 +77,10 @@ def test_the_blocks_tell_what_a_swap_costs_after_the_refit(monkeypatch):
             other = kept[0].clone()
             other[4 * group + i], other[4 * group + j] = False, True
             changes[1 << i | 1 << j] = refitted_error(weight[0], other, gram) - before
-        told = float(change[0, group])
+        reported = float(change[0, group])
         # the value that is taken in is chosen without what is dropped beside it: an upper bound, and a near one
-        assert changes[int(swap[0, group])] <= told + 1e-3 * before
-        assert told == pytest.approx(min(changes.values()), abs=0.02 * before)
+        assert changes[int(swap[0, group])] <= reported + 1e-3 * before
+        assert reported == pytest.approx(min(changes.values()), abs=0.02 * before)
 
 
 GAINING = [("2:4", torch.float32), ("2:4", torch.bfloat16), ("4:8", torch.float16)]
@@ -135,7 +135,7 @@ def distance(model, batches, outputs):
 
 @pytest.mark.parametrize("pattern", [slow("1:4"), "2:4", slow("4:8")])
 def test_one_pass_of_masks_and_refit(pattern):
-    """``convert`` with both is nearer to the dense model than a refit behind the reconstruction."""
+    """``convert`` with both is nearer to the dense model than a refit after the reconstruction."""
     batches = inputs()
     with torch.no_grad():
         outputs = [Blocks().to(KERNEL_DEVICE)(batch) for batch in batches]

@@ -64,8 +64,8 @@ def test_all_batches_of_a_generator_are_still_taken():
 
 
 def test_targets_that_are_read_past_the_module_are_refused():
-    told = f"targets: expected layers that run as modules, got both: {READ_ELSEWHERE}"
-    refused(Reader(), ValueError, told, targets=["plain", "both"], calibration=[torch.randn(4, 8)])
+    reported = f"targets: expected layers that run as modules, got both: {READ_ELSEWHERE}"
+    refused(Reader(), ValueError, reported, targets=["plain", "both"], calibration=[torch.randn(4, 8)])
 
 
 def test_a_model_of_which_nothing_else_is_left_is_refused():
@@ -206,7 +206,7 @@ def test_what_was_put_together_again_is_named_as_it_was_built():
     assert conversion.skipped[experts] == conversion.unmasked[f"{experts}.down_proj"] == "matches no target"
 
 
-def test_a_little_masked_model_is_told_of():
+def test_a_little_masked_model_is_reported():
     model = tiny("convolutions").model
     with pytest.warns(UserWarning) as caught:
         mk.convert(model, "2:4")

@@ -26,7 +26,7 @@ def pruned_by(weight, gram, pattern):
 
 
 def by_definition(weight: torch.Tensor, gram: torch.Tensor, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, kept): column by column, the inverse of what is left of H anew for each."""
+    """(weight, kept): column by column, the inverse of what is left of H again for each."""
     w, kept, k = weight.clone(), torch.zeros_like(weight, dtype=torch.bool), weight.shape[1]
     for i in range(k):
         if i % m == 0:
@@ -80,7 +80,7 @@ def test_the_best_mask_with_refitted_weights_is_found():
     assert best == ((1, 3), (4, 5))
     expected = torch.zeros(8, dtype=torch.bool).index_fill_(0, torch.tensor(sum(best, ())), True)
     assert torch.equal(mk.expand_mask(codes["0"], "2:4")[0], expected)
-    # what is to the left of a dropped weight stays as it is
+    # what is to the left of a dropped weight stays unchanged
     found = float((x @ weights["0"][0] - target).square().sum())
     dropped = float((x @ (layer.weight.detach()[0] * expected) - target).square().sum())
     assert lost[best] <= found < lost[best] + 0.1 * (dropped - lost[best])
@@ -93,13 +93,13 @@ def layers_of(model):
 
 def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was(monkeypatch):
     model = tiny_model()
-    layers, told = layers_of(model), []
+    layers, reported = layers_of(model), []
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     batches = list(torch.randint(0, 32, (3, 2, 16), generator=torch.Generator().manual_seed(0)))
-    watched = {"keep_weights": True, "progress": lambda *of: told.append(of)}
+    watched = {"keep_weights": True, "progress": lambda *of: reported.append(of)}
     codes, weights = sparsegpt(model, layers, "2:4", iter(batches), **watched)
     assert_same_bits({name: layer.weight.detach() for name, layer in layers.items()}, before)
-    assert model.config.use_cache and told == [(done, 14) for done in range(15)]
+    assert model.config.use_cache and reported == [(done, 14) for done in range(15)]
     assert not any("forward" in vars(layer) or layer._forward_pre_hooks for layer in layers.values())
     assert list(weights) == list(codes) == list(layers)
     for name, weight in weights.items():
@@ -132,7 +132,7 @@ def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was(monkeypatc
 
 @pytest.mark.slow
 def test_five_matrices_of_a_layer_are_held():
-    """As docs/large-models.md tells; of few rows and inputs all else is small."""
+    """As in docs/large-models.md; of few rows and inputs all else is small."""
     layer, x = nn.Linear(512, 4), torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
     held = allocated(lambda: sparsegpt(nn.Sequential(layer), {"0": layer}, "2:4", [x])).peak
     assert held == pytest.approx(5 * 4 * 512**2, rel=0.01)
@@ -148,7 +148,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
 def test_outputs_come_nearer_than_by_magnitude(pattern):
-    """Of the mask alone, and nearer still with the weights that make up for it."""
+    """Of the mask alone, and nearer still with the weights that compensate for it."""
     weight, x = problem()
     gram = (x.T @ x).double()
 

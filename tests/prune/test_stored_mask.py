@@ -57,9 +57,9 @@ def mask_file(folder, pattern="2:4"):
 def run(folder, pattern="2:4", model=None, **more):
     model = model or converted(pattern)
     weights = digest_of_weights(model)
-    told = {"pattern": pattern, "dtype": "float32", "dense_weights": weights, "weights": weights}
+    reported = {"pattern": pattern, "dtype": "float32", "dense_weights": weights, "weights": weights}
     folder.mkdir()
-    save_logits(model, folder / LOGITS_FILE, told | more)
+    save_logits(model, folder / LOGITS_FILE, reported | more)
     return folder
 
 
@@ -93,8 +93,8 @@ def test_each_kind_gives_its_mask(tmp_path, kind, pattern):
 @pytest.mark.parametrize("kind", STORED)
 def test_another_pattern_is_refused(tmp_path, kind):
     path = STORED[kind](tmp_path, "4:8")
-    told = "init: expected weights that follow 2:4, got more in" if kind == "zeros" else "of 2:4, got one of 4:8 in"
-    with pytest.raises(ValueError, match=told) as refusal:
+    reported = "init: expected weights that follow 2:4, got more in" if kind == "zeros" else "of 2:4, got one of 4:8 in"
+    with pytest.raises(ValueError, match=reported) as refusal:
         stored_mask(path, dense_layers(), "2:4")
     assert str(refusal.value).startswith("init: ")
 
@@ -117,12 +117,12 @@ def test_another_set_of_layers_is_refused(tmp_path, kind):
 def test_another_base_is_refused(tmp_path, kind):
     model = tiny_model()
     model.get_submodule(FIRST).weight.data[3, 5] += 1
-    told = {
+    reported = {
         "mask file": "with fingerprint .* in float32, got float32 weights with fingerprint [0-9a-f]{32}$",
         "run": "whose weights have the digest .* in float32, got weights of digest [0-9a-f]{32}$",
         "masked": f"got other weights in {FIRST}: another model, or this one in another dtype$",
     }[kind]
-    with pytest.raises(ValueError, match=f"^model: expected the .*base .*{told}"):
+    with pytest.raises(ValueError, match=f"^model: expected the .*base .*{reported}"):
         stored_mask(STORED[kind](tmp_path), dense_layers(model), "2:4")
 
 
@@ -137,7 +137,7 @@ def test_logits_that_the_report_of_their_run_does_not_have_are_refused(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["zeros", "packed"])
-def test_other_kept_weights_are_told(tmp_path, kind):
+def test_other_kept_weights_are_reported(tmp_path, kind):
     """As of a checkpoint that SparseGPT has pruned, whose mask alone is of use here."""
     model = tiny_model()
     model.get_submodule(FIRST).weight.data *= 2
@@ -147,25 +147,25 @@ def test_other_kept_weights_are_told(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["masked", "run"])
-def test_masks_over_changed_weights_are_told(tmp_path, kind):
+def test_masks_over_changed_weights_are_reported(tmp_path, kind):
     model, codes = converted(), random_codes()
     dense = digest_of_weights(model)
     layer = model.get_submodule(FIRST)
     layer.weight.data = layer.weight.data * 2
     layer.weight_changed = True
-    told = "differ from the model" if kind == "masked" else "its mask over changed weights; only the mask is used"
+    reported = "differ from the model" if kind == "masked" else "its mask over changed weights; only the mask is used"
     path = save(model, tmp_path / "m") if kind == "masked" else run(tmp_path / "run", model=model, dense_weights=dense)
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=reported):
         assert_same_bits(stored_mask(path, dense_layers(), "2:4"), codes)
 
 
-def test_values_rounded_to_int8_are_told(tmp_path):
+def test_values_rounded_to_int8_are_reported(tmp_path):
     path = save(finalize(converted(), to="packed", values="int8"), tmp_path / "m")
     with pytest.warns(UserWarning, match="values of 14 layers are rounded to int8"):
         assert_same_bits(stored_mask(path, dense_layers(), "2:4"), random_codes())
 
 
-def test_zeros_of_the_model_count_as_kept_and_what_is_filled_up_is_told(tmp_path):
+def test_zeros_of_the_model_count_as_kept_and_what_is_filled_up_is_reported(tmp_path):
     model, sparse = tiny_model(), tiny_model()
     weight = torch.tensor([0.0, 4.0, -3.0, 2.0, 1.0, 4.0, -3.0, 2.0])
     for each in (model, sparse):
@@ -173,16 +173,16 @@ def test_zeros_of_the_model_count_as_kept_and_what_is_filled_up_is_told(tmp_path
     masked(sparse, random_masks(tiny_model()))
     sparse.get_submodule(FIRST).weight.data[0, :8] = torch.tensor([0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0])
     path = save(sparse, tmp_path / "m")
-    with pytest.warns(UserWarning, match="1 groups keep fewer weights than 2:4; the largest") as told:
+    with pytest.warns(UserWarning, match="1 groups keep fewer weights than 2:4; the largest") as reported:
         codes = stored_mask(path, dense_layers(model), "2:4")[FIRST]
-    assert [one.filename for one in told] == [__file__] and codes[0, :2].tolist() == [0b0011, 0b1010]
+    assert [one.filename for one in reported] == [__file__] and codes[0, :2].tolist() == [0b0011, 0b1010]
 
 
 @pytest.mark.parametrize("architecture", ["GPT-2", "Mixtral"])
 @pytest.mark.parametrize("to", ["dense", "packed", None])
 @pytest.mark.filterwarnings("error:.*kept weights of")
 def test_weights_that_are_stored_otherwise_than_as_layers(tmp_path, architecture, to):
-    """Transposed ones, and those of all experts in one: a name is that of the layer that they are taken apart into."""
+    """Transposed ones, and those of all experts in one: a name is that of the layer that they are unfused into."""
     (model, _), (other, _) = tiny(architecture), tiny(architecture)
     other.load_state_dict(model.state_dict())
     mk.convert(model, "2:4", init="random", seed=2)
@@ -206,7 +206,7 @@ def test_what_is_no_mask_is_refused(tmp_path):
     dense = save(tiny_model(), tmp_path / "dense")
     broken = masked(tiny_model(), random_masks(tiny_model()))
     broken.get_submodule(FIRST).weight.data[0, 0] = torch.nan
-    for path, told in {
+    for path, reported in {
         tmp_path / "text": "expected a mask file, got",
         cut: "expected a mask file, got",
         tmp_path / "empty": "expected a folder with a config.json, got",
@@ -216,7 +216,7 @@ def test_what_is_no_mask_is_refused(tmp_path):
         save(broken, tmp_path / "broken"): f"expected finite weights in .* got others in {FIRST}",
         dense: "expected weights that follow 2:4, got more in 100.0% of the groups of",
     }.items():
-        with pytest.raises(ValueError, match=f"^init: {told}"):
+        with pytest.raises(ValueError, match=f"^init: {reported}"):
             stored_mask(path, dense_layers(), "2:4")
     shutil.rmtree(tmp_path / "empty")
     for nothing in (tmp_path / "empty", "", "randm", "x" * 5000):

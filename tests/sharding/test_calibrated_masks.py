@@ -19,7 +19,7 @@ from maskpro_kernels.ranks import FailedRank
 
 
 class Chain(nn.Module):
-    """Blocks of which each takes what the one before gives, and a layer of the model's own behind them."""
+    """Blocks of which each takes what the one before gives, and a layer of the model's own after them."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -67,16 +67,16 @@ def found(rank: int, kind: str, cut_over: int | None, ways: list[dict]) -> list:
     for how in ways:
         model, batches = a_model(kind, cut_over)
         dense = outputs(model, batches)
-        told: list[tuple[int, int]] = []
+        reported: list[tuple[int, int]] = []
         how = how | {
             "calibration": iter(batches),
             "gap": 2.0,
-            "progress": lambda *counts, told=told: told.append(counts),
+            "progress": lambda *counts, reported=reported: reported.append(counts),
         }
         mk.convert(model, "2:4", targets=["*"], **how)
         layers = masked_layers(model)
-        done = [count for count, _ in told]
-        assert done == list(range(len(done))) and all(total == done[-1] for _, total in told)
+        done = [count for count, _ in reported]
+        assert done == list(range(len(done))) and all(total == done[-1] for _, total in reported)
         assert (len(done) > len(layers)) == ("refit" in how or how["init"] == "reconstruction")
         assert all(layer.weight_changed == ("refit" in how) for layer in layers.values())
         weights = [whole(layer.weight.detach()).clone() for layer in layers.values()]
@@ -148,9 +148,9 @@ def fail(rank: int) -> None:
 def refuse(rank: int) -> None:
     """What ranks do not have alike, and layers that have no code."""
     model, batches = a_model("chain", 2)
-    told = "^ranks: expected the settings of rank 0 on all of them, got other calibration on rank 1"
+    reported = "^ranks: expected the settings of rank 0 on all of them, got other calibration on rank 1"
     for theirs in (batches[rank:], None if rank else batches, [torch.zeros(2 + rank, 16)]):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reported):
             mk.convert(model, "2:4", init="wanda", calibration=theirs)
     with pytest.raises(TypeError if rank else (ValueError, FailedRank), match="^calibration|calibration: expected"):
         mk.convert(model, "2:4", init="wanda", calibration=3 if rank else batches)

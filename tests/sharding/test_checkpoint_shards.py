@@ -122,11 +122,11 @@ REFUSED = {
 def test_other_checkpoints_are_refused_and_the_model_stays_on_meta(tmp_path):
     with torch.device("meta"):
         model = Blocks()
-    for damage, told in REFUSED.values():
+    for damage, reported in REFUSED.values():
         path = damage(tmp_path)
         with pytest.raises(ValueError) as error:
             mk.load_checkpoint_shards(model, path if isinstance(path, Path) else tmp_path)
-        assert str(error.value).startswith(told), error.value
+        assert str(error.value).startswith(reported), error.value
         assert all(parameter.is_meta for parameter in model.parameters())
     with torch.device("meta"):
         model.register_buffer("places", torch.arange(4), persistent=False)
@@ -145,7 +145,7 @@ def a_layer() -> nn.Linear:
 
 
 def write_parts(folder: Path, weight: torch.Tensor, boxes: list[tuple[int, int, int, int]]) -> None:
-    """As ``HuggingFaceStorageWriter(save_distributed=True)``: of each rank a file, which tells where its part is."""
+    """As ``HuggingFaceStorageWriter(save_distributed=True)``: of each rank a file, with the place of its part."""
     folder.mkdir()
     for at, (top, bottom, left, right) in enumerate(boxes):
         place = json.dumps({"weight": {"saved_offsets": [top, left]}})
@@ -239,5 +239,5 @@ def take_other_masks(rank: int) -> str:
 
 
 def test_ranks_have_one_mask():
-    told = all_in_ranks(2, take_other_masks)
-    assert told == ["ranks: expected the settings of rank 0 on all of them, got other init on rank 1"] * 2
+    reported = all_in_ranks(2, take_other_masks)
+    assert reported == ["ranks: expected the settings of rank 0 on all of them, got other init on rank 1"] * 2

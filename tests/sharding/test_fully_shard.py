@@ -1,4 +1,4 @@
-"""Layers whose rows fully_shard shares out over ranks: they learn by the bits of one process."""
+"""Layers whose rows fully_shard splits over ranks: they learn by the bits of one process."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STEPS = 3
 # Of each the masks that its logits have made likeliest are those of one process; of REINFORCE all bits are
 RUNS = {
     "reinforce": {"how": "reinforce", "accumulate": 2},
-    "reinforce, converted behind": {"how": "reinforce", "accumulate": 2, "behind": True},
+    "reinforce, converted after": {"how": "reinforce", "accumulate": 2, "after": True},
     "several draws": {"how": "two draws", "accumulate": 2},
     "straight-through": {"how": "straight-through", "accumulate": 2},
-    "straight-through, two passes a rank": {"how": "straight-through", "accumulate": 4, "behind": True},
+    "straight-through, two passes a rank": {"how": "straight-through", "accumulate": 4, "after": True},
 }
 
 
@@ -44,7 +44,7 @@ def assert_learns_as_one_process(world: int, mesh: list[int], runs: dict[str, di
 
 
 def test_sharded_layers_learn_by_the_bits_of_one_process(eager_reference):
-    names = ["reinforce", "reinforce, converted behind", "straight-through, two passes a rank"]
+    names = ["reinforce", "reinforce, converted after", "straight-through, two passes a rank"]
     assert_learns_as_one_process(2, [2], {name: RUNS[name] for name in names}, STEPS)
 
 
@@ -61,7 +61,7 @@ class Fails(RuntimeError):
     """What a model raises once."""
 
 
-def learn_behind_errors(mesh: list[int] | None, how: str, behind: bool) -> list[torch.Tensor]:
+def learn_after_errors(mesh: list[int] | None, how: str, after: bool) -> list[torch.Tensor]:
     """Logits of a run whose second step fails on all ranks, in a forward or in the first of two backwards."""
     model = a_sharded_model(mesh)
     trainer = rank_trainer(how, model=model, accumulate=4)
@@ -72,7 +72,7 @@ def learn_behind_errors(mesh: list[int] | None, how: str, behind: bool) -> list[
         raise Fails
 
     inner = model.blocks[1][2]
-    handle = inner.register_full_backward_hook(fail) if behind else inner.register_forward_hook(fail)
+    handle = inner.register_full_backward_hook(fail) if after else inner.register_forward_hook(fail)
     with pytest.raises(Fails):
         trainer.step()
     # none stays gathered, the outermost layer among them
@@ -86,13 +86,13 @@ def learn_behind_errors(mesh: list[int] | None, how: str, behind: bool) -> list[
 FAILING = {"reinforce": False, "straight-through": True}
 
 
-def learn_each_behind_errors(rank: int, mesh: list[int] | None) -> dict[str, list[torch.Tensor]]:
-    return {how: learn_behind_errors(mesh, how, behind) for how, behind in FAILING.items()}
+def learn_each_after_errors(rank: int, mesh: list[int] | None) -> dict[str, list[torch.Tensor]]:
+    return {how: learn_after_errors(mesh, how, after) for how, after in FAILING.items()}
 
 
 def test_an_error_inside_a_step_leaves_nothing_gathered(eager_reference):
-    alone = learn_each_behind_errors(0, None)
-    for theirs in all_in_ranks(2, learn_each_behind_errors, mesh=[2]):
+    alone = learn_each_after_errors(0, None)
+    for theirs in all_in_ranks(2, learn_each_after_errors, mesh=[2]):
         for how, logits in theirs.items():
             for one, other in zip(logits, alone[how], strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -133,7 +133,7 @@ def language_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tor
 
 
 def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, ranks: int) -> list[torch.Tensor]:
-    """Whole logits of a LLaMA whose blocks are sharded, and computed anew in backward."""
+    """Whole logits of a LLaMA whose blocks are sharded, and computed again in backward."""
     model = tiny_model()
     if how == "straight-through":
         model.gradient_checkpointing_enable({"use_reentrant": False})

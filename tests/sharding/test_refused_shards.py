@@ -75,7 +75,7 @@ def cut(model: nn.Module) -> nn.Module:
     return model
 
 
-def converted_experts_behind() -> None:
+def converted_experts_after() -> None:
     mk.convert(cut(a_mixture()), "2:4", targets=["*.experts.*"])
 
 
@@ -110,7 +110,7 @@ def with_nan_on_rank_1() -> None:
     trained(model).begin()
 
 
-def converted_behind(**how) -> None:
+def converted_after(**how) -> None:
     model = Blocks()
     shard(model, [2])
     mk.convert(model, "2:4", targets=["*"], **how)
@@ -151,7 +151,7 @@ REFUSED = {
     "placed by hand": (lambda: placed_by_hand(Shard(0), Shard(0)), f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
     "a plan": (cut_by_a_plan, f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
     "a plan and fully_shard": (cut_by_a_plan_and_fully_shard, f"{OTHERS}; got (Shard(dim=0), Shard(dim=0)) in "),
-    "experts that are cut": (converted_experts_behind, "targets: expected each to match an nn.Linear, '*.experts.*'"),
+    "experts that are cut": (converted_experts_after, "targets: expected each to match an nn.Linear, '*.experts.*'"),
     "finished experts": (
         finished_experts,
         "model: expected whole layers, got model.layers.0.mlp.experts.linears.gate_proj.0, which fully_shard has cut: "
@@ -181,12 +181,12 @@ REFUSED = {
         "model: expected shards that stay on their device, got a CPUOffloadPolicy in blocks.0.1",
     ),
     "an initial mask": (
-        lambda: converted_behind(init="sparsegpt", calibration=[torch.randn(4, 16)]),
+        lambda: converted_after(init="sparsegpt", calibration=[torch.randn(4, 16)]),
         "init: expected one of magnitude, random, wanda, reconstruction, or group codes in a model that is "
         "cut over ranks, got 'sparsegpt'; convert it ahead of fully_shard",
     ),
-    "calibration": (lambda: converted_behind(init="wanda"), 'calibration: expected batches for init="wanda", got none'),
-    "refit": (lambda: converted_behind(refit="weights"), 'calibration: expected batches for refit="weights", got none'),
+    "calibration": (lambda: converted_after(init="wanda"), 'calibration: expected batches for init="wanda", got none'),
+    "refit": (lambda: converted_after(refit="weights"), 'calibration: expected batches for refit="weights", got none'),
     "weights that learn": (
         lambda: trained(a_sharded_model([2]), how="trained weights").begin(),
         f"model: expected whole layers, {CUT}: weights learn as wholes alone",
@@ -215,8 +215,8 @@ def refuse_all(rank: int) -> dict[str, str]:
 
 
 def test_what_has_no_code_is_refused_by_name():
-    for told in all_in_ranks(2, refuse_all):
-        assert_lines(told, REFUSED)
+    for reported in all_in_ranks(2, refuse_all):
+        assert_lines(reported, REFUSED)
 
 
 def refuse_ranks_in_part(rank: int) -> str:
@@ -227,7 +227,7 @@ def refuse_ranks_in_part(rank: int) -> str:
 
 @pytest.mark.slow
 def test_a_number_of_ranks_to_gather_on_is_refused():
-    for told in all_in_ranks(4, refuse_ranks_in_part):
-        assert told.startswith(
+    for reported in all_in_ranks(4, refuse_ranks_in_part):
+        assert reported.startswith(
             "model: expected reshard_after_forward to be a bool, got a number of ranks in blocks.0.1"
         )

@@ -1,4 +1,4 @@
-"""Runs of sharded layers in a folder: they go on with another number of ranks, and as one process."""
+"""Runs of sharded layers in a folder: they continue with another number of ranks, and as one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def learn_in_turn(rank: int, folders: dict[str, str], mesh: list[int] | None, st
 
 
 def test_runs_go_on_sharded_and_as_one_process(tmp_path, eager_reference):
-    """Two steps sharded and two more alone, and the other way round, where the journal alone tells of two steps."""
+    """Two steps sharded and two more alone, and the other way round, where the journal alone has two steps."""
     first, second = ({name: str(tmp_path / order / name) for name in HOW} for order in ("sharded first", "alone first"))
     all_in_ranks(2, learn_in_turn, folders=first, mesh=[2], steps=2)
     learn_in_turn(0, second, None, 2)
@@ -50,8 +50,8 @@ def test_runs_go_on_sharded_and_as_one_process(tmp_path, eager_reference):
             else:
                 for one, other in zip(theirs, logits, strict=True):
                     assert (one - other).abs().max() < 1e-5
-    told = [run.read_journal(Path(folders["reinforce"]) / "journal")[1] for folders in (first, second)]
-    assert told[0] == told[1] and len(told[0]) == STEPS
+    reported = [run.read_journal(Path(folders["reinforce"]) / "journal")[1] for folders in (first, second)]
+    assert reported[0] == reported[1] and len(reported[0]) == STEPS
 
 
 def newest_of(folder: str) -> Path:
@@ -73,7 +73,7 @@ def lose_a_rank(rank: int, folder: Path, how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
-def test_a_run_goes_on_behind_a_lost_rank(how, tmp_path, eager_reference):
+def test_a_run_goes_on_after_a_lost_rank(how, tmp_path, eager_reference):
     error, *_ = in_ranks(2, lose_a_rank, folder=tmp_path, how=how)
     assert isinstance(error, RuntimeError), error
     resumed, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2, output_dir=tmp_path)
@@ -83,7 +83,7 @@ def test_a_run_goes_on_behind_a_lost_rank(how, tmp_path, eager_reference):
 
 def begin_where_no_mask_changes(rank: int) -> list[str]:
     """What `begin` raises or warns on this rank, of rows of which one group of rank 1 may be near."""
-    told = []
+    reported = []
     for near, estimator in ((False, mk.Reinforce()), (False, mk.StraightThrough(steps=3)), (True, mk.Reinforce())):
         model = a_sharded_model([2])
         with torch.no_grad():
@@ -97,10 +97,12 @@ def begin_where_no_mask_changes(rank: int) -> list[str]:
             warnings.simplefilter("always")
             try:
                 trainer.begin()
-                told.append(" ".join(str(warning.message) for warning in caught if "no mask" in str(warning.message)))
+                reported.append(
+                    " ".join(str(warning.message) for warning in caught if "no mask" in str(warning.message))
+                )
             except ValueError as error:
-                told.append(str(error))
-    return told
+                reported.append(str(error))
+    return reported
 
 
 def test_ranks_see_together_that_no_mask_can_change(eager_reference):

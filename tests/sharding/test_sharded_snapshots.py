@@ -110,7 +110,7 @@ def test_each_rank_writes_its_own_rows(tmp_path):
 
 
 def fail_to_write(rank: int, folder: Path) -> str:
-    """What is raised where the disk of one rank is full; the run goes on."""
+    """What is raised where the disk of one rank is full; the run continues."""
     trainer = rank_trainer(model=a_sharded_model([2]), accumulate=2, output_dir=folder)
     trainer.run(1, progress=False)
     real = HuggingFaceStorageWriter.write_data
@@ -131,8 +131,8 @@ def fail_to_write(rank: int, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_one_rank_leaves_nothing_in_part(tmp_path, eager_reference):
-    told = all_in_ranks(2, fail_to_write, folder=tmp_path)
-    assert told == ["rank 1: OSError: no space left", "no space left"]
+    reported = all_in_ranks(2, fail_to_write, folder=tmp_path)
+    assert reported == ["rank 1: OSError: no space left", "no space left"]
     *_, newest = snapshots_in(tmp_path)
     assert len(snapshots_in(tmp_path)) == 3 and not list(tmp_path.glob("*.tmp"))
     part = max(newest.glob("*.safetensors"))
@@ -157,9 +157,11 @@ def test_disks_that_ranks_do_not_share_are_refused(tmp_path):
         if begun:
             learn_sharded(0, None, how="reinforce", steps=1, accumulate=2, output_dir=tmp_path / "0" / "run")
         for error in in_ranks(2, write_apart, folder=tmp_path, begun=begun):
-            told = str(error).removeprefix("rank 1: ")
+            reported = str(error).removeprefix("rank 1: ")
             assert isinstance(error, ValueError), error
-            assert told.startswith("output_dir: expected a folder on a disk that all ranks share, got 'run'"), told
+            assert reported.startswith("output_dir: expected a folder on a disk that all ranks share, got 'run'"), (
+                reported
+            )
         shutil.rmtree(tmp_path / "0" / "run")
 
 

@@ -67,11 +67,11 @@ def hold(rank: int) -> None:
     """What layers, masks and losses of a sharded model are, by those of the whole one."""
     model, alone, x = a_sharded_model([2]), a_sharded_model(None), torch.randn(3, 16)
     assert_outputs_follow_the_masks(model, alone, x)
-    assert_parts_are_told_from_sums(model, alone)
+    assert_parts_and_sums_differ(model, alone)
     with ModelMasks(model).drawn(draw=1), ModelMasks(alone).drawn(draw=1):
         assert_same_bits(model(x), alone(x))
     assert_same_bits(model(x), alone(x))
-    # cast: FSDP2 makes shards anew, and the outermost layer had gathered others
+    # cast: FSDP2 makes shards again, and the outermost layer had gathered others
     model.double().float()
     assert_same_bits(model(x), alone(x))
     assert_finalized_weights_are_the_shards(model, alone, x)
@@ -88,7 +88,7 @@ def assert_outputs_follow_the_masks(model: nn.Module, alone: nn.Module, x: torch
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-def assert_parts_are_told_from_sums(model: nn.Module, alone: nn.Module) -> None:
+def assert_parts_and_sums_differ(model: nn.Module, alone: nn.Module) -> None:
     torch.testing.assert_close(mk.log_prob(model), mk.log_prob(alone))
     masks, of_alone = ModelMasks(model), ModelMasks(alone)
     # FSDP2 has left the outermost layer gathered
@@ -118,7 +118,7 @@ def gather_each_kind(rank: int) -> None:
         for one in (model, alone):
             mk.convert(one, pattern, targets=["*"], gap=2.0)
         shard(model, [2])
-        # ahead of a first forward: FSDP2 refuses logits in float32 beside weights in 16 bits
+        # before a first forward: FSDP2 refuses logits in float32 beside weights in 16 bits
         masked_layers(model)
         for change in (mk.advance, lambda m: m.eval()):
             change(model)
@@ -128,14 +128,14 @@ def gather_each_kind(rank: int) -> None:
 
 @torch.no_grad()
 def save_and_load(rank: int) -> None:
-    """What a state_dict holds behind a forward, and what one that is assigned changes, before and after learning."""
+    """What a state_dict holds after a forward, and what one that is assigned changes, before and after learning."""
     x = torch.randn(3, 16)
-    for behind in (False, True):
+    for after in (False, True):
         model, alone = Blocks(), a_sharded_model(None)
-        if not behind:
+        if not after:
             mk.convert(model, "2:4", targets=["*"], gap=2.0)
         shard(model, [2])
-        if behind:
+        if after:
             # FSDP2 hooks to the layers that it finds
             model(x)
             mk.convert(model, "2:4", targets=["*"], gap=2.0)
@@ -206,7 +206,7 @@ def use_in_other_ways(rank: int) -> None:
         layer.logits.requires_grad_(False)
     shard(model, [2], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with torch.no_grad():
-        # FSDP2 gathers weights and logits, as of any model that nobody has told of
+        # FSDP2 gathers weights and logits, as of any model before `masked_layers`
         before = model(x)
         masked_layers(model)
         assert_same_bits(model(x), before)

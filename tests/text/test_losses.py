@@ -118,7 +118,7 @@ def test_tokens_that_both_exclude_are_no_difference():
     assert model.student.grad.isfinite().all() and not model.student.grad[..., 7].any()
 
 
-def test_a_number_that_is_none_is_told():
+def test_a_number_that_is_none_is_reported():
     model, ids = given()
     model.teacher[0, 1, 3] = math.nan
     assert distillation_loss("kl")(model, ids).isnan()
@@ -331,7 +331,7 @@ def test_a_folder_that_was_filled_for_a_model_takes_no_other(tmp_path):
     assert sorted(tmp_path.iterdir()) == files
 
 
-def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monkeypatch):
+def test_a_fill_that_is_broken_off_goes_on_after_the_last_batch(tmp_path, monkeypatch):
     model, batches, asked, plain = masked_llama(gap=2.0), batches_of_tokens(), [], losses.teacher_logits
     whole = filled(model, tmp_path / "whole")
 

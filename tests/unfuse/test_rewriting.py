@@ -1,4 +1,4 @@
-"""Models taken apart and put together again."""
+"""Models unfused and fused again."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def patched(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
         (lambda module: module.register_forward_hook(lambda *_: None), "hooks"),
         (lambda module: module.register_full_backward_hook(lambda *_: None), "hooks"),
@@ -107,16 +107,16 @@ def patched(module: nn.Module) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:model.*of its matrix weights")
-def test_what_its_replacement_would_lose_is_left_out(change, told):
+def test_what_its_replacement_would_lose_is_left_out(change, reported):
     model, _ = tiny("GPT-2")
     name = "transformer.h.0.mlp.c_fc"
     change(model.get_submodule(name))
     conversion = mk.convert(model, "2:4")
-    assert told in conversion.skipped[name] and conversion.unmasked[f"{name}.weight"] == conversion.skipped[name]
+    assert reported in conversion.skipped[name] and conversion.unmasked[f"{name}.weight"] == conversion.skipped[name]
     model, _ = tiny("LLaMA")
     name = "model.layers.0.mlp.up_proj"
     change(model.get_submodule(name))
-    assert told in mk.convert(model, "2:4").skipped[name]
+    assert reported in mk.convert(model, "2:4").skipped[name]
     # these stay where they are
     model, _ = tiny("Mixtral")
     change(model.model.layers[0].mlp.experts)
@@ -166,7 +166,7 @@ def test_experts_that_do_more_than_multiply_are_left_out(monkeypatch):
     torch.testing.assert_close(loss_of(mk.finalize(model), batch), expected, rtol=1.0, atol=1.0)
 
 
-def test_a_refit_tells_of_experts_without_a_token():
+def test_a_refit_reports_experts_without_a_token():
     model, _ = tiny("Mixtral")
     mk.convert(model, "2:4")
     done = []

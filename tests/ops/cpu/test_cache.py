@@ -1,4 +1,4 @@
-"""Loops are kept on disk under all that they depend on, for one owner, and made anew where the file is damaged."""
+"""Loops are kept on disk under all that they depend on, for one owner, and made again where the file is damaged."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ SOUND = (b"code" * 8, ((torch.float32, 4),))
 
 
 def replanted(path: Path, how: str) -> None:
-    """Something else in the place of a sound file, as another user or another program leaves it there."""
+    """Something else instead of a sound file, as another user or another program leaves it there."""
     content = path.read_bytes()
     path.unlink()
     if how == "a pipe":

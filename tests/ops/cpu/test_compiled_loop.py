@@ -20,7 +20,7 @@ def test_a_loop_is_compiled_once_for_all_shapes_and_processes(folder, builds):
     check_loop(a_loop())
     assert len(builds) == 1
     (file,) = folder.glob("*.o")
-    # a file that a killed process or a full disk left behind
+    # a file left by a killed process or a full disk
     file.write_bytes(file.read_bytes()[:-1])
     check_loop(a_loop())
     assert len(builds) == 2

@@ -50,7 +50,7 @@ OFF = {
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """``cpu(kind)``: go on as if this CPU lacked what OFF names."""
+    """``cpu(kind)``: continue as if this CPU lacked what OFF names."""
     caches = (products._chosen, products._runner, products.available, products.unpacker, machine.machine)
 
     def clear() -> None:

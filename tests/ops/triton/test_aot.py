@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time for every target, without spills, and holds what bit-exactness asks of it.
+"""Every kernel compiles ahead of time for every target, without spills or instructions that would change bits.
 
 A stack of up to 32 bytes passes. Compilation needs a process in which triton does not interpret, so the cases go to a
 child: one for all tests, as the import of torch takes longer than most of the compilations.
@@ -41,7 +41,7 @@ for kernel, n, m, logits, constants in cases:
         ptx, reciprocals = re.subn(corrected, "", re.sub(r"\n\t\.loc.*", "", built.asm.get("ptx", "")))
         assert not reciprocals or ("update" in kernel and (n, m) == (2, 4))
         found = [name for name in forbidden if name in ptx]
-        tell([target, kernel, built.registers, built.spills, built.stack, built.shared, found])
+        emit([target, kernel, built.registers, built.spills, built.stack, built.shared, found])
 """
 
 PRODUCTS_CHILD = """
@@ -71,7 +71,7 @@ for target in targets:
             ptx = built.asm.get("ptx", "")
             unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in ptx]
             found = [name for name in forbidden if name in ptx]
-            tell([target, [product, side], built.registers, built.spills, built.stack, built.shared, found, unit])
+            emit([target, [product, side], built.registers, built.spills, built.stack, built.shared, found, unit])
 """
 
 
@@ -208,7 +208,7 @@ for target in TARGETS:
                     scales = config.out * config.k // (8 * m // n) // (32 * config.num_warps)
                     scales *= 2 if target == "sm_100" else 1
                     loop -= min(scales, sum("LDG.E.U16" in line for line in lines[:product]))
-        tell([target, [kernel, unit, getattr(config, "rows", None), getattr(config, "out", None)],
+        emit([target, [kernel, unit, getattr(config, "rows", None), getattr(config, "out", None)],
               built.registers, built.spills, built.stack, built.shared, [], loop, matrix_unit])
 """
 
@@ -219,7 +219,7 @@ for target in TARGETS:
 def test_packed_kernels(child, pattern, element):
     """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
 
-    Tiles are loaded ahead of their use, also where a row is a multiple of 4 chunks alone: no plain load stands before
+    Tiles are loaded before their use, also where a row is a multiple of 4 chunks alone: no plain load stands before
     the last product.
     """
     n, m = pattern
@@ -245,7 +245,7 @@ for target in TARGETS:
     built = [build_elements(kernel, target, element, **constants) for kernel, element, constants in cases]
     built += [build_packed("unpack", target, m - 1, m, element=e) for m in (2, 4, 8, 16) for e in ("bf16", "fp32")]
     for each in built:
-        tell([target, "single elements", each.registers, each.spills, each.stack, each.shared, []])
+        emit([target, "single elements", each.registers, each.spills, each.stack, each.shared, []])
 """
 
 

@@ -73,9 +73,9 @@ def test_known_cards_of_amd_take_their_target_without_a_word(device, name):
     ids=str,
 )
 def test_an_unknown_card_is_a_warning_once_that_names_what_is_used(device, what, name, target):
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as reported:
         assert tiles.architecture(device(what)) == target
-    (warning,) = told
+    (warning,) = reported
     message = str(warning.message)
     assert message.startswith(f"GPU architecture {name}: expected one of sm_80, ")
     assert f"use the tiles of {target}," in message and "CONTRIBUTING.md explains how to add it" in message
@@ -86,10 +86,10 @@ def test_an_unknown_card_is_a_warning_once_that_names_what_is_used(device, what,
 
 
 def test_each_unknown_architecture_has_a_warning_of_its_own(device):
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as reported:
         tiles.architecture(device((11, 0)))
         tiles.architecture(device((13, 0), index=1))
-    assert [str(warning.message).split(":")[0] for warning in told] == [
+    assert [str(warning.message).split(":")[0] for warning in reported] == [
         "GPU architecture sm_110",
         "GPU architecture sm_130",
     ]

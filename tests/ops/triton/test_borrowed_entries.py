@@ -24,23 +24,23 @@ name, = json.load(sys.stdin)
 target = TARGET_OF[name]
 aot.TARGETS[target] = GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
-def tell(what, built):
+def emit(what, built):
     units = [unit for unit in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if unit in built.asm["ptx"]]
     print(json.dumps([what, built.registers, built.spills, built.stack, built.shared, units]), flush=True)
 
 for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "adamw", "best_swaps"):
-    tell(kernel, aot.build(kernel, target, 2, 4))
+    emit(kernel, aot.build(kernel, target, 2, 4))
 for product, size in TILES:
     if size == 2 and product != "packed_linear":
         tiles = tiles_of(product, target, size)
         for tile in dict.fromkeys((tiles[0], tiles[-1])):
-            tell(f"{product} {tile.out}", aot.build_product(product, target, 2, 4, tile))
+            emit(f"{product} {tile.out}", aot.build_product(product, target, 2, 4, tile))
 # operands in 16 bits and the weight in 32, as under autocast, take the most shared memory
 tile = tiles_of("masked_linear", target, 2)[-1]
-tell(f"masked_linear {tile.out}", aot.build_product("masked_linear", target, 2, 4, tile, weight="fp32"))
-tell("packed_vector", aot.build_packed("packed_vector", target, 2, 4, PACKED_ROWS[-1]))
+emit(f"masked_linear {tile.out}", aot.build_product("masked_linear", target, 2, 4, tile, weight="fp32"))
+emit("packed_vector", aot.build_packed("packed_vector", target, 2, 4, PACKED_ROWS[-1]))
 tile = tiles_of("packed_linear", target, 2)[-1]
-tell(f"packed_linear {tile.out}", aot.build_packed("packed_linear", target, 2, 4, tile))
+emit(f"packed_linear {tile.out}", aot.build_packed("packed_linear", target, 2, 4, tile))
 """
 
 

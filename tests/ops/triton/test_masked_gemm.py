@@ -70,7 +70,7 @@ PROBLEMS = problems((2, 4, 4, 8, 8, 16), most_tokens=300, most_rows=300, most_k=
 def check_product_in_parts(problem, parts):
     """With tiles of one part in so many of the rows, the tokens and K."""
     _, x, weight, *_ = problem
-    # no fewer than the check of the mask takes, or each of its tokens would draw the mask anew
+    # no fewer than the check of the mask takes, or each of its tokens would draw the mask again
     tokens = max(x.numel(), weight.shape[1] ** 2 // 16) // weight.shape[1]
     sizes = (weight.shape[0], min(tokens, 128), weight.shape[1])
     whole = tiles.Tiles(*(tiles.power_above(-(-size // parts)) for size in sizes))

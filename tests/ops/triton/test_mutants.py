@@ -143,7 +143,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     cases(((name,) for name in PACKED_MUTANTS), slow=lambda name: name not in ("nothing", *list(PACKED_MUTANTS)[1::3])),
 )
 def test_packed_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
-    """Rows, tokens and groups fill no tile; what lies behind an output is looked at as well."""
+    """Rows, tokens and groups fill no tile; what lies after an output is looked at as well."""
     mutant = mutant_of(packed, *PACKED_MUTANTS[mutation], tmp_path)
     mutant.torch = poisoned
     for name in ("nm_linear", "unpack_nm"):

@@ -1,4 +1,4 @@
-"""Products whose inner dimension is shared out: sums of parts in their order, and when products are split."""
+"""Products whose inner dimension is split: sums of parts in their order, and when products are split."""
 
 from __future__ import annotations
 

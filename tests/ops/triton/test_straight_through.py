@@ -40,7 +40,7 @@ def test_slopes_are_within_the_error_budget(problem, parts):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_gradient_of_a_weight_is_summed_in_float32(dtype):
-    """Where kernels run; a sum of 16 bits would lose the small ones behind the large one."""
+    """Where kernels run; a sum of 16 bits would lose the small ones."""
     grad, x = (
         torch.ones(300, 4, dtype=dtype, device=KERNEL_DEVICE),
         torch.ones(300, 8, dtype=dtype, device=KERNEL_DEVICE),
