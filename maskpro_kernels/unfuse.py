@@ -481,16 +481,16 @@ def lost_with(module: nn.Module) -> str | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True of nn.Linear, and of a subclass that has a forward of its own alone, which computes x W^T + b, as Falcon's.
+    """True of nn.Linear, and of a subclass that adds a forward alone, which computes x W^T + b, such as Falcon's.
 
-    One on meta has no values to try it by: a checkpoint that names it was made of one that had.
+    On the meta device there are no values to check that by: a checkpoint that names such a layer was made of one with
+    values.
     """
     kind = type(module)
     if kind is nn.Linear or not isinstance(module, nn.Linear):
         return kind is nn.Linear
     own = {name for base in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(base)}
-    parts = vars(module).keys() ^ vars(nn.Linear(1, 1, device="meta")).keys() or module._buffers or module._modules
-    if {name for name in own if not name.startswith("__")} != {"forward"} or own & {"__call__", "__getattr__"} or parts:
+    if {name for name in own if not name.startswith("__")} != {"forward"} or module._buffers or module._modules:
         return False
     weight = module.weight
     if weight.is_meta or is_distributed(weight):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
@@ -229,6 +230,33 @@ def test_all_linear_layers_are_the_sparse_ones_too():
     assert len(adapted) == 14 and not any("lm_head" in name for name, _ in model.named_modules() if "lora_A" in name)
     model.add_adapter("two", LoraConfig(r=2, target_modules="all-linear"))
     assert {name for name, layer in model.named_modules() if "two" in getattr(layer, "lora_A", {})} == adapted
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_layers_of_experts_are_among_the_targets(name, kind, tmp_path):
+    def made():
+        model, batch = tiny(name)
+        mk.convert(model, "2:4", gap=60.0)
+        return (model if kind == "masked" else mk.finalize(model, to="packed")), batch
+
+    def adapted(model, adapter="default"):
+        return {name for name, layer in model.named_modules() if adapter in getattr(layer, "lora_A", ())}
+
+    # attention, experts, routers; peft counts 14 of the dense model, where all experts have one
+    for targets, count in (("all-linear", 8 + 24 + 2), (["gate_proj", "up_proj", "down_proj"], 24), (["up_proj"], 8)):
+        model, batch = made()
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        with warnings.catch_warnings(action="error", category=RuntimeWarning):
+            model = get_peft_model(model, config).eval()
+        assert len(adapted(model)) == count
+        sparse = {key for key, layer in model.named_modules() if isinstance(layer, SparseLoraLinear)}
+        assert len(sparse) == count - 2 * (targets == "all-linear")
+        model.save_pretrained(tmp_path / str(count))
+        again = PeftModel.from_pretrained(made()[0], tmp_path / str(count)).eval()
+        assert_same_bits(again(**batch).logits, model(**batch).logits)
+        model.add_adapter("two", LoraConfig(r=2, target_modules=targets))
+        assert adapted(model, "two") == adapted(model)
 
 
 def test_what_an_adapter_reads_past_its_forward_stays_as_it_was():

@@ -116,6 +116,30 @@ def deepseek_v3() -> Tiny:
     return of_text(tf.DeepseekV3ForCausalLM, config)
 
 
+def zamba2() -> Tiny:
+    config = tf.Zamba2Config(
+        **TEXT, num_key_value_heads=4, layers_block_type=["hybrid", "hybrid"], num_mem_blocks=1, adapter_rank=8,
+        mamba_d_state=8, mamba_headdim=16, n_mamba_heads=4, mamba_ngroups=1, chunk_size=8, pad_token_id=0,
+    )  # fmt: skip
+    return of_text(tf.Zamba2ForCausalLM, config)
+
+
+def jamba() -> Tiny:
+    config = tf.JambaConfig(
+        **GROUPED, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=4, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False, pad_token_id=0,
+    )  # fmt: skip
+    return of_text(tf.JambaForCausalLM, config)
+
+
+def bart() -> Tiny:
+    names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    sizes = dict(zip(names, (2, 2, 4, 4), strict=True)) | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = tf.BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=32, **sizes, **special)
+    return of_text(tf.BartForConditionalGeneration, config)
+
+
 class Convolutions(nn.Module):
     """A small net as timm builds them, whose convolutions hold most of its weights."""
 
@@ -168,6 +192,52 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
             vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=8, pad_token_id=0
         ),
     ),
+    "Falcon": lambda: of_text(tf.FalconForCausalLM, tf.FalconConfig(**TEXT, ffn_hidden_size=48, alibi=False)),
+    "Zamba2": zamba2,
+    "Jamba": jamba,
+    "BART": bart,
+    "Qwen2": lambda: of_text(tf.Qwen2ForCausalLM, tf.Qwen2Config(**GROUPED)),
+    "Gemma": lambda: of_text(tf.GemmaForCausalLM, tf.GemmaConfig(**GROUPED, head_dim=8)),
+    "Gemma 2": lambda: of_text(tf.Gemma2ForCausalLM, tf.Gemma2Config(**GROUPED, head_dim=8)),
+    "OLMo 2": lambda: of_text(tf.Olmo2ForCausalLM, tf.Olmo2Config(**GROUPED, pad_token_id=0)),
+    "StableLM": lambda: of_text(tf.StableLmForCausalLM, tf.StableLmConfig(**GROUPED)),
+    "StarCoder2": lambda: of_text(tf.Starcoder2ForCausalLM, tf.Starcoder2Config(**GROUPED)),
+    "Cohere": lambda: of_text(tf.CohereForCausalLM, tf.CohereConfig(**GROUPED)),
+    "Granite": lambda: of_text(tf.GraniteForCausalLM, tf.GraniteConfig(**GROUPED)),
+    "SmolLM3": lambda: of_text(tf.SmolLM3ForCausalLM, tf.SmolLM3Config(**GROUPED, pad_token_id=0)),
+    "Nemotron": lambda: of_text(tf.NemotronForCausalLM, tf.NemotronConfig(**GROUPED, head_dim=8)),
+    "GLM": lambda: of_text(tf.GlmForCausalLM, tf.GlmConfig(**GROUPED, head_dim=8, pad_token_id=0)),
+    "GPT-NeoX": lambda: of_text(tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig(**TEXT)),
+    "GPT-J": lambda: of_text(tf.GPTJForCausalLM, tf.GPTJConfig(**SMALL, rotary_dim=4)),
+    "BLOOM": lambda: of_text(
+        tf.BloomForCausalLM, tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    ),
+    "Qwen2-MoE": lambda: of_text(
+        tf.Qwen2MoeForCausalLM, tf.Qwen2MoeConfig(**GROUPED, **EXPERTS, shared_expert_intermediate_size=24)
+    ),
+    "OLMoE": lambda: of_text(
+        tf.OlmoeForCausalLM, tf.OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, pad_token_id=0)
+    ),
+    "Mamba 2": lambda: of_text(
+        tf.Mamba2ForCausalLM,
+        tf.Mamba2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=8,
+            num_heads=4,
+            head_dim=16,
+            n_groups=1,
+            chunk_size=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),  # fmt: skip
+    ),
+    "RoBERTa": lambda: of_text(
+        tf.RobertaForMaskedLM, tf.RobertaConfig(**TEXT, max_position_embeddings=32, pad_token_id=0)
+    ),
+    "ELECTRA": lambda: of_text(tf.ElectraForMaskedLM, tf.ElectraConfig(**TEXT, embedding_size=16)),
     "convolutions": convolutions,
 }
 
