@@ -254,7 +254,7 @@ def packed_linear(
     for name, part in (("bitmask", bitmask), ("scales", scales)):
         if part is not None and part.device != values.device:
             raise ValueError(f"{name}: expected a tensor on the values' device {values.device}, got {describe(part)}")
-    check_transforms("Grad", works="a packed layer has jacobian, hessian and hvp of torch.autograd.functional")
+    check_transforms("Grad", "a packed layer has jacobian, hessian and hvp of torch.autograd.functional")
     x = linear_input(x, bias, (rows, k), own.dtype, values.device)
     # a private variable of torch: asking each tensor takes longer than a small product
     if getattr(forward_ad, "_current_level", 0) >= 0:

@@ -113,20 +113,16 @@ def _targets_of(model: nn.Module, config: LoraConfig) -> set[str]:
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         names = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules | _sparse_layers(model)
         if any(isinstance(module, ExpertLinears) for module in modules.values()):
-            # needs a transformers that has such experts
             from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-            router = copy.copy(config)
-            router.target_modules = {"gate"}
+            # routers as well, where peft counts them among the linear layers of a dense model
+            router = LoraConfig(target_modules=["gate"])
             convert_peft_config_for_transformers(router, model, None)
-            # a parameter, where peft counts it among the linear layers of a dense model
-            names |= set() if router.target_modules else {"gate"}
+            names |= {"gate"} - router.target_modules
         return names
     names = {name for name in modules if check_target_module_exists(config, name)}
-    for lists in [name for name in names if isinstance(modules[name], nn.ModuleList)]:
-        # of what an expert multiplies with
-        names.remove(lists)
-        names |= {f"{lists}.{expert}" for expert in range(len(modules[lists]))}
+    lists = {name for name in names if isinstance(modules[name], nn.ModuleList)}
+    names = names - lists | {f"{name}.{expert}" for name in lists for expert in range(len(modules[name]))}
     if isinstance(targets, str):
         return names or targets
     return names | {target for target in targets if not any(f".{name}".endswith(f".{target}") for name in modules)}

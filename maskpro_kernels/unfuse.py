@@ -481,28 +481,21 @@ def lost_with(module: nn.Module) -> str | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True of nn.Linear, and of a subclass that adds a forward alone, which computes x W^T + b, such as Falcon's.
-
-    On the meta device there are no values to check that by: a checkpoint that names such a layer was made of one with
-    values.
-    """
+    """True of nn.Linear, and of a subclass that adds a forward alone, which computes x W^T + b, such as Falcon's."""
     kind = type(module)
-    if kind is nn.Linear or not isinstance(module, nn.Linear):
+    if kind is nn.Linear or kind.__base__ is not nn.Linear or {x for x in vars(kind) if x[:2] != "__"} != {"forward"}:
         return kind is nn.Linear
-    own = {name for base in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(base)}
-    if {name for name in own if not name.startswith("__")} != {"forward"} or module._buffers or module._modules:
-        return False
-    weight = module.weight
+    weight, training = module.weight, module.training
     if weight.is_meta or is_distributed(weight):
+        # without values: a checkpoint that names such a layer was made of one with values
         return weight.is_meta
-    training, x = module.training, torch.linspace(-1.0, 1.0, 4 * module.in_features, device=weight.device)
-    with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []), suppress(Exception):
-        x = x.view(2, 2, -1).to(weight.dtype)
+    with torch.no_grad(), suppress(Exception):
+        x = torch.linspace(-1.0, 1.0, 4 * module.in_features, device=weight.device).view(2, 2, -1).to(weight.dtype)
         expected = nn.functional.linear(x, weight, module.bias)
         found = [kind.forward(module.train(mode), x) for mode in (not training, training)]
         bound = max(4 * torch.finfo(weight.dtype).eps, 1e-5) * expected.abs().max()
         return all(y.shape == expected.shape and (y - expected).abs().max() <= bound for y in found)
-    module.train(training)
+    module.training = training
     return False
 
 

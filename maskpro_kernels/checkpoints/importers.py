@@ -73,10 +73,7 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
 
 
 def _masks_of_maskllm(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, uint8 [bytes]) of each mask in an .npz file: its first element stands in the highest bit of a byte.
-
-    ``most``: elements that a mask may have. What claims more is refused before there is memory for it.
-    """
+    """(name, uint8 [bytes]) of each mask in an .npz file: at most ``most`` elements, the first in the highest bit."""
     expected = f"masks: expected an .npz file of MaskLLM, got {str(source)!r}"
     if not zipfile.is_zipfile(source):
         # numpy would take it for a pickle, and advise to load it as one

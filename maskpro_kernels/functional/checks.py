@@ -128,25 +128,20 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
 
 
 def check_cast(cast: Callable[[Tensor], Tensor], weight: Tensor) -> None:
-    """Raise TypeError if a cast, as ``Module._apply`` takes it, gives a weight a dtype that no product takes."""
+    """Raise TypeError if ``cast``, an argument of ``Module._apply``, gives a weight a dtype without products."""
     dtype = cast(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
     if dtype not in LOGIT_DTYPES:
         raise TypeError(
-            f"dtype: expected float32, bfloat16 or float16, got {dtype}; take the dense model that finalize gives"
+            f"dtype: expected float32, bfloat16 or float16, got {dtype}; finalize gives layers of any dtype"
         )
 
 
-def check_transforms(*refused: str, works: str) -> None:
-    """Raise ValueError within transforms of torch.func of these kinds, or two of kind "Grad"; ``works`` instead."""
-    # dynamo writes the derivatives of a graph itself
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        return
-    kinds = [level.key().name for level in torch._C._functorch.get_interpreter_stack()]
-    if not set(refused).isdisjoint(kinds) or kinds.count("Grad") > 1:
-        raise ValueError(
-            f"x: expected a product outside of these transforms of torch.func, got {kinds}: {works}; the "
-            "dense model that finalize gives has all"
-        )
+def check_transforms(refused: str, works: str) -> None:
+    """Raise ValueError within transforms of torch.func of the kind ``refused``, or several of kind "Grad"."""
+    levels = None if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack()
+    kinds = [level.key().name for level in levels or ()]
+    if refused in kinds or kinds.count("Grad") > 1:
+        raise ValueError(f"x: expected none within torch.func's {kinds}: {works}; a dense model has them all")
 
 
 def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:

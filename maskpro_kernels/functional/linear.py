@@ -144,7 +144,7 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
 
     Backward raises if ``is_current()`` is false: an applied mask is then no longer that of the forward.
     """
-    check_transforms("Vmap", works="a masked layer has one grad, vjp or jacrev at a time, so no hessian")
+    check_transforms("Vmap", "a masked layer has one grad, vjp or jacrev at a time, so no hessian")
     operand = linear_input(x, bias, weight.shape, weight.dtype, weight.device)
     tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
     if not log_prob and logits_backward is None and mask.kind != "applied":
@@ -205,11 +205,8 @@ class _MaskedLinear(torch.autograd.Function):
         if grad is None and log_prob_grad is None:
             return (None,) * 8
         if grad is not None and grad.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:
-            # a graph of this backward ends here, where torch.autograd.functional would take zeros for its derivative
-            raise RuntimeError(
-                "grad: expected one without a gradient of its own: a masked layer has no second derivatives; the dense "
-                "model that finalize gives has them"
-            )
+            # for which torch.autograd.functional.hessian would take zeros
+            raise RuntimeError("grad: expected none for second derivatives, which a masked layer has not; finalize it")
         mask, (x, weight) = ops.saved_mask(ctx)
         source = mask.tensor
         mask = mask.of(source, (log_prob_grad if grad is None else grad).device)

@@ -11,8 +11,7 @@ from transformers import TrainerCallback
 
 from ..kept_zeros import KeptZeros
 from ..learn.backward import check_slope_settings
-from ..learn.estimator import warn_of_unlearned
-from ..learn.masks import margins
+from ..learn.masks import margins, warn_of_unlearned
 from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..ops.pattern import NMPattern
@@ -119,7 +118,7 @@ class MaskCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            warn_of_unlearned(self._masks.unlearned(), self._masks.layers)
+            warn_of_unlearned(self._masks.layers, self._masks.learned())
         self.release()
 
     def release(self) -> None:

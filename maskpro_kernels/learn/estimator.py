@@ -7,7 +7,6 @@ The trainer and the run folder use nothing of an estimator but this protocol. To
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,25 +188,9 @@ class Estimator(ABC):
         """
         return {}
 
-    def unlearned(self) -> list[str]:
-        """Names of the layers that no step has given anything to learn from."""
-        return []
-
     def recall(self, entry: Entry) -> StepResult:
         """Result of a step by its journal entry; changes the ``state`` as the step did, and no logits."""
         raise NotImplementedError
-
-
-def warn_of_unlearned(unlearned: Sequence[str], layers: Mapping[str, MaskedLinear]) -> None:
-    """Name the layers of a run that have learned nothing, where others have."""
-    if 0 < len(unlearned) < len(layers):
-        weights = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
-        share = sum(weights[name] for name in unlearned) / sum(weights.values())
-        warnings.warn(
-            f"no gradient has come to {len(unlearned)} layers, which have {share:.1%} of the weights with a mask: "
-            f"their masks are the initial ones: {', '.join(unlearned)}",
-            stacklevel=3,
-        )
 
 
 class Step:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -293,3 +294,14 @@ def least_margin(layers: Mapping[str, MaskedLinear], enough: float = -math.inf) 
             if least <= enough:
                 return least
     return least
+
+
+def warn_of_unlearned(layers: Mapping[str, MaskedLinear], learned: Collection[str]) -> None:
+    """Name the layers that no gradient has come to in a run, where others have learned."""
+    left = [name for name in layers if name not in learned]
+    if left and learned:
+        share = sum(layers[name].weight.numel() for name in left) / sum(x.weight.numel() for x in layers.values())
+        message = (
+            f"no gradient has come to {len(left)} layers, {share:.1%} of the weights with a mask, which have learned"
+        )
+        warnings.warn(f"{message} nothing: {', '.join(left)}", stacklevel=3)

@@ -117,9 +117,9 @@ class MaskOptimizer(torch.optim.Optimizer):
         # not by parameter: an optimizer that wraps this one would take it for its own state and cast it
         return self.state.setdefault("masks", {}).setdefault(layer.layer, {})
 
-    def unlearned(self) -> list[str]:
-        """Names of the layers that no step has given anything to learn from."""
-        return [name for name, layer in self.layers.items() if self._state_of(layer).get("mean_square") is None]
+    def learned(self) -> list[str]:
+        """Names of the layers whose logits have had slopes."""
+        return [name for name, layer in self.layers.items() if self._state_of(layer).get("mean_square") is not None]
 
     @torch.no_grad()
     def moved(self) -> float:

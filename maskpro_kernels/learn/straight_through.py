@@ -113,9 +113,6 @@ class StraightThrough(Estimator):
         squares = {name: updater.mean_square for name, updater in items if updater.mean_square is not None}
         return {"mean_squares": squares, "fisher_passes": dict(self._fisher.passes)}
 
-    def unlearned(self) -> list[str]:
-        return [name for name, updater in self._updaters.items() if updater.mean_square is None]
-
     def load_state(self, state: Mapping) -> None:
         for name, square in state["mean_squares"].items():
             self._updaters[name].mean_square = square

@@ -32,19 +32,8 @@ from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
-from .estimator import (
-    Entry,
-    Estimator,
-    LossFn,
-    Step,
-    StepRecord,
-    StepResult,
-    check_float,
-    check_whole,
-    top_n_loss,
-    warn_of_unlearned,
-)
-from .masks import ModelMasks, least_margin
+from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
+from .masks import ModelMasks, least_margin, warn_of_unlearned
 from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 
 
@@ -253,7 +242,7 @@ class MaskTrainer:
         if self.output_dir is not None:
             self._save_snapshot()
         if self.ranks.rank == 0:
-            warn_of_unlearned(self.estimator.unlearned(), self.layers)
+            warn_of_unlearned(self.layers, self.estimator.state().get("mean_squares", self.layers))
         return records
 
     def step(self) -> StepRecord:

@@ -42,7 +42,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed or not upper.diagonal().isfinite().all():
-        raise ValueError("expected inputs whose Gram matrix can be inverted, got others, perhaps not finite")
+        raise ValueError("calibration: expected inputs whose Gram matrix can be inverted, got others")
     return upper
 
 
@@ -103,10 +103,7 @@ def sparsegpt(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str | 
     masks = (LayerMasks if keep_weights else WeightsOfBlock)(layers, {}, {})
 
     def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
-        try:
-            upper = inverse_factor(gram)
-        except ValueError as error:
-            raise ValueError(f"calibration: {error}, in {names[0]}") from error
+        upper = inverse_factor(gram)
         for name in names:
             weight = layers[name].weight.detach()
             codes[name], pruned = prune_layer(weight, gram.diagonal() == 0, upper, pattern)

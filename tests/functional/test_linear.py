@@ -132,7 +132,5 @@ def test_transforms_of_torch_give_what_a_dense_layer_gives_or_say_what_works(nam
     if name in WORKS[kind]:
         torch.testing.assert_close(OF_FUNC[name](layer, x), OF_FUNC[name](dense, x))
     else:
-        with pytest.raises(
-            (ValueError, RuntimeError), match=f"^(x|grad): expected .* a {kind} layer has .* the dense model"
-        ):
+        with pytest.raises((ValueError, RuntimeError), match=f"^(x|grad): expected none .* a {kind} layer has"):
             OF_FUNC[name](layer, x)

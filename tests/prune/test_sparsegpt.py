@@ -193,6 +193,6 @@ def test_a_mask_of_sparsegpt_is_refitted():
 
 
 def test_a_gram_matrix_that_has_no_inverse_is_refused():
-    with pytest.raises(ValueError, match="^expected inputs whose Gram matrix can be inverted, "):
+    with pytest.raises(ValueError, match="^calibration: expected inputs whose Gram matrix can be inverted, "):
         inverse_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     torch.testing.assert_close(inverse_factor(torch.zeros(4, 4)), 1.01**-0.5 * torch.eye(4))
