@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 LONGEST := $(wildcard $(patsubst %,tests/%.py,docs/test_documents cli/test_kills cli/test_learn \
 	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks \
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
-	benchmarks/test_characters learn/test_memory sharding/test_shards_of_layers))
+	benchmarks/test_characters sharding/test_shards_of_layers))
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these

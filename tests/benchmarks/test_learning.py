@@ -152,7 +152,9 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("name", cases(((name,) for name in KNOWN), slow=lambda name: name == "relaxed-top-k"))
+@pytest.mark.parametrize(
+    "name", cases(((name,) for name in KNOWN), slow=lambda name: name in ("relaxed-top-k", "proxsparse"))
+)
 def test_a_learner_finds_the_best_mask(name):
     model, xs = toy(), inputs()
     best = best_mask(model[0].weight, xs)

@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.command import broken_off, learn, refuses, report
 from helpers.tiny_llama import tiny_model, write_inputs
 from safetensors.torch import load_file
@@ -70,7 +71,7 @@ def assert_ends_as(run, whole):
     ("reinforce", 3, kill),
     ("straight-through", 3, interrupt),
     ("weights that change", 4, interrupt),
-    ("scales", 1, kill),
+    slow("scales", 1, kill),
 ])  # fmt: skip
 def test_a_run_that_was_broken_off_ends_as_a_whole_one(inputs, wholes, tmp_path, monkeypatch, capsys, way, step, how):
     run, whole = tmp_path / "run", wholes(way)
@@ -106,7 +107,7 @@ def test_a_signal_ends_a_run_after_its_step(inputs, wholes, tmp_path, monkeypatc
     assert_ends_as(run, wholes("reinforce"))
 
 
-@pytest.mark.parametrize("where", ["_evaluate_initial_masks", "write_whole"])
+@pytest.mark.parametrize("where", ["_evaluate_initial_masks", slow("write_whole")])
 def test_a_run_that_was_killed_before_its_first_step_begins_again(inputs, wholes, tmp_path, monkeypatch, capsys, where):
     """With the samples that it has drawn; by ``--resume`` and by the same command."""
     arguments, before = [*COMMON, *WAYS["straight-through"]], getattr(learning, where)

@@ -81,13 +81,13 @@ INTERPRETED = [*PATTERNS[:3], pytest.param(PATTERNS[3], marks=pytest.mark.slow)]
 def tiled_cases(dtypes: list, fast) -> list:
     """(tiles, pattern, dtype) of the interpreter, where a dtype may be a tuple of several.
 
-    Slow are other patterns than 2:4, but for 4:8 in one tile of one dtype, and many tiles of float16.
+    Slow are other patterns than 2:4, but for 4:8 in one tile of ``fast``, and many tiles of other dtypes.
     """
 
     def slow(tiled, pattern, dtype):
         if str(pattern) != "2:4":
             return (tiled, str(pattern), dtype) != ("one tile", "4:8", fast)
-        return tiled == "many tiles" and torch.float16 in (dtype if isinstance(dtype, tuple) else (dtype,))
+        return tiled == "many tiles" and dtype != fast
 
     return cases(itertools.product(("one tile", "many tiles"), PATTERNS, dtypes), slow)
 

@@ -187,7 +187,7 @@ def test_groups_with_what_is_no_number_are_left_open(m):
 
 @pytest.mark.parametrize(
     ("n", "m"),
-    [(1, 2), (3, 4), (4, 8)] + [pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((4, 16), (8, 16), (15, 16))],
+    [(4, 8)] + [pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((1, 2), (3, 4), (4, 16), (8, 16), (15, 16))],
 )
 def test_other_patterns_are_determined_as_well(n, m):
     """In part, and their codes have bits up to the sign."""

@@ -29,7 +29,7 @@ from maskpro_kernels.ops.triton.launch import launches
 EXACT_PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "4:16"]
 # By quadrature, for which the interpreter takes seconds
 LARGE_PATTERNS = ["5:8", "7:8", "8:16"]
-MOST_PATTERNS = [*EXACT_PATTERNS, *cases([(p,) for p in LARGE_PATTERNS], slow=lambda pattern: pattern != "5:8")]
+MOST_PATTERNS = [*EXACT_PATTERNS, *map(slow, LARGE_PATTERNS)]
 
 
 def sizes(pattern):
