@@ -1,4 +1,4 @@
-"""The options of each command: dataclasses, which transformers' HfArgumentParser fills from words and option files."""
+"""Options of each command: dataclasses, which transformers' HfArgumentParser fills from words and option files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..text.losses import KINDS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE = "bfloat16"
-# What a run learns from by default, and how much of a text is evaluated
+# Default texts of a run, and windows of a text to evaluate
 DATA, EVAL_WINDOWS, EVAL_LENGTH = "stdlib:0.5,self:0.5", 24, 512
 OPTION_FILES = (".yaml", ".yml", ".json")
 SOURCES = (
-    "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or one of the hub as NAME or "
-    "NAME:CONFIG; or several with a comma between them"
+    "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or a dataset of the hub as "
+    "NAME or NAME:CONFIG; or several, separated by commas"
 )
 MODEL = "a local folder, a model id on the hub, or smollm2-135m"
-DEVICE = "where it computes, such as cuda:0 (default: cuda where there is a GPU, else cpu)"
+DEVICE = "device, such as cuda:0 (default: cuda if there is a GPU, else cpu)"
 
 Dtype = Literal[*DTYPES]
 
@@ -43,7 +43,7 @@ class Learn:
 
     model: str | None = _option(None, MODEL)
     data: str = _option(
-        DATA, f"what to learn from: {SOURCES}, each with its share behind a colon; self: samples of the dense model"
+        DATA, f"texts to learn from: {SOURCES}, each with its share after a colon; self: samples of the dense model"
     )
     documents: int | None = _option(
         None, "read the first D documents of each split of a dataset, as a stream (default: all)", "D"
@@ -51,15 +51,15 @@ class Learn:
     output: str | None = _option(None, "folder to write; must be new or empty", "DIR")
     resume: str | None = _option(
         None,
-        "continue the interrupted run in DIR with its options; beside it may stand what does not change the result: "
-        "--device, --gradient-checkpointing, --report-to",
+        "continue the interrupted run in DIR with its options; only options that do not change the result are allowed "
+        "with it: --device, --gradient-checkpointing, --report-to",
         "DIR",
     )
     pattern: str = _option("2:4", "keep N of every M consecutive weights", "N:M")
     init: str | None = _option(
         None,
         "initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; reconstruction: "
-        "swaps from there that lower the error of each layer's outputs; sparsegpt; random; or the path of a mask file, "
+        "wanda with swaps that lower the error of each layer's outputs; sparsegpt; random; or the path of a mask file, "
         "a run or a sparse checkpoint (default: reconstruction; wanda for reinforce)",
         "MASK",
     )
@@ -72,7 +72,7 @@ class Learn:
     )
     estimator: Literal["straight-through", "reinforce"] = _option(
         "straight-through",
-        "how to learn: by gradients through the drawn mask, or by losses of drawn masks alone, as the paper does",
+        "how to learn: by gradients through the drawn mask, or only by losses of drawn masks, as the paper does",
     )
     lr: float | None = _option(
         None, "learning rate of the logits (default: 0.3, falling to 0 over the steps; 50 for reinforce)", "LR"
@@ -80,7 +80,7 @@ class Learn:
     steps: int | None = _option(None, "training steps (default: 200; 1000 for reinforce)", "S")
     gap: float | None = _option(
         None,
-        "initial logit of a kept weight over a dropped one; larger explores less (default: 15; 10 for reinforce)",
+        "initial logit of a kept weight, 0 for a dropped one; larger explores less (default: 15; 10 for reinforce)",
         "G",
     )
     loss: Literal[*KINDS] = _option(
@@ -93,50 +93,49 @@ class Learn:
     )
     accumulate: int = _option(1, "batches a step; ranks of torchrun share them", "A")
     gradient_checkpointing: bool = _option(
-        False, "compute activations anew in backward: less memory, more time, the same bits"
+        False, "compute activations again in backward: less memory, more time, the same bits"
     )
     seed: int = _option(0, "seed of the batches and of all draws", "S")
     dtype: Dtype = _option(DTYPE, "dtype of the weights and activations")
     device: str | None = _option(
-        None, f"{DEVICE}; auto spreads the model over several, as transformers does with accelerate"
+        None, f"{DEVICE}; auto distributes the model over several, by transformers and accelerate"
     )
     eval_every: int | None = _option(None, "steps between validation perplexities (default: a fifth of the steps)", "E")
     eval_windows: int = _option(EVAL_WINDOWS, f"windows of {EVAL_LENGTH} tokens to evaluate, at most", "W")
     report_to: Literal["none", "tensorboard", "wandb", "all"] = _option(
         "none",
-        "where steps are reported: tensorboard, into that folder of the output; wandb, by its environment variables; "
-        "or to both",
+        "trackers of steps: tensorboard, into this folder of the output; wandb, by its environment variables; or both",
     )
 
 
 @dataclass
 class Evaluate:
-    """Print the perplexity of runs and models, dense, packed or still with masks, in one table.
+    """Print the perplexity of runs and models, dense, packed or with masks, in one table.
 
-    A run stands below its dense model, on the test texts of the first run unless --data names others.
+    The row of a run is below that of its dense model. Texts are those of the first run unless --data names others.
     """
 
     data: str | None = _option(None, f"texts to evaluate on: {SOURCES} (default: those of the first run)")
     protocol: Literal["held-out", "tokens", "word"] = _option(
         "held-out",
         "held-out: windows of the part of a text that runs do not learn from; tokens: windows of the whole text, as "
-        "SparseGPT, Wanda and MaskLLM evaluate WikiText-2; word: perplexity by word, as lm-eval's task wikitext",
+        "SparseGPT, Wanda and MaskLLM evaluate WikiText-2; word: perplexity by word, like lm-eval's task wikitext",
     )
     documents: int | None = _option(
         None, "read the first D documents of each split of a dataset, as a stream (default: all)", "D"
     )
-    text_column: str = _option("text", "column of a dataset that holds its documents", "NAME")
+    text_column: str = _option("text", "column of a dataset with its documents", "NAME")
     eval_windows: int | None = _option(
         None, f"held-out: windows of each text, at most (default: those of the first run, else {EVAL_WINDOWS})", "W"
     )
     eval_length: int | None = _option(
-        None, f"tokens in a window (default: {EVAL_LENGTH}; for word as many as the model takes)", "T"
+        None, f"tokens in a window (default: {EVAL_LENGTH}; for word the context of the model)", "T"
     )
     device: str | None = _option(None, DEVICE)
     dtype: Dtype | None = _option(
         None, f"dtype of the weights and activations (default: that of the first run, else {DTYPE})"
     )
-    output: str | None = _option(None, "JSON file of all figures to write; must not exist", "FILE")
+    output: str | None = _option(None, "JSON file to write, with all figures; must not exist", "FILE")
 
 
 @dataclass
@@ -147,26 +146,26 @@ class Export:
     """
 
     to: Literal["dense", "packed", "mask"] = _option(
-        "dense", "exact zeros, packed weights, or the mask alone, which `maskpro import` puts on its base model"
+        "dense", "exact zeros, packed weights, or the mask alone, which `maskpro import` applies to its base model"
     )
     values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8")
-    model: str | None = _option(None, f"the base model where it is now: {MODEL} (default: that of the run)")
+    model: str | None = _option(None, f"base model, if it has moved: {MODEL} (default: that of the run)")
     dtype: Dtype | None = _option(None, "dtype of the weights (default: that of the run)")
 
 
 @dataclass
 class Import:
-    """Write a checkpoint from what another program or `maskpro export --to mask` has stored.
+    """Write a checkpoint from files of another program or of `maskpro export --to mask`.
 
-    SOURCE is a folder in compressed-tensors' format sparse-24-bitmask or dense, or whose weights hold zeros in the
-    pattern; or, with --model, masks: a mask file of this package, an .npz file of MaskLLM, or a .pt file or a folder of
-    them, as MaskLLM and MaskPro write. It may also be an id on the hub.
+    SOURCE is a folder in compressed-tensors' format sparse-24-bitmask or dense, or with zeros in its weights; or, with
+    --model, masks: a mask file of this package, an .npz file of MaskLLM, or a .pt file or a folder of them, of MaskLLM
+    or MaskPro. It may also be an id on the hub.
     """
 
     output: str | None = _option(None, "folder to write; must be new or empty", "DIR")
-    model: str | None = _option(None, f"for masks: the model that they belong to, {MODEL}")
+    model: str | None = _option(None, f"for masks: their base model, {MODEL}")
     pattern: str | None = _option(None, "pattern of the weights or masks (default: as stored, else 2:4)", "N:M")
-    to: Literal["dense", "packed"] = _option("packed", "how the weights are stored")
+    to: Literal["dense", "packed"] = _option("packed", "storage of the weights")
     values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8")
     dtype: Dtype | None = _option(
         None, f"dtype of the weights (default: that of the source or the model, else {DTYPE})"
@@ -175,22 +174,22 @@ class Import:
 
 @dataclass
 class Speed:
-    """Compare how fast models read and write, and whether models with the same weights write the same tokens.
+    """Compare the speed of prefill and decoding, and whether models with equal weights generate the same tokens.
 
-    The prompt is the documentation of Python. The exit code is 1 where models with the same weights differ by more than
+    The prompt is the documentation of Python. The exit code is 1 if models with equal weights differ by more than
     rounding.
     """
 
     prompt_tokens: int = _option(512, "tokens of each prompt", "T")
-    new_tokens: int = _option(128, "tokens written behind each prompt", "T")
+    new_tokens: int = _option(128, "new tokens after each prompt", "T")
     batch_size: int = _option(1, "prompts at once", "B")
-    rounds: int = _option(5, "rounds of all models in turn that count", "R")
+    rounds: int = _option(5, "measured rounds; each runs all models in turn", "R")
     device: str | None = _option(None, DEVICE)
     dtype: Dtype = _option(DTYPE, "dtype of the weights and activations of all models")
-    output: str | None = _option(None, "JSON file of all figures to write; must not exist", "FILE")
+    output: str | None = _option(None, "JSON file to write, with all figures; must not exist", "FILE")
 
 
-# Options and positional arguments, each with its number and its help
+# Options and positional arguments, each with its count and help
 COMMANDS: dict[str, tuple[type, tuple[tuple[str, str | None, str], ...]]] = {
     "learn": (Learn, ()),
     "eval": (Evaluate, (("models", "+", f"a run's folder, or {MODEL}"),)),
@@ -207,14 +206,14 @@ COMMANDS: dict[str, tuple[type, tuple[tuple[str, str | None, str], ...]]] = {
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are; some depend on other options, and their help says how."""
+    """Show defaults, except those that depend on other options: their help explains them."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command; a wrong word is a ValueError."""
+    """Make the parser of a command, which raises ValueError for a wrong word."""
     # it takes a second to import
     from transformers import HfArgumentParser
 
@@ -223,7 +222,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         options,
         prog=f"maskpro {command}",
         description=options.__doc__,
-        epilog="A first word that ends in .yaml or .json is a file of options by name; words behind it win.",
+        epilog="A first word that ends in .yaml or .json is a file of options by name; later options take precedence.",
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -238,7 +237,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def parse(command: str, words: list[str]) -> tuple[object, dict[str, object]]:
-    """(options, positional arguments) of a command line behind the command.
+    """Parse the words after a command into (options, positional arguments).
 
     Raises:
         ValueError: if a word or an option in a file is unknown or of another kind.
@@ -261,12 +260,12 @@ def parse(command: str, words: list[str]) -> tuple[object, dict[str, object]]:
 
 
 def _words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """The options in a file as words, so that both are checked alike; ``settings.json`` of a run is such a file."""
+    """Read options from a file as words, for the same checks; ``settings.json`` of a run is such a file."""
     import yaml
 
     try:
         content = path.read_text(encoding="utf-8")
-        # by the base loader all values stay text: others take 2:4 for a number of base 60
+        # the base loader keeps values as text: others read 2:4 as a number in base 60
         options = json.loads(content) if path.suffix == ".json" else yaml.load(content, yaml.BaseLoader)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"options: expected a YAML or JSON file, got {str(path)!r}: {error}") from error

@@ -26,12 +26,12 @@ from .inputs import (
     windows_of,
 )
 
-# Gives the figures of a model on a text by the ends of their names, "" for the perplexity
+# Returns figures of a model on a text, by suffix of their name, "" for the perplexity
 Measure = Callable[[nn.Module, object], dict[str, float]]
 
 
 def evaluate(options: Evaluate, models: list[str]) -> None:
-    """Print a row for each model, and one for the dense model of each run above it; write them where asked for."""
+    """Print a row for each model, with the dense model of a run above it; with --output also write them."""
     check_least(options, eval_windows=1, eval_length=2, documents=1)
     device = device_of(options.device)
     if options.output is not None:
@@ -41,7 +41,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     dtype = options.dtype or settings.get("dtype", DTYPE)
     data = options.data or settings.get("data")
     if data is None:
-        raise ValueError("data: expected --data, since only a run has a text of its own, got none")
+        raise ValueError("data: expected --data, since only runs have texts, got none")
     names = [name for name, _ in texts_of(data)]
     if not names:
         raise ValueError(f"data: expected a text, got {data!r}, and samples are no test of a mask")
@@ -57,7 +57,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
         for text, measure in measures.items():
             row |= {f"{text}{end}": figure for end, figure in measure(model, tokenizer).items()}
         rows.append(row)
-        # ahead of the next one
+        # before the next one
         del model
     if options.output is not None:
         found = {"data": data, "protocol": options.protocol, "dtype": dtype, "rows": rows}
@@ -67,7 +67,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
 
 
 def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
-    """How a text is evaluated; it is read now."""
+    """Read a text and return the function that evaluates a model on it."""
     bars = wants_bars()
     if options.protocol == "held-out":
         documents = options.documents or (settings.get("documents") if options.data is None else None)

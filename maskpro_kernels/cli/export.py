@@ -22,7 +22,7 @@ from .inputs import REPORT, base_name, check_new_file, digest_of_weights, load, 
 
 
 def export(options: Export, source: str, output: str) -> None:
-    """Write what a run has learned, from its base model, its logits, and its weights where they have changed."""
+    """Write the result of a run from its base model, its logits, and its weights if they have changed."""
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
     check_new_file(output) if options.to == "mask" else check_output(output)
@@ -46,14 +46,14 @@ def export(options: Export, source: str, output: str) -> None:
     model, tokenizer = _with_masks(name, metadata["dtype"], codes, pattern)
     if metadata["dense_weights"] != digest_of_weights(model):
         raise ValueError(
-            f"run: expected the weights of {name!r} that its masks were learned on, got others; name the base model as "
-            "it was by --model"
+            f"run: expected the weights of {name!r} that its masks were learned on, got others; name the original base "
+            "model by --model"
         )
     put_weights(masked_layers(model), learned.weights)
     if metadata["weights"] != digest_of_weights(model):
-        raise ValueError("run: expected the weights that its masks belong to, got others")
+        raise ValueError("run: expected the weights that its masks were learned on, got others")
     if options.dtype not in (None, metadata["dtype"]):
-        # from the files again: they may hold more than the dtype of the run does
+        # load again: the files may have more digits than the dtype of the run
         del model
         model, tokenizer = _with_masks(name, options.dtype, codes, pattern)
         put_weights(masked_layers(model), learned.weights)
@@ -72,8 +72,8 @@ def export(options: Export, source: str, output: str) -> None:
 
 
 def _with_masks(name: str, dtype: str, codes: Mapping[str, torch.Tensor], pattern: NMPattern):
-    """(base model of a run with its masks, tokenizer)."""
-    with naming("run", "put back the base model of the run, or name its new place by --model"):
+    """Load (base model of a run with its masks, tokenizer)."""
+    with naming("run", "restore the base model of the run, or name its new place by --model"):
         model, tokenizer = load(name, dtype, "cpu")
         convert(model, pattern, targets=list(codes), init=codes)
     return model, tokenizer

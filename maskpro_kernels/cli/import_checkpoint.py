@@ -1,4 +1,4 @@
-"""`maskpro import`: a checkpoint from what other programs store, or from a mask file and its base model."""
+"""`maskpro import`: a checkpoint from files of other programs, or from a mask file and its base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .inputs import load, naming, packed_size, report, save
 
 
 def import_checkpoint(options: Import, source: str) -> None:
-    """Write a checkpoint from what is stored in a file or folder, or under an id on the hub."""
+    """Write a checkpoint from a file, a folder, or an id on the hub."""
     if options.output is None:
         raise ValueError("output: expected --output, the folder to write, got none")
     if options.values != KEEP and options.to != "packed":
@@ -51,10 +51,10 @@ def _masked(options: Import, path: Path):
     """(pattern, layers, model, tokenizer) of a mask file over its base model."""
     masks = load_masks(path)
     if options.dtype is not None:
-        raise ValueError(f"dtype: expected none with a mask file, which names that of its base, got {options.dtype!r}")
+        raise ValueError(f"dtype: expected none with a mask file, which has that of its base, got {options.dtype!r}")
     dtype = str(masks.dtype).removeprefix("torch.")
     model, tokenizer = load(options.model, dtype, "cpu")
-    # its fingerprint is compared with that of the base
+    # compares the fingerprint of the base
     convert(model, masks.pattern, targets=list(masks.layers), init=str(path))
     finalize(model, to=options.to, values=options.values)
     return masks.pattern, len(masks.layers), model, tokenizer
@@ -67,7 +67,7 @@ def _with_learned_masks(options: Import, path: Path, pattern: NMPattern):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         masks = read_masks(path, layers, pattern)
         for name, mask in masks.items():
-            # a group may keep fewer than N: what it drops is zero, whether or not it is stored
+            # a group may keep fewer than N: all other weights become zero
             layers[name].weight.data.mul_(mask).add_(0.0)
         codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
         convert(model, pattern, targets=list(codes), init=codes)
@@ -76,16 +76,16 @@ def _with_learned_masks(options: Import, path: Path, pattern: NMPattern):
 
 
 def _with_zeros(options: Import, path: Path, pattern: NMPattern):
-    """(pattern, layers, model, tokenizer) of a checkpoint whose weights hold zeros, or are packed already."""
+    """(pattern, layers, model, tokenizer) of a checkpoint with zeros in its weights, or with packed weights."""
     if not path.is_dir():
-        raise ValueError(f"model: expected the model that the masks in {str(path)!r} are of, got none; add --model")
+        raise ValueError(f"model: expected the model of the masks in {str(path)!r}, got none; add --model")
     above = Path(options.output).absolute().parent
     with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as folder:
         plain = Path(folder) if write_plain(path, folder) else path
         model, tokenizer = load(str(plain), options.dtype, "cpu")
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     if not layers:
-        with naming("pattern", "give the one that its zeros follow"):
+        with naming("pattern", "give the pattern of its zeros"):
             conversion = pack(model, pattern, options.values)
         for name, reason in conversion.skipped.items():
             report(f"left dense: {name} ({reason})")

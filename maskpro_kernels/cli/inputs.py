@@ -1,4 +1,4 @@
-"""Shared by the commands: lines on stderr, devices, models, and windows of the texts that are evaluated."""
+"""Shared functions of the commands: lines on stderr, devices, models, and windows of texts to evaluate."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ..ranks import rank_of_torchrun
 from ..text.batches import check_vocabulary, windows
 from .config import DTYPES
 
-# Lines of what takes long, where there is no bar
+# Lines of progress if there is no bar
 LINES = 50
-# Of a run's folder
+# Files of a run's folder
 SETTINGS, PROGRESS = "settings.json", "progress"
-# Of the files in it; those of earlier versions have none
+# Format of these files; earlier versions have none
 FORMAT = "maskpro-run 2"
-# Of the table of a run: titles, and digits of the figures
+# Columns of a run's table: titles, and digits of the figures
 COLUMNS = {
     "perplexity": ("test perplexity", 2),
     "other_perplexity": ("on the other text", 2),
@@ -37,30 +37,30 @@ COLUMNS = {
 
 
 def report(line: str) -> None:
-    """Write a line to stderr, of several ranks on the first."""
+    """Write a line to stderr, with several ranks only on the first."""
     if rank_of_torchrun() == 0:
         print(line, file=sys.stderr)
 
 
 def report_as(kind: str, message: object) -> None:
-    """Report an error or a warning, whatever its lines, in one."""
+    """Report an error or a warning in one line."""
     report(" ".join(f"maskpro: {kind}: {message}".split()))
 
 
 def wants_bars() -> bool:
-    """Say if bars are drawn: on a terminal, on the first rank."""
+    """Return whether to draw bars: on a terminal, on the first rank."""
     return rank_of_torchrun() == 0 and sys.stderr.isatty()
 
 
 class Progress:
-    """A bar, or a line at every fiftieth part, of work of so many units."""
+    """Progress of work: a bar, or a line for each fiftieth part."""
 
     def __init__(self, work: str, unit: str):
         self.work, self.unit, self.bar = work, unit, None
         self.began = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that so many units are done of so many."""
+        """Show that ``done`` of ``total`` units are done."""
         if wants_bars():
             self.bar = self.bar or tqdm(total=total, desc=self.work, unit=self.unit)
             self.bar.update(done - self.bar.n)
@@ -73,7 +73,7 @@ class Progress:
 
 @contextmanager
 def naming(argument: str, cure: str | None = None) -> Iterator[None]:
-    """Errors begin with the name of an argument, and end with what to do."""
+    """Prefix errors with the name of an argument, and append the remedy."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -85,7 +85,7 @@ def naming(argument: str, cure: str | None = None) -> Iterator[None]:
 
 
 def check_least(options: object, **least: int) -> None:
-    """Raise ValueError unless each option that is given is at least as large."""
+    """Raise ValueError unless each given option has at least this value."""
     for name, low in least.items():
         value = getattr(options, name)
         if value is not None and not value >= low:
@@ -93,7 +93,7 @@ def check_least(options: object, **least: int) -> None:
 
 
 def check_new_file(path: str) -> None:
-    """Raise ValueError unless a new file can be written there."""
+    """Raise ValueError unless a new file can be written at a path."""
     expected = f"output: expected a new file in a writable folder, got {path!r}"
     try:
         if Path(path).exists():
@@ -104,7 +104,7 @@ def check_new_file(path: str) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name, by default a GPU where there is one; ValueError where this machine has none."""
+    """Return the device of a name, by default a GPU if there is one; ValueError if this machine does not have it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -118,7 +118,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def load(name: str, dtype: str | None, device: torch.device | str):
-    """(model, tokenizer) on a device, or on "auto" spread over several; raises as ``hf.load_model``.
+    """Load (model, tokenizer) on a device, or with "auto" on several; errors as in ``hf.load_model``.
 
     Args:
         dtype: None: that of the checkpoint.
@@ -135,7 +135,7 @@ def load(name: str, dtype: str | None, device: torch.device | str):
 def save(
     model: nn.Module, tokenizer, folder: str | Path, base: str, pattern: str, table: Sequence[Mapping] = ()
 ) -> None:
-    """Write a checkpoint with its model card, which shows the table of a run."""
+    """Write a checkpoint with its model card, which has the table of a run."""
     from ..hf import save_model
 
     titles = {"method": ("mask", 0), **COLUMNS}
@@ -145,7 +145,7 @@ def save(
 
 
 def base_name(model: str) -> str:
-    """The name of a base model on the hub, or that of its folder without those above it."""
+    """Name of a base model on the hub, or the last part of its folder's path."""
     from ..hf import SMOLLM2
 
     if model == SMOLLM2:
@@ -154,7 +154,7 @@ def base_name(model: str) -> str:
 
 
 def how_to_go_on(run: str | Path) -> str:
-    """The command that goes on with a run."""
+    """Command that continues a run."""
     return f"continue with: maskpro learn --resume {shlex.quote(str(run))}"
 
 
@@ -163,12 +163,12 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """Read what a run of this version wrote; ValueError otherwise."""
+    """Read a file of a run of this version; ValueError for another one."""
     try:
         content = json.loads(path.read_bytes())
         found = content.get("format")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"run: expected what `maskpro learn` wrote in {str(path)!r}, got {error}") from error
+        raise ValueError(f"run: expected a file of `maskpro learn` in {str(path)!r}, got {error}") from error
     if found != FORMAT:
         raise ValueError(
             f"run: expected a run of this version ({FORMAT}) in {str(path)!r}, got one of another; use that version"
@@ -177,7 +177,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_report(run: Path) -> dict:
-    """The report of a run that has ended; ValueError if it has not, or is of another version."""
+    """Read the report of a finished run; ValueError if it has not ended, or is of another version."""
     if not (run / REPORT).is_file():
         ended = f"its run has not ended, {how_to_go_on(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
         raise ValueError(f"run: expected a folder written by `maskpro learn`, got {str(run)!r}; {ended}")
@@ -185,7 +185,7 @@ def read_report(run: Path) -> dict:
 
 
 def packed_size(model: nn.Module) -> str:
-    """Memory of the packed layers of a model, beside that of dense ones."""
+    """Describe the memory of the packed layers of a model and of dense ones."""
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     weights, bits = sum(layer.packed.shape.numel() for layer in layers), bits_a_weight(layers)
     dtype = layers[0].packed.dtype
@@ -199,27 +199,27 @@ def packed_size(model: nn.Module) -> str:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many tokens a model has embeddings of positions for; None where positions are computed."""
+    """Number of a model's position embeddings; None if positions are computed."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [
         module.num_embeddings
         for module in model.modules()
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
     ]
-    # some have two more, by which they count padding
+    # some models have two more, for padding
     return most if most is not None and any(most <= count <= most + 2 for count in tables) else None
 
 
 def windows_of(text: str, model: nn.Module, tokenizer, length: int, argument: str, option: str | None = None) -> Tensor:
-    """int64 [windows, length] of a text; ValueError if it is too short or not for this model.
+    """Cut a text into windows int64 [windows, length]; ValueError if it is too short or not for this model.
 
     Args:
-        argument, option: what the text and the length come from, for errors.
+        argument, option: names of the text's argument and the length's option, for errors.
     """
     positions = positions_of(model)
     if positions is not None and length > positions:
         raise ValueError(
-            f"{option or argument}: expected windows of at most {positions} tokens, which the model has positions for, "
+            f"{option or argument}: expected windows of at most {positions} tokens, the positions of the model, "
             f"got {length}"
         )
     with naming(argument, f"give a longer text, or a smaller {option}" if option else "give a longer text"):
@@ -233,7 +233,7 @@ def print_table(rows: Sequence[Mapping], titles: Mapping[str, tuple[str, int]], 
 
     Args:
         rows: a name, under "method", and figures.
-        titles: of the columns that all rows have, and digits of their figures, by their names.
+        titles: of the columns of all rows, and digits of their figures, by name.
         first: title of the names.
     """
     width = max(16, *(len(row["method"]) for row in rows))

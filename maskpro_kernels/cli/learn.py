@@ -1,10 +1,10 @@
-"""`maskpro learn`: learn a mask of a language model, or go on with a run.
+"""`maskpro learn`: learn a mask of a language model, or continue a run.
 
-The folder of a run holds:
+The folder of a run has:
 
-- ``settings.json``: the options as they were given, by which it goes on;
-- ``progress/``: snapshots, metrics and journal of the trainer (``learn/run.py``); ``start.json``, what precedes the
-  first step; ``validation.json``; and where they are learned from, samples of the dense model and what it says;
+- ``settings.json``: the given options, for ``--resume``;
+- ``progress/``: snapshots, metrics and journal of the trainer (``learn/run.py``); ``start.json``, results before the
+  first step; ``validation.json``; and if the run uses them, samples of the dense model and a cache of its predictions;
 - at the end ``logits.safetensors``, the checkpoint with its model card, ``report.json`` and ``perplexity.png``.
 """
 
@@ -91,31 +91,31 @@ from .inputs import (
 )
 
 START, VALIDATION, SAMPLES, TEACHER = "start.json", "validation.json", "samples.safetensors", "teacher"
-# The weights that a run begins with, where they were refitted
+# Refitted weights with which a run begins
 START_WEIGHTS = "start-weights.safetensors"
-# Options of a run that may be others where it goes on
+# Options that may change when a run resumes
 BESIDE_RESUME = ("device", "gradient_checkpointing", "report_to")
-# By estimator, of options that are not given; None: all batches
+# Defaults of options by estimator; None: all batches
 DEFAULTS = {
     "straight-through": {"init": "reconstruction", "gap": 15.0, "calibration_batches": None, "steps": 200, "lr": 0.3},
     "reinforce": {"init": "wanda", "gap": 10.0, "calibration_batches": 16, "steps": 1000, "lr": 50.0},
 }
-# Batches for the initial mask, and windows that the dense model draws, at most
+# Most batches for the initial mask, and most windows to sample from the dense model
 INIT_BATCHES, MOST_SAMPLES = 16, 2048
-# The initial masks that the table shows, whichever learning starts from
+# Initial masks that are always in the table
 BASELINES = ("magnitude", "wanda")
-# Learning stops where the validation perplexity exceeds the initial mask's by this factor twice in a row
+# Learning stops if the validation perplexity exceeds the initial mask's by this factor twice in a row
 DIVERGED = 1.1
-# Steps in a row whose loss or gradient may not be finite
+# Most steps in a row whose loss or gradient is not finite
 MAX_SKIPPED = 9
-# Fields of the record of a step that trackers get
+# Fields of a step's record for trackers
 TRACKED = ("loss", "residual", "advantage", "tracker", "flip_rate")
 
 
 def learn(options: Learn) -> None:
-    """Learn a mask and write what a run leaves; ``resume`` goes on with one.
+    """Learn a mask and write the files of a run; with ``resume`` continue one.
 
-    Several ranks do so together: rank 0 alone evaluates, writes and reports, and an error on one ends all.
+    With several ranks, rank 0 alone evaluates, writes and reports, and an error on one rank ends all.
     """
     ranks = Ranks()
     ranks.connect()
@@ -151,7 +151,7 @@ def learn(options: Learn) -> None:
     if SELF in windows:
         own = ranks.first(lambda: _samples(progress, model, tokenizer, windows[SELF], options))
         if not tests.keys() - {"other_perplexity"}:
-            # without a text to look at: the first samples are not learned from
+            # without a text, the first samples are for evaluation
             test, validation, own = own.tensor_split([options.eval_windows, 2 * options.eval_windows])
             tests = {"perplexity": test, **tests}
         windows[SELF] = own.to(model.get_input_embeddings().weight.device)
@@ -162,8 +162,7 @@ def learn(options: Learn) -> None:
         every = MixedBatches(windows, sources, options.batch_size, max(learned_from, INIT_BATCHES), options.seed)
     calibration = every[:learned_from]
 
-    # convert
-    # the dense model is asked ahead where it changes
+    # convert if weights change, the dense model's outputs are needed before
     changes = options.refit != "none" or options.train_weights is not None
     cache = TeacherCache(folder=progress / TEACHER) if changes and options.loss != "ce" else None
     loss_fn = distillation_loss(options.loss, cache=cache)
@@ -175,7 +174,7 @@ def learn(options: Learn) -> None:
             _spread_weights(model, ranks)
     else:
         if cache is not None:
-            report(f"asking the dense model about {len(calibration)} batches, for it changes")
+            report(f"computing the dense model's outputs for {len(calibration)} batches, since weights will change")
             ranks.all_of(lambda: loss_fn.fill(model, calibration[ranks.rank :: ranks.world], progress=wants_bars()))
         for name, reason in skipped.items():
             report(f"left dense: {name} ({reason})")
@@ -199,10 +198,10 @@ def learn(options: Learn) -> None:
 
 
 def read_options(given: Learn) -> Learn:
-    """The options of the run in the folder of ``resume``, with what may be given beside it.
+    """Read the options of the run in the folder of ``resume``, and add options that may change.
 
     Raises:
-        ValueError: if the folder is no run of this version that can go on, or another option is given.
+        ValueError: if the folder is not an unfinished run of this version, or another option is given.
     """
     folder = Path(given.resume)
     fields = {field.name: field.default for field in dataclasses.fields(Learn)}
@@ -214,7 +213,7 @@ def read_options(given: Learn) -> Learn:
         raise ValueError(f"resume: expected no other option but {allowed}, got {', '.join(others)}")
     if (folder / REPORT).is_file():
         raise ValueError(
-            f"resume: expected a run that has not ended, got {str(folder)!r}; `maskpro eval` and `export` take it"
+            f"resume: expected a run that has not ended, got {str(folder)!r}; use `maskpro eval` or `export`"
         )
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"resume: expected the folder of `maskpro learn`, got {str(folder)!r}, without {SETTINGS}")
@@ -224,10 +223,10 @@ def read_options(given: Learn) -> Learn:
 
 
 def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
-    """Options with the defaults of their estimator, once all that can be checked without a model is.
+    """Add the defaults of the estimator to options, and check all that needs no model.
 
     Raises:
-        ValueError, TypeError: if one is missing, out of its range, or does not go with another.
+        ValueError, TypeError: if an option is missing, out of its range, or excluded by another.
     """
     for name in ("model", "output"):
         if getattr(options, name) is None:
@@ -244,10 +243,10 @@ def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
     check_gap(options.gap)
     if options.estimator == "reinforce":
         if options.gap > LARGEST_GAP:
-            raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, as far as noise reaches, got {options.gap}")
+            raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which noise can cross, got {options.gap}")
         for name in ("train_weights", "gradient_checkpointing"):
             if getattr(options, name):
-                raise ValueError(f"{name}: expected none with --estimator reinforce, which takes no gradients")
+                raise ValueError(f"{name}: expected none with --estimator reinforce, which uses no gradients")
     if options.init not in INITIAL_MASKS and not resuming and not Path(options.init).exists():
         raise ValueError(
             f"init: expected one of {', '.join(INITIAL_MASKS)}, or the path of a mask file, a run or a sparse "
@@ -258,40 +257,40 @@ def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
     if options.accumulate % world:
         raise ValueError(f"accumulate: expected a multiple of the {world} ranks, got {options.accumulate}")
     if world > 1 and options.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, of which each rank takes its own, got {options.device!r}")
+        raise ValueError(f"device: expected cpu or cuda, since each rank uses its own, got {options.device!r}")
     if options.device != "auto":
         device_of(options.device)
     for name in _trackers_of(options):
         if missing("accelerate", name):
             raise ValueError(f"report_to: expected {missing('accelerate', name)}")
-    # out of its range it is refused now
+    # refuses settings out of their range now
     estimator_of(options)
     return dataclasses.replace(options, pattern=str(pattern))
 
 
 def estimator_of(options: Learn) -> Estimator:
-    """The estimator of complete options; ValueError or TypeError if one is out of its range."""
+    """Make the estimator of complete options; ValueError or TypeError if one is out of its range."""
     if options.estimator == "reinforce":
         return Reinforce(lr=options.lr)
     return StraightThrough(steps=options.steps, lr=options.lr, train_weights=options.train_weights)
 
 
 def _check_output(output: Path) -> None:
-    """Raise unless the folder takes a new run: new, empty, or with one that has not begun to learn."""
+    """Raise unless a folder can get a new run: missing, empty, or with a run before its first step."""
     left = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if (output / SETTINGS).is_file() and left <= {SETTINGS, PROGRESS}:
         read_json(output / SETTINGS)
         if not (output / PROGRESS / START).is_file():
             return
         raise ValueError(
-            f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
+            f"output: expected a new or empty folder, got {str(output)!r}, which has a run that has not ended; "
             f"{how_to_go_on(output)}"
         )
     check_output(output)
 
 
 def _with_absolute_paths(options: Learn) -> dict:
-    """The options by name, whose paths hold in every folder."""
+    """Options by name, with absolute paths."""
     stored = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
     if Path(options.model).exists():
         stored["model"] = str(Path(options.model).resolve())
@@ -301,7 +300,7 @@ def _with_absolute_paths(options: Learn) -> dict:
 
 
 def _write_settings(options: Learn, output: Path) -> None:
-    """Write options by which a run goes on from whatever folder; remove what one left that has not begun."""
+    """Write options for resuming from any folder; remove files of a run that did not begin."""
     make_folder(output / PROGRESS)
     try:
         with FileLock(output / PROGRESS / LOCK, blocking=False):
@@ -315,7 +314,7 @@ def _write_settings(options: Learn, output: Path) -> None:
 
 
 def _load_texts(options: Learn) -> dict[str, dict[str, str]]:
-    """The texts of the data by name, and one of another kind, by which forgetting shows, under ""."""
+    """Load the texts of the data by name, and under "" a text of another kind, which shows forgetting."""
     with naming("data"):
         texts = {name: load_text(name, documents=options.documents) for name, _ in texts_of(options.data)}
     other = other_kind(options.data)
@@ -327,7 +326,7 @@ def _windows(
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor | int]]:
     """(test windows by column of the table, validation windows, windows to learn from by source).
 
-    Of the model's own samples it is how many windows have to be drawn.
+    For the model's own samples the last has the number of windows to sample.
     """
     length = min(EVAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or EVAL_LENGTH)
     sources = texts_of(options.data)
@@ -355,7 +354,7 @@ def _windows(
         check_windows(every, windows, options.batch_size)
     if SELF in dict(every):
         if (positions := positions_of(model)) is not None and options.seq_len > positions:
-            raise ValueError(f"seq_len: expected at most {positions}, which the model has positions for")
+            raise ValueError(f"seq_len: expected at most {positions}, the positions of the model")
         whose = turns([share for _, share in every], options.batch_size * max(_learned_from(options), INIT_BATCHES))
         wanted = min(MOST_SAMPLES, whose.count([name for name, _ in every].index(SELF)))
         held_out = 0 if sources else 2 * options.eval_windows
@@ -364,13 +363,13 @@ def _windows(
 
 
 def _learned_from(options: Learn) -> int:
-    """How many distinct batches the steps take at most."""
+    """Most distinct batches of the steps."""
     all_steps = options.steps * options.accumulate
     return all_steps if options.calibration_batches is None else min(options.calibration_batches, all_steps)
 
 
 def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: Learn) -> Tensor:
-    """int64 [windows, seq_len], drawn from the dense model; those of the same settings in the folder are taken."""
+    """Sample int64 [windows, seq_len] from the dense model, or load those of the same settings from the folder."""
     path, start = progress / SAMPLES, start_token(tokenizer)
     weights = digest(parameter for _, parameter in sorted(model.named_parameters()))
     settings = json.dumps([start, count, options.seq_len, options.seed, weights])
@@ -379,7 +378,7 @@ def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: L
             tokens, metadata = file.get_tensor("tokens"), file.metadata()
         if metadata == {"settings": settings, "digest": digest([tokens])}:
             return tokens
-    report(f"drawing {count} windows of {options.seq_len} tokens from the dense model; they are kept in {path}")
+    report(f"sampling {count} windows of {options.seq_len} tokens from the dense model, to store in {path}")
     bar = Progress("samples", "step")
     tokens = sample_windows(model, start, count, options.seq_len, seed=options.seed, progress=bar)
     write_tensors({"tokens": tokens}, path, {"settings": settings, "digest": digest([tokens])})
@@ -389,17 +388,17 @@ def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: L
 def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[str, nn.Module],
                             init: str | Mapping[str, Tensor], tests: Mapping[str, Tensor],
                             initial: Sequence[Tensor]) -> dict:  # fmt: skip
-    """Convert the model and evaluate the initial masks; that of ``--init`` stays, with its weights.
+    """Convert the model and evaluate initial masks; the model keeps that of ``--init``, with its weights.
 
     Returns:
-        What is known before the first step: the table, the seconds from the dense model to that mask, names, digests.
+        Results before the first step: the table, the seconds from the dense model to this mask, names, digests.
     """
     pattern, rows, masks, seconds = NMPattern(options.pattern), {}, {}, {}
 
     def add_row(method: str, seconds: float) -> dict:
         row = _table_row(method, model, tests, seconds)
         if method == "dense" and math.isnan(row["perplexity"]):
-            raise ValueError(f"model: expected a finite loss, got nan in {options.dtype}; take --dtype float32")
+            raise ValueError(f"model: expected a finite loss, got nan in {options.dtype}; use --dtype float32")
         if not wants_bars():
             report(f"{method}: test perplexity {row['perplexity']:.2f}, {seconds:.1f} seconds from the dense model")
         return row
@@ -415,7 +414,7 @@ def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[st
     conversion = convert(model, pattern, init=masks[start].codes, gap=options.gap)
     masked = masked_layers(model)
     dense_weights = digest_of_weights(model)
-    # the mask that learning starts from goes last, so that its logits stay, and its weights
+    # last the mask that learning starts from, so that its logits and weights stay
     for name in sorted(masks, key=lambda name: name == start):
         _set_logits(masked, masks[name].codes, options)
         put_weights(masked, masks[name].weights)
@@ -435,7 +434,7 @@ def _table_row(method: str, model: nn.Module, tests: Mapping[str, Tensor], secon
 
 
 def _name_of(method: str, options: Learn, trained: bool = False) -> str:
-    """Name a mask in the table, with what became of the weights."""
+    """Name of a mask in the table, with changes of the weights."""
     changes = ([f"{options.refit} refitted"] if options.refit != "none" else []) + ["weights trained"] * trained
     return ", ".join([method, *changes])
 
@@ -447,7 +446,7 @@ def _set_logits(layers: Mapping[str, MaskedLinear], codes: Mapping[str, Tensor],
 
 
 def _spread_initial_mask(options: Learn, model: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks the mask and the weights of rank 0: another processor may find others."""
+    """Send the mask and the weights of rank 0 to all ranks: another processor may compute others."""
     pattern = NMPattern(options.pattern)
     ranks.all_of(lambda: ranks.rank == 0 or convert(model, pattern, init="magnitude", gap=options.gap))
     masked = masked_layers(model)
@@ -469,7 +468,7 @@ def _spread_weights(model: nn.Module, ranks: Ranks) -> None:
 
 def _put_back_start_weights(model: nn.Module, progress: Path, start: Mapping) -> None:
     if digest_of_weights(model) != start["dense_weights"]:
-        raise ValueError("resume: expected the model whose weights were refitted, got other weights; put it back")
+        raise ValueError("resume: expected the model whose weights were refitted, got other weights; restore it")
     with naming("resume", "restore it from a copy"):
         put_weights(masked_layers(model), load_logits(progress / START_WEIGHTS).weights)
     if digest_of_weights(model) != start["start_weights"]:
@@ -478,15 +477,15 @@ def _put_back_start_weights(model: nn.Module, progress: Path, start: Mapping) ->
 
 @dataclasses.dataclass
 class _Run:
-    """A run from its first step to its last: ``begin`` or ``go_on``, then ``take_steps``; ``end`` if that says so."""
+    """A run from its first step to its last: ``begin`` or ``go_on``, ``take_steps``, and if it returns true ``end``."""
 
     options: Learn
     ranks: Ranks
     trainer: MaskTrainer
     validation: Tensor
-    # what is known before the first step
+    # results before the first step
     start: dict
-    # validation perplexities by step, and the seconds that these took
+    # validation perplexities by step, with their seconds
     rows: list[dict] = dataclasses.field(default_factory=list)
     evaluating: float = 0.0
 
@@ -495,7 +494,7 @@ class _Run:
         self.progress, self.seconds = self.output / PROGRESS, self.start["seconds"]
 
     def begin(self, start: dict) -> None:
-        """Do what precedes the first step; from the end of this on the run goes on by ``--resume``."""
+        """Prepare the first step; afterwards ``--resume`` can continue the run."""
         self.trainer.begin(progress=wants_bars())
         self.start = {"format": FORMAT, **start, "run": self.trainer.run_id}
 
@@ -509,8 +508,8 @@ class _Run:
         self.ranks.first(write)
 
     def go_on(self) -> None:
-        """Put logits and rows back to where the folder stands."""
-        with naming("resume", "put back the model, the text and what the folder held when the run was broken off"):
+        """Restore logits and rows from the folder."""
+        with naming("resume", "restore the model, the text and the content of the folder when the run was interrupted"):
             self.trainer.resume(progress=wants_bars())
             if self.ranks.rank == 0 and self.start["run"] != self.trainer.run_id:
                 raise ValueError(f"expected the {START} of this run, got another run's")
@@ -518,10 +517,10 @@ class _Run:
         if self.ranks.rank == 0:
             self.rows = [row for row in read_json(self.progress / VALIDATION)["rows"] if row["step"] <= done]
         self.seconds += sum(record["seconds"] for record in self.trainer.metrics)
-        report(f"{done} steps were taken before")
+        report(f"{done} steps are done")
 
     def take_steps(self) -> bool:
-        """Take the steps that are left, until the run ends or a signal comes; gives true where it has ended."""
+        """Take the remaining steps, until the run ends or a signal comes; return whether it has ended."""
         options, trainer = self.options, self.trainer
 
         def has_more() -> bool:
@@ -535,7 +534,7 @@ class _Run:
             if more and self.ranks.rank > 0:
                 trainer.run(options.steps - trainer.steps_done, progress=False, after_step=lambda _: bool(signals))
             elif more:
-                # of where the run was stopped: if it is killed now, they would pass for what it has learned
+                # logits of an earlier stop: if the run is killed now, they would be taken for its result
                 (self.output / LOGITS_FILE).unlink(missing_ok=True)
                 track = stack.enter_context(self._trackers())
                 before, started = trainer.steps_done, time.perf_counter()
@@ -585,7 +584,7 @@ class _Run:
         masked = masked_layers(self.model)
         codes = {name: top_n_mask(layer.logits.detach(), pattern) for name, layer in masked.items()}
         flipped = None
-        # not known where the first snapshot is damaged
+        # unknown if the first snapshot is damaged
         with suppress(ValueError):
             _, initial, _, _ = newest_snapshot(self.progress, at_most=0)
             flipped = sum(int((codes[name].cpu() != top_n_mask(initial[name], pattern)).sum()) for name in codes)
@@ -612,11 +611,11 @@ class _Run:
             "skipped": self.start["skipped"],
             "steps": self.trainer.metrics,
         }
-        # last, and behind all else on the disk too: a folder with a report is a run that has ended
+        # last, also on the disk: a folder with a report is a finished run
         for written in (*filter(Path.is_file, output.iterdir()), output):
             sync(written)
         write_whole(output / REPORT, (json.dumps(found, indent=1) + "\n").encode())
-        # what is learned is in the logits; what a replay starts from stays
+        # the result is in the logits; keep the start of a replay
         journaled = self.trainer.estimator.journaled
         for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
             discard(old)
@@ -626,7 +625,7 @@ class _Run:
             report_as(
                 "warning",
                 f"the validation perplexity was lowest at step {best['step']}, {best['perplexity']:.2f}, and is "
-                f"{last:.2f} at the end; fewer --steps, more text or a lower --lr may end lower",
+                f"{last:.2f} at the end; fewer --steps, more text or a lower --lr may give a lower one",
             )
         print_table(table, COLUMNS, "method")
         moved = f"{flipped} of {found['groups']} groups differ from the initial mask"
@@ -637,12 +636,12 @@ class _Run:
         return not measured and (step % self.options.eval_every == 0 or step >= self.options.steps)
 
     def _evaluate(self) -> float:
-        """Find the validation perplexity where the run stands, and write it down."""
+        """Compute the validation perplexity of the current step and store it."""
         began, step = time.perf_counter(), self.trainer.steps_done
         value = perplexity(self.model, self.validation, progress=wants_bars())
         if not self.rows and not math.isfinite(value):
             raise FloatingPointError(
-                f"validation perplexity at step {step}: expected a finite number, got {value}; take another --dtype, "
+                f"validation perplexity at step {step}: expected a finite number, got {value}; use another --dtype, "
                 "--init or --data"
             )
         tokens = sum(record["tokens"] for record in self.trainer.metrics)
@@ -654,12 +653,12 @@ class _Run:
         return value
 
     def _has_diverged(self) -> bool:
-        """Say if the last two validation perplexities are NaN or over 10% above the initial mask's."""
+        """Return whether the last two validation perplexities are NaN or over 10% above the initial mask's."""
         most = DIVERGED * self.rows[0]["perplexity"] if self.rows else math.inf
         return len(self.rows) > 2 and not any(row["perplexity"] <= most for row in self.rows[-2:])
 
     def _save_logits(self) -> None:
-        """Write the logits, with the weights where they have changed, and what an export takes besides."""
+        """Write the logits, with weights that have changed, and metadata for exports."""
         name = self.options.model
         metadata = {
             "model": str(Path(name).resolve()) if Path(name).exists() else name,
@@ -673,7 +672,7 @@ class _Run:
 
     @contextmanager
     def _trackers(self) -> Iterator[Callable[[StepRecord, float | None], None]]:
-        """Give what reports a step, and the perplexity behind it, to the trackers of ``--report-to``."""
+        """Yield a function that sends a step, and the perplexity after it, to the trackers of ``--report-to``."""
         trackers = []
         for name in _trackers_of(self.options):
             from accelerate.state import PartialState
@@ -710,7 +709,7 @@ def _trackers_of(options: Learn) -> tuple[str, ...]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a step can end first; a second one takes its usual way."""
+    """Collect SIGINT and SIGTERM in a list, so that the step can end first; a second signal has its usual effect."""
     came, before = [], {}
 
     def put_back() -> None:
@@ -720,14 +719,14 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, frame) -> None:
         came.append(number)
         if rank_of_torchrun() == 0 and sys.__stderr__ is not None:
-            # beside its buffer: the handler may have come into a write of the same thread, which holds it
+            # without its buffer: the handler may interrupt a write of the same thread, which has the lock
             line = f"{signal.Signals(number).name}: the run stops after this step\n"
             os.write(sys.__stderr__.fileno(), line.encode())
         put_back()
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # a job in the background is not to end by what is meant for the foreground
+            # a job in the background must not end by a signal for the foreground
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
     try:

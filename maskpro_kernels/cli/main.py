@@ -1,4 +1,4 @@
-"""The command `maskpro`: an error is one line, and the exit code says what came."""
+"""The command `maskpro`: one line for an error, and exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .speed import speed
 
 FUNCTIONS = {"learn": learn, "eval": evaluate, "export": export, "import": import_checkpoint, "speed": speed}
 PACKAGES = ("maskpro-kernels", "torch", "triton", "transformers", "safetensors")
-# What a wrong argument, a file that is damaged or forged, a full disk or a rank that has ended may raise
+# Errors of wrong arguments, damaged or forged files, full disks and ended ranks
 ERRORS = (
     *(ValueError, TypeError, OSError, MemoryError, OverflowError, RecursionError, SafetensorError, KeyError),
     *(FloatingPointError, FailedRank, torch.OutOfMemoryError),
@@ -34,14 +34,14 @@ ERRORS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; under torchrun this rank's part of it, of which rank 0 alone prints.
+    """Run the command; under torchrun this rank's part of it, where rank 0 alone prints.
 
     Args:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0; 1 where `maskpro speed` finds that models with the same weights differ; 2 after an error, which is one line
-        on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
+        0; 1 if models with equal weights differ in `maskpro speed`; 2 after an error, which is one line on stderr; 130
+        after SIGINT; 141 if the reader of its output has ended.
 
     Raises:
         SystemExit: with 0 after --help.
@@ -55,17 +55,17 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout.flush()
             return code
         except KeyboardInterrupt:
-            # the reader of stderr may have been interrupted as well
+            # the reader of stderr may have ended as well
             with suppress(OSError):
                 report("maskpro: interrupted")
             return 128 + signal.SIGINT
         except BrokenPipeError:
-            # the end of the process would flush what is left, and fail again
+            # the end of the process would flush the rest, and fail again
             with suppress(OSError, AttributeError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except (*ERRORS, RuntimeError) as error:
-            # where a rank has ended, the others get torch's RuntimeError; else it is a fault of this package
+            # if a rank has ended, the others get torch's RuntimeError; other errors are faults of this package
             if not isinstance(error, ERRORS) and not of_torchrun():
                 raise
             _report_error(error)
@@ -99,10 +99,10 @@ def _run(argv: list[str]) -> int:
 
 def _report_error(error: BaseException) -> None:
     if isinstance(error, torch.OutOfMemoryError):
-        # of this rank alone: no other knows
+        # on this rank alone: no other reports it
         rank = rank_of_torchrun()
         where = f"rank {rank}: " if rank else ""
-        line = " ".join(f"{where}{error}; take smaller windows or batches, or another --device".split())
+        line = " ".join(f"{where}{error}; use smaller windows or batches, or another --device".split())
         print(f"maskpro: error: {line}", file=sys.stderr)
     elif isinstance(error, KeyError):
         report_as("error", f"expected an entry {error} in a file, got none")
@@ -114,7 +114,7 @@ def _report_error(error: BaseException) -> None:
 
 @contextmanager
 def printed_log() -> Iterator[None]:
-    """Print what the package logs, such as that it compiles, a line each."""
+    """Print messages of the package's log, such as compilation, a line each."""
 
     class Printer(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""`maskpro speed`: how fast models read and write, side by side."""
+"""`maskpro speed`: compare the speed of models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TITLES = ("model", "stored", "weights MB", "peak MB", "prefill tokens/s", "decod
 
 
 def speed(options: Speed, models: list[str]) -> int:
-    """Print how fast models read and write, and whether they write the same; write it where asked for.
+    """Print the speed of models, and whether they generate the same tokens; with --output also write it.
 
     Returns:
-        1 where models with the same weights differ by more than rounding, else 0.
+        1 if models with equal weights differ by more than rounding, else 0.
     """
     from ..hf import check_model, measure_speed
 
@@ -41,12 +41,12 @@ def speed(options: Speed, models: list[str]) -> int:
         positions, wanted = positions_of(model), options.prompt_tokens + options.new_tokens
         if positions is not None and wanted > positions:
             raise ValueError(
-                f"new_tokens: expected at most {positions} tokens together with --prompt-tokens, which {name!r} has "
-                f"positions for, got {wanted}"
+                f"new_tokens: expected at most {positions} tokens together with --prompt-tokens, the positions of "
+                f"{name!r}, got {wanted}"
             )
         if vocabulary is None:
             vocabulary = tokenizer.get_vocab()
-            # a text that every Python has
+            # a text in every Python
             text = load_text("pydoc")["test"]
             found = windows_of(text, model, tokenizer, options.prompt_tokens, "prompt_tokens", "--prompt-tokens")
             prompt = batches(found, options.batch_size, seed=0)[0].to(device)
@@ -88,7 +88,7 @@ def speed(options: Speed, models: list[str]) -> int:
 
 
 def _processor() -> str:
-    # Linux, but on ARM
+    # on Linux, except ARM
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -1,15 +1,15 @@
-"""A run on disk: its folder, the journal, the snapshots, and how it is resumed or replayed.
+"""A run on disk: its folder, journal and snapshots, resume and replay.
 
-The folder holds
+The folder has
 
-- ``journal``, of an estimator that keeps one: what it takes to rebuild the logits, a record a step, see ``Journal``;
-- ``snapshot-STEP-DIGEST.safetensors``: tensors and state of a step; the first one and the two newest are kept. Where
-  ranks hold the rows of layers it is a folder with a file of each rank and a manifest of their digests;
+- ``journal``, for an estimator with one: a record a step, from which logits can be rebuilt, see ``Journal``;
+- ``snapshot-STEP-DIGEST.safetensors``: tensors and state of a step; the first one and the two newest are kept. If
+  layers are cut over ranks, it is a folder with a file of each rank and a manifest of their digests;
 - ``metrics.jsonl``: the fields of ``StepRecord``, a line a step;
-- ``.lock``, which keeps other trainers out.
+- ``.lock``, which excludes other trainers.
 
-What is written is there as a whole or not at all, and on disk before the run goes on. So a run that is killed at any
-moment, or whose disk is full, goes on from what it has left. Files of another ``FORMAT`` are refused.
+Writes are atomic, and on disk before the run continues. So a run that is killed at any moment, or whose disk is full,
+can be resumed. Files of another ``FORMAT`` are refused.
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ from .batches import content
 from .estimator import Draw, Entry, Estimator, LossFn, replay
 from .masks import ModelMasks, ReplayedLayer
 
-# Of the folder and all that is in it; another number wherever one of these changes
+# Format of the folder and its files; increase it when one of these changes
 FORMAT = 3
 JOURNAL, METRICS, LOCK = "journal", "metrics.jsonl", ".lock"
 SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})(\.safetensors)?")
 MANIFEST = "snapshot.json"
-# Files that are first written under other names; what else is in the folder is the user's
+# Files with temporary names until they are complete; other files in the folder belong to the user
 WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{SNAPSHOT.pattern}|{re.escape(MANIFEST)}"
-# Snapshots that are kept besides the first: where the newest is damaged, the one before counts
+# Snapshots to keep besides the first: if the newest is damaged, the one before is used
 KEPT = 2
-# Tensors of an estimator stand under it in a snapshot, beside the logits under the names of their layers
+# Prefix of an estimator's tensors in a snapshot, where logits have the names of their layers
 PREFIX = "estimator/"
 
 MAGIC = b"maskpro\n"
-# magic, format, bytes of the JSON; then the digest of these and of the JSON; then the JSON
+# magic, format, bytes of the JSON; digest of these and of the JSON; JSON
 HEAD = struct.Struct("<8sII")
-# step, tokens, true where the update was skipped, loss under the initial masks; then the draws; then the digest
+# step, tokens, true if the update was skipped, loss under the initial masks; draws; digest
 STEP = struct.Struct("<QQ?d")
 # id, loss, factor of its score
 DRAW = struct.Struct("<Hdd")
 
 
 def pack_entry(entry: Entry, chain: bytes) -> bytes:
-    """The record of a step behind one with the digest ``chain``; it ends in its own."""
+    """Pack the record of a step after a record with the digest ``chain``; it ends with its own digest."""
     body = STEP.pack(entry.step, entry.tokens, entry.skipped, entry.initial_loss)
     body += b"".join(DRAW.pack(*draw) for draw in entry.draws)
     return body + digest_of_bytes(chain, body)
 
 
 def unpack_entry(record: bytes, chain: bytes) -> Entry | None:
-    """The entry of a record; None where its digest does not continue the chain."""
+    """Unpack the entry of a record; None if its digest does not continue the chain."""
     body = record[:-SIZE]
     if record[-SIZE:] != digest_of_bytes(chain, body):
         return None
@@ -83,7 +83,7 @@ def unpack_entry(record: bytes, chain: bytes) -> Entry | None:
 
 
 class Records(NamedTuple):
-    """The content of a journal, whose entries end at byte ``end``; ``torn`` bytes of a cut record are behind it."""
+    """Content of a journal; its entries end at byte ``end``, and ``torn`` bytes of an incomplete record follow."""
 
     header: dict
     entries: list[Entry]
@@ -95,12 +95,12 @@ class Records(NamedTuple):
 
 
 class Journal:
-    """A journal that is open for appending; ``create`` or ``resume`` gives one.
+    """A journal that is open for appending; made by ``create`` or ``resume``.
 
-    A file begins with a header, JSON with its digest; records of equal size follow, appended and synced one by one. The
-    digests are a chain: that of a record covers the digest before it, and the first one that of the header, which holds
-    the id of the run. So a record counts in its own run and at its own place alone. A record that a crash has cut short
-    is the last one, and is cut off; one that is damaged anywhere else is refused.
+    A file begins with a header, JSON with its digest. Records of equal size follow, appended and synced one by one. The
+    digests are a chain: that of a record covers the digest before it, the first one that of the header, which has the
+    id of the run. So a record is valid only in its own run and place. A crash can leave only the last record
+    incomplete, which is then removed; damage anywhere else is refused.
 
     ``chain`` is the digest of the last of the ``steps`` records; before the first one that of the header.
     """
@@ -112,7 +112,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: Mapping, draws: int = 1) -> Journal:
-        """Start a journal, whose header identifies the run by an id of its own."""
+        """Start a journal; its header has the unique id of the run."""
         text = json.dumps({"draws": draws, "run": header}, sort_keys=True).encode()
         head = HEAD.pack(MAGIC, FORMAT, len(text))
         chain = digest_of_bytes(head, text)
@@ -121,20 +121,20 @@ class Journal:
 
     @classmethod
     def resume(cls, path: Path, records: Records) -> Journal:
-        """Open the journal that gave these records; of a last one that was cut short the bytes are gone now."""
-        # anew: records of a process that was killed may be in memory alone, and after a sync that has failed another
-        # one does not write again what the system takes for written
+        """Open the journal of these records, and remove an incomplete last one."""
+        # write again: records of a killed process may be only in memory, and after a failed sync another one does not
+        # write data that the system takes for written
         write_whole(path, path.read_bytes()[: records.end])
         return cls(path, records.draws, len(records.entries), records.chain[-1])
 
     def append(self, entry: Entry) -> None:
         """Write a record and wait until it is on disk; OSError if it cannot be written.
 
-        What was written of it is then taken back. Where the sync has failed, or nothing can be taken back, no further
-        record is taken: ``resume`` goes on.
+        A part of it is then removed. If the sync has failed, or removal fails, no further record is accepted: call
+        ``resume``.
         """
         if self._failed:
-            raise OSError(f"{self.path}: the disk has failed before, and its content is not known: resume the run")
+            raise OSError(f"{self.path}: the disk has failed before, so its content is unknown: resume the run")
         if entry.step != self.steps or len(entry.draws) != self.draws:
             raise ValueError(
                 f"entry: expected step {self.steps} with {self.draws} draws, got step {entry.step} with "
@@ -143,19 +143,19 @@ class Journal:
         end = os.fstat(self._file.fileno()).st_size
         if end != self._end:
             raise ValueError(
-                f"journal: expected {str(self.path)!r} to end at byte {self._end}, as this process has left it, got "
+                f"journal: expected {str(self.path)!r} to end at byte {self._end}, where this process ended, got "
                 f"{end}: something else writes to it; resume the run"
             )
         record = pack_entry(entry, self.chain)
         written = False
         try:
             if self._file.write(record) != len(record):
-                raise OSError(f"{self.path}: the disk took a part of a record only")
+                raise OSError(f"{self.path}: the disk took only a part of a record")
             written = True
             os.fsync(self._file.fileno())
         except BaseException as error:
-            # an interrupt too: a record counts once it is on disk for certain. Behind a sync that has failed the system
-            # takes for written what is not: another one would succeed, and write nothing
+            # after an interrupt too: a record counts once it is surely on disk. After a failed sync the system takes
+            # data for written: another sync would succeed without a write
             self._failed = written and isinstance(error, OSError)
             try:
                 os.ftruncate(self._file.fileno(), self._end)
@@ -171,7 +171,7 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> Records:
-    """Read a journal; ValueError if it is none, of another format, or damaged."""
+    """Read a journal; ValueError for another file, another format, or damage."""
     content = Path(path).read_bytes()
     if len(content) < HEAD.size or content[: len(MAGIC)] != MAGIC:
         raise ValueError(f"journal: expected a journal of maskpro_kernels, got {str(path)!r}")
@@ -200,7 +200,7 @@ def read_journal(path: str | Path) -> Records:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a snapshot by name, and their ``kinds`` (shape, dtype). Each is read when it is asked for."""
+    """Tensors of a snapshot by name, read at access, and their ``kinds`` (shape, dtype)."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -208,7 +208,7 @@ class StoredTensors(Mapping[str, Tensor]):
             self.kinds = kinds_of_parts(tensor_files(path))
         else:
             with safe_open(path, framework="pt") as file:
-                # one after the other: all of them are as much as the model's logits
+                # one after the other: together they are as large as the model's logits
                 tensors = ((name, file.get_tensor(name)) for name in file.keys())
                 self.kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors}
 
@@ -226,7 +226,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors by their names; of a DTensor only the part of this rank is read."""
+        """Fill tensors by name; for a DTensor read only the rows of this rank."""
         if self.path.is_dir() or any(map(is_distributed, tensors.values())):
             read_parts(tensor_files(self.path), tensors)
             return
@@ -236,7 +236,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
-    """Write the snapshot behind a step; of those up to that step the first and those of the two newest steps stay."""
+    """Write the snapshot after a step; of those up to it keep the first and those of the two newest steps."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
     path = folder / f"snapshot-{step:010}-{digest_of_bytes(content).hex()}.safetensors"
@@ -246,12 +246,12 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state:
 
 
 def publish_snapshot(aside: Path, step: int, digests: Mapping[str, str], state: Mapping) -> Path:
-    """Make a snapshot of the folder ``aside``, into which ranks have written files with these digests by name."""
+    """Make a snapshot of the folder ``aside``, where ranks have written files with these digests by name."""
     manifest = json.dumps({"step": step, "state": state, "files": digests}).encode()
     path = aside.with_name(f"snapshot-{step:010}-{digest_of_bytes(manifest).hex()}")
     write_whole(aside / MANIFEST, manifest)
     if _read_state(path) is not None:
-        # bit for bit the same, as at the end of a run whose last step has left one
+        # the same bits, as at the end of a run whose last step wrote a snapshot
         discard(aside)
     else:
         if path.exists():
@@ -264,7 +264,7 @@ def publish_snapshot(aside: Path, step: int, digests: Mapping[str, str], state: 
 
 def _remove_old_snapshots(newest: Path) -> None:
     older = [path for path in snapshots_in(newest.parent) if step_of(path) < step_of(newest)]
-    # the order of entries in a file is left to chance, and so is its digest
+    # the order of entries in a file is random, and so is its digest
     same = [path for path in snapshots_in(newest.parent) if step_of(path) == step_of(newest) and path != newest]
     for old in (*older[1 : 1 - KEPT], *same):
         discard(old)
@@ -273,9 +273,9 @@ def _remove_old_snapshots(newest: Path) -> None:
 def newest_snapshot(
     folder: Path, at_most: int | None = None, run: Mapping | None = None
 ) -> tuple[int, StoredTensors, dict, list[Path]]:
-    """(step, tensors, state, snapshots that were passed over) of the newest sound snapshot; ValueError if none is.
+    """(step, tensors, state, unusable newer snapshots) of the newest intact snapshot; ValueError if there is none.
 
-    Of at most ``at_most`` steps, and a state whose "run" is ``run``, where these are given.
+    If given, it has at most ``at_most`` steps, and a state whose "run" is ``run``.
     """
     passed = []
     for path in reversed(snapshots_in(folder)):
@@ -286,11 +286,11 @@ def newest_snapshot(
             return step, StoredTensors(path), state, passed
         passed.append(path)
     others = f", {len(passed)} are damaged or of another run" if passed else ""
-    raise ValueError(f"snapshot: expected a sound one in {str(folder)!r}, got none{others}")
+    raise ValueError(f"snapshot: expected an intact one in {str(folder)!r}, got none{others}")
 
 
 def _read_state(path: Path) -> tuple[int, dict] | None:
-    """(step, state) of a snapshot; None unless its bytes are those that were written."""
+    """(step, state) of a snapshot; None if it is damaged."""
     named = SNAPSHOT.fullmatch(path.name)[2]
     try:
         if not path.is_dir():
@@ -325,15 +325,15 @@ def step_of(snapshot: Path) -> int:
 
 
 def snapshots_in(folder: Path) -> list[Path]:
-    """The files and folders of snapshots, by step."""
+    """Files and folders of snapshots, by step."""
     return sorted(path for path in folder.glob("snapshot-*") if SNAPSHOT.fullmatch(path.name))
 
 
 def settings_of(layers: Mapping[str, MaskedLinear], estimator: Estimator, batches: Sequence | None,
                 seed: int, accumulate: int, loss_fn: LossFn) -> dict:  # fmt: skip
-    """The settings that a run goes on with, as JSON; of a loss its ``settings()`` where it has them.
+    """Settings that a resumed run must share, as JSON; for a loss its ``settings()`` if it has them.
 
-    Of batches that are no sequence, None, there is nothing: snapshots hold a digest of those that were taken.
+    Batches that are not a sequence, None, are not included: snapshots have a digest of those taken.
     """
     of_layers = {}
     for name, layer in layers.items():
@@ -348,7 +348,7 @@ def settings_of(layers: Mapping[str, MaskedLinear], estimator: Estimator, batche
         "layers": of_layers,
         "device": sorted({layer.weight.device.type for layer in layers.values()}),
         "weights": digest(layer.weight for layer in layers.values()),
-        # one after the other: a sequence may read them from disk
+        # one at a time: a sequence may read them from disk
         "batches": None if batches is None else [content(batch, index) for index, batch in enumerate(batches)],
         "accumulate": accumulate,
         "loss": loss_fn.settings() if hasattr(loss_fn, "settings") else None,
@@ -356,14 +356,14 @@ def settings_of(layers: Mapping[str, MaskedLinear], estimator: Estimator, batche
 
 
 class SavedRun(NamedTuple):
-    """A run that is resumed.
+    """A run to resume.
 
     Attributes:
-        tensors: of the newest sound snapshot.
-        entries: of the journal behind that snapshot.
+        tensors: of the newest intact snapshot.
+        entries: of the journal after this snapshot.
         state: of the estimator.
-        initial_losses: None where they are to be computed.
-        refreshed: the step from which on the initial masks are others than at the first.
+        initial_losses: None if they must be computed.
+        refreshed: the step of the last refresh of the initial masks, if any.
     """
 
     steps: int
@@ -380,8 +380,8 @@ class SavedRun(NamedTuple):
 class RunFolder:
     """The folder of a run, for one trainer at a time. Errors name the trainer's argument ``output_dir``.
 
-    A new run begins by ``start``, and ``start_journal`` where it has a journal; one that was broken off goes on by
-    ``resume``. ``rows`` are the fields of ``StepRecord`` of each step that was taken.
+    A new run begins by ``start``, and with a journal by ``start_journal``; ``resume`` continues an interrupted one.
+    ``rows`` are the fields of ``StepRecord`` of each step.
     """
 
     def __init__(self, path: Path, estimator: Estimator):
@@ -389,7 +389,7 @@ class RunFolder:
         self.rows: list[dict] = []
         self._journal: Journal | None = None
         self._lock: FileLock | None = None
-        # of the lock and the journal, by which they are the ones that this process has made
+        # identities of the lock and the journal that this process made
         self._states: dict[Path, os.stat_result] = {}
         # settings and id
         self.run: Mapping = {}
@@ -397,41 +397,41 @@ class RunFolder:
         self._process: int | None = None
 
     def start(self, settings: Mapping) -> None:
-        """Make the folder for a run with these ``settings_of`` and keep other trainers out of it."""
+        """Make the folder for a run with these ``settings_of`` and exclude other trainers."""
         self._check_new()
         make_folder(self.path)
         self._acquire()
         try:
-            # again: another trainer may have had the folder since
+            # again: another trainer may have used the folder since
             self._check_new()
-            # of a run that was ended before its first step
+            # files of a run that ended before its first step
             for path in (*snapshots_in(self.path), *unfinished(self.path, WRITTEN)):
                 discard(path)
         except BaseException:
             self.close()
             raise
-        # with an id of its own: files of another run are none of this one, however alike the two are
+        # with a unique id: files of an equal run must not be taken for this one's
         self.run = {**settings, "id": secrets.token_hex(16)}
 
     def _check_new(self) -> None:
         learned = any(step_of(path) > 0 for path in snapshots_in(self.path))
         if learned or (self.path / METRICS).exists() or (self.path / JOURNAL).exists():
             raise ValueError(
-                f"output_dir: expected a folder without a run, got {str(self.path)!r}; trainer.resume() goes on with "
-                "its run, and another folder begins a new one"
+                f"output_dir: expected a folder without a run, got {str(self.path)!r}; call trainer.resume() to "
+                "continue its run, or use another folder for a new one"
             )
 
     def start_journal(self, initial_losses: Sequence[float]) -> None:
-        """Start the journal; from here on the folder holds a run."""
+        """Start the journal; from here on the folder has a run."""
         header = {"run": self.run, "initial_losses": initial_losses}
         self._journal = Journal.create(self.path / JOURNAL, header, self.estimator.draws)
         self._states[self.path / JOURNAL] = os.stat(self.path / JOURNAL)
 
     def resume(self, settings: Mapping, check_batches: Callable, check_run: Callable | None) -> SavedRun:
-        """Take the folder of a run that was broken off, and leave it as the last step would have, and so the estimator.
+        """Take over the folder of an interrupted run; restore folder and estimator to their state after the last step.
 
-        Where something raises both are as they were: also ``check_batches``, called with the steps that were taken and
-        the digest of their batches, and ``check_run``, called with the id of the run.
+        After an error both are unchanged: also an error of ``check_batches``, called with the number of steps and the
+        digest of their batches, or of ``check_run``, called with the id of the run.
         """
         if self.estimator.journaled and not (self.path / JOURNAL).exists():
             raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.path)!r}")
@@ -458,15 +458,15 @@ class RunFolder:
         self._check_settings(settings, run)
         if records is None and next(filter(None, map(_read_state, snapshots_in(self.path))))[1]["run"] != run:
             raise ValueError(
-                f"output_dir: expected snapshots of one run in {str(self.path)!r}, got a newest one that is of another "
-                "run than the first; move those of the other run away"
+                f"output_dir: expected snapshots of one run in {str(self.path)!r}, got a newest one of another run "
+                "than the first; move those of the other run away"
             )
-        # the first one was taken before the journal was there: that it is of the run, the run's id says
+        # the first one is older than the journal: the run's id shows that it belongs to the run
         if records is not None and snapshot_step and state.get("chain") != records.chain[snapshot_step].hex():
             raise ValueError(
                 f"output_dir: expected snapshots and a {JOURNAL} of one run in {str(self.path)!r}, got a snapshot of "
-                f"step {snapshot_step} that was taken beside other records; restore the folder from a copy, or move "
-                "that snapshot away"
+                f"step {snapshot_step} that belongs to other records; restore the folder from a copy, or move this "
+                "snapshot away"
             )
         if check_run is not None:
             check_run(run["id"])
@@ -481,7 +481,7 @@ class RunFolder:
             skipped = len(list(takewhile(lambda entry: entry.skipped, reversed(entries))))
             for entry, result in zip(entries, results, strict=True):
                 refreshed = entry.step + 1 if result.refreshes else refreshed
-                # a power cut may lose lines of steps that the journal holds, though not their flip rates and seconds
+                # a power cut may lose lines of steps in the journal, which lacks their flip rates and seconds
                 rows.setdefault(entry.step, asdict(result.record(entry.step, entry.tokens, math.nan, 0.0)))
             if refreshed is not None:
                 losses = state["initial_losses"] if refreshed <= snapshot_step else None
@@ -501,7 +501,7 @@ class RunFolder:
         self._written = len(self.rows)
         warnings = [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
         if records is not None and records.torn:
-            warnings.append(f"the last record of {self.path / JOURNAL} was cut short: its step is taken again")
+            warnings.append(f"the last record of {self.path / JOURNAL} is incomplete: its step is taken again")
         return SavedRun(steps, tensors, entries[snapshot_step:], kept, losses, refreshed, skipped, batches, warnings)
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
@@ -512,7 +512,7 @@ class RunFolder:
             if isinstance(own, dict) and isinstance(other, dict):
                 key = next(key for key in {**own, **other} if own.get(key, ...) != other.get(key, ...))
                 name, own, other = f"{name} {key}", own.get(key), other.get(key)
-            # the digests of batches say nothing
+            # digests of batches would not help
             values = "of this trainer, got others" if name == "batches" else f"{own!r}, got {other!r}"
             raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
 
@@ -525,7 +525,7 @@ class RunFolder:
             )
 
     def _read_rows(self, steps: int) -> dict[int, dict]:
-        """The metrics of the steps before that one, without lines that were cut short."""
+        """Read the metrics of the first ``steps`` steps, without incomplete lines."""
         rows, path = {}, self.path / METRICS
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError, KeyError, TypeError):
@@ -535,13 +535,13 @@ class RunFolder:
         return rows
 
     def add_entry(self, entry: Entry | None) -> None:
-        """Add the record of a step to the journal, where the run has one, ahead of its update."""
+        """Add the record of a step to the journal, if there is one, before its update."""
         self._check_own()
         if self._journal is not None and entry is not None:
             self._journal.append(entry)
 
     def add_row(self, row: Mapping) -> None:
-        """Add the metrics of a step; where that fails, its line comes with that of the next step."""
+        """Add the metrics of a step; after an error its line is written with that of the next step."""
         self.rows.append(dict(row))
         append_whole(self.path / METRICS, _lines(self.rows[self._written :]))
         self._written = len(self.rows)
@@ -550,9 +550,9 @@ class RunFolder:
         save_snapshot(self.path, step, tensors, self._prepared(state))
 
     def folder_aside(self) -> Path:
-        """Make the folder of a snapshot that ranks write their files into before ``publish_snapshot``."""
+        """Make a folder for the files of all ranks, which ``publish_snapshot`` turns into a snapshot."""
         self._check_own()
-        # by its name a run that is resumed sees that it is unfinished
+        # the name marks it as unfinished for a resumed run
         path = self.path / f"{MANIFEST}.{secrets.token_hex(8)}.tmp"
         path.mkdir()
         return path
@@ -561,10 +561,10 @@ class RunFolder:
         publish_snapshot(aside, step, digests, self._prepared(state))
 
     def _prepared(self, state: Mapping) -> dict:
-        """The state of a snapshot to come: with the run, and the record of the journal that it stands at."""
+        """Add the run and the current record of the journal to the state of a snapshot."""
         self._check_own()
         if not self.estimator.journaled and (self.path / METRICS).exists():
-            # the steps before are not taken again, and their losses are nowhere else
+            # earlier steps are not taken again, and only this file has their losses
             sync(self.path / METRICS)
             sync(self.path)
         return {"run": self.run, "chain": None if self._journal is None else self._journal.chain.hex(), **state}
@@ -576,34 +576,33 @@ class RunFolder:
         except Timeout:
             self._lock = None
             raise ValueError(
-                f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
-                f"{str(self.path)!r}"
+                f"output_dir: expected a folder that no open trainer uses, got {str(self.path)!r}"
             ) from None
         self._process, self._states = os.getpid(), {self.path / LOCK: os.stat(self.path / LOCK)}
 
     def _check_own(self) -> None:
-        """Raise unless this process made the run, and has the folder still."""
+        """Raise unless this process made the run and still owns the folder."""
         if self._process not in (None, os.getpid()):
             raise RuntimeError(
                 f"output_dir: expected process {self._process}, whose run is in {str(self.path)!r}, got {os.getpid()}, "
-                "which was forked from it: two may not write to one run; make a trainer with another output_dir here"
+                "a fork of it: two processes may not write to one run; make a trainer with another output_dir here"
             )
         for path, state in self._states.items():
             if not path.exists() or not os.path.samestat(path.stat(), state):
                 raise ValueError(
-                    f"output_dir: expected {str(path)!r} as this process has made it, got another file or none; close "
-                    "this trainer, put back what the folder held, and resume the run"
+                    f"output_dir: expected {str(path)!r} of this process, got another file or none; close this "
+                    "trainer, restore the content of the folder, and resume the run"
                 )
 
     def close(self) -> None:
-        """Let another trainer have the folder; a forked process lets go of nothing that its parent holds."""
+        """Release the folder for another trainer; a fork leaves the lock of its parent alone."""
         if self._process not in (None, os.getpid()):
             return
         try:
             if self._journal is not None:
                 self._journal.close()
         finally:
-            # also where the disk refuses to close the file
+            # also if closing the file fails
             if self._lock is not None:
                 self._lock.release()
             self._journal, self._lock, self._states = None, None, {}
@@ -616,7 +615,7 @@ def _lines(rows: Sequence[Mapping]) -> bytes:
 def write_parts(
     folder: RunFolder | None, ranks: Ranks, step: int, tensors: Mapping[str, Tensor], state: Mapping
 ) -> None:
-    """Add a snapshot of tensors whose rows ranks hold: each writes its own, and rank 0 publishes them once on disk."""
+    """Add a snapshot of sharded tensors: each rank writes its rows, and rank 0 publishes them once on disk."""
     aside = ranks.first(lambda: folder.folder_aside())
     try:
         ranks.all_of(lambda: _check_seen(aside))
@@ -626,7 +625,7 @@ def write_parts(
         ranks.first(lambda: folder.publish_snapshot(aside, step, digests, state))
     finally:
         if ranks.rank == 0 and aside.exists():
-            # the rest is cleared away when the run is resumed; the error that came first is the one to raise
+            # a resume removes the rest; raise the first error
             with suppress(OSError):
                 discard(aside)
 
@@ -635,10 +634,10 @@ def write_parts(
 def restore(
     saved: SavedRun, ranks: Ranks, layers: Mapping[str, MaskedLinear], estimator: Estimator, seed: int, refresh
 ) -> None:
-    """Set logits and the estimator's tensors to those of a snapshot, and take the journal's steps behind it again.
+    """Restore logits and the estimator's tensors from a snapshot, and apply the updates of later steps in the journal.
 
-    Steps are taken by their updates alone, without a forward pass. Rank 0 reads for all ranks; of layers whose rows
-    they hold each reads its own. ``refresh`` is called where initial masks were refreshed and losses are not there.
+    There is no forward pass. Rank 0 reads for all ranks; for layers that are cut over ranks each reads its own rows.
+    ``refresh`` is called if initial masks were refreshed and their losses are missing.
     """
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
     spread = {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
@@ -661,15 +660,15 @@ def replay_run(folder: str | Path, steps: int | None = None, device: torch.devic
     """Rebuild the logits of a run from its journal and its first snapshot, without model and batches.
 
     Args:
-        folder: ``output_dir`` of the trainer; of `maskpro learn` the folder "progress" in that of the run.
-        steps: of the first so many; None: of all.
-        device: where the updates are computed; the bits are the same on all.
+        folder: ``output_dir`` of the trainer; for `maskpro learn` the folder "progress" of the run.
+        steps: number of steps to apply; None: all.
+        device: device for the updates; the bits are the same on all.
 
     Returns:
-        The logits [out, K] by the names of their layers, on the CPU.
+        Logits [out, K] by name of the layer, on the CPU.
 
     Raises:
-        ValueError: if there is no journal, it or the first snapshot is damaged, or ``steps`` are more than it has.
+        ValueError: if there is no journal, it or the first snapshot is damaged, or it has fewer than ``steps`` steps.
     """
     folder = Path(folder)
     if not (folder / JOURNAL).exists():
@@ -677,7 +676,7 @@ def replay_run(folder: str | Path, steps: int | None = None, device: torch.devic
     records = read_journal(folder / JOURNAL)
     run, entries = records.header["run"], records.entries
     if steps is not None and not 0 <= steps <= len(entries):
-        raise ValueError(f"steps: expected 0 to {len(entries)}, those of the journal, got {steps}")
+        raise ValueError(f"steps: expected 0 to {len(entries)}, the steps of the journal, got {steps}")
     _, tensors, _, _ = newest_snapshot(folder, at_most=0, run=run)
     layers = {
         name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer, *place)
@@ -692,6 +691,6 @@ def replay_run(folder: str | Path, steps: int | None = None, device: torch.devic
 def _check_seen(path: Path) -> None:
     if not path.exists():
         raise ValueError(
-            f"output_dir: expected a folder on a disk that all ranks share, got {str(path.parent)!r}, in which this "
-            f"rank misses {path.name}"
+            f"output_dir: expected a folder that all ranks have access to, got {str(path.parent)!r}, where this "
+            f"rank does not find {path.name}"
         )

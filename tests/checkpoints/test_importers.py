@@ -337,7 +337,7 @@ def test_bad_imports_are_refused_in_one_line(folder, tmp_path, capsys):
     for arguments, message in (
         ([pickled], "checkpoint: expected a folder with safetensors files"),
         ([tmp_path / "none" / "x" / "y"], "source: expected a file, a folder or an id"),
-        ([model / "model.safetensors"], "model: expected the model that the masks in"),
+        ([model / "model.safetensors"], "model: expected the model of the masks in"),
         ([model], "pattern: expected one that some layer"),
         ([model, "--pattern", "2:5"], "pattern: expected N:M"),
         ([source], "expected a whole safetensors file"),

@@ -60,7 +60,7 @@ CASES = {
     "a window of one token": (f"{LEARN} --seq-len 1", None, ["seq_len: expected at least 2, got 1"]),
     "seed below 0": (f"{LEARN} --seed -1", None, ["seed: expected at least 0, got -1"]),
     "seed of 64 bits": (f"{LEARN} --seed {1 << 63}", None, ["seed: expected an int below 2**63"]),
-    "gap out of reach": (f"{LEARN} --gap 27", None, ["gap: expected at most 26, as far as noise reaches, got 27"]),
+    "gap out of reach": (f"{LEARN} --gap 27", None, ["gap: expected at most 26, which noise can cross, got 27"]),
     "gap that is no number": (f"{LEARN} --gap nan", None, ["gap: expected"]),
     "learning rate below 0": (f"{LEARN} --lr -1", None, ["lr: expected", "-1"]),
     "weights that learn without gradients": (
@@ -108,7 +108,7 @@ CASES = {
     ),
     "no run": ("export model out", None, ["run: expected a folder written by `maskpro learn`, got 'model'"]),
     "import of nothing": ("import model", None, ["output: expected --output"]),
-    "masks without a model": ("import text.txt --output out", None, ["model: expected the model that the masks in"]),
+    "masks without a model": ("import text.txt --output out", None, ["model: expected the model of the masks in"]),
     "import of no zeros": ("import model --output out", None, ["pattern: "]),
     "an output that is a file": (
         f"{LEARN} --output text.txt",

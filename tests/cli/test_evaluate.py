@@ -90,7 +90,7 @@ def test_protocols_take_whole_texts(inputs, run, tmp_path, capsys, datasets_cach
 
 def test_what_cannot_be_evaluated_is_refused(inputs, run, tmp_path, capsys):
     model = str(inputs / "model")
-    refuses(capsys, tmp_path, ["eval", model], "data: expected --data, since only a run has a text of its own")
+    refuses(capsys, tmp_path, ["eval", model], "data: expected --data, since only runs have texts")
     refuses(capsys, tmp_path, ["eval", str(run), "--data", "self"], "samples are no test of a mask")
     refuses(capsys, tmp_path, ["eval", str(run), "--output", str(run / "report.json")], "output: expected a new file")
     refuses(capsys, tmp_path, ["eval", str(run), "--output", "/none/file"], "output: expected a new file")

@@ -120,7 +120,7 @@ def test_another_base_model_or_logits_are_refused(inputs, run, tmp_path, capsys)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
     shutil.copytree(inputs / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    reported = "that its masks were learned on, got others; name the base model as it was by --model"
+    reported = "that its masks were learned on, got others; name the original base model by --model"
     refuses(capsys, tmp_path, ["export", str(copy), out, "--model", str(tmp_path / "model")], reported)
     moved = learned._replace(metadata=learned.metadata | {"model": str(tmp_path / "gone")})
     write_logits(moved, copy / "logits.safetensors")

@@ -122,7 +122,7 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch):
     looked_at(monkeypatch, float("inf"))
     assert main.main(learn(inputs, tmp_path / "run")) == 2
-    reported = "validation perplexity at step 0: expected a finite number, got inf; take another --dtype"
+    reported = "validation perplexity at step 0: expected a finite number, got inf; use another --dtype"
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {reported}")
     # the folder may be given again
     monkeypatch.undo()
@@ -150,7 +150,7 @@ def test_several_texts_and_samples_of_the_model_are_mixed(inputs, tmp_path, caps
     counts = [sum(bool((row == source).all(1).any()) for row in rows) for source in (*tokens, drawn)]
     assert counts == [2, 2, 4] and len(drawn) == 32
     # five windows, three of the first text by its turns
-    assert "drawing 32 windows of 16 tokens" in capsys.readouterr().err
+    assert "sampling 32 windows of 16 tokens" in capsys.readouterr().err
 
 
 def test_samples_alone_are_evaluated_as_well(inputs, tmp_path):

@@ -45,7 +45,7 @@ def test_an_interrupt_before_the_first_step_is_a_line(inputs, tmp_path, capsys, 
         (MemoryError("too large"), "MemoryError: too large"),
         (RecursionError("too deep"), "RecursionError: too deep"),
         (OverflowError("too\nlarge"), "too large"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory; take smaller windows or batches"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory; use smaller windows or batches"),
     ],
 )
 def test_an_error_is_one_line(inputs, tmp_path, capsys, monkeypatch, error, reported):

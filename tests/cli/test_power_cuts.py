@@ -48,7 +48,7 @@ class Command:
             assert self.begin(run) == 0, capsys.readouterr().err
         else:
             # of a run that has not begun no step was taken before
-            done = [int(steps) for steps in re.findall(r"(\d+) steps were taken before", lines)]
+            done = [int(steps) for steps in re.findall(r"(\d+) steps are done", lines)]
             assert max(done, default=NOTHING) >= acknowledged, lines
         return self.learned(run)
 

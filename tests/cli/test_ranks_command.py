@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs,
 
     capsys.readouterr()
     assert main.main(["learn", "--resume", str(run)]) == 0
-    assert "4 steps were taken before" in capsys.readouterr().err
+    assert "4 steps are done" in capsys.readouterr().err
     assert report(run)["logits"] == report(tmp_path / "whole")["logits"]
     assert report(run)["validation"] == report(tmp_path / "whole")["validation"]
 
@@ -219,14 +219,14 @@ def test_each_rank_has_a_device_of_its_own(inputs):
     assert learning.complete(options, world=2).device is None
     for device in ("cuda:1", "auto"):
         options.device = device
-        with pytest.raises(ValueError, match=f"device: expected cpu or cuda, of which .*, got '{device}'"):
+        with pytest.raises(ValueError, match=f"device: expected cpu or cuda, since each .*, got '{device}'"):
             learning.complete(options, world=2)
 
 
 @pytest.mark.parametrize(
     ("rank", "error", "reported"),
     [
-        (1, torch.OutOfMemoryError("CUDA out of memory"), "rank 1: CUDA out of memory; take smaller windows"),
+        (1, torch.OutOfMemoryError("CUDA out of memory"), "rank 1: CUDA out of memory; use smaller windows"),
         (1, FloatingPointError("loss"), None),
         (0, FailedRank("rank 1: OSError: full"), "rank 1: OSError: full"),
     ],

@@ -87,7 +87,7 @@ def test_a_run_that_was_broken_off_ends_as_a_whole_one(inputs, wholes, tmp_path,
     # from another folder, and with what does not change the result
     monkeypatch.chdir(tmp_path)
     assert main.main(["learn", "--resume", "run", "--device", "cpu"]) == 0
-    assert f"{step} steps were taken before" in capsys.readouterr().err
+    assert f"{step} steps are done" in capsys.readouterr().err
     assert_ends_as(run, whole)
 
 
@@ -156,8 +156,8 @@ def test_what_does_not_go_on_is_refused_in_a_line(inputs, run, broken, tmp_path,
     refuses(capsys, tmp_path, [*resume, "--steps", "9"], "resume: expected no other option but --device", "got steps")
     refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended, got")
     refuses(capsys, tmp_path, ["learn", "--resume", str(inputs)], "without settings.json")
-    refuses(capsys, tmp_path, learn(inputs, broken), "which holds a run that has not ended; continue with")
-    refuses(capsys, tmp_path, ["eval", str(broken)], "data: expected --data, since only a run has a text of its own")
+    refuses(capsys, tmp_path, learn(inputs, broken), "which has a run that has not ended; continue with")
+    refuses(capsys, tmp_path, ["eval", str(broken)], "data: expected --data, since only runs have texts")
     refuses(capsys, tmp_path, ["export", str(broken), str(tmp_path / "out")], "its run has not ended, continue with")
     settings = (broken / "settings.json").read_text()
     for content in ("{", "[]", "{}", settings.replace("maskpro-run 2", "maskpro-run 1")):

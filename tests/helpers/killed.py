@@ -179,7 +179,7 @@ def _ended(pids: list[int], victims: list[int]) -> list[int]:
 
 def _reported(log: str, before: int) -> int:
     """How many steps are reported as done; none that were reported before are lost."""
-    resumed = re.search(r"(\d+) steps were taken before", log)
+    resumed = re.search(r"(\d+) steps are done", log)
     assert resumed is None or int(resumed[1]) >= before, f"{before} steps were reported, then:\n{log}"
     steps = [int(step) for step in re.findall(r"^step (\d+) of", log, re.MULTILINE)]
     return max([before, *([int(resumed[1])] if resumed else []), *steps])

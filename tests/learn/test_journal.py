@@ -161,7 +161,7 @@ def test_after_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_path
             writer.append(entry(3))
     writer._file = file
     size = path.stat().st_size
-    with pytest.raises(OSError, match="the disk has failed before, and its content is not known: resume the run"):
+    with pytest.raises(OSError, match="the disk has failed before, so its content is unknown: resume the run"):
         writer.append(entry(3))
     assert path.stat().st_size == size
     writer.close()

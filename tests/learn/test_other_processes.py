@@ -58,7 +58,7 @@ def test_a_forked_process_takes_no_step_of_its_parents_run(how, tmp_path):
     assert in_a_fork(trainer.close) == "None"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     # it has not let go of what its parent holds
-    with pytest.raises(ValueError, match="a folder that no other trainer holds"):
+    with pytest.raises(ValueError, match="a folder that no open trainer uses"):
         a_trainer_in(tmp_path, how).resume()
     trainer.run(2, progress=False)
     trainer.close()
@@ -95,9 +95,7 @@ def test_a_folder_that_others_have_taken_is_not_written_to(tmp_path, how, name, 
         (tmp_path / name).write_bytes(content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for call in (trainer.step, lambda: trainer.run(2, progress=False)):
-        with pytest.raises(
-            ValueError, match=f"^output_dir: expected .*{name}' as this process has made it, got another"
-        ):
+        with pytest.raises(ValueError, match=f"^output_dir: expected .*{name}' of this process, got another"):
             call()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert_same_bits(logits_of(trainer.model), logits)

@@ -87,7 +87,7 @@ def test_one_trainer_at_a_time(tmp_path):
     first = a_trainer_in(tmp_path)
     first.step()
     for other in (a_trainer_in(tmp_path), a_trainer_in(tmp_path)):
-        with pytest.raises(ValueError, match="output_dir: expected a folder that no other trainer holds"):
+        with pytest.raises(ValueError, match="output_dir: expected a folder that no open trainer uses"):
             other.resume()
     first.close()
     with pytest.raises(RuntimeError, match="step: expected an open trainer whose last step was complete"):
@@ -180,7 +180,7 @@ def test_a_run_like_another_is_another(tmp_path):
         assert again.resume() == 4
     again.close()
     shutil.copy(tmp_path / "two" / "journal", tmp_path / "one")
-    with pytest.raises(ValueError, match="^snapshot: expected a sound one in .*, 1 are damaged or of another run"):
+    with pytest.raises(ValueError, match="^snapshot: expected an intact one in .*, 1 are damaged or of another run"):
         a_trainer_in(tmp_path / "one").resume()
 
 
@@ -192,7 +192,7 @@ def test_a_snapshot_of_another_straight_through_run_is_refused(tmp_path):
         trainer.close()
     foreign = Path(shutil.copy(run.snapshots_in(tmp_path / "two")[-1], tmp_path / "one"))
     files = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run .* that is of another run"):
+    with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run .* one of another run"):
         a_trainer_in(tmp_path / "one", "straight-through").resume()
     assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == files
     # the way out that the message names

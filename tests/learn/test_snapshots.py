@@ -40,7 +40,7 @@ def test_every_byte_of_a_snapshot_flipped_is_found(tmp_path):
     assert newest_snapshot(tmp_path)[0] == 0
     (tmp_path / sorted(os.listdir(tmp_path))[0]).write_bytes(b"")
     with pytest.raises(
-        ValueError, match="snapshot: expected a sound one in .*, got none, 2 are damaged or of another run"
+        ValueError, match="snapshot: expected an intact one in .*, got none, 2 are damaged or of another run"
     ):
         newest_snapshot(tmp_path)
 

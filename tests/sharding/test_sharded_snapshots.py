@@ -159,7 +159,7 @@ def test_disks_that_ranks_do_not_share_are_refused(tmp_path):
         for error in in_ranks(2, write_apart, folder=tmp_path, begun=begun):
             reported = str(error).removeprefix("rank 1: ")
             assert isinstance(error, ValueError), error
-            assert reported.startswith("output_dir: expected a folder on a disk that all ranks share, got 'run'"), (
+            assert reported.startswith("output_dir: expected a folder that all ranks have access to, got 'run'"), (
                 reported
             )
         shutil.rmtree(tmp_path / "0" / "run")
