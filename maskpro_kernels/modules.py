@@ -83,7 +83,7 @@ class MaskedLinear(nn.Module):
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is lost. Code that changes them sets it. The state_dict contains it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
-        shard: a ``RowShard``, the rows on this rank, if fully_shard of torch has cut the layer; else None. ``weight``
+        shard: a ``RowShard``, the rows on this rank, if fully_shard of torch has split the layer; else None. ``weight``
             and ``logits`` are then DTensors, and codes are those of these rows.
 
     Raises:
@@ -187,8 +187,8 @@ class MaskedLinear(nn.Module):
         """Run ``forward`` with a masked weight [out, K] gathered from ranks, stale where ``is_current()`` is false."""
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "weight: expected a frozen one in a layer that fully_shard has cut, got one that requires a gradient; "
-                "only whole weights can learn"
+                "weight: expected a frozen one in a layer that fully_shard has split, got one that requires a "
+                "gradient; only whole weights can learn"
             )
         backward = self.logits_backward if self.training else None
         mask = MaskSource(None if backward is None else self.logits, "applied", self.pattern.n, self.pattern.m, 1.0)
@@ -371,7 +371,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    """MaskedLinear modules of a model by name, those that FSDP2 has cut with a ``shard``; an error if none."""
+    """MaskedLinear modules of a model by name, those that FSDP2 has split with a ``shard``; an error if none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {describe(model)}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
@@ -392,8 +392,8 @@ def dense(model: nn.Module) -> Iterator[None]:
         model: with MaskedLinear layers.
 
     Raises:
-        ValueError: if the model has no MaskedLinear, fully_shard has cut layers, or kept weights have changed, so that
-            the dense weights are lost.
+        ValueError: if the model has no MaskedLinear, fully_shard has split layers, or kept weights have changed, so
+            that the dense weights are lost.
     """
     layers = masked_layers(model)
     check_not_sharded(layers, "ranks exchange kept values alone; load the dense model as well")

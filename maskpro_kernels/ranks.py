@@ -1,7 +1,7 @@
-"""The processes that learn one mask together: the one place for collectives.
+"""The processes of a run, and all its collectives.
 
-Objects and numbers go through gloo, whatever the device; sums of CUDA tensors through the default group. What ends the
-ranks behind an error of one of them is torchrun, which stops its siblings, and the timeout of the group.
+Objects and numbers are sent by gloo on every device, and CUDA tensors are summed by the default group. If one rank ends
+with an error, torchrun or the timeout of the group ends the others.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-# Settings that one message names
+# Most settings in a message
 NAMED = 8
-# For what rank 0 does alone, such as an evaluation
+# Timeout while rank 0 works alone, such as in an evaluation
 LONG = timedelta(days=30)
 
 
 def of_torchrun() -> bool:
-    """Say whether torchrun has started this process."""
+    """Return whether torchrun has started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def rank_of_torchrun() -> int:
-    """The rank that this process has under torchrun, also before the ranks are connected; 0 without torchrun."""
+    """Rank of this process under torchrun, also before the ranks are connected; 0 without torchrun."""
     return int(os.environ["RANK"]) if of_torchrun() else 0
 
 
 @contextmanager
 def under_torchrun() -> Iterator[int]:
-    """Join the processes that torchrun has started, where it has started this one; yields its number on its machine.
+    """Join the processes of torchrun, if it started this one, and yield the local rank; 0 without torchrun.
 
-    That is 0 without torchrun. With GPUs each process takes the one of its number.
+    With GPUs each process uses the one with its local rank.
 
     Raises:
         ValueError: if the machine has GPUs, but fewer than processes.
@@ -51,7 +51,7 @@ def under_torchrun() -> Iterator[int]:
     number = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        # all on this machine see it, before they wait for each other
+        # all processes on this machine raise, before they wait for each other
         if processes > gpus:
             raise ValueError(
                 f"nproc-per-node: expected at most {gpus}, the GPUs of this machine, got {processes}; with "
@@ -60,24 +60,25 @@ def under_torchrun() -> Iterator[int]:
         torch.cuda.set_device(number)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield number
-    # not after an error: it would wait for what is under way
+    # not after an error: it would wait for unfinished collectives
     dist.destroy_process_group()
 
 
 class FailedRank(RuntimeError):
-    """Another rank has raised an error that is no ValueError; the message names the rank and the error."""
+    """An error of another rank that is no ValueError; the message names the rank and the error."""
 
 
 class Ranks:
-    """This process among those of a run: those of torch.distributed where it is initialized, else it is alone.
+    """The processes of a run: those of torch.distributed if it is initialized, else this one alone.
 
-    All ranks call the same methods in the same order, ``connect`` first. Alone, nothing is sent. Where a rank has ended
-    the others get torch's RuntimeError. The exchanges of a step wait ``timeout`` seconds for the others, ``connect``
-    half an hour at least, and ``on_any``, ``gather_objects``, ``first``, ``all_of`` and ``agree`` as long as it takes.
+    All ranks call the same methods in the same order, ``connect`` first. A single rank sends nothing. If a rank has
+    ended, the others get torch's RuntimeError. Exchanges of a step wait ``timeout`` seconds for the others, and
+    ``connect`` at least half an hour. ``on_any``, ``gather_objects``, ``first``, ``all_of`` and ``agree`` wait without
+    a limit.
 
     Attributes:
-        rank, world: of this process, from 0; how many there are.
-        bytes_sent: of the tensors that this rank has given to the others.
+        rank, world: rank of this process, from 0; number of ranks.
+        bytes_sent: bytes of the tensors that this rank has sent.
     """
 
     def __init__(self, timeout: float = 600.0):
@@ -89,9 +90,9 @@ class Ranks:
         self._closed = False
 
     def connect(self) -> None:
-        """Meet the other ranks, where that has not been done."""
+        """Connect to the other ranks, once."""
         if self.world > 1 and self._of_steps is None and not self._closed:
-            # half an hour at least: each loads its model before, as fast as its disk is
+            # at least half an hour: each rank loads its model before, perhaps from a slow disk
             meeting = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(1800.0, self.timeout)))
             dist.destroy_process_group(meeting)
             self._of_steps = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
@@ -105,13 +106,13 @@ class Ranks:
         self._of_steps, self._patient, self._closed = None, None, True
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of every rank, in float64, by rank. All ranks give as many, and at least one."""
+        """Return the numbers of every rank, in float64, by rank; all ranks send equally many, at least one."""
         if self.world == 1:
             return [list(numbers)]
         return self.gather_vectors(torch.tensor(numbers, dtype=torch.float64, device="cpu")).tolist()
 
     def gather_vectors(self, tensor: Tensor) -> Tensor:
-        """[ranks, n]: the tensor [n] of each rank, of as many elements on all of them."""
+        """Return [ranks, n] from a tensor [n] on each rank."""
         if self.world == 1:
             return tensor.unsqueeze(0)
         self.bytes_sent += tensor.nbytes
@@ -120,13 +121,13 @@ class Ranks:
         return torch.stack(rows)
 
     def on_any(self, function: Callable[[], object] | None) -> bool:
-        """Say whether a function gives a true value on any rank; a rank without one counts as false."""
+        """Return whether a function returns a true value on any rank; a rank without a function counts as false."""
         if self.world > 1 and not any(given for (given,) in self.gather([function is not None])):
             return False
         return any(self.gather_objects(function is not None and bool(function())))
 
     def gather_objects(self, thing: object) -> list:
-        """The objects that all ranks give, by rank."""
+        """Return the objects of all ranks, by rank."""
         if self.world == 1:
             return [thing]
         objects = [None] * self.world
@@ -134,23 +135,23 @@ class Ranks:
         return objects
 
     def first(self, function: Callable[[], Result]) -> Result:
-        """The result of a function on rank 0, which alone calls it.
+        """Call a function on rank 0 alone, and return its result on all ranks.
 
-        Its error is raised on rank 0; on the others a ValueError where it is one, else a FailedRank.
+        Rank 0 raises its error; the others raise a ValueError if it is one, else a FailedRank.
         """
         return self._results(function, self.rank == 0)[0]
 
     def all_of(self, function: Callable[[], Result]) -> Result:
-        """The result of a function on this rank, once it has ended on all of them, which all call it.
+        """Call a function on all ranks, wait for all, and return the result of this rank.
 
-        Its error is raised here; where it raises on others alone, a ValueError or FailedRank that names the first.
+        An error of this rank is raised. If only others have one, raise a ValueError or FailedRank that names the first.
         """
         result: list[Result] = []
         self._results(lambda: result.append(function()), True)
         return result[0]
 
     def _results(self, function: Callable[[], Result], called: bool) -> list:
-        """The results of a function by rank, where none has raised an error."""
+        """Return the results of a function by rank, unless one raises an error."""
         if self.world == 1:
             return [function()]
         result = error = for_others = None
@@ -169,7 +170,7 @@ class Ranks:
         return [result for result, _ in results]
 
     def agree(self, settings: Mapping[str, object]) -> None:
-        """Raise ValueError on all ranks if some have other settings, which JSON can hold, than rank 0."""
+        """Raise ValueError on all ranks if the settings of some, JSON values, differ from those of rank 0."""
         if self.world == 1:
             return
         own = {
@@ -201,18 +202,18 @@ class Ranks:
             dist.broadcast(tensor, 0, group=self._group_of(tensor))
 
     def sum_of_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
-        """Rows [rows, K], this rank's, of the sum of a contiguous [out, K] over all ranks: the same bits in each copy.
+        """Return this rank's rows [rows, K] of the sum of a contiguous [out, K] over all ranks, equal in each copy.
 
-        Over the dimension ``cut`` of the mesh rows are cut as ``torch.chunk`` does; over the others they are copied.
+        Dimension ``cut`` of the mesh splits rows like ``torch.chunk``; the others copy them.
         """
         parts = mesh.size(cut)
         if parts > 1:
             each = -(-len(tensor) // parts)
             short = each * parts - len(tensor)
-            # without need it would be a copy, as large as the tensor
+            # pad only if needed: it copies the tensor
             whole = torch.nn.functional.pad(tensor, (0, 0, 0, short)) if short else tensor
             received = torch.empty_like(whole)
-            # no reduce-scatter: gloo's has no known order of the sum
+            # no reduce-scatter: gloo does not specify the order of its sum
             dist.all_to_all_single(received, whole, group=mesh.get_group(cut))
             self.bytes_sent += whole.nbytes
             tensor, *others = received.view(parts, each, -1)

@@ -1,7 +1,7 @@
-"""Importers of what other programs store: checkpoints of compressed-tensors, and masks of MaskLLM and MaskPro.
+"""Importers of files of other programs: checkpoints of compressed-tensors, and masks of MaskLLM and MaskPro.
 
-A new format of masks is a function that gives names and masks, and an entry in ``MASK_FORMATS``. The command `maskpro
-import` calls ``write_plain`` and ``read_masks``.
+For a new format of masks, write a function that yields names and masks, and add it to ``MASK_FORMATS``. The command
+`maskpro import` calls ``write_plain`` and ``read_masks``.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from ..files import INDEX, SINGLE, weight_files, write_tensors
 from ..ops.pattern import NMPattern
 from ..packed import PackedNM
 
-# Of compressed-tensors: the parts that a weight is stored in
+# Tensors of a weight in compressed-tensors
 COMPRESSED = ("compressed", "bitmask", "shape")
 FORMATS = ("sparse-24-bitmask", "dense")
-# Settings that would make a loader look for tensors that are no longer there
+# Settings with which a loader would expect compressed tensors
 COMPRESSION_SETTINGS = ("quantization_config", "compression_config", "sparsity_config")
 
 
 def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str | NMPattern) -> dict[str, Tensor]:
-    """Read masks that another program has learned: bool [out, K] by name of the layer.
+    """Read masks of another program: bool [out, K] by name of the layer.
 
     Args:
-        source: an .npz file of MaskLLM, a .pt file with a dict of masks, of bools or of 0 and 1 in any other dtype, or
+        source: an .npz file of MaskLLM; a .pt file with a dict of masks, as bools or as 0 and 1 in any other dtype; or
             a folder with such an .npz file, or with a file ``<name>.pt`` for each mask. Names may end in ".mask" or
             ".weight.mask".
-        layers: modules with a ``weight`` [out, K], by name; those without a mask are left out.
+        layers: modules with a ``weight`` [out, K], by name; the result has only those with a mask.
         pattern: "N:M" or NMPattern: at most N of every M are kept.
 
     Raises:
-        ValueError: if ``source`` holds no such masks, one does not fit its layer, or keeps more than N of M.
+        ValueError: if ``source`` has no such masks, or a mask does not fit its layer or keeps more than N of M.
     """
     pattern, source = NMPattern(pattern), Path(source)
     arrays = sorted(source.glob("*.npz")) if source.is_dir() else []
@@ -73,10 +73,10 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
 
 
 def _masks_of_maskllm(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, uint8 [bytes]) of each mask in an .npz file: at most ``most`` elements, the first in the highest bit."""
+    """Yield (name, uint8 [bytes]) of each mask in an .npz file: at most ``most`` elements, the first the highest bit."""
     expected = f"masks: expected an .npz file of MaskLLM, got {str(source)!r}"
     if not zipfile.is_zipfile(source):
-        # numpy would take it for a pickle, and advise to load it as one
+        # numpy's error would advise to load it as a pickle
         raise ValueError(f"{expected}, which is damaged or of another kind")
     try:
         with open(source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -93,28 +93,28 @@ def _masks_of_maskllm(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
                     )
                 yield name, torch.from_numpy(arrays[name])
     except Exception as error:
-        # zipfile, zlib and numpy each have errors of their own for damage
+        # zipfile, zlib and numpy each raise their own errors for damage
         raise ValueError(f"{expected}: {error}") from error
 
 
 def _masks_of_torch(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, mask as bool) from a file that holds a dict of masks, or from a folder with a file for each.
+    """Yield (name, mask as bool) from a file with a dict of masks, or from a folder with a file for each.
 
-    MaskPro's program writes bool tensors, a file for each mask or one for all; MaskLLM's ``tool_compute_mask_hf.py``
-    one of float32 masks, named after their weights (https://github.com/NVlabs/MaskLLM).
+    MaskPro's program writes bool tensors, a file for each mask or one for all. MaskLLM's ``tool_compute_mask_hf.py``
+    writes one file of float32 masks, named after their weights (https://github.com/NVlabs/MaskLLM).
     """
     for file in sorted(source.glob("*.pt")) if source.is_dir() else [source]:
         try:
             sizes = [part.file_size for part in zipfile.ZipFile(file).infolist()] if zipfile.is_zipfile(file) else []
             if sum(sizes) > file.stat().st_size:
-                raise ValueError("torch stores tensors as they are, and this file claims to hold more than it has")
+                raise ValueError("torch does not compress tensors, and the sizes in this file exceed its own")
             with warnings.catch_warnings(action="ignore"):
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            # which of a dozen errors it is depends on the place of the damage; torch's message is left out: it advises
-            # to load the file as a pickle, which runs whatever it holds
+            # the kind of error depends on the place of the damage; torch's message is left out, since it advises to
+            # load the file as a pickle, which can run any code
             raise ValueError(
-                f"masks: expected a file of masks, got {str(file)!r}, which is damaged or holds more than tensors"
+                f"masks: expected a file of masks, got {str(file)!r}, which is damaged or has more than tensors"
             ) from error
         for name, mask in (loaded if isinstance(loaded, Mapping) else {file.stem: loaded}).items():
             plain = isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_meta
@@ -127,26 +127,26 @@ def _masks_of_torch(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
                 )
             values = mask
             if mask.itemsize == 1:
-                # of bool too: sums and products would take another byte for what it is
+                # also for bool: sums and products would use other bytes than 0 and 1
                 values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()
             if not ((values == 0) | (values == 1)).all():
                 raise ValueError(f"masks: expected 0 and 1, or false and true, got others in {name} of {str(file)!r}")
             yield name, mask.bool()
 
 
-# What reads a file, by its suffix; folders and all other files are such as torch saves
+# Readers of files by suffix; folders and all other files are read by torch
 MASK_FORMATS = {".npz": _masks_of_maskllm}
 
 
 def write_plain(source: str | Path, output: str | Path) -> bool:
-    """Write a checkpoint of compressed-tensors as a plain one with exact zeros, if it is one; give whether it is.
+    """Write a checkpoint of compressed-tensors as a plain one with exact zeros; return false if it is none.
 
-    Files in the format sparse-24-bitmask are decompressed one at a time, those in the format dense are linked to. The
-    config loses its settings of compression; what else the folder holds is copied.
+    Files in the format sparse-24-bitmask are decompressed one at a time, and those in the format dense are linked to.
+    Settings of compression are removed from the config. Other files of the folder are copied.
 
     Raises:
-        ValueError: if the checkpoint is in another format, such as a quantized one, a file is damaged, or parts of a
-            weight are missing or do not agree.
+        ValueError: if the checkpoint has another format, such as a quantized one, a file is damaged, or tensors of a
+            weight are missing or do not fit.
         OSError: if a file cannot be written.
     """
     source, output = Path(source), Path(output)
@@ -159,7 +159,7 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
     config = source / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     parts = [settings.get(name) for name in COMPRESSION_SETTINGS]
-    # of compressed-tensors, and of no other quantizer
+    # only those of compressed-tensors, not of other quantizers
     parts = [part for part in parts if isinstance(part, dict)]
     parts = [part for part in parts if part.get("quant_method", "compressed-tensors") == "compressed-tensors"]
     if not names and not parts:
@@ -201,7 +201,7 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
             (output / INDEX).write_text(index, encoding="utf-8")
     for other in source.iterdir():
         if other.is_file() and not (names and (other.suffix == ".safetensors" or other.name == INDEX)):
-            # plain weights are read, and not written
+            # plain weights are only read
             link_or_copy = os.symlink if other.suffix == ".safetensors" else shutil.copy
             link_or_copy(other.resolve(), output / other.name)
     if settings:
@@ -211,7 +211,7 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
 
 
 def decompressed_weight(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
-    """The weight [out, K] whose parts these are, with exact zeros; ValueError if the parts do not agree."""
+    """Return the weight [out, K] with exact zeros; ValueError if its tensors do not fit."""
     sizes = shape.flatten().tolist()
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[1] % 4:
         raise ValueError(f"checkpoint: expected rows of whole groups of 4 in {name}.shape, got {sizes}")

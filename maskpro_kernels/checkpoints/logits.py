@@ -51,7 +51,7 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str,
         metadata: strings to store with the tensors; the name "changed_weights" is reserved.
 
     Raises:
-        ValueError: if ``model`` has no MaskedLinear, or one that fully_shard has cut.
+        ValueError: if ``model`` has no MaskedLinear, or one that fully_shard has split.
         OSError: if the file cannot be written.
     """
     layers = masked_layers(model)

@@ -55,7 +55,7 @@ class MaskTrainer:
     with the same draws and batches a step, if it computes the same losses. With ``StraightThrough`` ranks also sum the
     slopes, a layer at a time: all ranks have the same bits, which differ from those of one process only by the order of
     the sum. Rank 0 alone reads and writes ``output_dir``, and a run may resume with another number of ranks. If
-    ``fully_shard`` of torch has cut the layers into rows, each rank has the logits of its own rows alone. All ranks
+    ``fully_shard`` of torch has split the layers into rows, each rank has the logits of its own rows alone. All ranks
     then take part in each forward, and each writes its rows of a snapshot, so they need a common disk.
 
     Args:

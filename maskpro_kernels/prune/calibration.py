@@ -3,9 +3,9 @@
 If the output of each block is the input of the next, as in language models, blocks run alone, and only one block's
 inputs are in memory.
 
-If fully_shard has cut the layers, all ranks run the same batches. They gather the dense weight of one layer at a time,
-and each computes a share of its rows. A cut model runs with its own weights: masked weights overwrite those of the
-current block, which are restored afterwards.
+If fully_shard has split the layers, all ranks run the same batches. They gather the dense weight of one layer at a
+time, and each computes a share of its rows. A sharded model runs with its own weights: masked weights overwrite
+those of the current block, which are restored afterwards.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ REFUSED = {
     "no folder": (lambda folder: folder / "none", "checkpoint: expected a folder with safetensors files, got "),
     "a layer less": (
         lambda folder: save_file({"out.weight": torch.ones(4, 16)}, folder / "model.safetensors"),
-        "checkpoint: expected values for all of the model that is on meta or stored, got none for blocks.0.0.weight, "
-        "blocks.0.0.bias, blocks.0.1.weight and 10 more in ",
+        "checkpoint: expected values for all tensors on meta and all that checkpoints have, got none for "
+        "blocks.0.0.weight, blocks.0.0.bias, blocks.0.1.weight and 10 more in ",
     ),
     "another shape": (
         lambda folder: save_file(tensors_of(Blocks(outputs=8)), folder / "model.safetensors"),
@@ -134,7 +134,7 @@ def test_other_checkpoints_are_refused_and_the_model_stays_on_meta(tmp_path):
     with pytest.raises(ValueError, match="got none for places, a buffer that checkpoints leave out"):
         mk.load_checkpoint_shards(model, tmp_path)
     model.places = torch.arange(4)
-    with pytest.warns(UserWarning, match="left out, as the model has none of the name: another$"):
+    with pytest.warns(UserWarning, match="left out tensors that the model does not have: another$"):
         mk.load_checkpoint_shards(model, tmp_path / "model.safetensors", device="cpu")
     assert_same_bits(dict(model.state_dict()), tensors_of(Blocks()))
 
@@ -192,8 +192,8 @@ def test_quantized_values_are_refused(tmp_path):
     dtype = torch.float8_e4m3fn
     # four bits are packed: their shape would be another one as well
     save_file({"weight": torch.ones(6, 4).to(dtype)}, tmp_path / "model.safetensors")
-    line = f"checkpoint: expected weight as torch.float32, got {dtype} in {str(tmp_path)!r}: what is quantized has to "
-    with pytest.raises(ValueError, match=f"^{re.escape(line)}be dequantized first$"):
+    line = f"checkpoint: expected weight as torch.float32, got {dtype} in {str(tmp_path)!r}: "
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}dequantize it first$"):
         mk.load_checkpoint_shards(a_layer(), tmp_path)
 
 

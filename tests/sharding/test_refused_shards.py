@@ -22,9 +22,9 @@ from maskpro_kernels.modules import masked_layers
 OTHERS = (
     "model: tensor parallel and other DTensors than those of fully_shard are not supported; use FSDP2 (fully_shard)"
 )
-ROWS = "model: expected a weight that fully_shard has cut into rows"
+ROWS = "model: expected a weight that fully_shard has split into rows"
 NAN = "model: expected finite logits, got NaN or infinity in out"
-CUT = "got blocks.0.1, which fully_shard has cut"
+CUT = "got blocks.0.1, which fully_shard has split"
 
 
 def converted(pattern: str = "2:4", targets: tuple[str, ...] = ("*",)) -> Blocks:
@@ -143,19 +143,16 @@ def trained(model: nn.Module, **how) -> mk.MaskTrainer:
 
 # what is refused, and how the line begins
 REFUSED = {
-    "an older torch": (sharded_by_an_older_torch, "torch: expected 2.13 or newer, as fully_shard is used here, got "),
-    "flat parameters": (
-        in_flat_parameters,
-        "model: expected parameters as they are or sharded by fully_shard, got the",
-    ),
+    "an older torch": (sharded_by_an_older_torch, "torch: expected 2.13 or newer for fully_shard, got "),
+    "flat parameters": (in_flat_parameters, "model: expected plain parameters or those of fully_shard, got the"),
     "placed by hand": (lambda: placed_by_hand(Shard(0), Shard(0)), f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
     "a plan": (cut_by_a_plan, f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
     "a plan and fully_shard": (cut_by_a_plan_and_fully_shard, f"{OTHERS}; got (Shard(dim=0), Shard(dim=0)) in "),
     "experts that are cut": (converted_experts_after, "targets: expected each to match an nn.Linear, '*.experts.*'"),
     "finished experts": (
         finished_experts,
-        "model: expected whole layers, got model.layers.0.mlp.experts.linears.gate_proj.0, which fully_shard has cut: "
-        "model.layers.0.mlp.experts, which convert unfused, can only be fused from whole layers",
+        "model: expected whole layers, got model.layers.0.mlp.experts.linears.gate_proj.0, which fully_shard has "
+        "split: model.layers.0.mlp.experts, which convert unfused, can only be fused from whole layers",
     ),
     "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS} once, got (Shard(dim=1),) in blocks.0.1"),
     "fewer ranks": (
@@ -173,7 +170,7 @@ REFUSED = {
     "logits of one rank": (with_nan_on_rank_1, NAN),
     "a part of the model": (
         sharded_in_part,
-        "model: expected fully_shard to cut all masked layers over one mesh or none, got DeviceMesh(",
+        "model: expected fully_shard to split all masked layers over one mesh or none, got DeviceMesh(",
     ),
     "meta": (on_the_meta_device, "model: expected weights and logits in memory, got some on meta in blocks.0.1"),
     "offloaded": (
@@ -201,7 +198,7 @@ REFUSED = {
     ),
     "a layer itself": (
         finished_around_a_layer_itself,
-        "model: expected fully_shard around a module that holds masked layers, got one around out itself",
+        "model: expected fully_shard around a module that contains masked layers, got one around out itself",
     ),
     "packing": (
         lambda: mk.finalize(a_sharded_model([2]), to="packed"),

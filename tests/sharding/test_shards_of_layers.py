@@ -101,7 +101,9 @@ def assert_parts_and_sums_differ(model: nn.Module, alone: nn.Module) -> None:
 
 
 def assert_finalized_weights_are_the_shards(model: nn.Module, alone: nn.Module, x: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"^model: expected whole layers, got blocks\.0\.1, which fully_shard has cut"):
+    with pytest.raises(
+        ValueError, match=r"^model: expected whole layers, got blocks\.0\.1, which fully_shard has split"
+    ):
         mk.finalize(model, to="packed")
     mk.finalize(model)
     mk.finalize(alone)
@@ -175,7 +177,7 @@ def go_back(rank: int) -> None:
             y.backward()
         model.reset_iter_state()
     masked_layers(model)["out"].weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"^weight: expected a frozen one in a layer that fully_shard has cut, got"):
+    with pytest.raises(ValueError, match=r"^weight: expected a frozen one in a layer that fully_shard has split, got"):
         model(x)
 
 
