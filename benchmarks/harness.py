@@ -200,7 +200,7 @@ class Timings:
         return [row for case, rows in self._rows.items() if case not in self.refused for row in rows]
 
     def write_unfinished(self) -> None:
-        """Append the rows of cases that no further visit comes to."""
+        """Append the rows of cases without further visits."""
         for case, visits in self._visits.items():
             if len(visits) < VISITS[DEVICE]:
                 self._write(case)

@@ -145,7 +145,7 @@ class TestLayers:
         assert_same_bits(other.packed.unpack(), one.packed.unpack())
 
     def test_other_kinds_of_values_are_refused(self):
-        """Also where what is missing is not asked for: int8 values would else be taken for weights."""
+        """Also if nobody asks for missing keys: int8 values would else pass as weights."""
         kinds = layer(), mk.Sparse24Linear(mk.pack_24(sparse(24, 64)), torch.zeros(24))
         for one, other in (kinds, kinds[::-1]):
             before = copy.deepcopy(one.state_dict())

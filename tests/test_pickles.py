@@ -90,7 +90,7 @@ def test_planted_masks_run_no_code(write, tmp_path):
     with pytest.raises(ValueError, match="^masks: expected"):
         read_masks(next(tmp_path.glob("masks.*")), {"x": nn.Linear(8, 4)}, "2:4")
     assert not mark.exists()
-    # the plant is a sound one
+    # the plant is valid
     pickle.loads(pickle.dumps(Planted(mark)))
     assert mark.exists()
 

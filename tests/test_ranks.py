@@ -103,7 +103,7 @@ def test_a_step_of_reinforce_moves_numbers_alone():
         assert 0 < given == counted < 1024
 
 
-def spoil(rank: int, folder: Path, how: str):
+def break_rank(rank: int, folder: Path, how: str):
     """Steps whose loss is not finite on rank 1 in step 2."""
     trainers = []
 
@@ -118,7 +118,7 @@ def spoil(rank: int, folder: Path, how: str):
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(how, tmp_path):
-    (losses, logits), (others, theirs) = all_in_ranks(2, spoil, folder=tmp_path, how=how)
+    (losses, logits), (others, theirs) = all_in_ranks(2, break_rank, folder=tmp_path, how=how)
     assert [math.isfinite(loss) for loss in losses] == [math.isfinite(loss) for loss in others]
     assert [math.isfinite(loss) for loss in losses] == [True, True, False, True]
     assert_same_bits(logits, theirs)
@@ -310,7 +310,7 @@ def test_ranks_that_load_for_long_meet():
 
 
 def hang(rank: int) -> None:
-    """Rank 1 does not come to the exchange of losses in time."""
+    """Rank 1 is late for the exchange of losses."""
 
     def loss_fn(model, batch):
         time.sleep(4.0 if rank == 1 and trainer.steps_done == 1 else 0.0)

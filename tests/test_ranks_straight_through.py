@@ -30,7 +30,7 @@ class TwoWays(nn.Module):
 
 
 class ThreeLayers(nn.Module):
-    """Of equal shapes, so that one's slopes could be taken for another's."""
+    """Of equal shapes, so that the slopes of one would fit another."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class ThreeLayers(nn.Module):
 
 
 class Auxiliary(ThreeLayers):
-    """Uses all layers for all batches, but the gradient comes to the second one in those of five rows alone."""
+    """Uses all layers for all batches, but the second one has a gradient only in batches of five rows."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ys = [layer(x) for layer in (self.first, self.second, self.third)]
@@ -47,7 +47,7 @@ class Auxiliary(ThreeLayers):
 
 
 class Unreached(ThreeLayers):
-    """The gradient comes to the last two layers in no batch, the last of which is not even used."""
+    """The last two layers have no gradient in any batch, and the last is not even used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.first(x) + self.second(x).detach()
@@ -103,7 +103,7 @@ def assert_that_of_one_process(results: list, **steps) -> None:
         (2, 2, None, 1, 2),
         (2, 2, Checkpointed, 1, 3),
         (2, 2, Unreached, 1, 1),
-        # with that of a layer which backward comes to twice
+        # with that of a layer that has two gradients in backward
         (2, 2, Twice, 2, 3),
         # else when backward has ended: always, or in the one step of the four whose batches differ
         (2, 4, None, 2, 2),
@@ -121,7 +121,7 @@ def test_straight_through_on_ranks_is_that_of_one_process(world, accumulate, kin
 
 @pytest.mark.parametrize("taken_for", [["third", "second", "first"], slow(["second"])], ids=str)
 def test_turns_that_backward_does_not_take_cost_memory_alone(taken_for, eager_reference):
-    """Layers are not mixed up where all ranks are mistaken about what their backwards come to, and when."""
+    """Layers are not mixed up even if all ranks expect wrong layers, or a wrong order, in backward."""
     steps = {"accumulate": 2, "steps": 4, "kind": Auxiliary}
     results = all_in_ranks(2, straight_through, taken_for=taken_for, **steps)
     assert_that_of_one_process(results, **steps)

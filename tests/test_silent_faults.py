@@ -54,7 +54,7 @@ def converted_it_comes_back(folder: Path) -> None:
 
 def taken_apart_comes_back(folder: Path) -> None:
     model, batch = tiny("GPT-2")
-    # a square one, whose transpose would be taken for it
+    # a square one, whose transpose would fit too
     as_linears(model, ["transformer.h.0.attn.c_proj"])
     hf.describe(model)
     assert_comes_back(model, batch, folder)

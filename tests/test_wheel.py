@@ -103,7 +103,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 def test_an_index_takes_them(distributions):
-    """Their metadata, and the README as it is shown there."""
+    """Their metadata, with the README."""
     assert run(sys.executable, "-m", "twine", "check", "--strict", *distributions).count("PASSED") == 2
 
 

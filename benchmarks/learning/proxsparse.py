@@ -20,7 +20,7 @@ from maskpro_kernels.modules import MaskedLinear
 EPSILON = 0.1
 # Share of the steps over which the learning rate rises
 WARMUP = 0.1
-# A group has come to rest where no weight moves by more than that share of its largest
+# A group has converged if no weight moves by more than this share of its largest
 REST = 1e-7
 MOST_SWEEPS = 200
 

@@ -534,7 +534,7 @@ class _Run:
             if more and self.ranks.rank > 0:
                 trainer.run(options.steps - trainer.steps_done, progress=False, after_step=lambda _: bool(signals))
             elif more:
-                # logits of an earlier stop: if the run is killed now, they would be taken for its result
+                # logits of an earlier stop: if the run is killed now, they must not look like its result
                 (self.output / LOGITS_FILE).unlink(missing_ok=True)
                 track = stack.enter_context(self._trackers())
                 before, started = trainer.steps_done, time.perf_counter()

@@ -24,10 +24,10 @@ class _PreallocatedLayer(DynamicLayer):
                 for states in (key_states, value_states)
             ]
         first = self.get_seq_length()
-        behind = first + key_states.shape[-2]
+        end = first + key_states.shape[-2]
         for held, states in zip(self._held, (key_states, value_states), strict=True):
-            held[..., first:behind, :] = states
-        self.keys, self.values = (held[..., :behind, :] for held in self._held)
+            held[..., first:end, :] = states
+        self.keys, self.values = (held[..., :end, :] for held in self._held)
         return self.keys, self.values
 
 

@@ -123,7 +123,7 @@ class Journal:
     def resume(cls, path: Path, records: Records) -> Journal:
         """Open the journal of these records, and remove an incomplete last one."""
         # write again: records of a killed process may be only in memory, and after a failed sync another one does not
-        # write data that the system takes for written
+        # write data that the system marks as written
         write_whole(path, path.read_bytes()[: records.end])
         return cls(path, records.draws, len(records.entries), records.chain[-1])
 
@@ -410,7 +410,7 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
-        # with a unique id: files of an equal run must not be taken for this one's
+        # with a unique id: files of an equal run must not pass as files of this one
         self.run = {**settings, "id": secrets.token_hex(16)}
 
     def _check_new(self) -> None:

@@ -208,7 +208,7 @@ class MaskTrainer:
                 other's without a time limit, and all end if one returns true.
 
         Warns:
-            UserWarning: of layers that no backward has come to, as where the loss does not depend on them.
+            UserWarning: about layers without a gradient, such as those that the loss does not depend on.
 
         Raises:
             TypeError, ValueError: if ``steps`` is not an int of at least 1, or more than the estimator allows.

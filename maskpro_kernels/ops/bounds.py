@@ -94,8 +94,8 @@ def descending(xs):
                 for i in range(start, min(start + distance, count - distance)):
                     j = i + distance
                     if i // (2 * sorted_) == j // (2 * sorted_):
-                        behind = xs[i] < xs[j]
-                        xs[i], xs[j] = torch.where(behind, xs[j], xs[i]), torch.where(behind, xs[i], xs[j])
+                        swap = xs[i] < xs[j]
+                        xs[i], xs[j] = torch.where(swap, xs[j], xs[i]), torch.where(swap, xs[i], xs[j])
             distance //= 2
         sorted_ *= 2
     return xs

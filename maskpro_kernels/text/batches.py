@@ -153,7 +153,7 @@ def generator_of(purpose: str, seed: int, index: int) -> torch.Generator:
 
 
 def turns(shares: Sequence[Fraction], count: int) -> list[int]:
-    """Sources of the next ``count`` windows: each time the one that lags most behind its share, the first of equals."""
+    """Sources of the next ``count`` windows: always the one furthest below its share, the first of equals."""
     scale = math.lcm(*(share.denominator for share in shares))
     weights = [int(share * scale) for share in shares]
     lacking, whose = [0] * len(weights), []

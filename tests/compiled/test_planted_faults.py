@@ -35,7 +35,7 @@ def of_one_workgroup(text: str) -> str:
 
 
 def without_a_mask(text: str) -> str:
-    """A store's offset as it is, and not beyond the buffer where the lane is masked."""
+    """A store's offset, and none beyond the buffer in a masked lane."""
     store = re.search(r"buffer_store_\w+ \S+ (v\d+),", text)
     *_, masked = re.finditer(rf"v_cndmask_b32_e(?:32|64) {store[1]}, v\d+, (v\d+), \S+", text[: store.start()])
     return f"{text[: masked.start()]}v_mov_b32_e32 {store[1]}, {masked[1]}{text[masked.end() :]}"

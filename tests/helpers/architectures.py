@@ -48,7 +48,7 @@ def gemma3() -> Tiny:
     text = {**GROUPED, "head_dim": 8}
     config = tf.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_id=IMAGE)
     tiny = with_an_image(tf.Gemma3ForConditionalGeneration, config, 4, pixel_values=images())
-    # it begins as zeros, by which no gradient comes to the images
+    # it begins as zeros, which block the gradient of the images
     nn.init.normal_(tiny.model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
     types = (tiny.batch["input_ids"] == IMAGE).long()
     return Tiny(tiny.model, tiny.batch | {"token_type_ids": types})

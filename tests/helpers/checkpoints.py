@@ -17,7 +17,7 @@ from helpers.tiny_llama import tiny_tokenizer
 from maskpro_kernels import files
 
 # Written by Sparse24BitMaskTensor of compressed-tensors 0.14.0.1: two weights, with -0.0 and with groups of fewer than
-# two values; the same weights as they were before under names that begin with "dense."
+# two values; their former weights under names that begin with "dense."
 COMPRESSED = Path(__file__).parent / "data" / "sparse24-bitmask.safetensors"
 LAYER = "model.layers.0.mlp.down_proj"
 

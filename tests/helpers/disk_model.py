@@ -89,7 +89,7 @@ class Disk:
         return self._nodes.get(os.fstat(descriptor).st_ino)
 
     def observe(self) -> bool:
-        """Take over what was done to the real folder; gives whether there was anything."""
+        """Apply changes of the real folder; return whether there were any."""
         seen: dict[int, File | Folder] = {self.root.stat().st_ino: self.folder}
         changed = self._observe(self.folder, self.root, seen)
         self._nodes = seen

@@ -39,7 +39,7 @@ def oddness(number, scale, *, m):
 
 
 def by_bounds(x, threshold, level, scale, *, power):
-    """Groups that begin below their threshold are left open, and as they are."""
+    """Groups that begin below their threshold are left open and unchanged."""
     is_open = x[:, 0] < threshold
     columns = [torch.where(is_open, column, column * scale + level.to(torch.float32)) for column in x.unbind(-1)]
     return torch.stack(columns, dim=-1), torch.where(is_open, 1, 0).to(torch.uint8)

@@ -33,7 +33,7 @@ class State:
 
     Attributes:
         tree: of the folder.
-        how: it comes about first.
+        how: its first cause.
         acknowledged: the most steps that the run has reported before a cut with this state; ``NOTHING`` before its
             begin is reported.
     """

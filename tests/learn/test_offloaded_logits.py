@@ -66,7 +66,7 @@ class LateTransfers(Transfers):
 
 @pytest.fixture
 def late(monkeypatch):
-    """All logits are taken for those of another device."""
+    """All logits pass as those of another device."""
     transfers = LateTransfers()
     monkeypatch.setattr(offload, "transfers_of", lambda device: transfers)
     for module in (offload, masks):

@@ -96,7 +96,7 @@ def test_one_trainer_at_a_time(tmp_path):
 
 
 def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
-    """A snapshot of other logits must not be taken for that of the run."""
+    """A snapshot of other logits must not pass as one of the run."""
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -166,7 +166,7 @@ def test_files_of_a_user_stay(tmp_path, how):
 
 
 def test_a_run_like_another_is_another(tmp_path):
-    """Each has an id of its own: neither snapshots nor records of one are taken for those of the other."""
+    """Each has its own id: neither snapshots nor records of one are used for the other."""
     for name in ("one", "two"):
         trainer = a_trainer_in(tmp_path / name)
         trainer.run(4, progress=False)

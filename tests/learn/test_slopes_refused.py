@@ -1,4 +1,4 @@
-"""Losses and gradients that no logits can learn from: they are named, and spoil nothing."""
+"""Losses and gradients that no logits can learn from: they are named, and change nothing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_losses_that_gradients_do_not_take_to_the_masks(eager_reference):
 
 
 class InParts(torch.autograd.Function):
-    """A layer whose use the forward hides from its hooks, and which backward comes to in two parts."""
+    """A layer whose use the forward hides from its hooks, and whose backward has two parts."""
 
     @staticmethod
     def forward(ctx, x, layer):

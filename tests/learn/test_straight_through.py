@@ -91,7 +91,7 @@ def test_checkpointed_activations_give_the_same_bits(train_weights, eager_refere
     _, first = learn_straight_through(plain, train_weights=train_weights)
     _, second = learn_straight_through(checkpointed, train_weights=train_weights)
     handle.remove()
-    assert len(runs) == 2 * len(second), "nothing was computed anew"
+    assert len(runs) == 2 * len(second), "nothing was computed again"
     assert [record.loss for record in first] == [record.loss for record in second]
     assert_same_bits(logits_by_name(plain), logits_by_name(checkpointed))
     for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
@@ -136,9 +136,9 @@ def compiled_two_layers():
     ids=["slope", "slope and weights", "scalar", "language model"],
 )
 def test_a_compiled_model_learns_as_an_eager_one(problem, estimator, graphs, eager_reference):
-    """No graph again for another step, and afterwards the graphs of the model as it is.
+    """No graph again for another step, and afterwards the graphs of the current model.
 
-    The same bits where the backend leaves the operations as they are; it rewrites some of a language model's.
+    Equal bits if the backend does not rewrite the operations; it rewrites some of a language model's.
     """
     learned, losses, outputs = [], [], []
     counter = CompileCounterWithBackend("aot_eager")

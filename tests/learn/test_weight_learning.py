@@ -136,8 +136,8 @@ def test_steps_that_are_not_finite_move_no_weight(bad, accumulate):
         trainer.step()
         before = everything(trainer)
         whole = trainer.loss_fn
-        spoil = {"loss": lambda loss: loss * bad, "gradient": lambda loss: Broken.apply(loss, bad)}[where]
-        trainer.loss_fn = lambda model, batch, spoil=spoil, whole=whole: spoil(whole(model, batch))
+        damage = {"loss": lambda loss: loss * bad, "gradient": lambda loss: Broken.apply(loss, bad)}[where]
+        trainer.loss_fn = lambda model, batch, damage=damage, whole=whole: damage(whole(model, batch))
         if where == "gradient":
             with pytest.warns(UserWarning, match="gradients of step 1: expected finite numbers"):
                 trainer.step()

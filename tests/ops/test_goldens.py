@@ -108,7 +108,7 @@ def run(folder: Path, estimator: dict, pattern: str = "2:4", logits_dtype=torch.
     )
     trainer.run(20, progress=False)
     trainer.close()
-    # each with a checksum of its own, as they were when the goldens were taken
+    # each with its checksum at the time of the goldens
     bodies = [pack_entry(entry, b"")[:-SIZE] for entry in read_journal(folder / "journal").entries]
     content = b"".join(body + zlib.crc32(body).to_bytes(4, "little") for body in bodies)
     return [digest(model.up.logits, model.down.logits), hashlib.sha256(content).hexdigest()[:16]]

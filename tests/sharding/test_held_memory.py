@@ -84,7 +84,7 @@ def beside(held: Held, how: str) -> int:
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 def test_a_rank_holds_its_share_and_two_blocks(how, dtype):
     layer = WIDTH * WIDTH * dtype.itemsize
-    # gathered, and as they are sent: half of the values, and a bit for each
+    # gathered and sent: half of the values, and a bit for each
     two_blocks = 2 * IN_BLOCK * (layer + layer // 2 + WIDTH * WIDTH // 8)
     # of the largest layer, in float32, sent and received
     gradient = 2 * WIDTH * WIDTH * 4 if how == "straight-through" else 0

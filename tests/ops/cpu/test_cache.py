@@ -159,7 +159,7 @@ SOUND = (b"code" * 8, ((torch.float32, 4),))
 
 
 def replanted(path: Path, how: str) -> None:
-    """Something else instead of a sound file, as another user or another program leaves it there."""
+    """Another file or folder in the place of a valid file, from another user or program."""
     content = path.read_bytes()
     path.unlink()
     if how == "a pipe":
@@ -232,7 +232,7 @@ CHILD = "from maskpro_kernels.ops.cpu import cache; print(cache.folder())"
 
 
 def folder_of(**given: str | None) -> str:
-    """What a process with that environment, None where a variable is missing, takes for the cache."""
+    """Path of the cache in a process with this environment; None removes a variable."""
     environment = {name: value for name, value in (os.environ | given).items() if value is not None}
     done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -192,7 +192,7 @@ def test_unpacking_keeps_every_bit(kind, pattern, cpu):
     for dtype in DTYPES:
         for groups in (1, 70 // m + 1, 192 // m):
             packed, _, _ = packed_case(pattern, dtype, "keep", 5, groups)
-            # what no operation on numbers would leave as it is
+            # bytes that any operation on numbers would change
             packed.values.view(reference.INTEGERS[dtype.itemsize])[0, 0] = -1
             got, expected = (
                 route.unpack_nm(packed.values, packed.bitmask, n=n, m=m).view(torch.uint8)

@@ -228,7 +228,7 @@ def test_packed_kernels(child, pattern, element):
         target, (kernel, unit, owned, out), *_, loop, matrix_unit = row
         if kernel == "packed_vector" and loop is not None:
             activations = 8 * m // n * 2 // 16
-            # words of the bitmask, and scales, come by one load each
+            # words of the bitmask and scales need one load each
             wide, single = (activations, 3 * owned) if element == "int8" else (owned + activations, owned)
             assert loop == [wide, wide + single, 0], row
         if kernel == "packed_linear" and matrix_unit is not None:

@@ -244,11 +244,11 @@ def flipped(x, kept, M: tl.constexpr):
         most = tl.maximum(most, tl.where(kept[i], float("-inf"), x[i]))
     # of equal logits, a dropped one before a kept one
     passed_over = tl.zeros(x[0].shape, tl.int1)
-    behind = tl.zeros(x[0].shape, tl.int1)
+    tied = tl.zeros(x[0].shape, tl.int1)
     for i in tl.static_range(M):
-        behind = behind | (kept[i] & (x[i] == most) & passed_over)
+        tied = tied | (kept[i] & (x[i] == most) & passed_over)
         passed_over = passed_over | (~kept[i] & (x[i] == most))
-    return ((most > least) | behind).to(tl.int32)
+    return ((most > least) | tied).to(tl.int32)
 
 
 @triton.jit
