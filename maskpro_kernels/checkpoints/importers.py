@@ -73,7 +73,7 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
 
 
 def _masks_of_maskllm(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, uint8 [bytes]) of each mask in an .npz file: at most ``most`` elements, the first the highest bit."""
+    """(name, uint8 [bytes]) of each mask in an .npz file: at most ``most`` elements, the first the highest bit."""
     expected = f"masks: expected an .npz file of MaskLLM, got {str(source)!r}"
     if not zipfile.is_zipfile(source):
         # numpy's error would advise to load it as a pickle
