@@ -60,7 +60,11 @@ CALLS = {
         "lr steps curvature max_update decay fisher_every train_weights weight_decay",
     ),
     "Reinforce": (mk.Reinforce, dict, "lr alpha tracker normalize draws refresh steps"),
-    "MaskOptimizer": (mk.MaskOptimizer, lambda: {"model": a_model()}, "model lr curvature max_update decay loss_scale"),
+    "MaskOptimizer": (
+        mk.MaskOptimizer,
+        lambda: {"model": a_model()},
+        "model lr curvature max_update decay loss_scale tokens",
+    ),
     "pack_nm": (mk.pack_nm, lambda: {"weight": WEIGHT, "pattern": "2:4"}, "weight pattern values"),
     "PackedNM": (
         mk.PackedNM,

@@ -26,13 +26,13 @@ def texts(count: int = 16) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trained(model, folder, steps: int = 8, callbacks=(), resume: str | None = None, **options) -> Trainer:
+def trained(model, folder, steps: int = 8, callbacks=(), resume: str | None = None, rows=None, **options) -> Trainer:
     defaults = {
         "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5,
         "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
     arguments = TrainingArguments(str(folder), max_steps=steps, **defaults | options)
-    trainer = Trainer(model, arguments, train_dataset=texts(), callbacks=list(callbacks))
+    trainer = Trainer(model, arguments, train_dataset=rows or texts(), callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -206,6 +206,24 @@ def test_mask_callback_takes_the_steps_of_mask_trainer(accumulate, tmp_path):
     trainer.run(4, progress=False)
     options = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
     ours = learned(tmp_path, 4, gradient_accumulation_steps=accumulate, **options)
+    torch.testing.assert_close(logits(ours.model), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_mask_callback_counts_the_labels_of_all_batches_of_a_step(tmp_path):
+    """Completions of one to four tokens: the Trainer divides by their number in the step, and so does the curvature."""
+    rows = [row | {"labels": row["labels"].clone()} for row in texts()]
+    for index, row in enumerate(rows):
+        row["labels"][: 7 - index // 4] = -100
+    batches = [{name: torch.stack([row[name] for row in part]) for name in part[0]}
+               for part in (rows[first : first + 4] for first in range(0, 16, 4))]  # fmt: skip
+    model = masked()
+    trainer = mk.MaskTrainer(
+        model, lambda model, batch: model(**batch).loss, batches, mk.StraightThrough(lr=0.3, steps=4), seed=42,
+        accumulate=2,
+    )  # fmt: skip
+    trainer.run(4, progress=False)
+    options = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2}
+    ours = learned(tmp_path, 4, rows=rows, **options)
     torch.testing.assert_close(logits(ours.model), logits(model), rtol=1e-4, atol=1e-4)
 
 

@@ -22,7 +22,7 @@ TREE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The 
 BUDGETS = {
     name: int(most) for name, most in re.findall(r"^\| `(maskpro_kernels/[\w./]+)` \| (\d+) \|", TREE, re.MULTILINE)
 }
-MOST_LINES, MOST_FILES, FEWEST_LINES = 22_550, 105, 40
+MOST_LINES, MOST_FILES, FEWEST_LINES = 22_640, 105, 40
 # The field has plainer verbs, such as print, report and raise
 PLAIN = re.compile(r"\b(told|tell|tells|telling|unbegun|parting)\b", re.IGNORECASE)
 MOST_PLAIN = 20

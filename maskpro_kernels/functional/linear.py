@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Unpack
 
 import torch
@@ -18,6 +20,7 @@ from .checks import (
     check_like,
     check_transforms,
     check_weight,
+    describe,
     drawn_from,
     linear_input,
     tokens_of,
@@ -57,18 +60,19 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None
 
 
 def straight_through_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource, curvature: float = 1.0
-) -> Tensor:
+    grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource, curvature: float = 1.0,
+    tokens: float | Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Straight-through gradient of the logits: the slope of the loss in the mask.
 
     The slope is w G + (1/2 - m) w^2 F, taken halfway between kept and dropped. Its mean over each group is subtracted,
     since a group's mask has a fixed sum. G is the first derivative of the loss in the masked weight. F approximates the
-    second: F = curvature * (sum of grad^2 over the tokens) (sum of x^2 over the tokens). For a loss that is a mean over
-    tokens, in nats, this is the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv 1503.05671). With
-    w G alone, a weight for which any change overshoots would be dropped and kept in turn without end.
+    second: F = curvature * T / R * (sum of grad^2) (sum of x^2), over the R rows that have a gradient. For a loss that
+    is a mean over T tokens, in nats, this is the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv
+    1503.05671). With w G alone, a weight for which any change overshoots would be dropped and kept in turn without end.
 
     Pass it as ``logits_backward`` of ``straight_through_linear`` or ``MaskedLinear``. They call it with contiguous
-    operands. ``functools.partial`` sets another curvature.
+    operands. ``functools.partial`` sets another curvature, and tokens.
 
     Args:
         grad: gradient of y [tokens, out].
@@ -76,6 +80,7 @@ def straight_through_gradient(
         weight: [out, K].
         mask: source of the mask that y was computed with.
         curvature: factor of F, at least 0.
+        tokens: T, a number or 0-dim; None: R, which is right if the loss has one term for each row.
 
     Returns:
         Tensor [out, K] in the dtype of the logits.
@@ -85,7 +90,29 @@ def straight_through_gradient(
     """
     if not curvature >= 0:
         raise ValueError(f"curvature: expected a float of at least 0, got {curvature}")
-    return ops.straight_through_grad(grad, x, weight, curvature, mask).to(mask.tensor.dtype)
+    tokens = None if tokens is None else torch.as_tensor(tokens, dtype=torch.float32)
+    return ops.straight_through_grad(grad, x, weight, curvature, mask, tokens=tokens).to(mask.tensor.dtype)
+
+
+def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
+    """T of a batch, 0-dim float32, by its loss or its labels: see ``curvature`` of ``StraightThrough``."""
+    count = loss_fn.labelled_tokens(batch) if hasattr(loss_fn, "labelled_tokens") else count_labels(batch)
+    if count is None:
+        return None
+    value = count.item() if isinstance(count, Tensor) and count.numel() == 1 else count
+    if not (isinstance(value, Real) and 0 <= value < math.inf):
+        raise ValueError(f"loss_fn: expected labelled_tokens to give a number of at least 0, got {describe(count)}")
+    # a loss over none has no gradient
+    return torch.tensor(max(value, 1.0), dtype=torch.float32, device="cpu")
+
+
+def count_labels(batch) -> Tensor | None:
+    """How many labels a mapping has, but -100; None of another batch."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        return None
+    # a language model predicts no row's first token
+    return (labels[:, 1:] if labels.dim() == 2 and not labels.is_floating_point() else labels).ne(-100).sum()
 
 
 def straight_through_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, *,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..functional.linear import count_labels
 from ..kept_zeros import KeptZeros
 from ..learn.backward import check_slope_settings
 from ..learn.masks import margins, warn_of_unlearned
@@ -48,7 +49,7 @@ class MaskCallback(TrainerCallback):
         check_slope_settings(curvature, max_update, decay)
         self._how = {"curvature": curvature, "max_update": max_update, "decay": decay}
         self._frozen: list[nn.Parameter] = []
-        self._hook = None
+        self._hooks: list = []
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         # before the optimizer is made, and the DDP wrapper, which waits for gradients of all trainable parameters
@@ -68,11 +69,13 @@ class MaskCallback(TrainerCallback):
         if state.global_step == 0:
             for counter_state in counter_states(model):
                 counter_state.seed.fill_(args.seed)
-        if self._hook is not None:
+        for hook in self._hooks:
             # of training that an error ended
-            self._hook.remove()
+            hook.remove()
         self._masks = MaskOptimizer(model, **self._how)
-        self._hook = own.register_step_pre_hook(self._move)
+        self._parts = 1
+        count = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._hooks = [own.register_step_pre_hook(self._move), count]
 
     def _freeze(self, model: nn.Module) -> None:
         logits = {id(layer.logits) for layer in masked_layers(model).values()}
@@ -99,6 +102,12 @@ class MaskCallback(TrainerCallback):
             # the last step of an epoch may have fewer batches
             batches = min(batches, per_epoch - state.global_step % -(-per_epoch // batches) * batches)
         self._masks.slopes.set_scale(scale / batches)
+        self._parts = batches * (args.world_size if args.average_tokens_across_devices else 1)
+
+    def _count(self, model: nn.Module, inputs: tuple, named: dict) -> None:
+        """Set the tokens of a forward's loss, whose scale is set for a mean over one batch."""
+        whole = named.get("num_items_in_batch")
+        self._masks.slopes.set_tokens(count_labels(named) if whole is None else whole / self._parts)
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """Move the logits instead of the Trainer's optimizer, which then has no gradient."""
@@ -123,10 +132,11 @@ class MaskCallback(TrainerCallback):
 
     def release(self) -> None:
         """Make the frozen parameters trainable again, as the end of training does; call it after an error."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
             self._masks.detach()
-            self._hook = None
+        self._hooks = []
         for parameter in self._frozen:
             parameter.requires_grad_()
         self._frozen.clear()

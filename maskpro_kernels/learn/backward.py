@@ -75,11 +75,12 @@ class BackwardPass:
         own = self.order(loss)
         return all(order == own for (order,) in self.ranks.gather([own]))
 
-    def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
+    def backward(self, loss: Tensor, weight=1.0, alike=True, tokens: Tensor | None = None) -> list[str]:
         """Take the gradient of the loss of the last forward to the logits; its slopes count by ``weight``.
 
-        ``alike`` is true where ``order`` has given the same on all ranks. Behind the last pass it gives the names of
-        the layers in which a slope was not finite: logits of its weights and mean square are as they were.
+        ``alike`` is true where ``order`` has given the same on all ranks, and ``tokens`` is T of the loss, see
+        ``ops.curvature_factors``. Behind the last pass it gives the names of the layers in which a slope was not
+        finite: logits of its weights and mean square are as they were.
         """
         # what runs again from here on, to compute an activation anew, is no further use
         self.unwatch()
@@ -88,7 +89,7 @@ class BackwardPass:
         if not alike:
             self.turns.clear()
         for updater in self.updaters.values():
-            updater.weight = weight
+            updater.weight, updater.tokens = weight, tokens
             updater.at_once = self.ranks.world == 1 and self.batches == 1 and updater.uses <= 1
         torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
         self._end_pass()
@@ -161,7 +162,7 @@ class LayerUpdater:
         uses: how often the forward of a pass has used the layer.
         fisher: of the layer, see ``FisherSquares``; None where the gradient itself gives the curvature.
         slopes, weight_grad: those summed up of the step, float32; None once the logits have moved by them.
-        weight: of the slopes of a pass.
+        weight, tokens: of the slopes of a pass, and T of its loss.
         at_once: whether the logits move by the slopes of a pass where these are computed, in one kernel.
     """
 
@@ -191,7 +192,7 @@ class LayerUpdater:
                 "comes again after the layer has moved"
             )
         weight_grad = None if self.learner is None else torch.empty_like(weight, dtype=torch.float32)
-        more = weight_grad, None if self.fisher is None else self.fisher / max(len(x), 1)
+        more = weight_grad, self.tokens, self.fisher
         if self.at_once:
             self.weight_grad = weight_grad
             of = grad, x, weight, how.curvature
@@ -373,9 +374,9 @@ class ShardUpdater(LayerUpdater):
         self.own_slopes: Tensor | None = None
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
-        squares = ops.column_squares(grad) if self.fisher is None else self.fisher / max(len(x), 1)
         self.slopes = self._added(self.slopes, ops.weight_gradient(grad, x))
-        self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
+        curvature = self.weight * self.how.curvature
+        self.factors.append(ops.curvature_factors(grad, x, curvature, self.tokens, self.fisher))
         self.backward_pass.take_turns()
 
     def finish(self) -> None:

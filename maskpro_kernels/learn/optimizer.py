@@ -36,6 +36,8 @@ class MaskOptimizer(torch.optim.Optimizer):
         loss_scale: factor of a batch's mean loss before backward: 1/k if k batches make a step. With a gradient scaler
             a function that returns it, such as ``lambda: scaler.get_scale() / k``. The first derivative of the loss
             grows by this factor, the second by its square, and the slope uses both.
+        tokens: number of tokens in a batch's mean loss, or a function that returns it, as for
+            ``straight_through_gradient``.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not plain tensors in memory.
@@ -43,11 +45,14 @@ class MaskOptimizer(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, lr: float = 0.3, *, curvature: float = 1.0,
                  max_update: float = 2.0, decay: float = 0.9,
-                 loss_scale: float | Callable[[], float] = 1.0):  # fmt: skip
+                 loss_scale: float | Callable[[], float] = 1.0,
+                 tokens: float | Callable[[], float | Tensor] | None = None):  # fmt: skip
         check_float("lr", lr, 0.0)
         check_slope_settings(curvature, max_update, decay)
         if not callable(loss_scale):
             check_float("loss_scale", loss_scale, 0.0, strict=True)
+        if tokens is not None and not callable(tokens):
+            check_float("tokens", tokens, 0.0, strict=True)
         self.layers = masked_layers(model)
         for name, layer in self.layers.items():
             check_in_memory("model", layer, name)
@@ -56,7 +61,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         self._model = model
         logits = [layer.logits.requires_grad_() for layer in self.layers.values()]
         super().__init__(logits, {"lr": float(lr), "max_update": float(max_update), "decay": float(decay)})
-        self.slopes = ScaledSlopes(float(curvature), loss_scale)
+        self.slopes = ScaledSlopes(float(curvature), loss_scale, tokens)
         for layer in self.layers.values():
             layer.logits_backward = self.slopes
 
@@ -147,17 +152,24 @@ class MaskOptimizer(torch.optim.Optimizer):
 class ScaledSlopes:
     """``logits_backward`` of the layers: ``straight_through_gradient`` of a scaled loss."""
 
-    def __init__(self, curvature: float, loss_scale: float | Callable[[], float]):
+    def __init__(self, curvature: float, loss_scale: float | Callable, tokens: float | Callable | None):
         # as text: torch.compile(dynamic=True) takes a float for an input of its graph, and fails where layers share it
         self.curvature = repr(curvature)
         self.set_scale(loss_scale)
+        self.set_tokens(tokens)
+
+    def set_tokens(self, tokens: float | Tensor | Callable | None) -> None:
+        self.tokens = tokens
+        # a graph would keep the tokens of the batch that it was made with
+        self.moves_logits = tokens is not None
 
     def set_scale(self, loss_scale: float | Callable[[], float]) -> None:
         self.loss_scale = loss_scale if callable(loss_scale) else repr(loss_scale)
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> Tensor:
         scale = self.loss_scale() if callable(self.loss_scale) else float(self.loss_scale)
-        return straight_through_gradient(grad, x, weight, mask, float(self.curvature) / scale)
+        tokens = self.tokens() if callable(self.tokens) else self.tokens
+        return straight_through_gradient(grad, x, weight, mask, float(self.curvature) / scale, tokens)
 
 
 def _codes(layer: MaskedLinear) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..fsdp import check_not_sharded
 from ..functional.checks import describe
+from ..functional.linear import labelled_tokens
 from ..modules import MaskedLinear
 from ..ops.counter import MaskSource
 from ..ranks import Ranks
@@ -38,7 +39,9 @@ class StraightThrough(Estimator):
     Args:
         lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
         steps: how many steps there will be, and no more; None: lr stays as it is.
-        curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens.
+        curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens. A
+            method ``loss_fn.labelled_tokens(batch)`` gives their number, else the labels of a mapping that are not
+            -100, of [batch, length] without the first of each row; else each row of a layer that has a gradient counts.
         max_update: most that a logit moves in a step. A kept and a dropped weight start the gap apart and change places
             after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few important
             weights may be dropped, because the slope is a local estimate and underestimates what that costs.
@@ -134,14 +137,15 @@ class StraightThrough(Estimator):
             with self.attached(step.index, step.ranks, len(places), fisher) as backward_pass:
                 for place in others:
                     one = step.forward(place)
-                    backward_pass.backward(one, float(step.weights[place]), backward_pass.alike(one))
-                loss = step.forward(last)
+                    alike, tokens = backward_pass.alike(one), labelled_tokens(step.loss_fn, step.batches[place])
+                    backward_pass.backward(one, float(step.weights[place]), alike, tokens)
+                loss, tokens = step.forward(last), labelled_tokens(step.loss_fn, step.batches[last])
                 (value,), alike = step.exchange(backward_pass.order(loss))
                 if not math.isfinite(value):
                     return StepResult(value)
                 step.begin_update()
                 self._fisher.take(fisher)
-                bad_layers = backward_pass.backward(loss, float(step.weights[last]), alike)
+                bad_layers = backward_pass.backward(loss, float(step.weights[last]), alike, tokens)
         return StepResult(value, bad_layers=tuple(bad_layers))
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
@@ -187,12 +191,12 @@ class StraightThrough(Estimator):
 
 
 class FisherSquares:
-    """The second factor of F, see ``ops.straight_through_grad``, of each layer: a running mean over Fisher passes.
+    """The ``row_squares`` of F, see ``ops.curvature_factors``, of each layer: a running mean over Fisher passes.
 
-    A Fisher pass is a forward and a backward of ``loss_fn.fisher_loss(model, batch, seed)``, whose gradient squared has
-    the curvature of the loss as its mean. A layer keeps the sum over tokens of the squares of its outputs' gradients,
-    times the number of tokens: over those of another batch it stays the same. The first passes count alike, later ones
-    by ``decay``, the share of the running mean that a pass leaves.
+    A Fisher pass is a forward and a backward of ``loss_fn.fisher_loss(model, batch, seed)``, a mean over the tokens of
+    the loss, whose gradient squared has the curvature of the loss as its mean. A layer keeps the mean over its rows of
+    the squares of a token's gradient: over those of another batch it stays the same. The first passes count alike,
+    later ones by ``decay``, the share of the running mean that a pass leaves.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLinear], decay: float):
@@ -214,19 +218,16 @@ class FisherSquares:
         All ranks get the same. Layers that the pass does not reach, or in which a square is not finite, are as before;
         of the latter rank 0 warns once.
         """
-        totals = {name: torch.zeros_like(square) for name, square in self.squares.items()}
-        reached = dict.fromkeys(self.layers, 0.0)
+        totals = {name: square.new_zeros(len(square) + 1) for name, square in self.squares.items()}
         for _, place in step.own:
-            weight = float(step.weights[place])
-            for name, square in self._squares_of(step, place).items():
-                totals[name] += weight * square
-                reached[name] += weight
+            for name, total in self._totals_of(step, place).items():
+                totals[name] += float(step.weights[place]) * total
         # one transfer, and one collective on several ranks
         device = next(iter(totals.values())).device
-        shares = torch.tensor(list(reached.values()), dtype=torch.float32, device=device)
-        flat = torch.cat([*(square.to(device) for square in totals.values()), shares])
+        flat = torch.cat([total.to(device) for total in totals.values()])
         step.ranks.sum_(flat)
-        *parts, shares = flat.split([*(len(square) for square in totals.values()), len(shares)])
+        rows = flat.split([len(total) for total in totals.values()])
+        parts, shares = [row[:-1] for row in rows], torch.stack([row[-1] for row in rows])
         finite = torch.stack([part.isfinite().all() for part in parts])
         after, bad = self.current(), []
         usable, came = torch.stack([finite & (shares > 0), shares > 0]).tolist()
@@ -253,10 +254,11 @@ class FisherSquares:
                 self.squares[name].copy_(square)
                 self.passes[name] += 1
 
-    def _squares_of(self, step: Step, place: int) -> dict[str, Tensor]:
-        """Of one batch, of the layers that backward reaches."""
+    def _totals_of(self, step: Step, place: int) -> dict[str, Tensor]:
+        """``ops.token_squares`` of one batch, of the layers that backward reaches; summed over the uses of a layer."""
         before = {layer: layer.logits_backward for layer in self.layers.values()}
-        collectors = {name: _Collector() for name in self.layers}
+        tokens = labelled_tokens(step.loss_fn, step.batches[place])
+        collectors = {name: _Collector(tokens) for name in self.layers}
         try:
             for name, layer in self.layers.items():
                 layer.logits_backward = collectors[name]
@@ -267,7 +269,7 @@ class FisherSquares:
         finally:
             for layer, own in before.items():
                 layer.logits_backward = own
-        return {name: c.total / c.uses for name, c in collectors.items() if c.uses}
+        return {name: collector.total for name, collector in collectors.items() if collector.total is not None}
 
 
 def _seed_of(step: Step, place: int) -> int:
@@ -277,15 +279,15 @@ def _seed_of(step: Step, place: int) -> int:
 
 
 class _Collector:
-    """A ``logits_backward`` that sums up the squares of a layer's output gradients, by its uses in a pass."""
+    """A ``logits_backward`` that sums up ``ops.token_squares`` of a layer."""
 
     # true: what it keeps is of one pass, and of no compiled graph
     moves_logits = takes_shards = True
 
-    def __init__(self):
-        self.total: Tensor | float = 0.0
-        self.uses = 0
+    def __init__(self, tokens: Tensor | None):
+        self.tokens = tokens
+        self.total: Tensor | None = None
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
-        self.total = self.total + ops.column_squares(grad) * len(grad)
-        self.uses += 1
+        of_use = ops.token_squares(grad, self.tokens)
+        self.total = of_use if self.total is None else self.total + of_use

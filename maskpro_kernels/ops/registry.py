@@ -252,9 +252,28 @@ def column_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
-def _factors(grad, x, curvature, grad_squares):
-    """Factors [rows] and [K]; their outer product is the second derivative of the loss in the masked weight."""
-    return curvature * (column_squares(grad) if grad_squares is None else grad_squares), column_squares(x)
+def token_squares(grad: Tensor, tokens: Tensor | None) -> Tensor:
+    """Sum over rows of (T * grad)^2 [rows], followed by R [1]; operands as for ``curvature_factors``."""
+    count = grad.any(1).sum(dtype=torch.float32)
+    return torch.cat([(count if tokens is None else tokens).square() * column_squares(grad), count[None]])
+
+
+def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, Tensor]:
+    """Factors [rows] and [K]; their outer product is F, the second derivative of the loss in the masked weight.
+
+    F = curvature * T / R * (sum of grad^2) (sum of x^2) over the R rows of grad [tokens, rows] and x [tokens, K] that
+    have a gradient. For a loss that is a mean over T tokens, F is the Fisher information if tokens, rows and columns
+    are independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671). T is ``tokens``, 0-dim float32; None: R.
+    ``row_squares`` float32 [rows] replaces T^2 / R * (sum of grad^2), if another gradient gives the curvature.
+    """
+    used = grad.any(1)
+    if row_squares is not None:
+        # a divergence has no gradient at its teacher, but a curvature
+        used = used | ~used.any()
+    count = used.sum(dtype=torch.float32).clamp(min=1)
+    tokens = count if tokens is None else tokens
+    first = tokens / count * column_squares(grad) if row_squares is None else row_squares / tokens
+    return curvature * first, column_squares(x.masked_fill(~used[:, None], 0.0))
 
 
 def _slope_operands(grad, x, weight, factors, weight_grad, mask):
@@ -276,13 +295,13 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 @torch.library.custom_op(
     f"{NAMESPACE}::straight_through_grad",
     mutates_args=("weight_grad",),
-    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, Tensor? grad_squares, "
-    f"{MASK}) -> Tensor",
+    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, Tensor? tokens, "
+    f"Tensor? row_squares, {MASK}) -> Tensor",
 )
-def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask):
+def _straight_through_grad(grad, x, weight, curvature, weight_grad, tokens, row_squares, *mask):
     mask = MaskSource.unflat(*mask)
     with without_autocast(grad):
-        factors = _factors(grad, x, curvature, grad_squares)
+        factors = curvature_factors(grad, x, curvature, tokens, row_squares)
         if uses_kernels(grad):
             return kernels("straight_through").straight_through_grad(grad, x, weight, *factors, mask, weight_grad)
         operands = _slope_operands(grad, x, weight, factors, weight_grad, mask)
@@ -292,15 +311,16 @@ def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares
 _straight_through_grad.register_fake(lambda grad, x, weight, *_: torch.empty_like(weight, dtype=torch.float32))
 
 
-def straight_through_grad(grad, x, weight, curvature, mask: MaskSource, weight_grad=None, grad_squares=None) -> Tensor:
+def straight_through_grad(
+    grad, x, weight, curvature, mask: MaskSource, weight_grad=None, tokens=None, row_squares=None
+) -> Tensor:
     """Slope of a loss in the mask, less its mean over each group, float32 [rows, K]: ``reference.group_mask_slope``.
 
-    G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens). For
-    a loss that is a mean over tokens, F is the Fisher information if tokens, rows and columns are independent (K-FAC;
-    Martens and Grosse 2015, arXiv 1503.05671). ``weight_grad`` float32 [rows, K] is set to G, for kept and dropped
-    weights. ``grad_squares`` float32 [rows] replaces the sum of grad^2, if another gradient gives the curvature.
+    G = grad [tokens, rows].T @ x [tokens, K]; F is that of ``curvature_factors``. ``weight_grad`` float32 [rows, K] is
+    set to G, for kept and dropped weights.
     """
-    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask.by_codes.flat())
+    more = weight_grad, tokens, row_squares
+    return _straight_through_grad(grad, x, weight, curvature, *more, *mask.by_codes.flat())
 
 
 def mask_slope(weight: Tensor, first: Tensor, second: Tensor, codes: Tensor, m: int) -> Tensor:
@@ -312,12 +332,13 @@ def mask_slope(weight: Tensor, first: Tensor, second: Tensor, codes: Tensor, m: 
     f"{NAMESPACE}::straight_through_update_",
     mutates_args=("weight_grad", "source"),
     schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float max_update, "
-    f"Tensor(a!)? weight_grad, Tensor? grad_squares, {MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
+    f"Tensor(a!)? weight_grad, Tensor? tokens, Tensor? row_squares, "
+    f"{MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
 )
-def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, grad_squares, *mask):
+def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, tokens, row_squares, *mask):
     mask = MaskSource.unflat(*mask)
     with without_autocast(grad):
-        factors = _factors(grad, x, curvature, grad_squares)
+        factors = curvature_factors(grad, x, curvature, tokens, row_squares)
         if uses_kernels(grad):
             update_ = kernels("straight_through").straight_through_update_
             return update_(grad, x, weight, *factors, rate, max_update, mask, weight_grad)
@@ -329,11 +350,10 @@ def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weig
 _straight_through_update_.register_fake(_fake_scalar)
 
 
-def straight_through_update_(
-    grad, x, weight, curvature, rate: Tensor, max_update: float, mask: MaskSource, weight_grad=None, grad_squares=None
-) -> Tensor:
+def straight_through_update_(grad, x, weight, curvature, rate: Tensor, max_update: float, mask: MaskSource,
+                             weight_grad=None, tokens=None, row_squares=None) -> Tensor:  # fmt: skip
     """``descend_`` of a drawn mask's logits by ``straight_through_grad``, which a GPU never writes to memory."""
-    operands = grad, x, weight, curvature, rate, max_update, weight_grad, grad_squares
+    operands = grad, x, weight, curvature, rate, max_update, weight_grad, tokens, row_squares
     return _straight_through_update_(*operands, *mask.flat())
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..files import digest, make_folder, write_whole
 from ..modules import MaskedLinear, dense, evaluating
 from .batches import drawn_indices
-from .perplexity import causal_lm_loss, check_input_ids
+from .perplexity import causal_lm_loss, check_input_ids, predicted_tokens
 
 KINDS = ("ce", "kl", "ce+kl")
 # Logits to copy to float32 at a time, such as 128 tokens with a vocabulary of 65,536
@@ -88,6 +88,8 @@ class DistillationLoss:
         """Settings that distinguish runs, as JSON returns them; with a filled cache also its teacher."""
         k, teacher = (None, None) if self.cache is None else (self.cache.k, self.cache.teacher)
         return {"ce_weight": self.ce_weight, "temperature": self.temperature, "k": k, "teacher": teacher}
+
+    labelled_tokens = staticmethod(predicted_tokens)
 
     def __call__(self, model: nn.Module, input_ids: Tensor) -> Tensor:
         """Compute the loss of a batch int64 [batch, length]: 0-dim float32, in nats a token, differentiable once.

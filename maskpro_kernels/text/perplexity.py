@@ -76,7 +76,15 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
     sums = [
         F.cross_entropy(row[:-1].float(), ids[1:], reduction="sum") for row, ids in zip(logits, input_ids, strict=True)
     ]
-    return torch.stack(sums).sum() / (input_ids.shape[0] * (input_ids.shape[1] - 1))
+    return torch.stack(sums).sum() / predicted_tokens(input_ids)
+
+
+def predicted_tokens(input_ids: torch.Tensor) -> int:
+    """How many tokens of [batch, length] a language model predicts: all but the first of each row."""
+    return input_ids[:, 1:].numel()
+
+
+causal_lm_loss.labelled_tokens = predicted_tokens
 
 
 def perplexity(

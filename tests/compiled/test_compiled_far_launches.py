@@ -88,12 +88,12 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, emulator, monkey
     tiles = -(-k // tile.k)
     emulator.last = columns = tiles % straight_through.SHARING.value
     logits, step = far(NEAR.logits), (torch.tensor(0.4), 2.0)
-    ops.straight_through_update_(grad, x, far(weight), 1.0, *step, FAR.source(logits=logits), grad_squares=squares)
+    ops.straight_through_update_(grad, x, far(weight), 1.0, *step, FAR.source(logits=logits), row_squares=squares)
     weight_grad = ops.masked_linear_weight_grad(grad, x, FAR.source(logits=far(NEAR.logits)))
     take_route(monkeypatch, "eager")
     expected, near = NEAR.logits.clone(), (grad[:, -LAST:].contiguous(), x)
     ops.straight_through_update_(
-        *near, weight, 1.0, *step, NEAR.source(logits=expected), grad_squares=squares[-LAST:].contiguous()
+        *near, weight, 1.0, *step, NEAR.source(logits=expected), row_squares=squares[-LAST:].contiguous()
     )
     of_weight = ops.masked_linear_weight_grad(*near, NEAR.source())
     width = k - (tiles - columns) * tile.k

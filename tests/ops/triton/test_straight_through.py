@@ -218,24 +218,29 @@ def test_gradients_that_are_not_finite_leave_their_logits(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_given_squares_take_the_place_of_the_gradients_own(dtype):
     pattern = NMPattern("2:4")
-    grad, x, weight, logits = slope_operands(pattern, dtype=dtype)
+    grad, x, weight, logits = slope_operands(pattern, tokens=16, dtype=dtype)
     mask, rate = source_of(logits, pattern), torch.tensor(0.1, device=KERNEL_DEVICE)
-    own = ops.column_squares(grad)
+    own = 16 * ops.column_squares(grad)
     assert own.dtype == torch.float32 and own.shape == (len(weight),)
+    assert_same_bits(ops.token_squares(grad, None), torch.cat([16 * own, own.new_tensor([16.0])]))
+    assert_same_bits(ops.token_squares(grad, torch.tensor(32.0)), torch.cat([64 * own, own.new_tensor([16.0])]))
 
-    def slopes(grad_squares, curvature=CURVATURE):
-        return ops.straight_through_grad(grad, x, weight, curvature, mask, grad_squares=grad_squares)
+    def slopes(row_squares, curvature=CURVATURE, tokens=None):
+        of = grad, x, weight, curvature, mask
+        return ops.straight_through_grad(*of, tokens=tokens, row_squares=row_squares)
 
-    def moved(grad_squares):
+    def moved(row_squares):
         logits_now = logits.clone()
         now = mask._replace(tensor=logits_now)
-        ops.straight_through_update_(grad, x, weight, CURVATURE, rate, 1.0, now, grad_squares=grad_squares)
+        ops.straight_through_update_(grad, x, weight, CURVATURE, rate, 1.0, now, row_squares=row_squares)
         return logits_now
 
     assert_same_bits(slopes(own), slopes(None))
     assert_same_bits(moved(own), moved(None))
     # a power of two is exact
     assert_same_bits(slopes(4 * own), slopes(None, 4 * CURVATURE))
+    assert_same_bits(slopes(None, tokens=torch.tensor(64.0)), slopes(None, 4 * CURVATURE))
+    assert_same_bits(slopes(4 * own, tokens=torch.tensor(64.0)), slopes(own))
     assert_same_bits(slopes(torch.zeros_like(own)), slopes(None, 0.0))
     assert not torch.equal(moved(4 * own), moved(own))
 
@@ -245,7 +250,8 @@ def test_opcheck():
     grad, x, weight, logits = slope_operands(pattern, rows=4, k=16)
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
     mask, squares = source_of(logits, pattern).flat(), torch.rand(4, device=KERNEL_DEVICE)
-    for more in ((None, None), (torch.empty_like(weight), squares)):
+    tokens = torch.tensor(3.0)
+    for more in ((None, None, None), (torch.empty_like(weight), tokens, squares)):
         of = (grad, x, weight, 1.0)
         torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (*of, *more, *mask))
         update = torch.ops.maskpro.straight_through_update_.default
