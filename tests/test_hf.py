@@ -61,6 +61,17 @@ def test_folder_without_a_model(tmp_path):
         hf.load_model(str(tmp_path), torch.float32)
 
 
+def test_a_config_of_more_layers_than_weights_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = {f"model.layers.{i}.mlp.up_proj": {"pattern": "2:4", "values": "keep"} for i in range(30_000)}
+    config["quantization_config"] = {"quant_method": "maskpro", "layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match="^model: expected a config.json smaller than [0-9]+ bytes of weights"):
+        hf.load_model(str(tmp_path), torch.float32)
+
+
 def test_folder_without_a_tokenizer(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises((OSError, ValueError), match="model: expected a causal language model and its tokenizer, got"):

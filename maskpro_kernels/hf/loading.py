@@ -17,6 +17,8 @@ from transformers.utils import logging
 from ..extras import missing
 
 SMOLLM2 = "smollm2-135m"
+# Bytes of a config.json that is compared with its weights
+LARGE_CONFIG = 1 << 20
 # Files of a checkpoint on the hub; safetensors is the only format of weights
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
@@ -87,7 +89,7 @@ def check_model(name: str) -> None:
     """Raise unless ``load_model`` may find a model of this name; makes no request to the hub.
 
     Raises:
-        ValueError: if it is a file, or a folder without a config.json.
+        ValueError: if it is a file, or a folder without a config.json, or with one that is larger than its weights.
         FileNotFoundError: if there is no such folder, and it is not a valid id on the hub.
     """
     folder = Path(name)
@@ -98,6 +100,11 @@ def check_model(name: str) -> None:
             f"model: expected a folder with a config.json, got {name!r}, which has none; give a folder that "
             "save_pretrained wrote"
         )
+    if folder.is_dir() and (size := (folder / "config.json").stat().st_size) > LARGE_CONFIG:
+        # transformers copies a config many times: 10^7 names of layers would take minutes
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if size > weights:
+            raise ValueError(f"model: expected a config.json smaller than {weights} bytes of weights, got {size} bytes")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
 
