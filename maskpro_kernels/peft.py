@@ -1,9 +1,8 @@
-"""LoRA beside masked and packed layers.
+"""LoRA for masked and packed layers.
 
-After ``import maskpro_kernels.peft`` peft puts LoRA beside MaskedLinear and NMLinear modules, as it does beside
-nn.Linear: by ``get_peft_model`` and ``PeftModel.from_pretrained``, and by transformers' ``add_adapter``,
-``load_adapter`` and ``from_pretrained`` of an adapter's folder. The import raises ModuleNotFoundError without peft, of
-the extra ``peft``.
+After ``import maskpro_kernels.peft`` peft adds LoRA to MaskedLinear and NMLinear modules, like to nn.Linear: by
+``get_peft_model`` and ``PeftModel.from_pretrained``, and by transformers' ``add_adapter``, ``load_adapter`` and
+``from_pretrained`` of an adapter's folder. The import raises ModuleNotFoundError without the extra ``peft``.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-# Others compute the adapter from the base weight, or change that weight
+# Others compute the adapter from the base weight, or change this weight
 INITIAL_WEIGHTS = (True, False, "gaussian")
 
 
-# peft takes a layer for a linear one by that word in its name
+# peft recognises a linear layer by "Linear" in the name of its class
 class SparseLoraLinear(lora.Linear):
-    """LoRA beside a MaskedLinear or an NMLinear, which does not merge.
+    """LoRA of a MaskedLinear or an NMLinear, which does not merge.
 
     Raises:
-        ValueError: if the configuration of an adapter asks for what reads or changes the base weight: DoRA, KaSA, or
-            initial weights that depend on it.
+        ValueError: if an adapter would read or change the base weight: DoRA, KaSA, or initial weights that depend on
+            it.
     """
 
     def __init__(self, base_layer: MaskedLinear | NMLinear, adapter_name: str, config: LoraConfig, **kwargs):
@@ -45,28 +44,27 @@ class SparseLoraLinear(lora.Linear):
         refuse_merging(self, SPARSE)
 
     def _get_in_out_features(self, module: MaskedLinear | NMLinear) -> tuple[int, int]:
-        # of layers that peft does not know it warns
+        # peft warns about unknown layers
         return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
-        """Add an adapter; peft calls it for the first one too."""
+        """Add an adapter; peft calls this for the first one too."""
         _check_leaves_base_weight(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
 
 class SparseLoraModel(lora.LoraModel):
-    """LoraModel that knows masked and packed layers, among "all-linear" as well.
+    """LoraModel with support of masked and packed layers, also by "all-linear".
 
     Raises:
-        ValueError: if an adapter cannot stand beside such a layer, see ``SparseLoraLinear``. The model is then as it
-            was.
+        ValueError: if an adapter does not work with such a layer, see ``SparseLoraLinear``. The model does not change.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Put an adapter beside its targets; peft calls it for each one."""
+        """Add an adapter to its targets; peft calls this for each adapter."""
         config = self.peft_config[adapter_name]
         if config.target_modules and _sparse_layers(model):
-            # by their own names, ahead of peft, which takes those of experts for names of the parameters that they were
+            # names before peft sees them: it would read those of expert layers as names of their earlier parameters
             config.target_modules = _targets_of(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -84,10 +82,10 @@ PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = SparseLoraModel
 
 
 def beside_masks(config: LoraConfig) -> LoraConfig:
-    """The configuration itself, once it lets LoRA stand beside MaskedLinear and NMLinear modules.
+    """Let a configuration add LoRA to MaskedLinear and NMLinear modules, and return it.
 
-    The import of this module does that for each adapter of LoRA alone; among adapters of several kinds, which
-    ``get_peft_model(..., mixed=True)`` makes, each configuration needs it.
+    The import of this module is enough if all adapters are LoRA. With adapters of several kinds, by
+    ``get_peft_model(..., mixed=True)``, each configuration needs this call.
 
     Raises:
         TypeError: if ``config`` is no LoraConfig.
@@ -99,7 +97,7 @@ def beside_masks(config: LoraConfig) -> LoraConfig:
 
 
 def _sparse_layers(model: nn.Module) -> set[str]:
-    """Names of the masked and packed layers, or where adapters stand beside them, of peft's layers around them."""
+    """Names of the masked and packed layers; of those with adapters the names of peft's layers around them."""
     modules = dict(model.named_modules())
     adapted = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     bases = modules | {name: module.get_base_layer() for name, module in adapted.items()}
@@ -108,14 +106,14 @@ def _sparse_layers(model: nn.Module) -> set[str]:
 
 
 def _targets_of(model: nn.Module, config: LoraConfig) -> set[str]:
-    """Names of the modules that are to get an adapter, and the targets that are of none, for peft to look into."""
+    """Names of the modules that get an adapter, and targets of no module, which peft resolves."""
     targets, modules = config.target_modules, dict(model.named_modules())
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         names = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules | _sparse_layers(model)
         if any(isinstance(module, ExpertLinears) for module in modules.values()):
             from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-            # routers as well, where peft counts them among the linear layers of a dense model
+            # also routers, if peft counts them among the linear layers of a dense model
             router = LoraConfig(target_modules=["gate"])
             convert_peft_config_for_transformers(router, model, None)
             names |= {"gate"} - router.target_modules
@@ -129,9 +127,9 @@ def _targets_of(model: nn.Module, config: LoraConfig) -> set[str]:
 
 
 def _check_leaves_base_weight(config: LoraConfig) -> None:
-    """Raise ValueError if an adapter would read or change the weight that it stands beside."""
-    # the second one is of a newer peft
+    """Raise ValueError if an adapter would read or change the base weight."""
+    # the second one is in newer releases of peft
     for name, allowed in (("use_dora", (False,)), ("kasa_config", (None,)), ("init_lora_weights", INITIAL_WEIGHTS)):
         if (got := getattr(config, name, None) or allowed[0]) not in allowed:
             expected = f"one of {allowed}" if len(allowed) > 1 else allowed[0]
-            raise ValueError(f"{name}: expected {expected} beside a masked or packed layer, got {got!r}")
+            raise ValueError(f"{name}: expected {expected} for a masked or packed layer, got {got!r}")

@@ -1,15 +1,11 @@
-"""Modules that multiply with matrices of their own, written as nn.Linear layers, and back again.
+"""Turn modules with their own matrices into nn.Linear layers (unfuse), and back (fuse).
 
-Masks are learned on nn.Linear layers. Some modules hold such matrices in another way: transposed (``Conv1DForm``), or
-all experts of a mixture in one parameter (``ExpertsForm``). Here they are taken apart, so that everything that knows
-nn.Linear knows them, and put together again for a dense checkpoint, whose names and shapes are then those that the
-model's authors gave it.
-
-Modules are put in the place of others here, also beside adapters of peft, whose layers are recognised without an
-import of it.
-
-A module is *built* as its authors wrote it, or *taken apart*. A new form is a class like those, and an entry in
+Masks are learned on nn.Linear layers. Some modules store matrices in another way: transposed (``Conv1DForm``), or all
+experts of a mixture in one parameter (``ExpertsForm``). They are unfused into nn.Linear layers, and fused again for a
+dense checkpoint, which then has the original names and shapes. For a new form, write a class like those and add it to
 ``FORMS``.
+
+This file also replaces modules of a model, with adapters of peft too, whose layers are recognised without its import.
 """
 
 from __future__ import annotations
@@ -26,14 +22,14 @@ from torch import Tensor, nn
 
 from .fsdp import is_distributed, resharded
 
-# Attribute of a layer that stands for a module of another kind: the class to build again
+# Attribute of a layer that replaces a module of another class: this class
 BUILT_AS = "built_as"
-# Why a layer within an adapter gets no mask
+# Reason why a layer inside an adapter gets no mask
 ADAPTER = "adapter of peft"
-# What transformers' decorator of experts gives them
+# Attributes that transformers' decorator adds to experts
 MARKS = ("is_transposed", "has_gate", "_apply_gate", "num_experts", "config")
 CHILD = "linears"
-# Of a parameter whose rows are those of two matrices, one behind the other: what these are called
+# Names of the two matrices whose rows a parameter has, one after the other
 HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 HOOKS = "has hooks, which its replacement would lose"
@@ -41,15 +37,15 @@ OWN_FORWARD = "has a forward of its own, which its replacement would lose"
 
 
 class Views:
-    """Parameters that are views of others, one for each part: what was shared stays shared."""
+    """Parameters that are views of others, one for each part; shared parameters have shared views."""
 
     def __init__(self):
         self._made: dict[tuple[int, Hashable], tuple[nn.Parameter, nn.Parameter]] = {}
 
     def of(self, parameter: nn.Parameter, part: Hashable, view: Callable[[Tensor], Tensor]) -> nn.Parameter:
-        """``view(parameter)``, a leaf with the parameter's memory; the same one when it is asked for again."""
-        # the whole one is kept too, or its id might become another's; of `data`, for views of `detach` count changes
-        # together, and a step that changes one in backward would spoil the others for autograd
+        """Return ``view(parameter)``, a leaf with the parameter's memory; equal calls return the same object."""
+        # keep the parameter too, so that no other gets its id; views of `detach` would share a version counter, and a
+        # step that changes one in backward would make autograd refuse the others
         made = self._made.setdefault(
             (id(parameter), part), (parameter, nn.Parameter(view(parameter.data), parameter.requires_grad))
         )
@@ -57,13 +53,13 @@ class Views:
 
 
 class Joins:
-    """Parameters that are made of several: what was shared stays shared."""
+    """Parameters that are joined from several; shared parameters have shared results."""
 
     def __init__(self):
         self._made: dict[tuple[int, ...], nn.Parameter] = {}
 
     def of(self, parameters: list[nn.Parameter], join: Callable[[list[Tensor]], Tensor]) -> nn.Parameter:
-        """``join(parameters)``, frozen where all are; the same one when it is asked for again."""
+        """Return ``join(parameters)``, frozen if all are; equal calls return the same object."""
         key = tuple(map(id, parameters))
         if key not in self._made:
             tensor = join([parameter.detach() for parameter in parameters])
@@ -72,35 +68,34 @@ class Joins:
 
 
 class Form:
-    """One kind of module, built and taken apart.
+    """One kind of module, fused and unfused.
 
     Attributes:
-        in_place: the module itself changes, so that its hooks stay; else another takes its place.
-        by_forward: an adapter of peft beside it needs no more of it than its forward.
+        in_place: true if the module itself changes and keeps its hooks; else it is replaced.
+        by_forward: true if an adapter of peft on it only needs its forward.
 
-    Methods of a form beside these:
-        is_built(module): if it is of that kind, built.
-        matrices(module): functions that give its matrices as views [..., K], by the names of its parameters.
-        take_apart(module, views): (its replacement, or the module itself; what undoes a change of the module itself).
-        parts(module): the nn.Linear layers, or their replacements, of one that was taken apart; None of another.
-        put_together(module, joins): the module built, from nn.Linear layers.
+    Other methods of a form: is_built(module): whether it is such a module, fused. matrices(module): functions that
+        return its matrices as views [..., K], by names of its parameters. take_apart(module, views): (its replacement,
+        or the module itself; a function that undoes the change). parts(module): the nn.Linear layers, or their
+        replacements, of an unfused module; None for others. put_together(module, joins): the fused module, from
+        nn.Linear layers.
     """
 
     in_place = by_forward = False
 
     def reason_against(self, module: nn.Module) -> str | None:
-        """Why a module of that kind is not taken apart; None where it can be."""
+        """Reason why a module of this kind cannot be unfused; None if it can."""
         return None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """True of transformers' Conv1D, which stores its weight transposed; without an import of transformers."""
+    """Return whether a module is transformers' Conv1D, with a transposed weight; transformers is not imported."""
     kind = type(module)
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
-    """An nn.Linear of these parameters."""
+    """Make an nn.Linear with these parameters."""
     rows, k = weight.shape
     layer = nn.Linear(k, rows, bias=bias is not None, device="meta")
     layer.weight, layer.bias = weight, bias
@@ -108,10 +103,10 @@ def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> n
 
 
 class Conv1DForm(Form):
-    """transformers' Conv1D, of GPT-2 and its kin: an nn.Linear whose weight is stored transposed, [K, out].
+    """transformers' Conv1D, of models like GPT-2: an nn.Linear whose weight is stored transposed, [K, out].
 
-    The layer that stands for it has its name, and shares its memory by a transposed view. The class to build again is
-    an attribute of the layer, which ``replace_modules`` hands on.
+    Its replacement has its name, and shares its memory by a transposed view. The original class is an attribute of the
+    layer, which ``replace_modules`` copies.
     """
 
     by_forward = True
@@ -140,9 +135,9 @@ class Conv1DForm(Form):
 
 
 class ExpertLinears(nn.ModuleDict):
-    """The layers of all experts, [out, K] each, in a list by the name of what they multiply with.
+    """The layers [out, K] of all experts, a list for each matrix, by its name.
 
-    ``sources`` has the names of the lists that a parameter has become, ``config`` is that of the experts before.
+    ``sources`` has the names of a parameter's lists; ``config`` is the original one of the experts.
     """
 
     def __init__(self, lists: dict[str, nn.ModuleList], sources: dict[str, tuple[str, ...]], config):
@@ -154,9 +149,9 @@ class ExpertLinears(nn.ModuleDict):
 
 
 class ExpertWeights:
-    """Stands where the parameter of all experts was."""
+    """Replacement of the parameter of all experts."""
 
-    # transformers would give it random values
+    # else transformers would initialize it randomly
     _is_hf_initialized = True
 
     def __init__(self, lists: list[nn.ModuleList]):
@@ -167,7 +162,7 @@ class ExpertWeights:
 
 
 class ExpertWeight:
-    """Stands for the matrix of one expert in a product, which its layers make."""
+    """Replacement of one expert's matrix in a product, which its layers compute."""
 
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
@@ -176,7 +171,7 @@ class ExpertWeight:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if len(args) >= 2 and isinstance(args[1], cls) and not kwargs:
             x, weight, *bias = args
-            # of a linear product [out, K], of another one [K, out]; a layer is one of the two
+            # a weight [out, K] in a linear product, [K, out] in another one; a layer computes both
             if func is nn.functional.linear or (func in PRODUCTS and not bias):
                 parts = [layer(x) for layer in weight.layers]
                 y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -185,24 +180,24 @@ class ExpertWeight:
 
 
 class Fusion(NamedTuple):
-    """How a parameter holds the matrices of experts.
+    """Layout of experts' matrices in a parameter.
 
     Attributes:
-        parts: of how many matrices an expert's rows are made, one behind the other.
-        transposed: true where it is [experts, K, out]; else it is [experts, out, K].
+        parts: number of matrices whose rows an expert has, one after the other.
+        transposed: true if it is [experts, K, out]; else it is [experts, out, K].
     """
 
     parts: int
     transposed: bool
 
     def apart(self, fused: Tensor) -> Tensor:
-        """A view [parts, experts, out / parts, K]."""
+        """Return a view [parts, experts, out / parts, K]."""
         rows = 2 if self.transposed else 1
         single = fused.unflatten(rows, (self.parts, -1)).movedim(rows, 0)
         return single.mT if self.transposed else single
 
     def together(self, single: Sequence[Tensor]) -> Tensor:
-        """A new tensor of matrices: those of the first part of all experts, then those of the next one."""
+        """Join matrices in a new tensor; they are in the order of parts, then of experts."""
         experts, (rows, k), first = len(single) // self.parts, single[0].shape, single[0]
         shape = (experts, k, self.parts * rows) if self.transposed else (experts, self.parts * rows, k)
         fused = torch.empty(shape, dtype=first.dtype, device=first.device)
@@ -213,29 +208,28 @@ class Fusion(NamedTuple):
 
 
 def _fusion(module: nn.Module, name: str) -> Fusion:
-    """How a parameter of experts holds their matrices."""
+    """Layout of a parameter of experts."""
     halves = name in HALVES and module.has_gate and _gate_stands_ahead(module)
     return Fusion(len(HALVES[name]) if halves else 1, module.is_transposed)
 
 
 @torch.no_grad()
 def _gate_stands_ahead(module: nn.Module) -> bool:
-    """True if all outputs of the gate stand ahead of those of up; else they take turns.
+    """Return whether all outputs of the gate come before those of up; else they alternate.
 
-    Not every transformers has a flag for it. Of four outputs the second one belongs to the first result where they take
-    turns.
+    Not every transformers has a flag for it. If they alternate, the first result depends on the second of four outputs.
     """
     one, other = module._apply_gate(torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0]], device="cpu"))
     return bool(one[0] == other[0])
 
 
 class ExpertsForm(Form):
-    """transformers' experts of a mixture: one parameter [experts, out, K] for the matrices of all.
+    """transformers' experts of a mixture: one parameter [experts, out, K] for all matrices.
 
-    Their eager forward multiplies with one expert's matrix after the other, ``linear(x, self.gate_up_proj[expert])``
-    or, of parameters [experts, K, out], ``x @ self.gate_up_proj[expert]``. The parameter's place is taken by
-    ``ExpertWeights``, and the product is then that of the expert's layers: one, or where gate's rows stand ahead of
-    up's a layer of each. The experts stay in their place, run eagerly, and hold the layers in their child ``linears``.
+    Their eager forward multiplies by one expert's matrix after the other, ``linear(x, self.gate_up_proj[expert])`` or,
+    for parameters [experts, K, out], ``x @ self.gate_up_proj[expert]``. ``ExpertWeights`` replaces the parameter, and
+    the expert's layers compute the product: one layer, or two if gate's rows come before those of up. The module of
+    experts remains, runs eagerly, and has the layers in its child ``linears``.
     """
 
     in_place = True
@@ -245,19 +239,19 @@ class ExpertsForm(Form):
 
     def _fused(self, module: nn.Module) -> dict[str, nn.Parameter]:
         own = module.named_parameters(recurse=False)
-        # where they are spread over ranks, it counts those of one
+        # if they are distributed over ranks, it counts those of one
         spread = getattr(module, "_is_expert_parallel", False)
         return {name: x for name, x in own if x.dim() == 3 and (spread or len(x) == module.num_experts)}
 
     def reason_against(self, module: nn.Module) -> str | None:
         if getattr(module, "_is_expert_parallel", False):
-            return "its experts are spread over devices"
+            return "its experts are distributed over devices"
         fused = self._fused(module)
         parameter = next(iter(fused.values()))
-        # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has
+        # without values on meta: it was tested when the checkpoint was made
         if parameter.is_meta:
             return None
-        # one token through one expert has to come out the same by ``ExpertWeights``
+        # ``ExpertWeights`` must give the same output for one token of one expert
         with torch.no_grad(), suppress(Exception):
             token = parameter.new_ones(1, parameter.shape[1 if module.is_transposed else 2])
             call = token, torch.zeros(1, 1, dtype=torch.int64, device=token.device), token[:, :1]
@@ -297,7 +291,7 @@ class ExpertsForm(Form):
             del module._parameters[name]
             setattr(module, name, ExpertWeights(linears.of(name)))
         setattr(module, CHILD, linears)
-        # the other ways to run experts take the parameter as a whole
+        # all other implementations of experts use the parameter as a whole
         module.config = copy.copy(config)
         module.config._experts_implementation_internal = "eager"
 
@@ -327,7 +321,7 @@ class ExpertsForm(Form):
 
 
 def expert_groups(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
-    """For each layer of an expert, those of all experts of the same parameter: none of them feeds another."""
+    """For each layer of an expert, the layers of all experts from the same parameter; none is an input of another."""
     found = [module for module in model.modules() if isinstance(module, ExpertLinears)]
     groups = (tuple(chain(*linears.of(name))) for linears in found for name in linears.sources)
     return {layer: layers for layers in groups for layer in layers}
@@ -337,25 +331,25 @@ FORMS: tuple[Form, ...] = (Conv1DForm(), ExpertsForm())
 
 
 def as_linears(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
-    """Take modules apart into nn.Linear layers, in place. These share the memory of the parameters that there were.
+    """Unfuse modules into nn.Linear layers, in place, which share the memory of the original parameters.
 
-    What the model computes stays as it is, up to the rounding of products. Experts run one after the other. It is for a
-    while: a checkpoint of a dense model is to be written of what is built, see ``as_built``.
+    Outputs of the model do not change, up to the rounding of products. Experts run one after the other. Call
+    ``as_built`` before a checkpoint of a dense model is written.
 
     Args:
-        model: holds the modules; is none of them itself.
-        names: of the modules to take apart. Default: all that can be.
+        model: contains the modules; is none of them itself.
+        names: names of the modules to unfuse. Default: all that can be.
 
     Returns:
-        Names of modules that could not be taken apart, each with the reason.
+        Names of modules that cannot be unfused, each with the reason.
 
     Raises:
-        ValueError: if one of ``names`` is of no module that can be taken apart. The model is then as it was.
+        ValueError: if a module in ``names`` cannot be unfused. The model does not change.
     """
     return _take_apart(model, names)[0]
 
 
-# (form, module as it was, what stands for it now, what undoes a change of the module itself)
+# (form, original module, its replacement or itself, function that undoes a change of the module itself)
 Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
 
 
@@ -368,14 +362,14 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
         if form.is_built(module)
     }
     beside = {layer.get_base_layer() for layer in model.modules() if _has_adapters(layer)}
-    # of what FSDP2 has cut, the parameters are DTensors then
+    # so that parameters of FSDP2 are DTensors
     resharded(model)
     reasons = {name: _reason_against(form, module, beside) for name, (form, module) in found.items()}
     against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
         if name not in found or name in against:
             raise ValueError(
-                f"names: expected modules that can be taken apart, got {name!r}: {against.get(name, 'it is none')}"
+                f"names: expected modules that can be unfused, got {name!r}: {against.get(name, 'it is none')}"
             )
     done: list[Done] = []
     views = Views()
@@ -392,7 +386,7 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
 
 
 def _undo(model: nn.Module, done: list[Done]) -> None:
-    """Put back the very modules and parameters that were there, but where a layer is no nn.Linear any more."""
+    """Restore the original modules and parameters, except of modules with sparse layers."""
     back = {}
     for form, before, after, undo in done:
         if _is_dense(form.parts(after)):
@@ -404,9 +398,9 @@ def _undo(model: nn.Module, done: list[Done]) -> None:
 
 @contextmanager
 def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
-    """A model taken apart while it lasts; what has got no sparse layer then is as before, the same parameters.
+    """Unfuse a model for a while; modules without sparse layers at the end get their original parameters back.
 
-    Weights may be written into, but not moved or cast. Yields the names of modules that could not be taken apart, each
+    Weights may be changed in place, but not moved or cast. Yields the names of modules that cannot be unfused, each
     with the reason.
     """
     against, done = _take_apart(model, None)
@@ -417,7 +411,7 @@ def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def as_built(model: nn.Module) -> None:
-    """Build again what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
+    """Fuse unfused modules whose layers are all nn.Linear, in place, with new parameters."""
     back, joins = {}, Joins()
     resharded(model)
     for _, form, module in list(_taken_apart(model)):
@@ -432,8 +426,8 @@ class Matrix(NamedTuple):
     """A parameter of a model that can have a mask.
 
     Attributes:
-        module: that holds it.
-        get: gives it as a view [..., K], looked up anew.
+        module: module with the parameter.
+        get: returns the current parameter as a view [..., K].
     """
 
     module: nn.Module
@@ -441,7 +435,7 @@ class Matrix(NamedTuple):
 
 
 def matrices(model: nn.Module) -> dict[str, Matrix]:
-    """Those of nn.Linear layers, and of modules that can be taken apart, by the names of the parameters."""
+    """Matrices of nn.Linear layers and of modules that can be unfused, by names of the parameters."""
     found = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -465,15 +459,15 @@ def _taken_apart(model: nn.Module) -> Iterator[tuple[str, Form, nn.Module]]:
 
 def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module]) -> str | None:
     if module in beside and not form.by_forward:
-        return "an adapter of peft beside it reads its parameters"
+        return "an adapter of peft reads its parameters"
     if any(map(is_distributed, module.parameters(recurse=False))):
-        return "its parameter is cut over ranks: convert it ahead of fully_shard"
+        return "its parameter is split over ranks: convert it before fully_shard"
     lost = lost_with(module)
     return form.reason_against(module) or (None if form.in_place and lost == HOOKS else lost)
 
 
 def lost_with(module: nn.Module) -> str | None:
-    """Hooks or a forward of its own that a module has, and another one in its place would not; accelerate's stay."""
+    """Reason why a module should not be replaced: hooks, or its own forward; accelerate's are kept."""
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return OWN_FORWARD
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -481,13 +475,13 @@ def lost_with(module: nn.Module) -> str | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True of nn.Linear, and of a subclass that adds a forward alone, which computes x W^T + b, such as Falcon's."""
+    """Return whether a module is nn.Linear, or a subclass with only its own forward, of x W^T + b, like Falcon's."""
     kind = type(module)
     if kind is nn.Linear or kind.__base__ is not nn.Linear or {x for x in vars(kind) if x[:2] != "__"} != {"forward"}:
         return kind is nn.Linear
     weight, training = module.weight, module.training
     if weight.is_meta or is_distributed(weight):
-        # without values: a checkpoint that names such a layer was made of one with values
+        # no values to test: the layer was tested when its checkpoint was made
         return weight.is_meta
     with torch.no_grad(), suppress(Exception):
         x = torch.linspace(-1.0, 1.0, 4 * module.in_features, device=weight.device).view(2, 2, -1).to(weight.dtype)
@@ -504,12 +498,12 @@ def _is_dense(parts: list[nn.Module]) -> bool:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
+    """Replace modules by id, under each of their names, with accelerate's hooks."""
     for module in list(model.modules()):
         if id(module) in replacements:
             replacement = replacements[id(module)]
             if hasattr(module, "_hf_hook"):
-                # accelerate has made the hook, so it is there; the hook moves to its device what is not there
+                # the hook is accelerate's, so accelerate is installed; the hook moves tensors to its device
                 from accelerate.hooks import add_hook_to_module
 
                 logits = getattr(replacement, "logits", None)
@@ -526,10 +520,10 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
 
 
 def adapter_modules(model: nn.Module) -> set[str]:
-    """Names of the modules within peft's layers, but for the base layers that these stand in for."""
+    """Names of the modules inside peft's layers, except their base layers."""
     names = set()
     for name, layer in model.named_modules():
-        # of a module that is trained as a whole, the copy that learns
+        # a copy learns of a module that is trained as a whole
         saved = "original_module" if _of_peft(layer, "AuxiliaryTrainingWrapper") else None
         base = "base_layer" if _has_adapters(layer) else saved
         if base is not None:
@@ -539,9 +533,9 @@ def adapter_modules(model: nn.Module) -> set[str]:
 
 
 def refuse_merging(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Have peft's layers refuse to merge into base layers of these kinds: the sum would lose the pattern.
+    """Let peft's layers refuse to merge into base layers of these kinds: the sum would not follow the pattern.
 
-    Where a base layer is of another kind again, they merge as before.
+    Layers whose base has another kind again can merge again.
     """
     for name, layer in model.named_modules():
         if _has_adapters(layer):
@@ -553,14 +547,14 @@ def refuse_merging(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None
 
 
 def fit_adapters(model: nn.Module) -> None:
-    """Have adapters merge as their base layers store weights now, which may have changed: transposed, or not."""
+    """Let adapters merge in the current layout of their base layers' weights: transposed or not."""
     for layer in model.modules():
         if _has_adapters(layer) and hasattr(layer, "fan_in_fan_out"):
             layer.fan_in_fan_out = is_conv1d(layer.get_base_layer())
 
 
 def check_not_merged(model: nn.Module) -> None:
-    """Raise ValueError if an adapter is merged into its base layer, which could not be undone under a mask."""
+    """Raise ValueError if an adapter is merged into its base layer: a masked layer could not undo this."""
     for name, layer in model.named_modules():
         if _has_adapters(layer) and layer.merged:
             raise ValueError(
@@ -571,8 +565,8 @@ def check_not_merged(model: nn.Module) -> None:
 def _refuse(method: str, name: str, *_, **__) -> None:
     raise ValueError(
         f"{method}: expected a dense base layer, got a masked or packed one{f' in {name}' if name else ''}, whose "
-        "pattern the sum would not follow; put the adapter beside the dense export, which finalize gives, merge there, "
-        "and call the restore of a KeptZeros that was made before"
+        "pattern the sum would not follow; add the adapter to the dense model of finalize, merge there, and call the "
+        "restore of a KeptZeros that was made before"
     )
 
 

@@ -34,12 +34,12 @@ def describe(value) -> str:
 
 
 def in_a_line(value) -> str:
-    """The ``repr`` of a value, that of an array too, shortened and without line breaks."""
+    """``repr`` of a value, also of an array, shortened and without line breaks."""
     return " ".join(_SHORT.repr(value).split())
 
 
 def check_one_of(name: str, value: str, choices: Iterable[str]) -> None:
-    # of an array ``in`` would ask each element
+    # ``in`` would compare each element of an array
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {in_a_line(value)}")
 

@@ -297,11 +297,9 @@ def least_margin(layers: Mapping[str, MaskedLinear], enough: float = -math.inf) 
 
 
 def warn_of_unlearned(layers: Mapping[str, MaskedLinear], learned: Collection[str]) -> None:
-    """Name the layers that no gradient has come to in a run, where others have learned."""
+    """Warn of layers that had no gradient in a run in which others have learned."""
     left = [name for name in layers if name not in learned]
     if left and learned:
         share = sum(layers[name].weight.numel() for name in left) / sum(x.weight.numel() for x in layers.values())
-        message = (
-            f"no gradient has come to {len(left)} layers, {share:.1%} of the weights with a mask, which have learned"
-        )
+        message = f"no gradient in {len(left)} layers, {share:.1%} of the weights with a mask, which have learned"
         warnings.warn(f"{message} nothing: {', '.join(left)}", stacklevel=3)
