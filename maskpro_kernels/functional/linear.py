@@ -69,7 +69,7 @@ def straight_through_gradient(
     since a group's mask has a fixed sum. G is the first derivative of the loss in the masked weight. F approximates the
     second: F = curvature * T / R * (sum of grad^2) (sum of x^2), over the R rows that have a gradient. For a loss that
     is a mean over T tokens, in nats, this is the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv
-    1503.05671). With w G alone, a weight for which any change overshoots would be dropped and kept in turn without end.
+    1503.05671). With w G alone, a weight whose every change overshoots would alternate between dropped and kept.
 
     Pass it as ``logits_backward`` of ``straight_through_linear`` or ``MaskedLinear``. They call it with contiguous
     operands. ``functools.partial`` sets another curvature, and tokens.
@@ -95,23 +95,23 @@ def straight_through_gradient(
 
 
 def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
-    """T of a batch, 0-dim float32, by its loss or its labels: see ``curvature`` of ``StraightThrough``."""
+    """T of a batch, 0-dim float32, from its loss or its labels, see ``curvature`` of ``StraightThrough``."""
     count = loss_fn.labelled_tokens(batch) if hasattr(loss_fn, "labelled_tokens") else count_labels(batch)
     if count is None:
         return None
     value = count.item() if isinstance(count, Tensor) and count.numel() == 1 else count
     if not (isinstance(value, Real) and 0 <= value < math.inf):
-        raise ValueError(f"loss_fn: expected labelled_tokens to give a number of at least 0, got {describe(count)}")
-    # a loss over none has no gradient
+        raise ValueError(f"loss_fn: expected labelled_tokens to return a number of at least 0, got {describe(count)}")
+    # a loss without tokens has no gradient
     return torch.tensor(max(value, 1.0), dtype=torch.float32, device="cpu")
 
 
 def count_labels(batch) -> Tensor | None:
-    """How many labels a mapping has, but -100; None of another batch."""
+    """Number of a mapping's labels other than -100; None for another batch."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
         return None
-    # a language model predicts no row's first token
+    # a language model does not predict the first token of a row
     return (labels[:, 1:] if labels.dim() == 2 and not labels.is_floating_point() else labels).ne(-100).sum()
 
 

@@ -105,7 +105,7 @@ class MaskCallback(TrainerCallback):
         self._parts = batches * (args.world_size if args.average_tokens_across_devices else 1)
 
     def _count(self, model: nn.Module, inputs: tuple, named: dict) -> None:
-        """Set the tokens of a forward's loss, whose scale is set for a mean over one batch."""
+        """Set the tokens of a forward's loss; its scale is that of a mean over one batch."""
         whole = named.get("num_items_in_batch")
         self._masks.slopes.set_tokens(count_labels(named) if whole is None else whole / self._parts)
 

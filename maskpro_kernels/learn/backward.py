@@ -1,4 +1,4 @@
-"""The backward passes of a straight-through step: how they move the logits of each layer, and weights that learn."""
+"""Backward passes of a straight-through step, which move the logits of each layer and the weights that learn."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from .offload import OffloadedLogits
 
 
 class BackwardPass:
-    """The forwards and backwards of a step, in turn; the last backward has moved all logits.
+    """The forward and backward passes of a step, in turn; after the last backward all logits have moved.
 
-    On several ranks the slopes of a layer are summed up before it moves. Where each rank makes one pass, and all come
-    to the same layers in the same order, that happens inside backward, in this order: a slope that comes ahead of its
-    turn is held. All other slopes are held until backward has ended. So the slopes of two layers are never summed up
-    for those of one, whichever way the backward of a rank goes.
+    With several ranks the slopes of a layer are summed before it moves. If each rank makes one pass, with the same
+    layers in the same order, they are summed inside backward, in this order, and a slope that is early waits. All other
+    slopes wait until backward has ended. So ranks never add the slopes of different layers, even if their backwards
+    differ.
     """
 
-    # true: slopes are summed up in every pass
+    # true: slopes are summed in every pass
     every_pass = False
 
     def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
         self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
         self.hooks: list = []
-        # true while a layer that is finished has been used at most once, on each rank
+        # true while every finished layer was used at most once, on each rank
         self.in_turn = True
         self.turns: collections.deque[LayerUpdater] = collections.deque()
-        # backward comes by the last layers first
+        # backward begins at the last layers
         self.offloaded = OffloadedLogits([updater.layer for updater in reversed(updaters.values())])
         # autograd has a thread for each device
         self.lock = threading.Lock()
 
     def watch(self) -> None:
-        """Count how often a forward uses each layer."""
+        """Count uses of each layer by a forward."""
         for updater in self.updaters.values():
             updater.uses = 0
             self.hooks.append(updater.layer.register_forward_hook(updater.count))
@@ -56,33 +56,33 @@ class BackwardPass:
         self.hooks.clear()
 
     def order(self, loss: Tensor) -> float:
-        """A number for the turns that the layers take in a backward of ``loss``: another one of other turns."""
+        """Return a digest of the order of layers in a backward of ``loss``, as a number."""
         reached = _reached(loss, self.updaters) if self.takes_turns() else []
         times = collections.Counter(reached)
         turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
         self.turns = collections.deque(self.updaters[name] for name in turns)
-        # 48 bits, which a float64 holds
+        # 48 bits: exact in float64
         return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
 
     def takes_turns(self) -> bool:
-        """True where slopes may be summed up inside backward."""
+        """Return whether slopes may be summed inside backward."""
         return self.every_pass or self.ranks.world > 1 and self.batches == 1
 
     def alike(self, loss: Tensor) -> bool:
-        """True where the turns are the same on all ranks, of a pass that is not the last one."""
+        """Return whether the order of layers is the same on all ranks, in a pass before the last."""
         if not self.every_pass:
             return True
         own = self.order(loss)
         return all(order == own for (order,) in self.ranks.gather([own]))
 
     def backward(self, loss: Tensor, weight=1.0, alike=True, tokens: Tensor | None = None) -> list[str]:
-        """Take the gradient of the loss of the last forward to the logits; its slopes count by ``weight``.
+        """Backpropagate the loss of the last forward to the logits; its slopes have the factor ``weight``.
 
-        ``alike`` is true where ``order`` has given the same on all ranks, and ``tokens`` is T of the loss, see
-        ``ops.curvature_factors``. Behind the last pass it gives the names of the layers in which a slope was not
-        finite: logits of its weights and mean square are as they were.
+        ``alike`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
+        ``ops.curvature_factors``. After the last pass, return the names of layers with a slope that is not finite: the
+        logits of such weights and the running mean square do not change.
         """
-        # what runs again from here on, to compute an activation anew, is no further use
+        # forwards that compute activations again do not count
         self.unwatch()
         self.left -= 1
         self.in_turn = True
@@ -99,8 +99,8 @@ class BackwardPass:
         reached = {name: updater for name, updater in self.updaters.items() if updater.latest is not None}
         if not reached:
             raise ValueError(
-                "loss_fn: expected a loss that a gradient takes to a masked layer, got none; checkpointed activations "
-                "need use_reentrant=False"
+                "loss_fn: expected a loss with a gradient in a masked layer, got none; checkpointed activations need "
+                "use_reentrant=False"
             )
         bad = []
         for name, square in values_of({name: updater.latest for name, updater in reached.items()}).items():
@@ -110,32 +110,32 @@ class BackwardPass:
                 bad.append(name)
         elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
         if elsewhere:
-            raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
+            raise ValueError(f"loss_fn: expected a loss that depends on logits only by masks, not so {elsewhere}")
         return bad
 
     def take_turns(self) -> None:
-        """Move the layers whose turn has come."""
+        """Move the next layers in the order, as far as their slopes are there."""
         with self.lock:
             while self.turns and self.turns[0].slopes is not None:
                 self.turns.popleft().finish()
 
     def _end_pass(self) -> None:
-        """Finish the layers that backward has not finished, and that it has come to on any rank."""
+        """Finish the remaining layers that have slopes on any rank."""
         if self.left and not self.every_pass:
             return
         while self.turns:
-            # other ranks may wait for it, though backward has not come to it on this one
+            # other ranks may wait for it, even if it has no slopes on this one
             self.turns.popleft().finish()
         self.in_turn = False
         held = self.ranks.gather([updater.slopes is not None for updater in self.updaters.values()])
-        # the last ones first, as backward comes by them, and as their logits are copied ahead
+        # the last ones first, in the order in which backward and copies of logits go
         for updater, *on_ranks in reversed(list(zip(self.updaters.values(), *held, strict=True))):
             if any(on_ranks):
                 updater.finish()
 
 
 def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
-    """The layers that backward comes to, in its order, each as often as it does; of a reentrant checkpoint none."""
+    """Names of the layers in the order of backward, one for each use; none inside a reentrant checkpoint."""
     names = {id(updater.layer.logits): name for name, updater in updaters.items()}
     ahead, seen, reached = [loss.grad_fn], {None}, []
     while ahead:
@@ -148,22 +148,22 @@ def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
             if name is None:
                 ahead.append(source)
             else:
-                # autograd takes what the forward did last first
+                # autograd begins with the last operation of the forward
                 reached.append((node._sequence_nr(), name))
     return [name for _, name in sorted(reached, reverse=True)]
 
 
 class LayerUpdater:
-    """Moves the logits of one layer, inside backward or after it, as a ``StraightThrough`` says: see ``BackwardPass``.
+    """Moves the logits of one layer, inside backward or after it, see ``BackwardPass``, with the settings ``how``.
 
     Attributes:
-        mean_square: running mean square of the slope, None until a step has given one above 0.
-        latest: that of the step, on the device; None where backward has not come by.
-        uses: how often the forward of a pass has used the layer.
-        fisher: of the layer, see ``FisherSquares``; None where the gradient itself gives the curvature.
-        slopes, weight_grad: those summed up of the step, float32; None once the logits have moved by them.
-        weight, tokens: of the slopes of a pass, and T of its loss.
-        at_once: whether the logits move by the slopes of a pass where these are computed, in one kernel.
+        mean_square: running mean square of the slopes; None before the first one above 0.
+        latest: mean square of this step's slopes, on the device; None if there are none yet.
+        uses: uses of the layer by the forward of a pass.
+        fisher: squares of the layer, see ``FisherSquares``; None if the gradient itself gives the curvature.
+        slopes, weight_grad: float32 sums of the step; None after the logits have moved.
+        weight, tokens: factor of a pass's slopes, and T of its loss.
+        at_once: whether one kernel computes the slopes and moves the logits.
     """
 
     moves_logits = True
@@ -180,7 +180,7 @@ class LayerUpdater:
         self.weight_grad: Tensor | None = None
 
     def count(self, layer: MaskedLinear, *_) -> None:
-        # no backward comes by the logits of a dense forward
+        # a dense forward has no gradient in the logits
         if not layer.is_dense:
             self.uses += 1
 
@@ -188,15 +188,15 @@ class LayerUpdater:
         how = self.how
         if self.latest is not None:
             raise ValueError(
-                "loss_fn: expected a backward that comes to a layer as often as the forward uses it, got one that "
-                "comes again after the layer has moved"
+                "loss_fn: expected a backward with one gradient for each use of a layer in the forward, got another "
+                "one after the layer has moved"
             )
         weight_grad = None if self.learner is None else torch.empty_like(weight, dtype=torch.float32)
         more = weight_grad, self.tokens, self.fisher
         if self.at_once:
             self.weight_grad = weight_grad
             of = grad, x, weight, how.curvature
-            # the parameter itself: what autograd has kept may be a copy
+            # the parameter itself: autograd may have a copy
             with self.backward_pass.offloaded.moving(self.layer) as logits:
                 own = mask._replace(tensor=logits)
                 self._descend(
@@ -204,7 +204,7 @@ class LayerUpdater:
                 )
             return
         slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask, *more)
-        # of the slope, not of the loss: the curvature would take its square
+        # scale the slope, not the loss, whose factor would be squared in the curvature
         self.slopes = self._added(self.slopes, slope)
         self.weight_grad = self._added(self.weight_grad, weight_grad)
         self.backward_pass.take_turns()
@@ -217,7 +217,7 @@ class LayerUpdater:
         return of_pass if total is None else total.add_(of_pass)
 
     def finish(self) -> None:
-        """Move by the slopes that the passes of all ranks have summed up; this one may have none."""
+        """Move the logits by the sum of the slopes of all ranks; this one may have none."""
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
             self.weight_grad = None if self.learner is None else torch.zeros_like(self.slopes)
@@ -231,18 +231,18 @@ class LayerUpdater:
         self.slopes = None
 
     def end(self) -> None:
-        """Free what a step has left, also one that broke off."""
+        """Free the tensors of a step, also of an interrupted one."""
         self.latest = self.slopes = self.weight_grad = self.backward_pass = self.fisher = None
 
     def _descend(self, logits: Tensor, codes: Tensor | None, descend: Callable[[Tensor], Tensor]) -> None:
         if self.learner is not None and codes is None:
-            # ahead of the logits, by which the mask of the step is drawn
+            # before the logits move, from which the mask of the step is drawn
             codes = ops.sample_mask(logits, self.layer.pattern.n, self.layer.pattern.m, 1.0, *self.layer.counter())
         self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
-        # a draw of the logits as they were
+        # drawn from the logits before the move
         self.layer.cached_mask = None
         if self.learner is not None:
-            # behind the slope, which is taken at the weights of the forward
+            # after the slope, which belongs to the weights of the forward
             self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)
             self.weight_grad = None
 
@@ -254,7 +254,7 @@ def check_slope_settings(curvature: float, max_update: float, decay: float) -> N
 
 
 def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: float) -> Callable[[Tensor], Tensor]:
-    """A function that moves logits by -rate * slope, and gives the mean square of the slopes."""
+    """Return a function that moves logits by -rate * slope, and returns the mean square of the slopes."""
     m, counter = layer.pattern.m, layer.counter()
     return lambda rate: ops.descend_(logits, slopes, rate, max_update, m, *counter)
 
@@ -262,9 +262,10 @@ def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: flo
 def descend_by_rms(
     descend: Callable[[Tensor], Tensor], lr: float, mean_square: float | None, device: torch.device
 ) -> Tensor:
-    """Move logits by -lr * slope / rms, where rms is the root of ``mean_square``; None: of that of these slopes.
+    """Move logits by -lr * slope / rms and return the mean square of the slopes.
 
-    Gives the mean square of these slopes. Where the one divided by is 0 or not finite, nothing has moved.
+    rms is the root of ``mean_square``; None: of the mean square of these slopes. If it is 0 or not finite, nothing
+    moves.
     """
     if mean_square is None:
         # at a rate of 0 nothing moves
@@ -273,13 +274,13 @@ def descend_by_rms(
 
 
 def rate_of(lr: float, mean_square: float) -> float:
-    """lr / rms within float32; 0 where the mean square is 0 or not finite."""
+    """lr / rms within float32; 0 if the mean square is 0 or not finite."""
     usable = math.isfinite(mean_square) and mean_square > 0.0
     return min(lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0
 
 
 def values_of(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of 0-dim tensors by name, with one transfer from each device."""
+    """Values of 0-dim tensors by name, with one transfer from each device."""
     values = {}
     for device in {scalar.device for scalar in scalars.values()}:
         names = [name for name, scalar in scalars.items() if scalar.device == device]
@@ -288,23 +289,22 @@ def values_of(scalars: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def running_mean_square(mean_square: float | None, latest: float, decay: float) -> float | None:
-    """The running mean square behind a step; as it was where that of the step is 0 or not finite."""
+    """Running mean square after a step; unchanged if that of the step is 0 or not finite."""
     if not math.isfinite(latest) or latest == 0.0:
         return mean_square
     return decay * (latest if mean_square is None else mean_square) + (1.0 - decay) * latest
 
 
 class WeightLearner:
-    """AdamW on the weights of one layer that a step's mask keeps, see ``ops/reference/straight_through.py``.
+    """AdamW on the kept weights of one layer, see ``ops/reference/straight_through.py``.
 
-    A weight that the mask drops does not move, since the loss does not depend on it, and its moments stay as they are.
-    It goes on from there once it is kept again. Bias correction counts the steps of the layer. ``master`` is the weight
-    itself where it is float32, else what its 16 bits are rounded from.
+    The loss does not depend on dropped weights, so they and their moments do not change until they are kept again. Bias
+    correction counts the steps of the layer. ``master`` is the weight in float32, from which 16 bits are rounded.
     """
 
     def __init__(self, layer: MaskedLinear, decay: float):
         self.layer, self.decay = layer, decay
-        # a tensor of its own: an embedding, or the layer that this one was made from, may share the one there is
+        # copy: an embedding, or the layer that this one was made from, may share the tensor
         layer.weight.data = layer.weight.detach().clone()
         self.master = layer.weight.detach().to(torch.float32)
         self.first, self.second = torch.zeros_like(self.master), torch.zeros_like(self.master)
@@ -323,7 +323,7 @@ class WeightLearner:
     def step(self, gradient: Tensor, codes: Tensor, rate: float, slope_square: Tensor) -> None:
         """Move the kept weights by their gradient [out, K], without a transfer from the device.
 
-        Where ``slope_square``, that of the step, or the norm of the gradient is not finite, the layer stays as it is.
+        If ``slope_square``, the mean square of the slopes, or the norm of the gradient is not finite, nothing changes.
         """
         usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient))
         scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
@@ -334,12 +334,11 @@ class WeightLearner:
 
 
 class ShardedPass(BackwardPass):
-    """``BackwardPass`` of layers that fully_shard has cut into rows.
+    """``BackwardPass`` of layers that fully_shard has split into rows.
 
-    A slope takes the dense weight, and no rank has that of a whole layer. So ranks sum up the loss's derivative in the
-    masked weight, of which each gets its own rows. The second derivative is an outer product of two vectors, which
-    ranks exchange. Slopes are summed up in every pass, so that no rank holds those of two whole layers; logits move
-    behind the last one.
+    A slope needs the dense weight, and no rank has a whole one. So ranks sum the loss's derivative in the masked
+    weight, and each gets its own rows. The second derivative is an outer product of two vectors, which ranks exchange.
+    Slopes are summed in every pass, so that no rank has those of two whole layers. Logits move after the last one.
     """
 
     every_pass = True
@@ -358,12 +357,12 @@ class ShardedPass(BackwardPass):
 
 
 class ShardUpdater(LayerUpdater):
-    """``LayerUpdater`` of a layer that fully_shard has cut into rows: its logits move behind the last backward.
+    """``LayerUpdater`` of a layer that fully_shard has split into rows: its logits move after the last backward.
 
     Attributes:
-        slopes: the loss's derivative in the gathered masked weight, of the pass that is under way.
-        factors: of the loss's second derivative there: for each use of the layer in that pass [out] and [K].
-        own_slopes: float32 [rows, K], of the rows of this rank, summed up over the passes of all ranks.
+        slopes: the loss's derivative in the gathered masked weight, in the current pass.
+        factors: factors [out] and [K] of the loss's second derivative, for each use of the layer in the pass.
+        own_slopes: float32 [rows, K] of this rank, summed over the passes of all ranks.
     """
 
     takes_shards = True
@@ -380,13 +379,13 @@ class ShardUpdater(LayerUpdater):
         self.backward_pass.take_turns()
 
     def finish(self) -> None:
-        """Add what the backward of one pass has given on all ranks."""
+        """Add the slopes of one pass on all ranks."""
         shard, ranks = self.layer.shard, self.backward_pass.ranks
         device = shard.weight.device
         if self.slopes is None:
             self.slopes = torch.zeros(shard.shape, dtype=torch.float32, device=device)
         first = ranks.sum_of_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
-        # freed before the next layer comes
+        # free them before the next layer
         self.slopes, factors, self.factors = None, self.factors, []
         second = torch.zeros_like(first)
         uses = 1 if self.backward_pass.in_turn else max(count for (count,) in ranks.gather([len(factors)]))
@@ -401,13 +400,13 @@ class ShardUpdater(LayerUpdater):
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
 
     def descend_own(self, rate: float) -> Tensor:
-        """Move the logits of this rank's rows; gives the mean square of their slopes."""
+        """Move the logits of this rank's rows, and return the mean square of their slopes."""
         logits = self.layer.own_logits
         rate = torch.full((), rate, dtype=torch.float32, device=logits.device)
         return descent(self.layer, logits, self.own_slopes, self.how.max_update)(rate)
 
     def move(self, square: float) -> None:
-        """Move the logits, by the mean square of the slopes of all rows."""
+        """Move the logits; ``square`` is the mean square of the slopes of all rows."""
         self.descend_own(rate_of(self.lr, square if self.mean_square is None else self.mean_square))
         self.latest = torch.tensor(square, dtype=torch.float32)
         self.layer.cached_mask = None

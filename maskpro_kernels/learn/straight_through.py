@@ -1,4 +1,4 @@
-"""Straight-through learning: logits follow the slope of the loss in the mask, inside the backward pass."""
+"""Straight-through learning: logits descend along the slope of the loss in the mask, inside the backward pass."""
 
 from __future__ import annotations
 
@@ -25,36 +25,35 @@ from .estimator import Estimator, Step, StepResult, check_float, check_whole
 class StraightThrough(Estimator):
     """Straight-through learning: each logit moves by the gradient of the masked weights.
 
-    A mask is drawn, and backward gives the slope of the loss in it (``straight_through_gradient``). Every logit moves
-    by -lr * slope / rms(slope), by at most ``max_update``; rms is the root mean square over the layer, a running one of
-    the steps before. That happens inside backward, layer by layer, where a layer is used once in a step: no gradient
-    is held. A layer that is used several times moves once, after backward, by the sum of its slopes. So does every
-    layer where a process takes several batches a step, and in a step whose losses do not come to the same layers on all
-    ranks: a process then holds a float32 slope for each weight, and where weights learn as much again. Of layers whose
-    rows ranks share it holds those of its own rows.
+    A mask is drawn, and backward computes the slope of the loss in it (``straight_through_gradient``). Every logit
+    moves by -lr * slope / rms(slope), at most by ``max_update``. rms is the root mean square over the layer, a running
+    one of the steps before. A layer that is used once in a step moves inside backward, and no gradient is kept. A layer
+    that is used several times moves once, after backward, by the sum of its slopes. All layers do so if a process takes
+    several batches a step, or if ranks do not use the same layers in a step. The process then needs a float32 slope for
+    each weight, and as much again if weights learn. If ranks share the rows of layers, it needs only those of its rows.
 
-    With ``train_weights`` the weights that the mask of a step keeps learn as well, see ``WeightLearner``: the gradient
-    is there, and they move once logits and the layer below have had theirs. The result is then mask and weights.
+    With ``train_weights`` the kept weights learn too, see ``WeightLearner``: they use the gradient of the same
+    backward, and move after logits and after the layer below. The result is then the mask and the weights.
 
     Args:
-        lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
-        steps: how many steps there will be, and no more; None: lr stays as it is.
+        lr: change of a logit whose slope equals the root mean square; falls linearly to 0 over ``steps``.
+        steps: number of steps, at most; None: lr is constant.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens. A
-            method ``loss_fn.labelled_tokens(batch)`` gives their number, else the labels of a mapping that are not
-            -100, of [batch, length] without the first of each row; else each row of a layer that has a gradient counts.
-        max_update: most that a logit moves in a step. A kept and a dropped weight start the gap apart and change places
-            after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few important
-            weights may be dropped, because the slope is a local estimate and underestimates what that costs.
-        decay: share of the running mean square that a step leaves, in [0, 1); and of the squares of Fisher passes.
-        fisher_every: steps from a Fisher pass to the next, the first being at the first step, and at those behind it
-            until one has given squares. A ``loss_fn`` has them whose gradient does not give its curvature: it has a
-            method ``fisher_loss(model, batch, seed)``, see ``FisherSquares`` and ``DistillationLoss``. A layer that no
-            pass has reached goes by its own gradient.
-        train_weights: learning rate of the kept weights, falling as ``lr`` does; None: weights stay as they are.
-        weight_decay: of AdamW, of the weights that learn; it pulls them to 0.
+            method ``loss_fn.labelled_tokens(batch)`` returns their number. Without it a mapping's labels other than
+            -100 count, for [batch, length] without the first of each row. Else rows of a layer with a gradient count.
+        max_update: largest change of a logit in a step. Logits of a kept and a dropped weight begin the gap apart and
+            change places after at least gap / (2 max_update) steps. If this is one or two steps, a few important
+            weights may be dropped, because the slope is a local estimate and underestimates the loss without them.
+        decay: factor of the running mean square in each step, in [0, 1); and of the squares of Fisher passes.
+        fisher_every: steps from a Fisher pass to the next. The first is at the first step, repeated in each step until
+            it succeeds. Passes are for a ``loss_fn`` whose gradient does not give its curvature: it has a method
+            ``fisher_loss(model, batch, seed)``, see ``FisherSquares`` and ``DistillationLoss``. Layers without squares
+            use their own gradient.
+        train_weights: learning rate of the kept weights, falling like ``lr``; None: weights do not change.
+        weight_decay: decay of AdamW towards 0, for weights that learn.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: if an argument is not as above.
     """
 
     name = "straight-through"
@@ -83,7 +82,7 @@ class StraightThrough(Estimator):
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         if self.train_weights is not None:
-            check_not_sharded(layers, "weights learn as wholes alone; leave out train_weights")
+            check_not_sharded(layers, "only whole weights can learn; leave out train_weights")
             names: dict[int, str] = {}
             for name, layer in layers.items():
                 other, weight = names.setdefault(layer.weight.data_ptr(), name), layer.weight
@@ -102,7 +101,7 @@ class StraightThrough(Estimator):
 
     @property
     def max_logit_travel(self) -> float:
-        """Each step moves the two logits towards each other, by at most ``max_update``."""
+        """Largest change of a logit difference: each step moves both logits by at most ``max_update``."""
         return math.inf if self.steps is None else 2 * self.max_update * self.steps
 
     def settings(self) -> dict:
@@ -111,7 +110,7 @@ class StraightThrough(Estimator):
         return {name: getattr(self, name) for name in names}
 
     def state(self) -> dict:
-        """The running mean square of the slopes of each layer that has had one above 0, and its Fisher passes."""
+        """Running mean squares of the slopes of each layer, if above 0, and numbers of Fisher passes."""
         items = self._updaters.items()
         squares = {name: updater.mean_square for name, updater in items if updater.mean_square is not None}
         return {"mean_squares": squares, "fisher_passes": dict(self._fisher.passes)}
@@ -124,13 +123,13 @@ class StraightThrough(Estimator):
             learner.restore()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The squares of Fisher passes; and of weights that learn themselves, their moments, and a count of steps."""
+        """Squares of Fisher passes; and weights that learn, with their moments and a count of steps."""
         learners = self._learners.items()
         tensors = {f"{kind}/{name}": tensor for name, of in learners for kind, tensor in of.tensors().items()}
         return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
 
     def step(self, step: Step) -> StepResult:
-        """Move the logits by their slopes, in the last backward, which a loss that is not finite does not reach."""
+        """Move the logits by their slopes, in the last backward; there is none if the loss is not finite."""
         *others, last = places = [place for _, place in step.own]
         with step.drawing():
             fisher = self._fisher_squares(step)
@@ -152,11 +151,11 @@ class StraightThrough(Estimator):
         if not hasattr(step.loss_fn, "fisher_loss"):
             return {}
         current = self._fisher.current()
-        # a step whose loss is not finite takes no pass, and the next due one may be far
+        # a step whose loss is not finite has no pass, and the next may be many steps away
         return current if current and step.index % self.fisher_every else self._fisher.after_pass(step)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Learning rate of a step, counted from 0."""
         return self._falling(self.lr, step)
 
     def _falling(self, rate: float, step: int) -> float:
@@ -164,9 +163,9 @@ class StraightThrough(Estimator):
 
     @contextmanager
     def attached(self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor]) -> Iterator[BackwardPass]:
-        """With layers whose logits move by the backward passes of a step, as many as ``batches`` on each rank.
+        """Let the backward passes of a step, ``batches`` of them on each rank, move the logits.
 
-        ``fisher`` has the squares of layers whose curvature these give, see ``FisherSquares``.
+        ``fisher`` has squares by name of the layer, for their curvature, see ``FisherSquares``.
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
@@ -191,12 +190,12 @@ class StraightThrough(Estimator):
 
 
 class FisherSquares:
-    """The ``row_squares`` of F, see ``ops.curvature_factors``, of each layer: a running mean over Fisher passes.
+    """``row_squares`` of F of each layer, see ``ops.curvature_factors``: a running mean over Fisher passes.
 
     A Fisher pass is a forward and a backward of ``loss_fn.fisher_loss(model, batch, seed)``, a mean over the tokens of
-    the loss, whose gradient squared has the curvature of the loss as its mean. A layer keeps the mean over its rows of
-    the squares of a token's gradient: over those of another batch it stays the same. The first passes count alike,
-    later ones by ``decay``, the share of the running mean that a pass leaves.
+    the loss, whose squared gradient has the curvature of the loss as its mean. A layer stores the mean over its rows of
+    a token's squared gradients, so that batches of any size are comparable. The first passes have equal weight; later
+    ones change the running mean with factor 1 - ``decay``.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLinear], decay: float):
@@ -209,14 +208,14 @@ class FisherSquares:
         self._warned = False
 
     def current(self) -> dict[str, Tensor]:
-        """The squares of layers that have had a pass."""
+        """Squares of layers that have had a pass."""
         return {name: square for name, square in self.squares.items() if self.passes[name]}
 
     def after_pass(self, step: Step) -> dict[str, Tensor]:
-        """The ``current`` ones behind a Fisher pass over the batches of a step, within its ``drawing``; nothing moves.
+        """Return ``current`` after a Fisher pass over the batches of a step, within its ``drawing``; nothing moves.
 
-        All ranks get the same. Layers that the pass does not reach, or in which a square is not finite, are as before;
-        of the latter rank 0 warns once.
+        All ranks get the same. Layers without a gradient, or with a square that is not finite, do not change. Rank 0
+        warns once about squares that are not finite.
         """
         totals = {name: square.new_zeros(len(square) + 1) for name, square in self.squares.items()}
         for _, place in step.own:
@@ -243,7 +242,7 @@ class FisherSquares:
             self._warned = True
             warnings.warn(
                 f"fisher_loss of step {step.index}: expected finite squares of gradients, got others in {bad}; these "
-                "layers go by earlier passes, or by their own gradient where there was none. This is the only warning",
+                "layers use earlier passes, or else their own gradient. This is the only warning",
                 stacklevel=2,
             )
         return after
@@ -255,7 +254,7 @@ class FisherSquares:
                 self.passes[name] += 1
 
     def _totals_of(self, step: Step, place: int) -> dict[str, Tensor]:
-        """``ops.token_squares`` of one batch, of the layers that backward reaches; summed over the uses of a layer."""
+        """``ops.token_squares`` of one batch, summed over the uses of a layer, for layers with a gradient."""
         before = {layer: layer.logits_backward for layer in self.layers.values()}
         tokens = labelled_tokens(step.loss_fn, step.batches[place])
         collectors = {name: _Collector(tokens) for name in self.layers}
@@ -273,15 +272,15 @@ class FisherSquares:
 
 
 def _seed_of(step: Step, place: int) -> int:
-    """Of the labels of a batch: another one for each step and batch of a run."""
+    """Seed of a batch's labels: another one for each step and batch of a run."""
     text = f"fisher labels {step.seed} {step.index} {place}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 class _Collector:
-    """A ``logits_backward`` that sums up ``ops.token_squares`` of a layer."""
+    """A ``logits_backward`` that adds up ``ops.token_squares`` of a layer."""
 
-    # true: what it keeps is of one pass, and of no compiled graph
+    # true: its sums belong to one pass, not to a compiled graph
     moves_logits = takes_shards = True
 
     def __init__(self, tokens: Tensor | None):

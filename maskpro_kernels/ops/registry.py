@@ -268,7 +268,7 @@ def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, 
     """
     used = grad.any(1)
     if row_squares is not None:
-        # a divergence has no gradient at its teacher, but a curvature
+        # a divergence has no gradient at its minimum, but a curvature
         used = used | ~used.any()
     count = used.sum(dtype=torch.float32).clamp(min=1)
     tokens = count if tokens is None else tokens

@@ -277,7 +277,7 @@ def test_a_bad_count_is_refused_and_nothing_has_moved(count):
     before = logits_by_name(model)
     loss = DrawnLabels(lambda model, batch: model(batch), count)
     trainer = mk.MaskTrainer(model, loss, [normal(4, 32, seed=1)], mk.StraightThrough(), seed=0)
-    with pytest.raises(ValueError, match="^loss_fn: expected labelled_tokens to give a number of at least 0, got "):
+    with pytest.raises(ValueError, match="^loss_fn: expected labelled_tokens to return a number of at least 0, got "):
         trainer.step()
     assert all(torch.equal(logits, before[name]) for name, logits in logits_by_name(model).items())
 

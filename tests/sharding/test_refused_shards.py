@@ -186,7 +186,7 @@ REFUSED = {
     "refit": (lambda: converted_after(refit="weights"), 'calibration: expected batches for refit="weights", got none'),
     "weights that learn": (
         lambda: trained(a_sharded_model([2]), how="trained weights").begin(),
-        f"model: expected whole layers, {CUT}: weights learn as wholes alone",
+        f"model: expected whole layers, {CUT}: only whole weights can learn",
     ),
     "an optimizer": (
         lambda: mk.MaskOptimizer(a_sharded_model([2])),
