@@ -109,7 +109,7 @@ def test_another_set_of_layers_is_refused(tmp_path, kind):
         if kind == "zeros" and wanted is fewer:
             # others may have zeros as well
             continue
-        with pytest.raises(ValueError, match=f"(1[345] layers|learned on).* {named}"):
+        with pytest.raises(ValueError, match=f"(1[345] masked layers|masks' base model).* {named}"):
             stored_mask(path, wanted, "2:4")
 
 
