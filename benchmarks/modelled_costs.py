@@ -114,10 +114,10 @@ def disassembled(cubin: bytes) -> tuple[str, ...]:
 
 
 def branches(lines: tuple[str, ...]) -> list[tuple[int, int, bool]]:
-    """(where it stands, where it leads, whether on a condition) of every branch."""
+    """(place, target, true if conditional) of every branch."""
     where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     targets = ((i, line, re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
-    # a condition may stand in the name, or a uniform predicate after it: BRA.U !UP0
+    # a condition may be in the name, or a uniform predicate after it: BRA.U !UP0
     condition = re.compile(r"@|BRA\.DIV|BRA\S*\s+!?U?P\d")
     return [(i, where[target[1]], condition.match(line) is not None) for i, line, target in targets if target]
 

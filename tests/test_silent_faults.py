@@ -191,7 +191,7 @@ def zeros_stay(folder: Path) -> None:
 
 
 class Fault(NamedTuple):
-    """A guard, what stands in its place where it is switched off, and the sign that it is missing."""
+    """A guard, its replacement if it is switched off, and the sign that it is missing."""
 
     guard: str
     off: object

@@ -86,7 +86,7 @@ def test_a_weight_that_differs_is_named(models):
 
 
 def test_rounding_to_int8_is_told_from_other_weights(models):
-    """Of the model that was rounded, wherever it stands, and as far as rounding goes."""
+    """Of the rounded model, at any place, within rounding."""
     order = {name: models[name] for name in ("base", "int8", "packed")}
     packed, found = measure_speed(order, PROMPT, new_tokens=2, rounds=1).agreements[::-1]
     assert (packed.other, packed.is_rounded) == ("int8", True) and (found.other, found.is_rounded) == ("base", False)

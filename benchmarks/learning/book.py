@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maskpro_kernels.files import write_whole
 
-# What continues in the line where it stands; all other elements begin a paragraph and end one
+# Inline elements; all others begin and end a paragraph
 WITHIN_LINES = {"a", "abbr", "b", "cite", "code", "em", "font", "i", "img", "small", "span", "strong", "sub", "sup"}
 UNSHOWN = {"script", "style", "title"}
 

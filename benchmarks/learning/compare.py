@@ -90,7 +90,7 @@ class Comparison:
         self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
 
     def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
-        """What all rows have in common: the options, and what stands after the names of model and texts."""
+        """Common to all rows: the options, and the words after the names of model and texts."""
         options = {name: value for name, value in vars(self.args).items() if name not in ("output", "steps", "methods")}
         content = json.dumps(texts, sort_keys=True).encode()
         return options | {
@@ -122,7 +122,7 @@ class Comparison:
         weights: str = "dense",
         **of_learner: object,
     ) -> dict:
-        """A row of the model as it is; ``weights`` shows kept weights are the dense ones, or its own."""
+        """A row of the current model; ``weights`` shows kept weights are the dense ones, or its own."""
         found = {name: perplexity(self.model, test) for name, test in self.tests.items()}
         dense = found if method == "dense" else self.dense["perplexity"]
         row = {

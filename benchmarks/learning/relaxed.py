@@ -80,7 +80,7 @@ class RelaxedMask(Estimator):
         return self.lr
 
     def progress(self, step: int) -> float:
-        """Where a step stands between the first, 0, and the last, 1."""
+        """Place of a step between the first, 0, and the last, 1."""
         return step / max(self.steps - 1, 1)
 
     def settings(self) -> dict:

@@ -2,7 +2,7 @@
 
 Xie and Ermon 2019 (arXiv 1901.10517): keys are logits plus Gumbel noise. N times in turn p = softmax(key / t) is added
 to the relaxed mask, and log(1 - p) to the keys, so that what was taken is not taken again. As t falls to 0 that becomes
-the draw of N of the M weights without replacement. The relaxed masks of a group sum up to N.
+the draw of N of the M weights without replacement. The relaxed masks of a group add up to N.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def best(rows: Sequence[Mapping], method: str, steps: int) -> Mapping | None:
 
 
 def finite(value: float) -> float:
-    """A figure to choose the smallest by, among which NaN would stay wherever it stands first."""
+    """A figure for min(), which would return a NaN in the first place."""
     return value if math.isfinite(value) else math.inf
 
 

@@ -20,7 +20,7 @@ from ..unfuse import adapter_modules
 
 # Slopes larger than this many root mean squares are rare
 LARGE_SLOPE = 30
-# Rows of each layer whose logits stand for the gap of all
+# Rows of each layer from which the gap of all is estimated
 ROWS = 64
 
 

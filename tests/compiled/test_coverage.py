@@ -19,7 +19,7 @@ from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, architecture, scores_i
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 
-# For AMD, the last of what stands before a wave's start
+# For AMD, the last instruction before a wave's start
 TO_THE_START = "s_branch .LBB0_0"
 FEWER_GROUPS = "indices of groups beyond 2^32, which no matrix has; smaller ones are divided in 32 bits"
 # Kernels over groups whose code depends on the dtype by more than a conversion

@@ -19,19 +19,19 @@ pytestmark = pytest.mark.compiled
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 OWN_COPY = "each thread reads what it has copied itself, after its own wait"
-STANDS_BEFORE = "the same stands before it on every way here, and since then shared memory has been read alone"
+EQUAL_BEFORE = "an equal one is before it on every way here, and since then shared memory has only been read"
 BEFORE_COPIES = "no thread has touched the memory that is copied to after it"
 OWN_WAIT = "each thread waits for the product itself, before it writes where the product has read"
-BEFORE_PRODUCT = "another barrier stands after it, ahead of the product"
+BEFORE_PRODUCT = "another barrier is after it, before the product"
 ONLY_WAITS = "up to the next barrier each thread does nothing but wait"
 WAITS_LATER = "before the product each thread waits again, for all that it has stored"
 NOT_WRITTEN = "no register of the product has been written since the fence before it"
 WAITS_AGAIN = "a later wait is for the same products, and up to it nothing is touched that they alone still use"
 LET_PASS = "what is found is of a kind that this release gives rise to by itself, and that is let pass"
-OF_TWO_ENDS = "it stands between the ends of two mbarriers, which have nothing to do with each other"
-AFTER_LOADS = "a barrier stands after the loads of tensor memory, ahead of this one"
+OF_TWO_ENDS = "it is between the ends of two unrelated mbarriers"
+AFTER_LOADS = "a barrier is after the loads of tensor memory, before this one"
 # those of a kernel are taken away at once, which is found
-FOR_EACH_OTHER = "another barrier stands between the same accesses"
+FOR_EACH_OTHER = "another barrier is between the same accesses"
 BEFORE_THE_START = "a wave begins after it, as its first arguments are in registers"
 OWN_WAVE = "the wave that reads there has written it itself, in the order of its code"
 # By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
@@ -54,7 +54,7 @@ REDUNDANT = (
     {("masked_linear", target): {1: OWN_COPY} for target in TARGETS}
     | {("masked_linear_input_grad", target): {5: OWN_COPY} for target in TARGETS}
     | {
-        (kernel, "sm_80"): {2: STANDS_BEFORE, 3: STANDS_BEFORE}
+        (kernel, "sm_80"): {2: EQUAL_BEFORE, 3: EQUAL_BEFORE}
         for kernel in ("masked_linear_weight_grad", "straight_through")
     }
     | {
@@ -86,18 +86,13 @@ REDUNDANT_IN_OLDEST |= {
 WIDE, UNIT = ", wide", {"sm_90": "wgmma", "sm_100": "tcgen05"}
 OF_WIDE = ("masked_linear", "masked_linear_input_grad")
 REDUNDANT |= {
-    ("masked_linear, wide", "sm_90"): {1: OWN_COPY, 9: FOR_EACH_OTHER, 10: STANDS_BEFORE, 13: FOR_EACH_OTHER},
+    ("masked_linear, wide", "sm_90"): {1: OWN_COPY, 9: FOR_EACH_OTHER, 10: EQUAL_BEFORE, 13: FOR_EACH_OTHER},
     ("masked_linear, wide", "sm_100"): {2: WAITS_LATER, 28: OWN_WAIT, 29: ONLY_WAITS, 37: AFTER_LOADS}
     | dict.fromkeys((12, 14, 25, 27), FOR_EACH_OTHER),
-    ("masked_linear_input_grad, wide", "sm_90"): {
-        6: FOR_EACH_OTHER,
-        7: STANDS_BEFORE,
-        10: FOR_EACH_OTHER,
-        12: OWN_COPY,
-    },
+    ("masked_linear_input_grad, wide", "sm_90"): {6: FOR_EACH_OTHER, 7: EQUAL_BEFORE, 10: FOR_EACH_OTHER, 12: OWN_COPY},
     ("masked_linear_input_grad, wide", "sm_100"): {7: BEFORE_PRODUCT, 15: BEFORE_PRODUCT, 25: AFTER_LOADS}
     | {10: OWN_WAIT, 19: ONLY_WAITS},
-    ("packed_linear", "sm_90"): {20: STANDS_BEFORE},
+    ("packed_linear", "sm_90"): {20: EQUAL_BEFORE},
     ("packed_linear", "sm_100"): {2: WAITS_LATER, 8: OWN_WAIT, 15: ONLY_WAITS, 21: AFTER_LOADS},
 }
 KERNELS = [*PRODUCTS, STEP, "packed_vector", "packed_linear", "descend"]

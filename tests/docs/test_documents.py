@@ -80,7 +80,7 @@ TINY_DATASETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, what stands in it, and why it does not run, if so."""
+    """A fenced block: its language, its text, and the reason why it does not run, if any."""
 
     language: str
     code: str

@@ -1,4 +1,4 @@
-"""The script for a model of 70 billion parameters, as it stands in the document, on a tiny one."""
+"""The document's script for a model of 70 billion parameters, on a tiny one."""
 
 from __future__ import annotations
 

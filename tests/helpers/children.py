@@ -38,7 +38,7 @@ for line in sys.stdin:
 
 
 class Child:
-    """A process on the routes that users get, which runs code as often as it is called: it imports once.
+    """A process on the routes of users, which imports once and runs code at each call.
 
     Code uses ``arguments``, and returns a row by ``emit(row)``; both are JSON values.
     """

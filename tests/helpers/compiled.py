@@ -30,7 +30,7 @@ class Matrix:
 
     Attributes:
         shard: whether the rows are parts of longer ones.
-        before: how many groups stand before the first one.
+        before: number of groups before the first one.
         spread: "mixed": gaps, ties, certain masks and zeros of either sign. "certain": the N largest are drawn whatever
             the noise. "open": no block of groups is certain.
     """

@@ -85,7 +85,7 @@ class Disk:
             self.sync(node)
 
     def node(self, descriptor: int) -> File | Folder | None:
-        """What stands here for an open file."""
+        """Model of an open file."""
         return self._nodes.get(os.fstat(descriptor).st_ino)
 
     def observe(self) -> bool:

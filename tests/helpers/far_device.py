@@ -65,7 +65,7 @@ def _compute(op, *args, **kwargs):
             outer.data = _far(value)
         return outer
 
-    # a number that stands for a tensor arrives as a number
+    # a number in the place of a tensor arrives as a number
     wanted = [str(argument.type) for argument in op._schema.arguments]
     args = [
         torch.tensor(value) if kind == "Tensor" and isinstance(value, (int, float)) else value

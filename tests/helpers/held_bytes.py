@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Counting(TorchDispatchMode):
-    """After each operation sums up the bytes of all storages that live, which FSDP2 empties and fills again."""
+    """Adds the bytes of all live storages after each operation; FSDP2 empties storages and fills them again."""
 
     def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()

@@ -38,7 +38,7 @@ WEAKENED = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
 
 
 def synchronisations(text: str) -> list[list[re.Match]]:
-    """Every barrier, wait and fence of a kernel, in order. What stands twice with nothing between is one."""
+    """Every barrier, wait and fence of a kernel, in order. Two equal ones with nothing between them count once."""
     if is_amdgcn(text):
         return [[match] for match in GCN_SYNCHRONISATION.finditer(text)]
     found: list[list[re.Match]] = []

@@ -76,7 +76,7 @@ def reached_from(module: str, modules: Mapping[str, Path]) -> set[str]:
 
 
 def floors(below: Mapping[str, set[str]]) -> list[list[str]]:
-    """Names by floor: each stands one above the highest of those that it imports.
+    """Names by floor: each is one above the highest of those that it imports.
 
     Raises:
         ValueError: for a circle, which it names.

@@ -48,7 +48,7 @@ class SmallRun:
         return self._digest(), self._metrics()
 
     def place(self) -> tuple:
-        """Where the run stands: runs at the same place have the same steps before them."""
+        """State of the run: runs in the same state have the same steps before them."""
         others = ((path.name, path.read_bytes()) for path in self.folder.rglob("*") if path.is_file())
         files = sorted((name, content) for name, content in others if name != METRICS)
         return self.trainer.steps_done, self._digest(), repr(self.trainer.estimator.state()), self._metrics(), files

@@ -136,7 +136,7 @@ class Divergence(DrawnLabels):
 def fisher_information(model, logits_of, batch, apart: int) -> dict[str, torch.Tensor]:
     """Of each layer the diagonal [out, K], without cross terms between rows: by derivatives of the logits [T, classes].
 
-    No row has a part in two of the tokens that stand ``apart`` from each other.
+    No row has a part in two tokens at a distance of ``apart``.
     """
     inputs, shifts = {}, {}
 
@@ -208,7 +208,7 @@ def test_of_experts(share, kind, factors):
 
 
 def test_of_a_classifier(factors):
-    """One row in 8 decides; the others have no gradient, and no label tells that it is so."""
+    """One row in 8 decides; the others have no gradient, and no label shows it."""
     x = normal(64, 8, 32, seed=1)
     found = ratios(factors, two_layers(gap=60.0), DrawnLabels(lambda model, x: model(x)[:, 0]), x, 30)
     assert_medians(found, 0.05)

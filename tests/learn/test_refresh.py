@@ -20,7 +20,7 @@ TABLE = {3: 8.0, 5: 3.0, 6: 7.0, 9: 4.0, 10: 1.0, 12: 6.0}
 
 
 def one_group(seed: int, lr: float, refresh: bool = True) -> tuple[mk.MaskTrainer, nn.Linear]:
-    """A trainer of a single group, whose loss stands in ``TABLE`` for each mask, and its layer."""
+    """A trainer of a single group, whose loss for each mask is in ``TABLE``, and its layer."""
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data[:] = torch.tensor([1.0, 2.0, 4.0, 8.0])
     layer = mk.MaskedLinear.from_linear(linear, "2:4")

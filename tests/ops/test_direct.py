@@ -109,7 +109,7 @@ def test_torch_has_its_part_where_it_wants_one(name, layer, taken):
 
 
 class OwnParameter(torch.Tensor):
-    """As a DTensor is one: what lies at its address is not what it stands for."""
+    """Like a DTensor: the memory at its address is not its content."""
 
 
 ODD = {

@@ -62,7 +62,7 @@ def test_columns_without_input_are_dropped_first():
 
 
 def test_the_best_mask_with_refitted_weights_is_found():
-    """Of two inputs that are much alike one stands for both; by magnitude both weights would be kept."""
+    """Of two similar inputs one is enough; by magnitude both weights would be kept."""
     generator = torch.Generator().manual_seed(0)
     first, own, *others = torch.randn(10, 256, generator=generator)
     x = torch.stack([first, first + 0.1 * own, *others[:6]], 1)

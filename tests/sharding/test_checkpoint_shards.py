@@ -45,7 +45,7 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_tied(rank: int, path: Path, mesh: list[int]) -> None:
-    """Twice: from meta, and in place, where FSDP2 has gathered and other values stand."""
+    """Twice: from meta, and in place over other values, which FSDP2 has gathered."""
     alone, x = Tied(), torch.arange(16)
     alone.load_state_dict(tensors_of(alone), strict=False)
     with torch.device("meta"):

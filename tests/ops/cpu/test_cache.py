@@ -204,7 +204,7 @@ def test_a_file_of_another_user_is_not_loaded(folder, monkeypatch):
 
 
 def test_the_owner_asked_for_is_that_of_the_file_which_is_read(folder, monkeypatch):
-    """Not of what stands under its name a moment before or after."""
+    """Not of another file with its name a moment before or after."""
     path, planted = folder / "loop-x.o", folder / "planted"
     cache.keep(path, *SOUND)
     planted.write_bytes(path.read_bytes())

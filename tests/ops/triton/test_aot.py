@@ -204,7 +204,7 @@ for target in TARGETS:
                 product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)
                 loop = sum("LDG.E" in line for line in lines[:product])
                 if quantized:
-                    # a scale for each chunk of a thread; on sm_100 the first step stands ahead of the loop
+                    # a scale for each chunk of a thread; on sm_100 the first step is before the loop
                     scales = config.out * config.k // (8 * m // n) // (32 * config.num_warps)
                     scales *= 2 if target == "sm_100" else 1
                     loop -= min(scales, sum("LDG.E.U16" in line for line in lines[:product]))
@@ -219,7 +219,7 @@ for target in TARGETS:
 def test_packed_kernels(child, pattern, element):
     """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
 
-    Tiles are loaded before their use, also where a row is a multiple of 4 chunks alone: no plain load stands before
+    Tiles are loaded before their use, also where a row is a multiple of 4 chunks alone: no plain load is before
     the last product.
     """
     n, m = pattern
