@@ -616,7 +616,8 @@ def load_checkpoint_shards(
             files, with whole tensors or the parts of torch's ``HuggingFaceStorageWriter``; or a single file.
         device: device for tensors on meta. Default: the device of the meshes, or the CPU without a mesh.
 
-    Warns: UserWarning: if the checkpoint has tensors that the model does not have.
+    Warns:
+        UserWarning: if the checkpoint has tensors that the model does not have.
 
     Raises:
         ValueError: if there are no such files; if files are damaged or missing, or two of them have the same part; or

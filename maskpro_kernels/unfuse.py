@@ -74,11 +74,12 @@ class Form:
         in_place: true if the module itself changes and keeps its hooks; else it is replaced.
         by_forward: true if an adapter of peft on it only needs its forward.
 
-    Other methods of a form: is_built(module): whether it is such a module, fused. matrices(module): functions that
-        return its matrices as views [..., K], by names of its parameters. take_apart(module, views): (its replacement,
-        or the module itself; a function that undoes the change). parts(module): the nn.Linear layers, or their
-        replacements, of an unfused module; None for others. put_together(module, joins): the fused module, from
-        nn.Linear layers.
+    Other methods of a form:
+        is_built(module): whether it is such a module, fused.
+        matrices(module): functions that return its matrices as views [..., K], by names of its parameters.
+        unfuse(module, views): (its replacement, or the module itself; a function that undoes the change).
+        parts(module): the nn.Linear layers, or their replacements, of an unfused module; None for others.
+        fuse(module, joins): the fused module, from nn.Linear layers.
     """
 
     in_place = by_forward = False
@@ -117,7 +118,7 @@ class Conv1DForm(Form):
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
         return {"weight": lambda: module.weight.T}
 
-    def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
+    def unfuse(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
         layer = linear(views.of(module.weight, "transposed", lambda weight: weight.T), module.bias, module.training)
         setattr(layer, BUILT_AS, type(module))
         return layer, lambda: None
@@ -125,7 +126,7 @@ class Conv1DForm(Form):
     def parts(self, module: nn.Module) -> list[nn.Module] | None:
         return [module] if hasattr(module, BUILT_AS) else None
 
-    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
+    def fuse(self, module: nn.Module, joins: Joins) -> nn.Module:
         rows, k = module.weight.shape
         with torch.device("meta"):
             built = getattr(module, BUILT_AS)(rows, k)
@@ -209,12 +210,12 @@ class Fusion(NamedTuple):
 
 def _fusion(module: nn.Module, name: str) -> Fusion:
     """Layout of a parameter of experts."""
-    halves = name in HALVES and module.has_gate and _gate_stands_ahead(module)
+    halves = name in HALVES and module.has_gate and _gate_is_first(module)
     return Fusion(len(HALVES[name]) if halves else 1, module.is_transposed)
 
 
 @torch.no_grad()
-def _gate_stands_ahead(module: nn.Module) -> bool:
+def _gate_is_first(module: nn.Module) -> bool:
     """Return whether all outputs of the gate come before those of up; else they alternate.
 
     Not every transformers has a flag for it. If they alternate, the first result depends on the second of four outputs.
@@ -256,7 +257,7 @@ class ExpertsForm(Form):
             token = parameter.new_ones(1, parameter.shape[1 if module.is_transposed else 2])
             call = token, torch.zeros(1, 1, dtype=torch.int64, device=token.device), token[:, :1]
             expected = type(module).forward.__wrapped__(module, *call)
-            undo = self._take_apart(module, fused, Views())
+            undo = self._unfuse(module, fused, Views())
             try:
                 if torch.allclose(type(module).forward(module, *call), expected, rtol=1e-2, atol=1e-2):
                     return None
@@ -270,10 +271,10 @@ class ExpertsForm(Form):
 
         return {name: partial(view, name) for name in self._fused(module)}
 
-    def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
-        return module, self._take_apart(module, self._fused(module), views)
+    def unfuse(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
+        return module, self._unfuse(module, self._fused(module), views)
 
-    def _take_apart(self, module: nn.Module, fused: dict[str, nn.Parameter], views: Views) -> Callable[[], None]:
+    def _unfuse(self, module: nn.Module, fused: dict[str, nn.Parameter], views: Views) -> Callable[[], None]:
         config, training, before = module.config, module.training, dict(module._parameters)
         lists, sources = {}, {}
         for name, parameter in fused.items():
@@ -312,7 +313,7 @@ class ExpertsForm(Form):
         lists = getattr(module, CHILD, None)
         return [layer for layers in lists.values() for layer in layers] if isinstance(lists, ExpertLinears) else None
 
-    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
+    def fuse(self, module: nn.Module, joins: Joins) -> nn.Module:
         linears = self._remove_layers(module)
         for name in linears.sources:
             weights = [layer.weight for layer in chain(*linears.of(name))]
@@ -346,14 +347,14 @@ def as_linears(model: nn.Module, names: Collection[str] | None = None) -> dict[s
     Raises:
         ValueError: if a module in ``names`` cannot be unfused. The model does not change.
     """
-    return _take_apart(model, names)[0]
+    return _unfuse(model, names)[0]
 
 
 # (form, original module, its replacement or itself, function that undoes a change of the module itself)
 Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
 
 
-def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
+def _unfuse(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
     found = {
         name: (form, module)
         for name, module in model.named_modules()
@@ -376,7 +377,7 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
     try:
         for name, (form, module) in found.items():
             if name not in against and (names is None or name in names):
-                after, undo = form.take_apart(module, views)
+                after, undo = form.unfuse(module, views)
                 done.append((form, module, after, undo))
         replace_modules(model, {id(before): after for _, before, after, _ in done if after is not before})
     except BaseException:
@@ -403,7 +404,7 @@ def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
     Weights may be changed in place, but not moved or cast. Yields the names of modules that cannot be unfused, each
     with the reason.
     """
-    against, done = _take_apart(model, None)
+    against, done = _unfuse(model, None)
     try:
         yield against
     finally:
@@ -414,9 +415,9 @@ def as_built(model: nn.Module) -> None:
     """Fuse unfused modules whose layers are all nn.Linear, in place, with new parameters."""
     back, joins = {}, Joins()
     resharded(model)
-    for _, form, module in list(_taken_apart(model)):
+    for _, form, module in list(_unfused(model)):
         if _is_dense(form.parts(module)):
-            built = form.put_together(module, joins)
+            built = form.fuse(module, joins)
             if built is not module:
                 back[id(module)] = built
     replace_modules(model, back)
@@ -446,11 +447,11 @@ def matrices(model: nn.Module) -> dict[str, Matrix]:
     return found
 
 
-def taken_apart(model: nn.Module) -> list[str]:
-    return [name for name, _, _ in _taken_apart(model)]
+def unfused_modules(model: nn.Module) -> list[str]:
+    return [name for name, _, _ in _unfused(model)]
 
 
-def _taken_apart(model: nn.Module) -> Iterator[tuple[str, Form, nn.Module]]:
+def _unfused(model: nn.Module) -> Iterator[tuple[str, Form, nn.Module]]:
     for name, module in model.named_modules():
         for form in FORMS:
             if form.parts(module) is not None:

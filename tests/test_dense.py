@@ -58,7 +58,7 @@ def test_contexts_nest_and_end_with_an_error():
     assert_same_bits(model(x), masked)
 
 
-def test_other_modules_keep_their_modes_and_draws_go_on():
+def test_other_modules_keep_their_modes_and_draws_continue():
     model = a_model()
     mk.convert(model, "2:4", targets=["0", "2"], gap=1.0)
     model.train()

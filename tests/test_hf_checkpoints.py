@@ -94,7 +94,7 @@ def test_masks_and_draws_come_back(saved_by, dtype, tmp_path):
     assert_same_bits(again.train()(TOKENS).logits, loaded(TOKENS).logits)
 
 
-def test_a_loaded_model_goes_on_learning_as_the_saved_one(tmp_path):
+def test_a_loaded_model_continues_learning_as_the_saved_one(tmp_path):
     converted().save_pretrained(tmp_path)
     models = [converted(), AutoModelForCausalLM.from_pretrained(tmp_path)]
     for model in models:
@@ -438,7 +438,7 @@ def test_a_dequantized_model_has_one_dtype(tmp_path):
     assert_same_bits(dense.model.rotary_emb.inv_freq, frequencies)
 
 
-def test_dequantized_modules_are_put_together_again(tmp_path):
+def test_dequantized_modules_are_fused_again(tmp_path):
     model, batch = tiny("GPT-2")
     built = {name: type(module).__name__ for name, module in model.named_modules()}
     mk.convert(model, "2:4")
@@ -450,7 +450,7 @@ def test_dequantized_modules_are_put_together_again(tmp_path):
     torch.testing.assert_close(dense(**batch).logits, model.eval()(**batch).logits)
 
 
-def test_dense_matrices_of_what_is_taken_apart_have_to_be_stored(tmp_path):
+def test_dense_matrices_of_what_is_unfused_have_to_be_stored(tmp_path):
     """Transformers would load a checkpoint that lacks them, with random values in their place."""
     model = AutoModelForCausalLM.from_pretrained(moe_jobs.write_checkpoint(tmp_path / "dense"))
     mk.convert(model, "2:4", targets=["*.down_proj.*"])

@@ -60,7 +60,7 @@ def test_modules_import_in_no_circle():
 
 
 @pytest.mark.parametrize("house", [NAME, f"{NAME}.ops"])
-def test_rooms_stand_on_few_floors_without_a_circle(house):
+def test_rooms_are_on_few_floors_without_a_circle(house):
     """Imports inside functions count too."""
     storeys = floors(rooms_of(house))
     assert len(storeys) <= MOST_FLOORS, f"{len(storeys)} floors, at most {MOST_FLOORS} expected:\n{shown(storeys)}"

@@ -42,7 +42,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (0, 16)])
-def test_stands_in_for_a_linear(shape, bias, dtype, training):
+def test_replaces_a_linear(shape, bias, dtype, training):
     linear = a_linear(bias, dtype)
     layer = mk.MaskedLinear.from_linear(linear, "2:4").train(training)
     x = torch.randn(shape, dtype=dtype)

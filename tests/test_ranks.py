@@ -284,7 +284,7 @@ def learn_until_killed(rank: int, victim: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("victim", "resumed"), [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_the_others_end_where_a_rank_is_killed_and_the_run_goes_on(victim, resumed, tmp_path, eager_reference):
+def test_the_others_end_where_a_rank_is_killed_and_the_run_continues(victim, resumed, tmp_path, eager_reference):
     logits, _ = learn_on_rank(0, "reinforce", 4, accumulate=4)
     results = in_ranks(2, learn_until_killed, victim=victim, folder=tmp_path)
     assert isinstance(results.pop(victim), Ended)

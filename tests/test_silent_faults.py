@@ -52,7 +52,7 @@ def converted_it_comes_back(folder: Path) -> None:
     assert_comes_back(model, batch, folder)
 
 
-def taken_apart_comes_back(folder: Path) -> None:
+def unfused_comes_back(folder: Path) -> None:
     model, batch = tiny("GPT-2")
     # a square one, whose transpose would fit too
     as_linears(model, ["transformer.h.0.attn.c_proj"])
@@ -215,7 +215,7 @@ def with_scales_rounded_down(values):
 FAULTS = [
     Fault("hf.quantizer.put_empty_layers", nothing, packed_comes_back),
     Fault("hf.describe", nothing, converted_it_comes_back),
-    Fault("hf.quantizer.as_linears", nothing, taken_apart_comes_back),
+    Fault("hf.quantizer.as_linears", nothing, unfused_comes_back),
     Fault("prune.selection.read_elsewhere", lambda *_: set(), every_mask_matters),
     Fault("prune.convert.in_linear_form", lambda _: nullcontext({}), mixtures_are_masked),
     Fault("prune.convert.MOST_OF_A_MODEL", 0.0, little_is_masked),

@@ -97,7 +97,7 @@ def test_rounding_to_int8_is_told_from_other_weights(models):
     assert first_difference(models["packed"], changed, rounded=True) == f"{LAYER}.weight"
 
 
-def test_weights_of_modules_that_are_taken_apart_are_compared():
+def test_weights_of_modules_that_are_unfused_are_compared():
     dense, packed = (finalize(converted(tiny("GPT-2").model), to=to) for to in ("dense", "packed"))
     assert stored_as(packed) == "packed 2:4" and first_difference(packed, dense) is None
     assert [type(dense.transformer.h[0].mlp.c_fc).__name__] == ["Conv1D"]

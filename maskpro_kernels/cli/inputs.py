@@ -126,7 +126,7 @@ def load(name: str, dtype: str | None, device: torch.device | str):
     from ..hf import load_model, show_bars
 
     if (Path(name) / SETTINGS).is_file() and not (Path(name) / REPORT).is_file():
-        raise ValueError(f"model: expected a model or a run that has ended, got {name!r}; {how_to_go_on(name)}")
+        raise ValueError(f"model: expected a model or a run that has ended, got {name!r}; {resume_command(name)}")
     show_bars(wants_bars())
     where = {"device_map": "auto"} if device == "auto" else {"device": device}
     return load_model(name, dtype and DTYPES[dtype], **where)
@@ -153,7 +153,7 @@ def base_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def how_to_go_on(run: str | Path) -> str:
+def resume_command(run: str | Path) -> str:
     """Command that continues a run."""
     return f"continue with: maskpro learn --resume {shlex.quote(str(run))}"
 
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict:
 def read_report(run: Path) -> dict:
     """Read the report of a finished run; ValueError if it has not ended, or is of another version."""
     if not (run / REPORT).is_file():
-        ended = f"its run has not ended, {how_to_go_on(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
+        ended = f"its run has not ended, {resume_command(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
         raise ValueError(f"run: expected a folder written by `maskpro learn`, got {str(run)!r}; {ended}")
     return read_json(run / REPORT)
 

@@ -77,7 +77,6 @@ from .inputs import (
     check_least,
     device_of,
     digest_of_weights,
-    how_to_go_on,
     load,
     naming,
     positions_of,
@@ -85,6 +84,7 @@ from .inputs import (
     read_json,
     report,
     report_as,
+    resume_command,
     save,
     wants_bars,
     windows_of,
@@ -188,7 +188,7 @@ def learn(options: Learn) -> None:
     run = _Run(options, ranks, trainer, validation, start)
     with closing(trainer):
         if begun:
-            run.go_on()
+            run.resume()
         else:
             run.begin({**start, "skipped": dict(skipped)})
         # save
@@ -284,7 +284,7 @@ def _check_output(output: Path) -> None:
             return
         raise ValueError(
             f"output: expected a new or empty folder, got {str(output)!r}, which has a run that has not ended; "
-            f"{how_to_go_on(output)}"
+            f"{resume_command(output)}"
         )
     check_output(output)
 
@@ -477,7 +477,7 @@ def _put_back_start_weights(model: nn.Module, progress: Path, start: Mapping) ->
 
 @dataclasses.dataclass
 class _Run:
-    """A run from its first step to its last: ``begin`` or ``go_on``, ``take_steps``, and if it returns true ``end``."""
+    """A run in three calls: ``begin`` or ``resume``, ``take_steps``, and if this returns true ``end``."""
 
     options: Learn
     ranks: Ranks
@@ -507,7 +507,7 @@ class _Run:
 
         self.ranks.first(write)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Restore logits and rows from the folder."""
         with naming("resume", "restore the model, the text and the content of the folder when the run was interrupted"):
             self.trainer.resume(progress=wants_bars())
@@ -557,7 +557,7 @@ class _Run:
                 except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, ValueError):
                     if not trainer.broken:
                         self._save_logits()
-                    report(f"stopped after {trainer.steps_done} steps; {how_to_go_on(self.output)}")
+                    report(f"stopped after {trainer.steps_done} steps; {resume_command(self.output)}")
                     raise
         if self.ranks.rank > 0:
             return False
@@ -571,7 +571,7 @@ class _Run:
             )
             return True
         self._save_logits()
-        report(f"stopped after {trainer.steps_done} steps; {how_to_go_on(self.output)}")
+        report(f"stopped after {trainer.steps_done} steps; {resume_command(self.output)}")
         return False
 
     def end(self, tokenizer, tests: Mapping[str, Tensor]) -> None:

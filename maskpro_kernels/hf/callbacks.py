@@ -161,7 +161,8 @@ class KeepMask(TrainerCallback):
     Args:
         pattern: "N:M" or NMPattern; the model follows it when training begins.
 
-    Warns: UserWarning: when training begins, names layers other than the output head that do not follow the pattern and
+    Warns:
+        UserWarning: when training begins, names layers other than the output head that do not follow the pattern and
             are left out. Also if the weights of all layers that follow it are frozen, as after ``finalize``.
 
     Raises:

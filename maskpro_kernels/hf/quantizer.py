@@ -16,7 +16,7 @@ from ..modules import CounterState, MaskedLinear
 from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
 from ..packed import INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, hold_in_huge_pages, packed_class
-from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, taken_apart
+from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, unfused_modules
 
 METHOD, VERSION = "maskpro", 1
 HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
@@ -72,7 +72,7 @@ class SparseConfig(QuantizationConfigMixin):
             elif isinstance(module, NMLinear):
                 layers[name] = {"pattern": str(module.pattern), "values": module.kind}
         # dense modules may stay unfused because of adapters of peft
-        apart = taken_apart(model)
+        apart = unfused_modules(model)
         return cls(layers, apart) if layers or apart else None
 
 
@@ -171,7 +171,7 @@ class SparseQuantizer(HfQuantizer):
             put_empty_layers(model, layers, logits_dtype)
         # for missing tensors transformers would only warn and set random values
         names = {_bare_name(name, model) for name in stored}
-        for module in taken_apart(model) if layers else ():
+        for module in unfused_modules(model) if layers else ():
             for name, layer in model.get_submodule(module).named_modules(prefix=module):
                 if type(layer) is nn.Linear and _bare_name(f"{name}.weight", model) not in names:
                     raise ValueError(

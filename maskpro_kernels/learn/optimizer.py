@@ -77,7 +77,8 @@ class MaskOptimizer(torch.optim.Optimizer):
         Args:
             closure: computes the loss and calls its backward, as for any optimizer.
 
-        Warns: UserWarning: names layers whose slopes are not finite; their logits stay unchanged.
+        Warns:
+            UserWarning: names layers whose slopes are not finite; their logits stay unchanged.
 
         Raises:
             ValueError: if no logits have a gradient. Nothing changes then.

@@ -90,7 +90,8 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     Returns:
         The layers with a mask, those without and why, and the gap.
 
-    Warns: UserWarning: without ``targets``, if under 90% of the matrix weights have a mask; if experts got no token.
+    Warns:
+        UserWarning: without ``targets``, if under 90% of the matrix weights have a mask; if experts got no token.
 
     Raises:
         TypeError, ValueError: an argument is not as above, a weight is not finite or not in memory, or there is nothing

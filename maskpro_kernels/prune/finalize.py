@@ -13,7 +13,7 @@ from ..functional.checks import check_one_of
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
 from ..packed import KEEP, VALUE_KINDS, NMLinear, dense_layer, hold_in_huge_pages, packed_class
-from ..unfuse import in_linear_form, taken_apart
+from ..unfuse import in_linear_form, unfused_modules
 from .convert import Conversion, check_replaceable, replace_layers
 from .selection import coverage, reasons_by_name, select_layers
 
@@ -48,7 +48,7 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
     check_replaceable(model)
     if to == "packed":
         check_not_sharded(layers, "save a dense checkpoint, load it in one process, and pack that model")
-    for apart in taken_apart(model):
+    for apart in unfused_modules(model):
         cut = {name: layer for name, layer in layers.items() if name == apart or name.startswith(f"{apart}.")}
         reason = f"{apart}, which convert unfused, can only be fused from whole layers; finalize it in one process"
         check_not_sharded(cut, reason)

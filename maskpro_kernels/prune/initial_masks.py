@@ -216,8 +216,8 @@ def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str 
     Returns:
         group codes [out, K / M] by name of the layer, on the CPU.
 
-    Warns: UserWarning: if kept weights of a run or a checkpoint differ from those of the layers, as after SparseGPT or
-        a
+    Warns:
+        UserWarning: if kept weights of a run or a checkpoint differ from those of the layers, as after SparseGPT or a
             refit, or are rounded to int8; or if groups of a checkpoint had fewer than N weights that are not zero.
 
     Raises:

@@ -65,7 +65,8 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
             "weights" more swaps follow, which take the refit into account, see ``swap_and_refit``.
         progress: called with (layers done, layers in all) before the first layer and after each.
 
-    Warns: UserWarning: names experts without a token, which keep their codes and weights.
+    Warns:
+        UserWarning: names experts without a token, which keep their codes and weights.
 
     Raises:
         TypeError, ValueError: an argument is not as above, there is no batch, or another layer gets no input.

@@ -56,7 +56,8 @@ def refit(
         by name, the error of a layer's outputs after the refit divided by that before; without experts that got no
         token.
 
-    Warns: UserWarning: names experts without a token, which keep their weights.
+    Warns:
+        UserWarning: names experts without a token, which keep their weights.
 
     Raises:
         TypeError, ValueError: an argument is not as above, there is no batch, or a layer gets no input. The model is

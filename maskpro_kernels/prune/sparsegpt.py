@@ -91,7 +91,8 @@ def sparsegpt(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str | 
             them the masks apply to the model's own weights.
         progress: called with (layers done, layers in all) before the first layer and after each.
 
-    Warns: UserWarning: names experts without a token, which get masks by magnitude.
+    Warns:
+        UserWarning: names experts without a token, which get masks by magnitude.
 
     Raises:
         TypeError, ValueError: an argument is not as above, there is no batch, another layer gets no input, or inputs

@@ -155,7 +155,7 @@ def ticking(monkeypatch):
     return set_
 
 
-def test_the_first_provider_stands_before_each_of_the_others(ticking):
+def test_the_first_provider_is_before_each_of_the_others(ticking):
     seen = []
     # in each round a, b, a, c
     ticking([1.0, 5.0, 3.0, 7.0] * harness.FEWEST_ROUNDS[harness.DEVICE], harness.VISIT_SECONDS[harness.DEVICE])
@@ -166,7 +166,7 @@ def test_the_first_provider_stands_before_each_of_the_others(ticking):
     assert "".join(seen) == "abc" + "abac" * rounds
 
 
-def test_parts_stand_beside_each_other_and_count_together(ticking):
+def test_parts_are_side_by_side_and_count_together(ticking):
     seen = []
     providers = {name: [lambda part=part: seen.append(part) for part in name] for name in ("ab", "xy")}
     ticking(1.0, harness.VISIT_SECONDS[harness.DEVICE])

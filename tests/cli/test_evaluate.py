@@ -26,7 +26,7 @@ def rows_of(printed: str) -> dict[str, list[float]]:
     return {row[0].strip(): [float(word) for word in row[1:] if word.strip()] for row in rows}
 
 
-def test_runs_stand_below_their_dense_model_with_the_figures_of_their_tables(inputs, run, tmp_path, capsys):
+def test_runs_are_below_their_dense_model_with_the_figures_of_their_tables(inputs, run, tmp_path, capsys):
     assert main.main(learn(inputs, tmp_path / "other", "--pattern", "1:4")) == 0
     packed = tmp_path / "packed"
     assert main.main(["export", str(run), str(packed), "--to", "packed"]) == 0

@@ -268,7 +268,7 @@ def test_modules_with_matrices_of_their_own_are_learned_as_layers(model, inputs,
     assert len(sparse) >= 4 and learned.keys() == dense.state_dict().keys()
 
 
-def test_a_run_goes_on_without_the_file_of_its_initial_mask(inputs, run, tmp_path, monkeypatch):
+def test_a_run_continues_without_the_file_of_its_initial_mask(inputs, run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "first")
     options = ["--init", str(tmp_path / "first")]
 

@@ -37,7 +37,7 @@ class Command:
         tensors = [(run / name).read_bytes() for name in ("model.safetensors", "config.json")]
         return reported["logits"], reported["validation"], [row["loss"] for row in reported["steps"]], tensors
 
-    def goes_on(self, run, acknowledged: int, capsys) -> tuple:
+    def continues(self, run, acknowledged: int, capsys) -> tuple:
         """Resume, or begin again in the same folder where nothing was reported; gives what was learned."""
         capsys.readouterr()
         code = main.main(["learn", "--resume", str(run)])
@@ -80,7 +80,7 @@ def test_a_power_cut_loses_nothing_that_the_command_has_reported(
             assert command.learned(run) == whole, state.how
         else:
             assert state.acknowledged < math.inf, f"the run has ended, and has no report: {state.how}"
-            assert command.goes_on(run, state.acknowledged, capsys) == whole, state.how
+            assert command.continues(run, state.acknowledged, capsys) == whole, state.how
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_a_sync_that_fails_ends_the_command_in_one_line(inputs, tmp_path, capsys
             # the last file of a run: all else is there
             assert command.learned(root / "run") == whole, number
         else:
-            assert command.goes_on(root / "run", NOTHING, capsys) == whole, number
+            assert command.continues(root / "run", NOTHING, capsys) == whole, number

@@ -131,7 +131,7 @@ def test_a_run_that_was_killed_before_its_first_step_begins_again(inputs, wholes
         assert_ends_as(tmp_path / name, wholes("straight-through"))
 
 
-def test_a_run_goes_on_without_the_mask_that_it_began_with(inputs, run, tmp_path, monkeypatch):
+def test_a_run_continues_without_the_mask_that_it_began_with(inputs, run, tmp_path, monkeypatch):
     assert main.main(["export", str(run), str(tmp_path / "mask"), "--to", "mask"]) == 0
     options = [*COMMON, "--init", str(tmp_path / "mask")]
     with pytest.raises(Killed):
@@ -151,7 +151,7 @@ def broken(inputs, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_what_does_not_go_on_is_refused_in_a_line(inputs, run, broken, tmp_path, capsys):
+def test_what_does_not_continue_is_refused_in_a_line(inputs, run, broken, tmp_path, capsys):
     resume = ["learn", "--resume", str(broken)]
     refuses(capsys, tmp_path, [*resume, "--steps", "9"], "resume: expected no other option but --device", "got steps")
     refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended, got")
@@ -203,7 +203,7 @@ def test_another_model_or_text_or_lost_weights_are_refused(inputs, broken, tmp_p
     assert main.main(resume) == 0
 
 
-def test_a_full_disk_and_a_loss_that_is_not_finite_end_a_run_that_can_go_on(inputs, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_and_a_loss_that_is_not_finite_end_a_run_that_can_continue(inputs, tmp_path, monkeypatch, capsys):
     take = MaskTrainer.step
 
     def failing(trainer):

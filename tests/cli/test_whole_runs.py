@@ -138,7 +138,7 @@ def test_learned_masks_and_logits(way, runs):
 
 
 @pytest.mark.parametrize("way", ["straight-through", "reinforce"])
-def test_a_killed_run_goes_on_to_the_same_bits(way, sources, runs, tmp_path):
+def test_a_killed_run_continues_to_the_same_bits(way, sources, runs, tmp_path):
     arguments = [sys.executable, "-c", KILLED_BEFORE_STEP_2, *command(sources, way, tmp_path / "run")]
     assert subprocess.run(arguments, env=environment(), capture_output=True).returncode == 9
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0

@@ -57,7 +57,7 @@ def test_packed_products(target, row, pattern, dtype, values, compiled_for, laun
 @pytest.mark.parametrize(
     ("target", "dtype"), cases(itertools.product(TARGETS, DTYPES), slow=lambda target, dtype: target == "sm_100")
 )
-def test_values_of_every_code_stand_at_their_places(target, dtype, tokens, compiled_for, emulator):
+def test_values_of_every_code_are_at_their_places(target, dtype, tokens, compiled_for, emulator):
     compiled_for(target)
     emulator.programs.clear()
     assert_every_code_is_placed(tokens, dtype)

@@ -33,7 +33,7 @@ def run_script(ranks: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_script_learns_on_four_ranks_and_goes_on_with_two(tmp_path):
+def test_the_script_learns_on_four_ranks_and_continues_with_two(tmp_path):
     text = (ROOT / "docs" / "large-models.md").read_text(encoding="utf-8")
     (script,) = re.findall(rf"^```python\n({re.escape(BEGIN)}.*?)^```$", text, re.DOTALL | re.MULTILINE)
     (tmp_path / "learn_70b.py").write_text(script, encoding="utf-8")

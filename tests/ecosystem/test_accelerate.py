@@ -49,7 +49,7 @@ def learn_masks(steps: int, skip: int = 0, save=None, load=None):
     return [layer.logits.detach().clone() for layer in masked_layers(model).values()]
 
 
-def test_masks_learn_and_go_on_with_the_same_bits(tmp_path):
+def test_masks_learn_and_continue_with_the_same_bits(tmp_path):
     learn_masks(3, save=str(tmp_path))
     whole = learn_masks(6)
     assert_same_bits(learn_masks(6, skip=3, load=str(tmp_path)), whole)

@@ -204,7 +204,7 @@ def test_a_configuration_of_another_kind_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
-def test_the_import_alone_lets_lora_stand_beside_sparse_layers(kind, tmp_path):
+def test_the_import_alone_adds_lora_to_sparse_layers(kind, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     sparse(kind).save_pretrained(base)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config())

@@ -57,7 +57,7 @@ def logits(model) -> list[torch.Tensor]:
     return [layer.logits.detach().clone() for layer in masked_layers(model).values()]
 
 
-def test_masks_learn_and_go_on_with_the_same_bits(tmp_path):
+def test_masks_learn_and_continue_with_the_same_bits(tmp_path):
     model, before = converted(), tiny_model().state_dict()
     saving = {"learning_rate": 0.3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3}
     whole = tuned(model, tmp_path / "run", [MaskCallback()], **saving)

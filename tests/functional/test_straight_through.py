@@ -61,7 +61,7 @@ def test_gradients_arrive_for_any_optimizer_also_under_compile(dynamic):
 
 
 @pytest.mark.parametrize("tokens", [20, 150])
-def test_logits_that_backward_moves_move_behind_the_other_gradients(tokens):
+def test_logits_that_backward_moves_move_after_the_other_gradients(tokens):
     """Which are those of the mask that the logits of the forward draw."""
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, tokens=tokens)

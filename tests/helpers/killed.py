@@ -56,21 +56,21 @@ class KilledRuns:
         # of the last run
         self._reported = 0
         began = time.monotonic()
-        self._go_on(kill=False)
+        self._continue(kill=False)
         self.span = time.monotonic() - began
 
     def kill(self, kills: int) -> None:
         """Kill so many times, then let the last run end."""
         while len(self.moments) < kills:
-            self._go_on(kill=True)
+            self._continue(kill=True)
         if self._run().exists():
-            self._go_on(kill=False)
+            self._continue(kill=False)
 
     def _run(self) -> Path:
         """The folder of the run that has not ended."""
         return self.folder / str(len(self.runs))
 
-    def _go_on(self, kill: bool) -> None:
+    def _continue(self, kill: bool) -> None:
         """Begin a run or continue with it, and kill it or let it end."""
         run = self._run()
         pids = self._start(run)

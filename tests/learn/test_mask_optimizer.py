@@ -108,7 +108,7 @@ def test_a_schedule_and_a_closure_are_those_of_any_optimizer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_goes_on_from_its_state(dtype):
+def test_it_continues_from_its_state(dtype):
     def new():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 4))

@@ -51,7 +51,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
-def test_a_run_goes_on_after_a_loss_that_is_not_finite(tmp_path, how):
+def test_a_run_continues_after_a_loss_that_is_not_finite(tmp_path, how):
     """Whether the run bears it or ends there and is resumed: the step moves nothing and is not taken again."""
     borne = spoiled(tmp_path / "borne", how, {2}, 1)
     borne.run(2, progress=False)

@@ -116,7 +116,7 @@ def test_flips_are_counted(route):
     assert 0.01 < found[0] < 0.9
 
 
-def test_numbers_are_read_where_they_stand(route):
+def test_numbers_are_read_at_their_places(route):
     """As a captured CUDA graph does: what changes in them counts, and nothing that it reads is made again."""
     of = ManyLayers(2, 4)
     group, (seed, step), draw = of.group(), numbers(STEP - 1), torch.tensor(0)

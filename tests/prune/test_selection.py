@@ -199,7 +199,7 @@ def test_experts_are_counted_and_what_is_not_masked_of_a_mixture_is_named():
     assert conversion.masked_share == (attention + experts) / (attention + experts + 2 * 4 * 32)
 
 
-def test_what_was_put_together_again_is_named_as_it_was_built():
+def test_fused_modules_have_their_original_names():
     model = tiny("Mixtral").model
     conversion = mk.convert(model, "2:4", targets=["*_proj"])
     experts = "model.layers.0.mlp.experts"

@@ -33,7 +33,7 @@ def learn_in_turn(rank: int, folders: dict[str, str], mesh: list[int] | None, st
     return found
 
 
-def test_runs_go_on_sharded_and_as_one_process(tmp_path, eager_reference):
+def test_runs_continue_sharded_and_as_one_process(tmp_path, eager_reference):
     """Two steps sharded and two more alone, and the other way round, where the journal alone has two steps."""
     first, second = ({name: str(tmp_path / order / name) for name in HOW} for order in ("sharded first", "alone first"))
     all_in_ranks(2, learn_in_turn, folders=first, mesh=[2], steps=2)
@@ -73,7 +73,7 @@ def lose_a_rank(rank: int, folder: Path, how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
-def test_a_run_goes_on_after_a_lost_rank(how, tmp_path, eager_reference):
+def test_a_run_continues_after_a_lost_rank(how, tmp_path, eager_reference):
     error, *_ = in_ranks(2, lose_a_rank, folder=tmp_path, how=how)
     assert isinstance(error, RuntimeError), error
     resumed, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2, output_dir=tmp_path)

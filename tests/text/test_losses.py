@@ -291,7 +291,7 @@ def trainer_with(loss, folder) -> mk.MaskTrainer:
     return mk.MaskTrainer(masked_llama(gap=2.0), loss, batches_of_tokens(), estimator, seed=0, output_dir=folder)
 
 
-def test_a_run_goes_on_with_the_same_teacher_alone(tmp_path):
+def test_a_run_continues_with_the_same_teacher_alone(tmp_path):
     model, other = masked_llama(gap=2.0), masked_llama(gap=2.0)
     # the weights of masked layers are those of the run
     scale_(other, "model.norm.weight")
@@ -331,7 +331,7 @@ def test_a_folder_that_was_filled_for_a_model_takes_no_other(tmp_path):
     assert sorted(tmp_path.iterdir()) == files
 
 
-def test_a_fill_that_is_broken_off_goes_on_after_the_last_batch(tmp_path, monkeypatch):
+def test_a_fill_that_is_interrupted_continues_after_the_last_batch(tmp_path, monkeypatch):
     model, batches, asked, plain = masked_llama(gap=2.0), batches_of_tokens(), [], losses.teacher_logits
     whole = filled(model, tmp_path / "whole")
 

@@ -15,7 +15,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.finalize import pack, unpack
-from maskpro_kernels.unfuse import Conv1DForm, as_built, as_linears, expert_groups, in_linear_form, taken_apart
+from maskpro_kernels.unfuse import Conv1DForm, as_built, as_linears, expert_groups, in_linear_form, unfused_modules
 
 FORMS = ["GPT-2", "Mixtral", "gpt-oss"]
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -26,7 +26,7 @@ def test_apart_it_computes_the_same_and_shares_its_memory(name):
     model, batch = tiny(name)
     expected, pointers = loss_of(model, batch), {x.untyped_storage().data_ptr() for x in model.parameters()}
     as_linears(model)
-    assert taken_apart(model)
+    assert unfused_modules(model)
     assert {x.untyped_storage().data_ptr() for x in model.parameters()} == pointers
     torch.testing.assert_close(loss_of(model, batch), expected, rtol=0.0, atol=1e-6)
     again = copy.deepcopy(model)
@@ -45,7 +45,7 @@ def test_undone_the_very_parameters_are_there(name):
     model, _ = tiny(name)
     before, printed = list(model.named_parameters()), repr(model)
     with in_linear_form(model):
-        assert taken_apart(model)
+        assert unfused_modules(model)
     after = list(model.named_parameters())
     assert [name for name, _ in before] == [name for name, _ in after] and repr(model) == printed
     assert all(old is new for (_, old), (_, new) in zip(before, after, strict=True))
@@ -123,7 +123,7 @@ def test_what_its_replacement_would_lose_is_left_out(change, reported):
     assert mk.convert(model, "2:4").masked_share > 0.9 or change is patched
 
 
-def test_a_module_that_cannot_be_taken_apart_leaves_all_as_they_were(monkeypatch):
+def test_a_module_that_cannot_be_unfused_changes_nothing(monkeypatch):
     model, _ = tiny("Mixtral")
     model.extra = tiny("GPT-2").model.transformer.h[0].mlp
     printed, parameters = repr(model), dict(model.named_parameters())
@@ -131,7 +131,7 @@ def test_a_module_that_cannot_be_taken_apart_leaves_all_as_they_were(monkeypatch
     def fails(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(Conv1DForm, "take_apart", fails)
+    monkeypatch.setattr(Conv1DForm, "unfuse", fails)
     with pytest.raises(RuntimeError, match="no"):
         mk.convert(model, "2:4")
     assert repr(model) == printed
@@ -176,14 +176,14 @@ def test_a_refit_reports_experts_without_a_token():
     assert sum(not layer.weight_changed for layer in masked_layers(model).values()) == 12
 
 
-def test_names_have_to_be_of_what_can_be_taken_apart():
+def test_names_have_to_be_of_what_can_be_unfused():
     model, _ = tiny("GPT-2")
     printed = repr(model)
     with pytest.raises(ValueError, match="names: .*'transformer.h.0.ln_1': it is none"):
         as_linears(model, ["transformer.h.0.mlp.c_fc", "transformer.h.0.ln_1"])
     assert repr(model) == printed
     as_linears(model, ["transformer.h.0.mlp.c_fc"])
-    assert taken_apart(model) == ["transformer.h.0.mlp.c_fc"]
+    assert unfused_modules(model) == ["transformer.h.0.mlp.c_fc"]
 
 
 def test_experts_are_used_in_products_alone():

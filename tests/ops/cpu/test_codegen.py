@@ -106,7 +106,7 @@ def test_conversions():
     check(lambda a, b: (a.to(torch.int32), a.abs(), b.to(torch.int32).to(torch.uint8)), *small)
 
 
-def test_columns_of_groups_are_taken_apart_and_put_together():
+def test_columns_of_groups_are_split_and_joined():
     x = torch.randn(1_003, 4)
     check(lambda x: (torch.stack([c * (i + 1) for i, c in enumerate(x.unbind(-1))], -1), x[..., 2], x * 2), x)
 

@@ -17,7 +17,7 @@ from maskpro_kernels.ops.triton import packed
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "kernel"), [(1, "packed_vector"), (4, "packed_linear")])
-def test_values_of_every_code_stand_at_their_places(tokens, kernel, dtype, launched):
+def test_values_of_every_code_are_at_their_places(tokens, kernel, dtype, launched):
     assert_every_code_is_placed(tokens, dtype)
     assert launched[kernel] == 4 // tokens
 
