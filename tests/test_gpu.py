@@ -213,7 +213,7 @@ def test_a_model_is_refitted_in_one_pass(dtype):
     assert distances[1] < 0.9 * distances[0]
 
 
-def test_a_captured_graph_draws_anew_after_each_advance():
+def test_a_captured_graph_draws_again_after_each_advance():
     model = nn.Sequential(nn.Linear(1024, 512, bias=False)).cuda()
     convert(model, "2:4", gap=1.0)
     model.train()

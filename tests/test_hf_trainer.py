@@ -178,7 +178,7 @@ def test_mask_callback_learns_the_masks_alone(tmp_path):
     assert trainer.optimizer.state.keys() == {"masks"}
 
 
-def test_mask_callback_lets_go_of_a_model_whose_training_broke_off(tmp_path):
+def test_mask_callback_lets_go_of_a_model_whose_training_was_interrupted(tmp_path):
     class Fail(TrainerCallback):
         def on_substep_end(self, *args, **kwargs):
             raise InterruptedError
@@ -320,7 +320,7 @@ def test_layers_that_do_not_follow_the_pattern_are_reported(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_that_broke_off_begins_again(tmp_path):
+def test_interrupted_training_begins_again(tmp_path):
     class Breaks(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             raise KeyboardInterrupt

@@ -263,7 +263,7 @@ def test_second_derivatives_are_those_of_the_unpacked_weight(route, monkeypatch)
     torch.testing.assert_close(places, of_weight * kept, **near)
 
 
-def test_operands_that_lie_apart_are_multiplied_as_they_are(monkeypatch):
+def test_strided_operands_are_multiplied_without_a_copy(monkeypatch):
     """The operations themselves, past the checks of functions, on the compiled route."""
     monkeypatch.setattr(registry, "uses_kernels", lambda tensor: False)
     packed, x = mk.pack_24(sparse(8, 16, "2:4")), torch.randn(16, 5).t()

@@ -67,13 +67,13 @@ class Checkpointed(ThreeLayers):
         return self.third(checkpoint(lambda x: self.second(torch.relu(self.first(x))), x, use_reentrant=False))
 
 
-def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Module] | None = None, taken_for=None):
+def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Module] | None = None, expected_turns=None):
     """(logits, losses, most slopes held at a sum over the ranks, how many of these sums a step)."""
     model = a_model() if kind is None else kind()
     if kind is not None:
         mk.convert(model, "2:4", gap=2.0)
-    if taken_for is not None:
-        backward_file._reached = lambda loss, descents: list(taken_for)
+    if expected_turns is not None:
+        backward_file._reached = lambda loss, descents: list(expected_turns)
     trainer = rank_trainer("straight-through", model=model, accumulate=accumulate)
     held, real = [], trainer.ranks.sum_
 
@@ -119,11 +119,11 @@ def test_straight_through_on_ranks_is_that_of_one_process(world, accumulate, kin
     assert all(count == sums for *_, count in results)
 
 
-@pytest.mark.parametrize("taken_for", [["third", "second", "first"], slow(["second"])], ids=str)
-def test_turns_that_backward_does_not_take_cost_memory_alone(taken_for, eager_reference):
+@pytest.mark.parametrize("expected_turns", [["third", "second", "first"], slow(["second"])], ids=str)
+def test_turns_that_backward_does_not_take_cost_memory_alone(expected_turns, eager_reference):
     """Layers are not mixed up even if all ranks expect wrong layers, or a wrong order, in backward."""
     steps = {"accumulate": 2, "steps": 4, "kind": Auxiliary}
-    results = all_in_ranks(2, straight_through, taken_for=taken_for, **steps)
+    results = all_in_ranks(2, straight_through, expected_turns=expected_turns, **steps)
     assert_that_of_one_process(results, **steps)
 
 

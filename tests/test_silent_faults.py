@@ -108,7 +108,7 @@ def merged_computes_the_same(folder: Path) -> None:
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def finalized_it_merges_as_it_is_stored(folder: Path) -> None:
+def finalized_it_merges_in_its_layout(folder: Path) -> None:
     # GPT-2 stores weights transposed, these square ones too
     torch.manual_seed(0)
     model, batch = tiny("GPT-2")
@@ -162,7 +162,7 @@ def values_that_are_no_integers_are_seen(folder: Path) -> None:
     refused(folder, "values: expected torch.int8")
 
 
-def integers_are_not_taken_for_weights(folder: Path) -> None:
+def integers_do_not_pass_as_weights(folder: Path) -> None:
     weight = torch.eye(8)
     kept, rounded = (mk.Sparse24Linear(mk.pack_nm(weight, "2:4", values)) for values in ("keep", "int8"))
     try:
@@ -221,12 +221,12 @@ FAULTS = [
     Fault("prune.convert.MOST_OF_A_MODEL", 0.0, little_is_masked),
     Fault("prune.selection.adapter_modules", lambda _: set(), adapters_get_no_mask),
     Fault("unfuse._refuse", nothing, merged_computes_the_same),
-    Fault("prune.convert.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
+    Fault("prune.convert.fit_adapters", nothing, finalized_it_merges_in_its_layout),
     Fault("packed.packed_linear", of_detached_values, values_learn),
     Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
     Fault("packed.PackedNM.check", nothing, damaged_scales_are_seen),
     Fault("hf.quantizer._check_stored", nothing, values_that_are_no_integers_are_seen),
-    Fault("packed.NMLinear._load_from_state_dict", nn.Module._load_from_state_dict, integers_are_not_taken_for_weights),
+    Fault("packed.NMLinear._load_from_state_dict", nn.Module._load_from_state_dict, integers_do_not_pass_as_weights),
 ]
 
 

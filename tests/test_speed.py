@@ -85,7 +85,7 @@ def test_a_weight_that_differs_is_named(models):
     assert first_difference(tiny_model(rope_theta=500.0), tiny_model()) == "model.rotary_emb.inv_freq"
 
 
-def test_rounding_to_int8_is_told_from_other_weights(models):
+def test_rounding_to_int8_is_distinguished_from_other_weights(models):
     """Of the rounded model, at any place, within rounding."""
     order = {name: models[name] for name in ("base", "int8", "packed")}
     packed, found = measure_speed(order, PROMPT, new_tokens=2, rounds=1).agreements[::-1]
@@ -155,7 +155,7 @@ def test_rounding_is_in_units_of_the_largest_logit():
     assert rounding_of(torch.zeros(3), torch.float32) == 0
 
 
-def test_models_take_turns(models, monkeypatch):
+def test_models_alternate(models, monkeypatch):
     names, order = {id(model): name for name, model in models.items()}, []
 
     def noted(model, *args, **how):

@@ -56,7 +56,7 @@ from ..text.batches import (
     parse_sources,
     resolved,
     sample_windows,
-    shared_out,
+    split_by_share,
     start_token,
     texts_of,
     turns,
@@ -253,7 +253,7 @@ def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
             f"checkpoint, got {options.init!r}"
         )
     with naming("eval_windows"):
-        shared_out(texts_of(options.data), options.eval_windows)
+        split_by_share(texts_of(options.data), options.eval_windows)
     if options.accumulate % world:
         raise ValueError(f"accumulate: expected a multiple of the {world} ranks, got {options.accumulate}")
     if world > 1 and options.device not in (None, "cpu", "cuda"):
@@ -330,7 +330,7 @@ def _windows(
     """
     length = min(EVAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or EVAL_LENGTH)
     sources = texts_of(options.data)
-    counts = shared_out(sources, options.eval_windows)
+    counts = split_by_share(sources, options.eval_windows)
 
     def evaluated(split: str) -> Tensor:
         parts = [

@@ -57,14 +57,14 @@ class BackwardPass:
 
     def order(self, loss: Tensor) -> float:
         """Return a digest of the order of layers in a backward of ``loss``, as a number."""
-        reached = _reached(loss, self.updaters) if self.takes_turns() else []
+        reached = _reached(loss, self.updaters) if self.sums_within() else []
         times = collections.Counter(reached)
         turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
         self.turns = collections.deque(self.updaters[name] for name in turns)
         # 48 bits: exact in float64
         return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
 
-    def takes_turns(self) -> bool:
+    def sums_within(self) -> bool:
         """Return whether slopes may be summed inside backward."""
         return self.every_pass or self.ranks.world > 1 and self.batches == 1
 
@@ -113,7 +113,7 @@ class BackwardPass:
             raise ValueError(f"loss_fn: expected a loss that depends on logits only by masks, not so {elsewhere}")
         return bad
 
-    def take_turns(self) -> None:
+    def move_next(self) -> None:
         """Move the next layers in the order, as far as their slopes are there."""
         with self.lock:
             while self.turns and self.turns[0].slopes is not None:
@@ -207,7 +207,7 @@ class LayerUpdater:
         # scale the slope, not the loss, whose factor would be squared in the curvature
         self.slopes = self._added(self.slopes, slope)
         self.weight_grad = self._added(self.weight_grad, weight_grad)
-        self.backward_pass.take_turns()
+        self.backward_pass.move_next()
 
     def _added(self, total: Tensor | None, of_pass: Tensor | None) -> Tensor | None:
         if of_pass is None:
@@ -376,7 +376,7 @@ class ShardUpdater(LayerUpdater):
         self.slopes = self._added(self.slopes, ops.weight_gradient(grad, x))
         curvature = self.weight * self.how.curvature
         self.factors.append(ops.curvature_factors(grad, x, curvature, self.tokens, self.fisher))
-        self.backward_pass.take_turns()
+        self.backward_pass.move_next()
 
     def finish(self) -> None:
         """Add the slopes of one pass on all ranks."""

@@ -165,7 +165,7 @@ def turns(shares: Sequence[Fraction], count: int) -> list[int]:
     return whose
 
 
-def shared_out(sources: Sequence[Source], count: int) -> list[int]:
+def split_by_share(sources: Sequence[Source], count: int) -> list[int]:
     """Number of windows of each source, of ``count`` in all, by its share and at least one.
 
     ValueError if there are more sources than windows.

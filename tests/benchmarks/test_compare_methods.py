@@ -205,7 +205,7 @@ def test_a_table_is_made_where_a_process_was_killed_between_two_rows(arguments, 
     assert "| m, its weights | lr 1 | 1 |" in capsys.readouterr().out
 
 
-def test_an_initial_mask_of_something_else_is_found_anew(arguments, tmp_path, monkeypatch):
+def test_an_initial_mask_of_something_else_is_computed_again(arguments, tmp_path, monkeypatch):
     found, of = [], compare.initial_codes
     monkeypatch.setattr(compare, "initial_codes", lambda *args: found.append(args[2]) or of(*args))
     for seed, count in ((0, 1), (0, 1), (1, 2)):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.command import broken_off, learn, nonzeros, refuses, report
+from helpers.command import interrupted, learn, nonzeros, refuses, report
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from safetensors import safe_open
 from transformers import (
@@ -159,7 +159,7 @@ def test_samples_alone_are_evaluated_as_well(inputs, tmp_path):
     assert written["validation"][0]["perplexity"] > 1 and written["table"][0]["perplexity"] > 1
 
 
-def test_a_dataset_is_read_as_far_as_it_is_asked_for(inputs, tmp_path, datasets_cache, monkeypatch):
+def test_a_dataset_is_read_only_as_far_as_needed(inputs, tmp_path, datasets_cache, monkeypatch):
     rows = "".join(f'{{"text": "{paragraph}"}}\n' for paragraph in tiny_text().split("\n\n"))
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     asked, load = [], learning.load_text
@@ -275,7 +275,7 @@ def test_a_run_continues_without_the_file_of_its_initial_mask(inputs, run, tmp_p
     def stop():
         raise KeyboardInterrupt
 
-    assert broken_off(inputs, tmp_path / "run", monkeypatch, 2, options, stop) == 130
+    assert interrupted(inputs, tmp_path / "run", monkeypatch, 2, options, stop) == 130
     shutil.rmtree(tmp_path / "first")
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
 

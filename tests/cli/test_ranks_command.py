@@ -30,7 +30,7 @@ SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 3 --eval-windows 2"
 SETTINGS = f"--estimator reinforce {SIZES} --steps 4 --eval-every 2 --dtype float32 --device cpu".split()
 
 # The command; before one step the ranks named send themselves a signal
-BROKEN_OFF = """
+INTERRUPTED = """
 import os, sys
 from maskpro_kernels.cli import main
 from maskpro_kernels.learn.trainer import MaskTrainer
@@ -64,18 +64,18 @@ class OnRanks:
     Args:
         folder: where torchrun writes what the ranks print.
         arguments: of the command.
-        broken_off: (signal, ranks, step) to send it to themselves before.
+        interrupted: (signal, ranks, step) to send it to themselves before.
 
     Attributes:
         code: of torchrun's end.
         out, err: what each rank wrote.
     """
 
-    def __init__(self, folder: Path, arguments, broken_off=None):
+    def __init__(self, folder: Path, arguments, interrupted=None):
         code = ["-m", "maskpro_kernels"]
-        if broken_off is not None:
-            number, ranks, step = broken_off
-            code = ["--no-python", sys.executable, "-c", BROKEN_OFF, str(int(number)), ranks, str(step)]
+        if interrupted is not None:
+            number, ranks, step = interrupted
+            code = ["--no-python", sys.executable, "-c", INTERRUPTED, str(int(number)), ranks, str(step)]
         options = ["--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(folder)]
         ended = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *options, *code, *arguments],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import slow
-from helpers.command import broken_off, learn, refuses, report
+from helpers.command import interrupted, learn, refuses, report
 from helpers.tiny_llama import tiny_model, write_inputs
 from safetensors.torch import load_file
 
@@ -73,14 +73,14 @@ def assert_ends_as(run, whole):
     ("weights that change", 4, interrupt),
     slow("scales", 1, kill),
 ])  # fmt: skip
-def test_a_run_that_was_broken_off_ends_as_a_whole_one(inputs, wholes, tmp_path, monkeypatch, capsys, way, step, how):
+def test_a_run_that_was_interrupted_ends_as_a_whole_one(inputs, wholes, tmp_path, monkeypatch, capsys, way, step, how):
     run, whole = tmp_path / "run", wholes(way)
     if how is kill:
         with pytest.raises(Killed):
-            broken_off(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how)
+            interrupted(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how)
         assert not (run / "logits.safetensors").exists()
     else:
-        assert broken_off(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how) == 130
+        assert interrupted(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how) == 130
         reported = capsys.readouterr().err.splitlines()
         assert reported[-2] == f"stopped after {step} steps; continue with: maskpro learn --resume {run}"
         assert (run / "logits.safetensors").exists()
@@ -95,7 +95,7 @@ def test_a_run_that_was_broken_off_ends_as_a_whole_one(inputs, wholes, tmp_path,
 def test_a_signal_ends_a_run_after_its_step(inputs, wholes, tmp_path, monkeypatch, capfd, number):
     run = tmp_path / "run"
     assert (
-        broken_off(inputs, run, monkeypatch, 2, [*COMMON, *WAYS["reinforce"]], lambda: os.kill(os.getpid(), number))
+        interrupted(inputs, run, monkeypatch, 2, [*COMMON, *WAYS["reinforce"]], lambda: os.kill(os.getpid(), number))
         == 0
     )
     reported = capfd.readouterr().err.splitlines()
@@ -135,7 +135,7 @@ def test_a_run_continues_without_the_mask_that_it_began_with(inputs, run, tmp_pa
     assert main.main(["export", str(run), str(tmp_path / "mask"), "--to", "mask"]) == 0
     options = [*COMMON, "--init", str(tmp_path / "mask")]
     with pytest.raises(Killed):
-        broken_off(inputs, tmp_path / "run", monkeypatch, 3, options, kill)
+        interrupted(inputs, tmp_path / "run", monkeypatch, 3, options, kill)
     (tmp_path / "mask").unlink()
     # ``complete`` looks for it
     (tmp_path / "mask").touch()
@@ -147,7 +147,7 @@ def test_a_run_continues_without_the_mask_that_it_began_with(inputs, run, tmp_pa
 def broken(inputs, tmp_path, monkeypatch):
     """A run that was killed after three steps."""
     with pytest.raises(Killed):
-        broken_off(inputs, tmp_path / "run", monkeypatch, 3, [*COMMON, *WAYS["scales"]], kill)
+        interrupted(inputs, tmp_path / "run", monkeypatch, 3, [*COMMON, *WAYS["scales"]], kill)
     return tmp_path / "run"
 
 

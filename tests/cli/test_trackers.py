@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from helpers.command import broken_off, learn, refuses, report
+from helpers.command import interrupted, learn, refuses, report
 
 from maskpro_kernels.cli import main
 
@@ -32,7 +32,7 @@ def test_tensorboard_gets_each_step_once_also_after_an_interrupt(inputs, tmp_pat
         raise KeyboardInterrupt
 
     run, options = tmp_path / "run", ["--steps", "4", "--eval-every", "2", "--report-to", "tensorboard"]
-    assert broken_off(inputs, run, monkeypatch, 3, options, stop) == 130
+    assert interrupted(inputs, run, monkeypatch, 3, options, stop) == 130
     assert main.main(["learn", "--resume", str(run)]) == 0
     found, written = scalars(run / "tensorboard"), report(run)
     for name in NAMES:

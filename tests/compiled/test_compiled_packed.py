@@ -69,7 +69,7 @@ def test_values_of_every_code_are_at_their_places(target, dtype, tokens, compile
     ("target", "parts", "aligned"),
     cases(itertools.product(TARGETS, (2, 4), (True, False)), slow=lambda *case: case != ("sm_80", 2, False)),
 )
-def test_products_whose_sum_is_shared_out(target, parts, aligned, compiled_for, launched):
+def test_products_whose_sum_is_split(target, parts, aligned, compiled_for, launched):
     compiled_for(target)
     PackedProduct(configs_of(target)[VECTORS], aligned=aligned, parts=parts).assert_right()
     assert launched["split_sum"] == 1

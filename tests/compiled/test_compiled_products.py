@@ -152,7 +152,7 @@ def test_what_follows_torchs_product(target, kind, update, compiled_for, launche
         slow=lambda target, _, *case: (target, *case) != ("sm_80", "codes", 2),
     ),
 )
-def test_products_whose_sum_is_shared_out(target, kernel, kind, parts, compiled_for, launched):
+def test_products_whose_sum_is_split(target, kernel, kind, parts, compiled_for, launched):
     compiled_for(target)
     tile = tile_of(kernel, target, 0, torch.bfloat16)
     Product(kernel, tile, kind=kind, log_prob=kind == "drawn", parts=parts).assert_right()

@@ -259,7 +259,7 @@ def test_layers_of_experts_are_among_the_targets(name, kind, tmp_path):
         assert adapted(model, "two") == adapted(model)
 
 
-def test_what_an_adapter_reads_past_its_forward_stays_as_it_was():
+def test_modules_that_an_adapter_reads_past_their_forward_do_not_change():
     mixture = tiny("Mixtral")
     options = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     model = get_peft_model(mixture.model, beside_masks(LoraConfig(r=2, **options)))

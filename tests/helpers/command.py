@@ -45,13 +45,13 @@ def nonzeros(model, name, m=4):
     return (model.get_submodule(name).weight.view(-1, m) != 0).sum(1)
 
 
-def broken_off(inputs, folder, monkeypatch, step, options, break_off):
+def interrupted(inputs, folder, monkeypatch, step, options, interrupt):
     """A run that is interrupted before a step."""
     take = MaskTrainer.step
 
     def broken(trainer):
         if trainer.steps_done == step:
-            break_off()
+            interrupt()
         return take(trainer)
 
     # a job in the background is started with SIGINT ignored

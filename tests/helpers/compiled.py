@@ -110,43 +110,43 @@ def misaligned(tensor: Tensor, by: int) -> Tensor:
     return own
 
 
-def as_it_is(tensor: Tensor) -> Tensor:
+def unmoved(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sample_mask(of: Matrix, moved=as_it_is):
+def sample_mask(of: Matrix, moved=unmoved):
     return [ops.sample_mask(moved(of.logits), of.n, of.m, INVERSE, *of.counter)]
 
 
-def masked_weight(of: Matrix, moved=as_it_is, kind: str = "drawn"):
+def masked_weight(of: Matrix, moved=unmoved, kind: str = "drawn"):
     weight, source = of.normal(seed=1, dtype=of.dtype), of.source(kind)
     return [ops.masked_weight(moved(weight), source._replace(tensor=moved(source.tensor)))]
 
 
-def top_n_mask(of: Matrix, moved=as_it_is):
+def top_n_mask(of: Matrix, moved=unmoved):
     return [ops.top_n_mask(moved(of.logits), of.n, of.m)]
 
 
-def mask_log_prob(of: Matrix, moved=as_it_is):
+def mask_log_prob(of: Matrix, moved=unmoved):
     return [ops.mask_log_prob(moved(of.logits), moved(of.codes), of.n, of.m, INVERSE)]
 
 
-def mask_score(of: Matrix, moved=as_it_is):
+def mask_score(of: Matrix, moved=unmoved):
     grad = of.normal(*of.codes.shape, seed=2)
     return [ops.mask_score(moved(of.logits), moved(of.codes), moved(grad), of.n, of.m, INVERSE)]
 
 
-def score_update(of: Matrix, moved=as_it_is, draws: int = 1):
+def score_update(of: Matrix, moved=unmoved, draws: int = 1):
     logits, coef = moved(of.logits.clone()), moved(torch.tensor([0.37, -1.2, 0.05][:draws]))
     ops.score_update_(logits, coef, of.n, of.m, INVERSE, *of.draws(draws))
     return [logits]
 
 
-def score_updates(of: Matrix, moved=as_it_is):
+def score_updates(of: Matrix, moved=unmoved):
     return score_update(of, moved, draws=3)
 
 
-def descend(of: Matrix, moved=as_it_is):
+def descend(of: Matrix, moved=unmoved):
     logits, gradient = moved(of.logits.clone()), of.normal(seed=3)
     # what is not finite moves no logit
     gradient[0, : of.m], gradient[2, of.m : 2 * of.m] = torch.inf, torch.nan
@@ -154,19 +154,19 @@ def descend(of: Matrix, moved=as_it_is):
     return [logits]
 
 
-def best_swaps(of: Matrix, moved=as_it_is):
+def best_swaps(of: Matrix, moved=unmoved):
     rows, m, groups = of.rows, of.m, of.groups
     weight, product = (moved(of.normal(rows, m, groups, seed=seed)) for seed in (4, 5))
     blocks = of.normal(m, m, groups, seed=6).abs()
     return ops.best_swaps(weight, product, moved(of.codes), moved(blocks), of.n, of.m)
 
 
-def unpack(of: Matrix, moved=as_it_is):
+def unpack(of: Matrix, moved=unmoved):
     values = of.normal(of.rows, of.groups * of.n, seed=7, dtype=of.dtype)
     return [ops.unpack_nm(moved(values), moved(bitmask_of(of.codes, of.m)), of.n, of.m)]
 
 
-def adamw(of: Matrix, moved=as_it_is):
+def adamw(of: Matrix, moved=unmoved):
     master, first, gradient = (of.normal(seed=seed) for seed in (8, 9, 10))
     second = of.normal(seed=11).square()
     gradient[0], first[1], second[1] = 0.0, 0.0, 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.bits import assert_same_bits
-from helpers.compiled import INVERSE, Matrix, as_it_is, by_both
+from helpers.compiled import INVERSE, Matrix, by_both, unmoved
 from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
@@ -86,7 +86,7 @@ class Product:
             return torch.eye(max(tokens, columns))[:tokens, :columns][:, order].to(self.operand)
         return normal(tokens, columns, seed=seed, dtype=self.operand)
 
-    def assert_right(self, moved=as_it_is) -> None:
+    def assert_right(self, moved=unmoved) -> None:
         with pytest.MonkeyPatch.context() as patched:
             for module in (masked_gemm, straight_through):
                 patched.setattr(module, "tiles_for", lambda *_: self.tile)
@@ -203,7 +203,7 @@ class PackedProduct:
             return config.tokens, -(-config.out // 16) * 16, -(-2 * chunks // 16) * 16
         return config.tokens - 3, config.out + 5, 2 * chunks + 3
 
-    def assert_right(self, moved=as_it_is) -> None:
+    def assert_right(self, moved=unmoved) -> None:
         tokens, rows, chunks = self.sizes
         k = chunks * packed.chunk_length(self.n, self.m)
         matrix = Matrix(self.n, self.m, rows=rows, groups=k // self.m, spread="open")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from helpers.compiled import DRAW, INVERSE, SEED, STEP, Matrix, as_it_is
+from helpers.compiled import DRAW, INVERSE, SEED, STEP, Matrix, unmoved
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.counter import Counter
 from maskpro_kernels.ops.dispatch import scalar
@@ -42,7 +42,7 @@ class ManyLayers:
         dtype: torch.dtype = torch.float32,
         shard: bool = False,
         sizes=SIZES,
-        moved: Callable[[Tensor], Tensor] = as_it_is,
+        moved: Callable[[Tensor], Tensor] = unmoved,
         spread: str = "mixed",
     ):
         self.n, self.m, self.moved = n, m, moved

@@ -33,7 +33,7 @@ def snapshot(model: nn.Module) -> dict:
     return {"modules": modules, "tensors": {name: t.clone() for name, t in model.state_dict().items()}}
 
 
-def assert_as_it_was(model: nn.Module, before: dict) -> None:
+def assert_unchanged(model: nn.Module, before: dict) -> None:
     now = snapshot(model)
     assert now["modules"] == before["modules"]
     assert now["tensors"].keys() == before["tensors"].keys()
@@ -46,7 +46,7 @@ def refused(model: nn.Module, error: type[Exception], message: str, pattern="2:4
     before = snapshot(model)
     with pytest.raises(error, match=message):
         mk.convert(model, pattern, **arguments)
-    assert_as_it_was(model, before)
+    assert_unchanged(model, before)
 
 
 def token_batches(count: int = 2) -> list[torch.Tensor]:

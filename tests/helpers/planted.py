@@ -68,8 +68,8 @@ def without(text: str, numbers: set[int]) -> str:
         elif weaker := WEAKENED.search(match[0]):
             left = match[0].replace(weaker[0], f"{weaker[1]}{int(weaker[2]) + 1}")
         elif counter := match.groupdict().get("counter"):
-            under_way = int(match["most"])
-            left = f"{counter}({under_way + 1 if under_way else COUNTED[counter]})"
+            unfinished = int(match["most"])
+            left = f"{counter}({unfinished + 1 if unfinished else COUNTED[counter]})"
         text = text[: match.start()] + left + text[match.end() :]
     return text
 

@@ -129,7 +129,7 @@ def resumed(state: State, root: Path, how: str, steps: int = STEPS) -> SmallRun:
     return run
 
 
-class GoingOn:
+class Continued:
     """What runs have learned at their end that continue with states; of those at one place the first is taken there."""
 
     def __init__(self, how: str, steps: int = STEPS):

@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 from helpers.power_cuts import Failing, Watched
-from helpers.watched_runs import GoingOn, SmallRun, reported
+from helpers.watched_runs import Continued, SmallRun, reported
 
 pytestmark = pytest.mark.usefixtures("compiled_reference")
 
@@ -40,7 +40,7 @@ def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch
     """What a sync has failed to write is lost where the power is cut, whatever is synced after it."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     whole, failed, cuts = SmallRun(tmp_path / "whole", how, STEPS).take(), 0, 0
-    going_on = GoingOn(how, STEPS)
+    continued = Continued(how, STEPS)
     for operation, code in FAILURES:
         for number in count(step=every):
             root = tmp_path / f"{operation} {number} {code}"
@@ -65,6 +65,6 @@ def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch
                 assert again.take() == whole, root.name
             failed += 1
             for index, state in enumerate(list(watched.states.values())[:: every * 2 - 1]):
-                assert going_on.learned(state, root / f"state {index}") == whole, f"{root.name}: {state.how}"
+                assert continued.learned(state, root / f"state {index}") == whole, f"{root.name}: {state.how}"
                 cuts += 1
     print(f"{how}: {failed} errors, {cuts} power cuts after them")

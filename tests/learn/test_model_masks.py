@@ -204,7 +204,7 @@ def test_a_copy_of_a_layer_holds_no_draw():
             assert_same_bits([layer.drawn_codes() for layer in copied], codes_of(copied))
 
 
-def test_an_update_that_breaks_off_leaves_no_codes(monkeypatch):
+def test_an_interrupted_update_leaves_no_codes(monkeypatch):
     model = mixed_model()
     masks, calls, real = ModelMasks(model), [], masks_file.update_layers_
 
@@ -243,7 +243,7 @@ def test_the_kernels_draw_and_update_so_too(pattern, monkeypatch):
     assert_same_bits(*found)
 
 
-def test_tensors_that_have_come_to_lie_elsewhere_are_found():
+def test_tensors_that_have_moved_are_found():
     model = mixed_model()
     masks = ModelMasks(model)
     with masks.drawn():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.cases import cases
 from helpers.power_cuts import Failing, Kill, Watched
-from helpers.watched_runs import GoingOn, SmallRun, reported, resumed, thinned, watched_run
+from helpers.watched_runs import Continued, SmallRun, reported, resumed, thinned, watched_run
 
 from maskpro_kernels.learn import run
 
@@ -39,9 +39,9 @@ def no_sync(monkeypatch):
 def test_a_power_cut_loses_no_step_that_was_reported(tmp_path, monkeypatch, no_sync, how, number):
     watched, whole = watched_run(tmp_path / "whole", how, monkeypatch)
     print(f"{how}: {watched.cuts} operations, {len(watched.states)} states")
-    going_on = GoingOn(how)
+    continued = Continued(how)
     for index, state in enumerate(thinned(watched.states.values(), number)):
-        assert going_on.learned(state, tmp_path / str(index)) == whole, state.how
+        assert continued.learned(state, tmp_path / str(index)) == whole, state.how
 
 
 def renamed_before_it_is_synced(path: Path, content: bytes) -> None:
@@ -124,6 +124,6 @@ def test_a_power_cut_after_a_kill_loses_no_step_that_was_reported(
         again = SmallRun(root, how, STEPS)
         watched.acknowledge(again.resume(watched.acknowledged))
         assert again.take() == whole
-    going_on = GoingOn(how, STEPS)
+    continued = Continued(how, STEPS)
     for index, state in enumerate(thinned(watched.states.values(), number)):
-        assert going_on.learned(state, tmp_path / f"state {index}") == whole, state.how
+        assert continued.learned(state, tmp_path / f"state {index}") == whole, state.how

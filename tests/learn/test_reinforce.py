@@ -157,7 +157,7 @@ def test_normalized_advantages_of_several_draws_are_bounded():
     assert mk.Reinforce(lr=1.0, normalize=True, draws=2).advantages([1.0, 1.0]) == [0.0, 0.0]
 
 
-def test_what_breaks_off_a_step_leaves_the_estimator_as_it_was(tmp_path, monkeypatch):
+def test_an_interrupted_step_does_not_change_the_estimator(tmp_path, monkeypatch):
     trainer = a_trainer(how="normalized", output_dir=tmp_path)
     trainer.step()
     before = trainer.estimator.state()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 HALVED = [4, 16]
 
 
-def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch) -> None:
+def interrupted(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch) -> None:
     """Let a run end at some moment between a step of half the loss and the record of the next."""
 
     def broken(*_, **__):
@@ -64,13 +64,13 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
         ("steps later", 8),
     ],
 )
-def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where, steps, minutes):
+def test_a_run_interrupted_while_its_initial_masks_are_refreshed(tmp_path, where, steps, minutes):
     whole = a_trainer_in(tmp_path / "whole", "refreshed")
     records = whole.run(20, progress=False)
     assert [one.step for one in records if one.loss <= (one.loss - one.residual) / 2] == HALVED
     trainer = a_trainer_in(tmp_path / "run", "refreshed", snapshot_minutes=minutes)
     with pytest.MonkeyPatch.context() as patched:
-        broken_off(trainer, where, patched)
+        interrupted(trainer, where, patched)
         with pytest.raises(KeyboardInterrupt):
             trainer.run(20, progress=False)
     trainer.close()

@@ -95,7 +95,7 @@ def test_one_trainer_at_a_time(tmp_path):
     assert other.resume() == 1
 
 
-def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
+def test_files_of_an_interrupted_start_are_removed(tmp_path):
     """A snapshot of other logits must not pass as one of the run."""
 
     def killed(*_):

@@ -129,7 +129,7 @@ class InParts(torch.autograd.Function):
         return torch.zeros_like(x), None
 
 
-def test_a_layer_that_is_come_to_again_after_it_has_moved_is_reported(eager_reference):
+def test_a_gradient_after_a_layer_has_moved_is_reported(eager_reference):
     model, x = two_masked_layers()
 
     def loss(model, x):

@@ -74,7 +74,7 @@ def test_batches_are_taken_when_their_step_comes():
     assert_same_bits(logits_of(trainer.model), before)
 
 
-def test_what_can_be_gone_through_again_begins_anew():
+def test_iterables_that_can_start_again_do():
     loader = DataLoader(torch.cat(some_batches(3)), batch_size=5)
     seen = []
     a_trainer(how=STRAIGHT, batches=loader, loss_fn=watched(loader, seen)).run(7, progress=False)

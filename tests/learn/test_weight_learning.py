@@ -192,7 +192,7 @@ def test_layers_that_cannot_learn_are_refused_before_anything_moves():
         a_trainer(nn.Sequential(layer), estimator=mk.StraightThrough(train_weights=0.01)).step()
 
 
-def test_a_weight_that_others_hold_stays_as_it_is_there():
+def test_a_weight_that_others_hold_does_not_change_there():
     embedding, head, plain = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False), nn.Linear(16, 4)
     head.weight = embedding.weight
     model = nn.Sequential(head, plain)

@@ -111,7 +111,7 @@ def test_targets_are_patterns_on_names(targets, converted):
         ({"init": "reconstruction", "calibration": {"x": torch.ones(3, 8)}}, TypeError, "^calibration: .*got dict"),
     ],
 )
-def test_bad_argument_leaves_the_model_as_it_was(arguments, error, message):
+def test_bad_argument_changes_nothing(arguments, error, message):
     refused(Net(), error, message, **arguments)
 
 

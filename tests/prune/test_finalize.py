@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.nets import assert_as_it_was, codes_of, snapshot
+from helpers.nets import assert_unchanged, codes_of, snapshot
 from torch import nn
 
 import maskpro_kernels as mk
@@ -47,7 +47,7 @@ def test_finalize_refuses_an_unknown_form(to):
     before = snapshot(model)
     with pytest.raises((TypeError, ValueError), match="^to: expected"):
         mk.finalize(model, to=to)
-    assert_as_it_was(model, before)
+    assert_unchanged(model, before)
 
 
 def test_finalize_refuses_a_model_without_masks():

@@ -176,7 +176,7 @@ def refused(model, error, message, **given):
     assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
 
 
-def test_bad_arguments_leave_the_model_as_it_was():
+def test_bad_arguments_change_nothing():
     model = Blocks().to(KERNEL_DEVICE)
     refused(model, ValueError, "model: expected a model with MaskedLinear layers, got none")
     mk.convert(model, "2:4")
@@ -194,12 +194,12 @@ def test_bad_arguments_leave_the_model_as_it_was():
     )
 
 
-def test_an_error_on_the_way_leaves_the_model_as_it_was():
+def test_an_error_on_the_way_changes_nothing():
     model = Blocks().to(KERNEL_DEVICE)
     mk.convert(model, "2:4")
 
-    def break_off(done, total):
+    def interrupt(done, total):
         if done == 2:
             raise KeyboardInterrupt
 
-    refused(model, KeyboardInterrupt, None, progress=break_off)
+    refused(model, KeyboardInterrupt, None, progress=interrupt)

@@ -108,7 +108,7 @@ def test_swaps_gain_over_a_refit_alone(pattern, dtype):
     assert errors[:, 1].sum() < 0.97 * alone[:, 1].sum()
 
 
-def test_a_layer_without_inputs_stays_as_it_is():
+def test_a_layer_without_inputs_does_not_change():
     weight, kept, gram = problem("2:4")
     codes = mk.pack_mask(kept, "2:4")
     found, refitted, errors = swap_and_refit_rows(weight, codes, torch.zeros_like(gram), NMPattern("2:4"))
@@ -153,7 +153,7 @@ def test_one_pass_of_masks_and_refit(pattern):
 
 
 @pytest.mark.parametrize("init", ["magnitude", "wanda"])
-def test_other_initial_masks_stay_as_they_are(init):
+def test_other_initial_masks_do_not_change(init):
     batches = inputs()
     model, plain = Blocks().to(KERNEL_DEVICE), Blocks().to(KERNEL_DEVICE)
     mk.convert(plain, "2:4", init=init, calibration=batches)

@@ -150,7 +150,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("fails_in_training", [True, False])
-def test_a_forward_that_fails_leaves_the_model_as_it_was(fails_in_training):
+def test_a_forward_that_fails_changes_nothing(fails_in_training):
     """In training it may ask for labels; in eval mode the calibration is not for this model."""
     model, calibration = Counting(fails_in_training), [torch.randn(4, 8)]
     if fails_in_training:

@@ -91,7 +91,7 @@ def layers_of(model):
     return {name: layer for name, layer in named if isinstance(layer, nn.Linear) and "head" not in name}
 
 
-def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was(monkeypatch):
+def test_a_language_model_is_pruned_layer_by_layer_and_not_changed(monkeypatch):
     model = tiny_model()
     layers, reported = layers_of(model), []
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}

@@ -126,7 +126,7 @@ def fail(rank: int) -> None:
             raise MemoryError("too large")
         return descend_rows(*operands, **how)
 
-    def assert_as_it_was() -> None:
+    def assert_unchanged() -> None:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         assert_same_bits([whole(parameter.detach()) for parameter in model.parameters()], before)
         assert not any(isinstance(module, mk.MaskedLinear) for module in model.modules())
@@ -134,14 +134,14 @@ def fail(rank: int) -> None:
     reconstruction.descend_rows = fails
     with pytest.raises(MemoryError, match="too large"):
         mk.convert(model, "2:4", init="reconstruction", calibration=batches)
-    assert_as_it_was()
+    assert_unchanged()
     with pytest.raises(MemoryError if rank == 1 else (ValueError, FailedRank), match="too large"):
         mk.convert(model, "2:4", init="reconstruction", calibration=batches)
-    assert_as_it_was()
+    assert_unchanged()
     reconstruction.descend_rows = descend_rows
     with pytest.raises(RuntimeError, match="size of tensor"):
         mk.convert(model, "2:4", init="wanda", calibration=[*batches, torch.zeros(2, 3)])
-    assert_as_it_was()
+    assert_unchanged()
     mk.convert(model, "2:4", init="reconstruction", calibration=batches)
 
 
@@ -172,7 +172,7 @@ def refuse(rank: int) -> None:
         mk.convert(tied, "2:4", targets=["*"], init="wanda", calibration=batches)
 
 
-def test_errors_leave_the_model_as_it_was(eager_reference):
+def test_errors_change_nothing(eager_reference):
     all_in_ranks(2, fail)
 
 

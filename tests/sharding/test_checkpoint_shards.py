@@ -197,7 +197,7 @@ def test_quantized_values_are_refused(tmp_path):
         mk.load_checkpoint_shards(a_layer(), tmp_path)
 
 
-def test_floats_are_converted_and_counts_are_taken_as_they_are(tmp_path):
+def test_floats_are_converted_and_integers_are_not(tmp_path):
     dtype = torch.bfloat16
     values = torch.arange(48).view(6, 8) / 7
     save_file({"weight": values.to(dtype), "seen": torch.tensor(2**40 + 1)}, tmp_path / "model.safetensors")

@@ -15,7 +15,7 @@ from maskpro_kernels.text.batches import (
     other_kind,
     parse_sources,
     resolved,
-    shared_out,
+    split_by_share,
     texts_of,
     turns,
     windows,
@@ -132,13 +132,13 @@ def test_turns_keep_to_the_shares_all_along(weights):
     assert whose[: sum(weights)].count(0) == weights[0]
 
 
-def test_windows_are_shared_out_and_each_source_has_one():
-    assert shared_out(parse_sources("a:1,b:3"), 24) == [6, 18]
-    assert shared_out(parse_sources("a:1,b:98,c:1"), 24) == [1, 22, 1]
-    assert shared_out(parse_sources("a:1,b:98,c:1"), 3) == [1, 1, 1]
-    assert shared_out((), 3) == []
+def test_windows_are_split_by_share_and_each_source_has_one():
+    assert split_by_share(parse_sources("a:1,b:3"), 24) == [6, 18]
+    assert split_by_share(parse_sources("a:1,b:98,c:1"), 24) == [1, 22, 1]
+    assert split_by_share(parse_sources("a:1,b:98,c:1"), 3) == [1, 1, 1]
+    assert split_by_share((), 3) == []
     with pytest.raises(ValueError, match="expected at least 3, one for each text of a, b, c, got 2"):
-        shared_out(parse_sources("a,b,c"), 2)
+        split_by_share(parse_sources("a,b,c"), 2)
 
 
 def mixed(sizes, data, batch_size, count, seed=0):

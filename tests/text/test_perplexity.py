@@ -112,7 +112,7 @@ def ending_tokenizer(begins: bool = False):
 
 
 @pytest.mark.parametrize(("begins", "length"), [(False, 9), (True, 9), (False, None)])
-def test_word_predicts_every_token_once_and_counts_the_words_as_they_were(begins, length):
+def test_word_predicts_every_token_once_and_counts_the_original_words(begins, length):
     model, tokenizer, found = tiny_model(), ending_tokenizer(begins), pages(2)
     limit, nats, count, words, size = length or 64, 0.0, 0, 0, 0
     for document in found:

@@ -103,7 +103,7 @@ def test_every_kind_of_dataset_gives_the_same_text(tmp_path, monkeypatch, kind):
         (["train", "test", "other"], ["t1"], ["t0"]),
     ],
 )
-def test_held_out_splits_stay_as_they_are(tmp_path, splits, validation, test):
+def test_held_out_splits_do_not_change(tmp_path, splits, validation, test):
     data = {split: datasets.Dataset.from_dict({"text": [f"{split[0]}0", f"{split[0]}1"]}) for split in splits}
     datasets.DatasetDict(data).save_to_disk(tmp_path / "data")
     expected = {"calibration": ["t0", "t1"], "validation": validation, "test": test}
@@ -136,7 +136,7 @@ def test_the_text_column_is_named(tmp_path):
         load_text(path, "none")
 
 
-def test_documents_are_read_as_they_are(tmp_path, monkeypatch):
+def test_documents_are_read_unchanged(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("w1  w2\n\n\nw1  w2\n", encoding="utf-8")
     assert load_documents(str(tmp_path / "a.txt")) == ["w1  w2\n\n\nw1  w2\n"]
     rows = [{"text": text} for text in ("", "w1", "w1", " ")]

@@ -52,7 +52,7 @@ def test_undone_the_very_parameters_are_there(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_conversion_that_fails_leaves_it_as_it_was(name):
+def test_a_conversion_that_fails_changes_nothing(name):
     model, batch = tiny(name)
     before, printed = dict(model.named_parameters()), repr(model)
     with pytest.raises(ValueError, match="targets"):

@@ -125,7 +125,7 @@ def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch, nothing):
     assert lock.exists() and time.time() - lock.stat().st_mtime < cache.KEPT_SECONDS
 
 
-def test_a_folder_that_was_deleted_is_made_anew_and_all_is_of_its_owner_alone(tmp_path, monkeypatch, nothing):
+def test_a_folder_that_was_deleted_is_made_again_and_all_is_of_its_owner_alone(tmp_path, monkeypatch, nothing):
     folder = tmp_path / "maskpro_kernels"
     monkeypatch.setattr(cache, "folder", lambda: folder)
     before = os.umask(0)
@@ -176,7 +176,7 @@ def replanted(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["a pipe", "a link", "mode 666", "mode 620", "mode 602"])
-def test_what_others_may_have_put_there_is_compiled_anew(folder, monkeypatch, how):
+def test_files_that_others_may_have_put_there_are_compiled_again(folder, monkeypatch, how):
     """Its digest is right: who may write to it can make one."""
     monkeypatch.setattr(cache, "digest", lambda _: "x")
     path, builds = folder / "loop-x.o", []
