@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ..functional.linear import count_labels
 from ..kept_zeros import KeptZeros
 from ..learn.backward import check_slope_settings
-from ..learn.masks import margins, warn_of_unlearned
+from ..learn.masks import margins
 from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..ops.pattern import NMPattern
@@ -126,8 +126,6 @@ class MaskCallback(TrainerCallback):
             state.log_history[-1].update(moves)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            warn_of_unlearned(self._masks.layers, self._masks.learned())
         self.release()
 
     def release(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -294,12 +293,3 @@ def least_margin(layers: Mapping[str, MaskedLinear], enough: float = -math.inf) 
             if least <= enough:
                 return least
     return least
-
-
-def warn_of_unlearned(layers: Mapping[str, MaskedLinear], learned: Collection[str]) -> None:
-    """Warn of layers that had no gradient in a run in which others have learned."""
-    left = [name for name in layers if name not in learned]
-    if left and learned:
-        share = sum(layers[name].weight.numel() for name in left) / sum(x.weight.numel() for x in layers.values())
-        message = f"no gradient in {len(left)} layers, {share:.1%} of the weights with a mask, which have learned"
-        warnings.warn(f"{message} nothing: {', '.join(left)}", stacklevel=3)

@@ -123,10 +123,6 @@ class MaskOptimizer(torch.optim.Optimizer):
         # not by parameter: an optimizer that wraps this one would take it for its own state and cast it
         return self.state.setdefault("masks", {}).setdefault(layer.layer, {})
 
-    def learned(self) -> list[str]:
-        """Names of the layers whose logits have had slopes."""
-        return [name for name, layer in self.layers.items() if self._state_of(layer).get("mean_square") is not None]
-
     @torch.no_grad()
     def moved(self) -> float:
         """Share of the groups whose N largest logits differ from those of the first step."""

@@ -33,7 +33,7 @@ from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
-from .masks import ModelMasks, least_margin, warn_of_unlearned
+from .masks import ModelMasks, least_margin
 from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 
 
@@ -241,8 +241,13 @@ class MaskTrainer:
             raise
         if self.output_dir is not None:
             self._save_snapshot()
-        if self.ranks.rank == 0:
-            warn_of_unlearned(self.layers, self.estimator.state().get("mean_squares", self.layers))
+        learned = self.estimator.state().get("mean_squares", self.layers)
+        left = [name for name in self.layers if name not in learned]
+        if left and learned and self.ranks.rank == 0:
+            share = sum(self.layers[name].weight.numel() for name in left)
+            share /= sum(layer.weight.numel() for layer in self.layers.values())
+            what = f"no gradient has come to {len(left)} layers, {share:.1%} of the weights with a mask"
+            warnings.warn(f"{what}; their masks have not been learned: {', '.join(left)}", stacklevel=2)
         return records
 
     def step(self) -> StepRecord:
