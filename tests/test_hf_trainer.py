@@ -234,7 +234,7 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
 
     class Scales(TrainerCallback):
         def on_substep_end(self, args, state, control, model=None, **kwargs):
-            seen.append(masked_layers(model)["model.layers.0.mlp.down_proj"].logits_backward.loss_scale)
+            seen.append(float(masked_layers(model)["model.layers.0.mlp.down_proj"].logits_backward.loss_scale))
 
         on_pre_optimizer_step = on_substep_end
 
