@@ -108,11 +108,12 @@ def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
 
 def count_labels(batch) -> Tensor | None:
     """Number of a mapping's labels other than -100; None for another batch."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels, ids = (batch.get("labels"), batch.get("input_ids")) if isinstance(batch, Mapping) else (None, None)
     if not isinstance(labels, Tensor):
         return None
     # a language model does not predict the first token of a row
-    return (labels[:, 1:] if labels.dim() == 2 and not labels.is_floating_point() else labels).ne(-100).sum()
+    of_text = isinstance(ids, Tensor) and labels.dim() == 2 and labels.shape == ids.shape
+    return (labels[:, 1:] if of_text else labels).ne(-100).sum()
 
 
 def straight_through_linear(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, *,

@@ -40,7 +40,7 @@ class StraightThrough(Estimator):
         steps: number of steps, at most; None: lr is constant.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens. A
             method ``loss_fn.labelled_tokens(batch)`` returns their number. Without it a mapping's labels other than
-            -100 count, for [batch, length] without the first of each row. Else rows of a layer with a gradient count.
+            -100 count, without the first of each row of input ids. Else rows of a layer with a gradient count.
         max_update: largest change of a logit in a step. Logits of a kept and a dropped weight begin the gap apart and
             change places after at least gap / (2 max_update) steps. If this is one or two steps, a few important
             weights may be dropped, because the slope is a local estimate and underestimates the loss without them.
