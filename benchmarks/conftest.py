@@ -1,4 +1,4 @@
-"""The fixture that checks before it times, the rows that the run leaves, and what it prints at its end."""
+"""The fixture that checks and then times, the rows of the run, and its report at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dense product with one token from the code generator of packed ones: what it would take with no zeros left out."""
+"""A dense product with one token from the code generator of packed ones: its time without zeros left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskpro_kernels.ops.cpu.packed.weight import Weight
 
 
 class _Dense(Weight):
-    """Runs of which all values are stored: nothing is to be put at its place."""
+    """Runs of dense values, which need no placement."""
 
     def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         source = self.values_of(row, run)

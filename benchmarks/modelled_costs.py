@@ -153,7 +153,7 @@ def cost(instruction: str) -> Counter:
 
 
 def longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, bool]) -> list[int]:
-    """Lines from ``first`` to ``last`` or an exit, or as far as the branches lead, by the way with the most.
+    """Lines from ``first`` to ``last``, an exit, or the end of branches, by the path with the most.
 
     ``taken`` says of some conditional branches whether they are. No way goes back, nor into a call: what is called is
     the slow way of a division, of numbers that no kernel divides by but at the edge of what float32 holds.
@@ -221,7 +221,7 @@ def counted(built: Built, weights: float, looping: bool, draws: bool = True) -> 
 
 
 def picoseconds(target: str, counts: tuple[dict, dict], groups: int, moved: float, n: int, m: int) -> float:
-    """Of a weight: by the busiest pipe, or by bytes; blocks of so many groups compute noise if one of them is open."""
+    """Cost of a weight by the busiest pipe or by bytes; blocks of ``groups`` compute noise if one of them is open."""
     fewest, most = counts
     clear = (1 - open_groups(n, m)) ** groups
     expected = {pipe: clear * fewest.get(pipe, 0) + (1 - clear) * count for pipe, count in most.items()}

@@ -103,7 +103,7 @@ class Case:
 
 
 def work(shape: tuple[int, int], tokens: int, products: int) -> Work:
-    """Of so many products of a layer: operands of 2 bytes, logits of 4."""
+    """Bytes and operations of so many products of a layer: operands of 2 bytes, logits of 4."""
     rows, k = shape
     return Work(bytes=products * (6 * rows * k + 2 * tokens * (rows + k)), flops=products * 2 * tokens * rows * k)
 

@@ -80,7 +80,7 @@ class Layers:
         }
 
     def check(self):
-        """Of the smallest layer: the bits of the reference."""
+        """The smallest layer has the bits of the reference."""
         layer = min(self.layers, key=lambda layer: layer.weight.numel())
         one = torch.tensor(1.0, device=DEVICE)
         counter = counter_of(layer.logits, NMPattern(PATTERN), **self.counter(layer))
@@ -109,7 +109,7 @@ def test_draw_and_update_of_all_layers(model, compare):
 
 
 def test_training_step(model, batch, compare):
-    """Of each estimator, beside the forward, and forward and backward, of the unmasked model."""
+    """Steps of each estimator, with the forward, and the forward and backward, of the unmasked model."""
     trainers = {}
     for name, estimator, gap in (
         ("REINFORCE", mk.Reinforce(lr=1.0), 10.0),

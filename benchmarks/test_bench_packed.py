@@ -89,7 +89,7 @@ def test_packed_forward(shape, tokens, compare):
 
 
 def cache_bytes() -> int:
-    """Of the largest cache that a core reaches."""
+    """Bytes of the largest cache of a core."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max(int(size.removesuffix("K")) << 10 for size in sizes)
 
@@ -114,7 +114,7 @@ def in_turn(layers: list[nn.Module], x: Tensor) -> Callable[[], Tensor]:
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU each call finds empty caches anyway")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_decoding(shape, compare):
-    """One token, and weights that come from memory."""
+    """One token, and weights from memory."""
     rows, k = shape
     with torch.no_grad():
         case, bfloat16_loop = Case(rows, k, 1), dense_loop(torch.bfloat16)

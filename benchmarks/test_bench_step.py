@@ -114,7 +114,7 @@ class Layer:
         torch.testing.assert_close(eager.score(self.logits, mask), exact, rtol=0, atol=EAGER_SCORE_ERROR)
 
     def check_compiled(self, op: str, compiled: Callable) -> None:
-        """The reference under torch.compile gives its results, but for what its roundings decide."""
+        """The compiled reference has the results of the reference, except decisions by rounding."""
         if op == "draw":
             assert (compiled() != self.reference_draw()).float().mean() < 1e-4
         elif op == "update":

@@ -1,4 +1,4 @@
-"""What each choice of the paper's update does where scalars are enough: one changed at a time, on a character model.
+"""Effect of each choice in the paper's update if scalars are enough: one change at a time, on a character model.
 
     python benchmarks/learning/ablations.py
 
@@ -37,7 +37,7 @@ ABLATIONS: dict[str, tuple[str, Sequence]] = {
 
 
 class Row(NamedTuple):
-    """What runs that differ in their seed alone have found.
+    """Results of runs that differ only in their seeds.
 
     Attributes:
         lr: learning rate.
@@ -76,7 +76,7 @@ class Ablations:
         self._runs = cache(self._run)
 
     def row(self, changed: Mapping) -> Row:
-        """Of the settings ``BASE`` with those that are changed."""
+        """Run the settings ``BASE`` with changes."""
         settings = tuple((BASE | dict(changed)).items())
         lr = min(self.lrs, key=lambda lr: finite(self._runs(settings, lr, 0)[1]["validation"]))
         runs = [self._runs(settings, lr, seed) for seed in range(self.seeds)]

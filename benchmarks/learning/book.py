@@ -19,7 +19,7 @@ UNSHOWN = {"script", "style", "title"}
 
 
 class Page(HTMLParser):
-    """What a page shows, and where it leads.
+    """Text of a page, and its links.
 
     Attributes:
         paragraphs: without those that are empty; white space is one space.

@@ -1,4 +1,4 @@
-"""What REINFORCE gains where scalars are enough: the masks of small character models, by forward passes alone.
+"""Gain of REINFORCE if scalars are enough: masks of small character models, by forward passes alone.
 
     python benchmarks/learning/characters.py
 
@@ -103,7 +103,7 @@ def trained(text: Text, width: int, steps: int, seed: int = 0) -> CharacterModel
 
 
 class Problem:
-    """A trained model, the batches that masks are learned from, and held-out text.
+    """A trained model, batches to learn masks from, and held-out texts.
 
     Args:
         text: of the model.
@@ -121,7 +121,7 @@ class Problem:
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> dict[str, float]:
-        """Of held-out text, in nats a character."""
+        """Losses of the held-out texts, in nats a character."""
         return {split: loss_of(model.eval(), batch).item() for split, batch in self.held_out.items()}
 
     def learned(
@@ -157,7 +157,7 @@ class Problem:
 
 
 class Curve(NamedTuple):
-    """What a run has found: test losses, and how they were found.
+    """Result of a run: test losses, and how they were measured.
 
     Attributes:
         groups: of the masked layers.

@@ -87,7 +87,7 @@ class Claims(Comparison):
 
 
 def summary(by_seed: Sequence[Sequence[Mapping]]) -> str:
-    """Markdown: each row over the seeds, of which all have the same."""
+    """Markdown: each row over the seeds, which are the same for all rows."""
     texts = list(by_seed[0][0]["perplexity"])
     lines = [["method", "settings", "steps", *texts, "score", "groups that moved", "seconds"]]
     lines.append(["---", "---", "---:", *["---:"] * (len(texts) + 3)])

@@ -52,7 +52,7 @@ DATA = "pydoc:0.5,self:0.5"
 
 
 class Comparison:
-    """A model, its texts, and the rows that there are.
+    """A model, its texts, and the present rows.
 
     Seconds of a row are those of processor time, of all threads together; on a GPU they are of wall clock.
 
@@ -202,7 +202,7 @@ class Comparison:
             candidates = [default, chosen] if place == 0 and chosen != default else [chosen]
 
     def batches_of(self, name: str, steps: int) -> Sequence:
-        """What a learner takes in that many steps, and no more: REINFORCE asks for the initial loss of each batch."""
+        """Batches of a learner in so many steps, and no more: REINFORCE computes the initial loss of each batch."""
         return self.batches[:steps]
 
     def gap_of(self, estimator: Estimator) -> float:
@@ -249,7 +249,7 @@ class Comparison:
         return found
 
     def _changed(self, codes: Mapping[str, Tensor]) -> int:
-        """How many groups have another mask than these, by their logits."""
+        """Number of groups whose mask, by their logits, differs from these."""
         learned = ((top_n_mask(self.masked[name].logits.detach(), self.pattern), codes[name]) for name in codes)
         return sum(int((mask != initial).sum()) for mask, initial in learned)
 
@@ -261,7 +261,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """With layers that have these weights; their own are put back afterwards."""
+    """Give layers these weights for a while, then restore their own."""
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
 
     def put(values: Mapping[str, Tensor]) -> None:
@@ -303,7 +303,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options that a parser takes, beside those of ``options`` its own; what is unfit ends the process."""
+    """Parse options: those of ``options``, and more; wrong ones end the process."""
     args = parser.parse_args(argv)
     if min(args.steps) < 1:
         parser.error(f"--steps: expected at least 1, got {min(args.steps)}")

@@ -1,4 +1,4 @@
-"""What learners with a relaxed mask share: own tensors, weights for the forwards, AdamW, and the mask written down.
+"""Base of learners with a relaxed mask: their tensors, weights for forwards, AdamW, and the final mask.
 
 A forward uses a weight that is a differentiable function of the learned tensors, computed for each layer's product
 and again in backward, so that no relaxed mask stays in memory. Before the first step and after each one the layers'
@@ -59,7 +59,7 @@ class RelaxedMask(Estimator):
 
     @abstractmethod
     def start(self, layer: MaskedLinear) -> Tensor:
-        """What is learned of a layer, float32, as it starts from the top-N mask of the logits."""
+        """Learned tensor of a layer, float32, at its start from the top-N mask of the logits."""
 
     @abstractmethod
     def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
@@ -70,10 +70,10 @@ class RelaxedMask(Estimator):
         """Group codes [out, K / M] of the mask that has been learned."""
 
     def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor, step: int) -> Tensor | None:
-        """What the loss has beside that of the text, 0-dim; None: nothing."""
+        """Penalty added to the loss of the text, 0-dim; None: no penalty."""
 
     def after_update(self, layer: MaskedLinear, learned: Tensor) -> None:  # noqa: B027
-        """What follows the step of AdamW, in place."""
+        """Change after the step of AdamW, in place."""
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -129,7 +129,7 @@ class RelaxedMask(Estimator):
 
     @torch.no_grad()
     def _update(self, step: Step, norms: Mapping[str, float]) -> tuple[str, ...]:
-        """Move what is learned, and write the masks down; names of the layers whose gradient is not finite."""
+        """Move the learned tensors and store the masks; return names of layers with a gradient that is not finite."""
         good = {name: norm for name, norm in norms.items() if math.isfinite(norm)}
         whole = math.hypot(*good.values())
         scale = 1.0 if self.clip is None or whole <= self.clip else self.clip / whole
@@ -150,7 +150,7 @@ class RelaxedMask(Estimator):
 
     @contextmanager
     def _relaxed(self, step: Step) -> Iterator[dict[str, Tensor]]:
-        """With layers that multiply by their relaxed weights; gives the penalties of the last forward."""
+        """Let layers multiply by their relaxed weights; yields the penalties of the last forward."""
         penalties: dict[str, Tensor] = {}
 
         def forward(name: str, layer: MaskedLinear) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""The rows of a comparison: a JSON line each, kept as they come, and the table that is made of them."""
+"""Rows of a comparison: a JSON line each, appended at once, and their table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WITH_WEIGHTS = ", its weights"
 
 
 class Rows:
-    """The rows in a folder. The first line of the file holds what all of them share, such as model and texts.
+    """The rows in a folder. The first line of the file has common values, such as model and texts.
 
     Args:
         folder: made if missing.

@@ -1,4 +1,4 @@
-"""What torch's allocator on the CPU has given out."""
+"""Bytes of torch's allocator on the CPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Allocated(NamedTuple):
-    """Bytes that an action has held at once, and those that it has left."""
+    """Largest number of bytes at once during an action, and bytes after it."""
 
     peak: int
     left: int
 
 
 def allocated(action) -> Allocated:
-    """As torch's allocator counts them; what the action frees of before counts against them."""
+    """Counted by torch's allocator; earlier memory that the action frees is subtracted."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         action()

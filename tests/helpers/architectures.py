@@ -18,7 +18,7 @@ VISION = {"num_hidden_layers": 2, "image_size": 16, "patch_size": 8, **WIDTHS}
 
 
 class Tiny(NamedTuple):
-    """A model and the keywords of one batch, which holds labels where the model has a loss."""
+    """A model and the keywords of one batch, with labels if the model has a loss."""
 
     model: nn.Module
     batch: dict

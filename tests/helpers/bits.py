@@ -29,7 +29,7 @@ def assert_same_bits(actual: Tensors, expected: Tensors, m: int = 1) -> None:
 
 
 def first_difference(actual: Tensors, expected: Tensors, m: int = 1) -> str | None:
-    """What ``assert_same_bits`` says, None where all bits are the same."""
+    """Message of ``assert_same_bits``; None if all bits are equal."""
     if isinstance(expected, Tensor):
         return _of_tensors(actual, expected, m)
     if isinstance(expected, Mapping):

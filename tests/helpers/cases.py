@@ -1,4 +1,4 @@
-"""Cases of a test of which some are slow."""
+"""Cases of tests, some of them slow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def cases(rows: Iterable[tuple], slow: Callable[..., bool]) -> list:
-    """For ``parametrize``: rows of arguments, those marked slow for which ``slow(*row)`` holds."""
+    """For ``parametrize``: rows of arguments, marked slow if ``slow(*row)`` is true."""
     return [pytest.param(*row, marks=[pytest.mark.slow] if slow(*row) else []) for row in rows]
 
 

@@ -13,13 +13,13 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def search_path() -> str:
-    """PYTHONPATH of a child: as pytest's own, before what the variable holds here."""
+    """PYTHONPATH of a child: pytest's path, then the present value."""
     paths = [ROOT / "tests", BENCHMARKS, ROOT, os.environ.get("PYTHONPATH")]
     return os.pathsep.join(str(path) for path in paths if path)
 
 
 def environment() -> dict[str, str]:
-    """Of a child on the routes that users get, without Triton's interpreter."""
+    """Environment of a child on the routes of users, without Triton's interpreter."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return inherited | {"PYTHONPATH": search_path()}
 

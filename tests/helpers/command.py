@@ -1,4 +1,4 @@
-"""The command on a tiny model: its arguments, what it reports, and that it refuses."""
+"""The command on a tiny model: its arguments, reports and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def contents(folder):
 
 
 def refuses(capsys, folder, arguments, *messages):
-    """The command ends with 2 and with one line that holds the messages, and the folder is as before."""
+    """Assert that the command ends with 2 and one line with the messages, and does not change the folder."""
     before = contents(folder)
     capsys.readouterr()
     assert main.main(arguments) == 2
@@ -41,7 +41,7 @@ def refuses(capsys, folder, arguments, *messages):
 
 
 def nonzeros(model, name, m=4):
-    """Of each group of a layer."""
+    """Nonzeros of each group of a layer."""
     return (model.get_submodule(name).weight.view(-1, m) != 0).sum(1)
 
 

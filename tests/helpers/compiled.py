@@ -90,7 +90,7 @@ class Matrix:
 
 
 def by_both(call: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """What a call gives by the kernels, and by the eager reference."""
+    """Results of a call by the kernels and by the eager reference."""
     found = list(call())
     with pytest.MonkeyPatch.context() as patched:
         take_route(patched, "eager")
@@ -103,7 +103,7 @@ def assert_bits_of_reference(call: Callable[[], Iterable[Tensor]]) -> None:
 
 
 def misaligned(tensor: Tensor, by: int) -> Tensor:
-    """The same values, that many elements after an address that every vector load may start from."""
+    """Equal values, so many elements after an address where every vector load may start."""
     buffer = torch.zeros(tensor.numel() + 16, dtype=tensor.dtype)
     own = buffer[by : by + tensor.numel()].view(tensor.shape)
     own.copy_(tensor)

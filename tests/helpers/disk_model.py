@@ -1,4 +1,4 @@
-"""What a power cut may leave of a folder: a model of the disk below it.
+"""States of a folder after a power cut: a model of its disk.
 
 The content of a file is sure to be there once the file was synced, and its name once its folder was. All else may be
 there, in part, or not at all. The model reads the real folder: it cannot miss what is written.
@@ -46,7 +46,7 @@ class File:
         return self.synced[: len(self.content)].ljust(len(self.content), b"\0")
 
     def torn(self) -> Iterator[bytes]:
-        """The last write, of which the sectors before or after a bound have not reached the disk."""
+        """The last write without its sectors before or after a bound."""
         begin, end = _written(self.before, self.content)
         bounds = range((begin // SECTOR + 1) * SECTOR, end, SECTOR)
         # of a long write some, evenly
@@ -72,7 +72,7 @@ class Folder:
 
 
 class Disk:
-    """The disk below a folder. What the folder holds at first is on disk for sure."""
+    """The disk of a folder, whose first content is surely on disk."""
 
     def __init__(self, root: Path):
         self.root, self.folder = root, Folder()
@@ -117,7 +117,7 @@ class Disk:
         return changed or bool(change)
 
     def sync(self, node: File | Folder) -> None:
-        """What a sync of a file or a folder does."""
+        """Sync a file or a folder."""
         if isinstance(node, File):
             node.sync()
             return

@@ -1,4 +1,4 @@
-"""What draws and scores must be, by enumeration and in high precision: numerics the tests compare against.
+"""Exact draws and scores, by enumeration and in high precision, which tests compare with.
 
 Nothing here comes from the package: a mistake there must not be repeated here.
 """
@@ -59,7 +59,7 @@ def set_probabilities(logits: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def code_counts(codes: torch.Tensor, n: int, m: int) -> np.ndarray:
-    """How often each set of ``subset_codes`` was drawn; a code of any other set is an error."""
+    """Count the draws of each set of ``subset_codes``; a code of any other set is an error."""
     assert m <= 16
     counts = np.bincount(codes.cpu().flatten().to(torch.int64).numpy(), minlength=1 << m)
     expected = subset_codes(n, m)

@@ -75,14 +75,14 @@ def _compute(op, *args, **kwargs):
 
 
 class _Stream:
-    """Of a device whose operations have ended when they return."""
+    """Stream of a device whose operations end before they return."""
 
     def synchronize(self) -> None:
         pass
 
 
 class _Backend(torch.utils.backend_registration._DummyBackendModule):
-    """What torch.far is: with the state of random numbers that torch's own tests ask each device for."""
+    """The module torch.far, with the state of random numbers that torch's tests need on each device."""
 
     def get_rng_state(self) -> Tensor:
         return torch.get_rng_state()
@@ -100,7 +100,7 @@ class _Backend(torch.utils.backend_registration._DummyBackendModule):
 
 
 def far_device() -> torch.library.Library:
-    """Make the device "far", for the rest of the process; its operations work as long as what is returned lives."""
+    """Make the device "far" for the rest of the process; keep the returned object as long as it is used."""
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("far", _Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(_compute, "PrivateUse1")

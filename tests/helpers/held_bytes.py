@@ -1,4 +1,4 @@
-"""What a process holds in tensors, counted by their storages while operations run."""
+"""Bytes of a process's tensors, counted by their storages while operations run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs in several processes, the ranks of one run: what each of them gives, or that it has ended."""
+"""Jobs in several processes, the ranks of one run: the result of each, or its end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> No
 
 @contextmanager
 def forking():
-    """Gives a context of processes: one imports torch and what it loads late, and forks into the others."""
+    """Return a context of processes: one imports torch and late modules, and forks into the others."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.small_trainer", "torch._dynamo"])
     before = os.environ.get("PYTHONPATH")
@@ -54,7 +54,7 @@ def forking():
 
 
 def in_ranks(world: int, job, **arguments) -> list:
-    """What a job gives on each rank: its result, its error, or ``Ended``."""
+    """Run a job on each rank, and return its results, errors, or ``Ended``."""
     with forking() as context:
         return _in_ranks(context, world, job, arguments)
 
@@ -78,7 +78,7 @@ def _in_ranks(context, world: int, job, arguments: dict) -> list:
 
 
 def _answers(pipes: list) -> list:
-    """What each rank sends. One that fails alone may leave the others waiting: its error is reported."""
+    """Collect the messages of all ranks; if one fails alone, the others may wait, and its error is reported."""
     results: dict = {}
     while len(results) < len(pipes):
         ready = wait([pipe for pipe in pipes if pipe not in results], LONGEST)

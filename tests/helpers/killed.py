@@ -90,7 +90,7 @@ class KilledRuns:
         return self.folder / f"rank-{rank}.log"
 
     def _log(self, rank: int) -> str:
-        """What a rank has reported; nothing if it was killed at once."""
+        """Output of a rank; nothing if it was killed at once."""
         path = self._path(rank)
         return path.read_text() if path.exists() else ""
 
@@ -119,7 +119,7 @@ class KilledRuns:
         ]
 
     def _victims(self, pids: list[int]) -> list[int]:
-        """Those that are killed, one or all: at any moment, or soon after a step; none where all have ended before."""
+        """Processes to kill, one or all: at any moment, or soon after a step; none if all have ended before."""
         if self.draw.random() < 0.5:
             _wait(pids, self.draw.uniform(0.0, self.span))
         else:
@@ -168,7 +168,7 @@ def _wait(pids: list[int], seconds: float, until: Callable[[], bool] = lambda: F
 
 
 def _ended(pids: list[int], victims: list[int]) -> list[int]:
-    """How processes have ended; those that others were killed beside have some seconds for it."""
+    """Exit codes of processes; after others were killed they have some seconds to end."""
     _wait(pids, GRACE if victims else LONGEST)
     for pid in pids:
         if not _has_ended(pid):
@@ -178,7 +178,7 @@ def _ended(pids: list[int], victims: list[int]) -> list[int]:
 
 
 def _reported(log: str, before: int) -> int:
-    """How many steps are reported as done; none that were reported before are lost."""
+    """Number of steps reported as done; no earlier one may be lost."""
     resumed = re.search(r"(\d+) steps are done", log)
     assert resumed is None or int(resumed[1]) >= before, f"{before} steps were reported, then:\n{log}"
     steps = [int(step) for step in re.findall(r"^step (\d+) of", log, re.MULTILINE)]

@@ -57,7 +57,7 @@ class ManyLayers:
         ]
 
     def group(self) -> LayerGroup:
-        """Of copies of them."""
+        """Group of copies of the layers."""
         layers = [layer._replace(logits=self.moved(layer.logits.clone())) for layer in self.layers]
         return LayerGroup(layers, self.n, self.m)
 
@@ -94,7 +94,7 @@ class ManyLayers:
         return found
 
     def call(self, kernel: str) -> list[Tensor]:
-        """What one of ``OVER_LAYERS`` gives."""
+        """Result of one of ``OVER_LAYERS``."""
         return {
             "sample_masks": self.drawn,
             "score_update_of_layers": self.updated,

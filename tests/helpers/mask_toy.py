@@ -21,7 +21,7 @@ def inputs(batches: int = 4, tokens: int = 64) -> list[Tensor]:
 
 
 def toy() -> nn.Sequential:
-    """A layer of which magnitude drops the two weights whose inputs are alike: what they give is lost twice."""
+    """A layer in which magnitude drops the two weights with equal inputs, whose outputs are then both lost."""
     layer = nn.Linear(8, 2, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[2.0, 1.0, 0.95, 0.85], [-1.0, 2.0, -0.8, -0.95]]).repeat(1, 2))

@@ -37,7 +37,7 @@ def exp_kernel(x, out, total, BLOCK: tl.constexpr):
 
 
 def without_contraction() -> dict[str, bool]:
-    """What ``launch`` gives a kernel, too; the interpreter knows no options of compilers."""
+    """Arguments that ``launch`` adds; the interpreter has no compiler options."""
     return {} if INTERPRETED else {"enable_fp_fusion": False}
 
 

@@ -1,4 +1,4 @@
-"""Models as ONNX, by torch's exporter, and what onnx's own evaluation of them gives."""
+"""Models as ONNX, by torch's exporter, and their results in onnx's reference evaluation."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def as_onnx(model: nn.Module, x: torch.Tensor):
 
 
 def matrices(graph) -> list[list[int]]:
-    """Shapes of the matrices that a graph holds."""
+    """Shapes of the matrices in a graph."""
     return sorted(list(tensor.dims) for tensor in graph.initializer if len(tensor.dims) == 2)

@@ -8,7 +8,7 @@ BLANK = {"svg": '<svg viewBox="0 0 1 1"><defs></defs></svg>', "png": "\x89PNG"}
 
 
 def leave_blank(monkeypatch) -> None:
-    """What matplotlib saves is blank: drawing it takes a third of a small run."""
+    """Let matplotlib save blank pictures: drawing takes a third of a small run."""
 
     def blank(figure, file, format="png", **_):
         if hasattr(file, "write"):

@@ -1,4 +1,4 @@
-"""torch whose allocations hold poison: what is left unwritten shows, as does what is written beyond the end."""
+"""torch with poisoned allocations, which show missing writes, and writes beyond the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PoisonedTorch:
         return self.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def check_margins(self, but=0):
-        """Of all but the newest, which are then let go."""
+        """Check all but the newest allocations, and free them."""
         checked = self.buffers[: len(self.buffers) - but]
         for buffer in checked:
             margin = buffer[-MARGIN:]

@@ -24,12 +24,12 @@ NOTHING = -1
 
 
 class Kill(BaseException):
-    """The process is killed: what it does from here on, such as cleaning up, is without effect on its files."""
+    """The process is killed: later actions, such as cleaning up, do not change its files."""
 
 
 @dataclass
 class State:
-    """What a power cut leaves.
+    """State after a power cut.
 
     Attributes:
         tree: of the folder.
@@ -196,7 +196,7 @@ class Watched:
 
 
 class WatchedFile(io.FileIO):
-    """A file of which each write is an operation."""
+    """A file whose writes are operations."""
 
     def __init__(self, watched: Watched, path, mode: str):
         self._watched, self._path = watched, Path(os.fsdecode(path))

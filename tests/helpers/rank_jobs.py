@@ -18,7 +18,7 @@ def records_until(trainer: mk.MaskTrainer, steps: int) -> list[dict]:
 
 
 def records_of_run(trainer: mk.MaskTrainer, steps: int) -> list[dict]:
-    """``records_until`` of a run, which continues where ``output_dir`` holds one."""
+    """``records_until`` of a run, resumed if ``output_dir`` has one."""
     folder = trainer.output_dir
     if folder is not None and any(folder.glob("snapshot-*")):
         trainer.resume()

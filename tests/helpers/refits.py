@@ -1,4 +1,4 @@
-"""What the tests of refits run on: a layer with its Gram matrix, and a small model with its inputs."""
+"""Inputs of the tests of refits: a layer with its Gram matrix, and a small model with its inputs."""
 
 from __future__ import annotations
 

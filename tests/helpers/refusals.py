@@ -1,4 +1,4 @@
-"""What is refused on several ranks, each in one line."""
+"""Refusals on several ranks, each in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Refused = Mapping[str, tuple[Callable[[], object], str]]
 
 
 def lines_of(refused: Refused) -> dict[str, str]:
-    """What each of them is refused with, on this rank."""
+    """Messages of the refusals on this rank."""
     reported = {}
     for name, (call, _) in refused.items():
         with pytest.raises(ValueError) as error:
@@ -21,7 +21,7 @@ def lines_of(refused: Refused) -> dict[str, str]:
 
 
 def assert_lines(reported: Mapping[str, str], refused: Refused) -> None:
-    """That these are the lines, which may be those of another rank."""
+    """Assert these messages, perhaps of another rank."""
     for name, (_, begin) in refused.items():
         assert reported[name].removeprefix("rank 1: ").startswith(begin), (name, reported[name])
         assert "\n" not in reported[name], name

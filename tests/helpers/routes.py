@@ -1,4 +1,4 @@
-"""Which code runs the operations of a test."""
+"""Choice of the code that runs the operations of a test."""
 
 from __future__ import annotations
 

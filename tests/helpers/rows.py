@@ -28,7 +28,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]) -> Path:
 
 
 def written(path: Path, rows: list[dict]) -> Path:
-    """Write a dataset as the name says: a file, or a folder of files or of `save_to_disk`; gives the path."""
+    """Write a dataset in the form of its name: a file, or a folder of files or of `save_to_disk`; return its path."""
     import datasets
 
     table = datasets.Dataset.from_list(rows)

@@ -64,7 +64,7 @@ def whole_logits(model: nn.Module) -> list[torch.Tensor]:
 
 
 def learn_sharded(rank: int, mesh: Sequence[int] | None, how: str, steps: int, after: bool = False, **others):
-    """(whole logits, records without their seconds) of a run, which continues where ``output_dir`` holds one."""
+    """(whole logits, records without their seconds) of a run, resumed if ``output_dir`` has one."""
     trainer = rank_trainer(how, model=a_sharded_model(mesh, after), **others)
     records = records_of_run(trainer, steps)
     return whole_logits(trainer.model), records

@@ -43,7 +43,7 @@ def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def a_trainer(model: nn.Module | None = None, seed: int = 11, how: str = "reinforce", **arguments) -> mk.MaskTrainer:
-    """Of ``a_model()``, where none is given, and by the estimator of that name, where none is."""
+    """Make a trainer, by default of ``a_model()`` and with the estimator of that name."""
     estimator = arguments.pop("estimator", None) or ESTIMATORS[how]()
     loss, batches = arguments.pop("loss_fn", loss_fn), arguments.pop("batches", some_batches())
     return mk.MaskTrainer(a_model() if model is None else model, loss, batches, estimator, seed=seed, **arguments)

@@ -92,7 +92,7 @@ def floors(below: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def names_in(path: Path) -> set[str]:
-    """What a file imports, and the attributes that it reads, as dotted names."""
+    """Imports of a file, and attributes that it reads, as dotted names."""
     nodes = list(statements(parse(path)))
     names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
     for node in nodes:

@@ -1,4 +1,4 @@
-"""That ``assert_same_bits`` sees every difference, and says where it is."""
+"""``assert_same_bits`` finds every difference and reports its place."""
 
 from __future__ import annotations
 

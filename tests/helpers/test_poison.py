@@ -1,4 +1,4 @@
-"""That what is written beyond the end of an allocation is seen."""
+"""Writes beyond the end of an allocation are detected."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def tiny_text(paragraphs: int = 50, words: int = 20, seed: int = 0) -> str:
 
 
 def write_inputs(folder: Path) -> Path:
-    """Write the model with its tokenizer, `model`, and a text, `text.txt`, into a folder; gives the folder."""
+    """Write the model with its tokenizer, `model`, and a text, `text.txt`, into a folder, and return the folder."""
     tiny_model().save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")

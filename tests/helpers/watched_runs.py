@@ -38,7 +38,7 @@ class SmallRun:
         self.trainer = a_trainer_in(self.folder, how)
 
     def take(self) -> Learned:
-        """Take the steps that are left; gives what was learned."""
+        """Take the remaining steps, and return the learned tensors."""
         trainer = self.trainer
         trainer.begin()
         while trainer.steps_done < self.steps:
@@ -122,7 +122,7 @@ def watched_run(root: Path, how: str, monkeypatch, **watch) -> tuple[Watched, Le
 
 
 def resumed(state: State, root: Path, how: str, steps: int = STEPS) -> SmallRun:
-    """A run that continues with a state; what it has reported is not lost."""
+    """Continue a run from a state; reported steps must not be lost."""
     put(state.tree, root)
     run = SmallRun(root, how, steps)
     run.resume(state.acknowledged)
@@ -130,14 +130,14 @@ def resumed(state: State, root: Path, how: str, steps: int = STEPS) -> SmallRun:
 
 
 class Continued:
-    """What runs have learned at their end that continue with states; of those at one place the first is taken there."""
+    """Results of runs that continue from states; only the first of equal states is run."""
 
     def __init__(self, how: str, steps: int = STEPS):
         self.how, self.steps = how, steps
         self._known: list[tuple[tuple, Learned]] = []
 
     def learned(self, state: State, root: Path) -> Learned:
-        """Of a state, which is put into a new folder; what it has reported is not lost."""
+        """Result of a state in a new folder; reported steps must not be lost."""
         run = resumed(state, root, self.how, self.steps)
         place = run.place()
         for other, learned in self._known:
