@@ -22,7 +22,7 @@ if TARGET not in os.environ and not torch.cuda.is_available():
 
 
 def pytest_configure(config):
-    """What follows from whether triton interprets, compiles for a GPU, or compiles for an emulator."""
+    """Adapt to Triton, which interprets, compiles for a GPU, or compiles for an emulator."""
     from maskpro_kernels.ops.triton import tiles
 
     target = config.getoption("compiled")
@@ -56,7 +56,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 @pytest.fixture(autouse=True)
 def poisoned(emulator, monkeypatch):
-    """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end.
+    """Poison memory that ops allocate, which shows missing writes, and writes beyond the end.
 
     The emulator sees both by itself, to the byte, in what its own torch has allocated.
     """
@@ -114,7 +114,7 @@ def compiled_reference(monkeypatch):
 
 @pytest.fixture
 def datasets_cache(tmp_path_factory, monkeypatch):
-    """What the library ``datasets`` keeps of files goes where tests write, and the hub is not asked."""
+    """Let the library ``datasets`` cache files in folders of tests, without the hub."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))

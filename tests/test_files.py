@@ -121,7 +121,7 @@ def test_neither_order_nor_strides_change_it():
 
 
 def test_known_answers():
-    """The same on any machine."""
+    """Equal on any machine."""
     tensors = torch.tensor([1.0, -2.0]), torch.tensor([[3]], dtype=torch.uint8)
     assert digest(tensors) == "2f4ac1e68e560915bdc160ac809ca691"
     # of BLAKE2b itself

@@ -118,7 +118,7 @@ def test_products_and_gradients_are_those_of_the_masked_weight(tokens, pattern, 
 @pytest.mark.parametrize("train_weights", [None, 1e-3])
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
 def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern, train_weights):
-    """The same bits twice; and within float32's sums of what the CPU learns."""
+    """Equal bits twice, and equal to the CPU within float32's sums."""
     learned = {}
     for run in ("cpu", "cuda", "cuda again"):
         device = run.split()[0]

@@ -1,4 +1,4 @@
-"""What is laid out for the hub of kernels loads without the package, beside other versions of itself."""
+"""The folder for the hub of kernels loads without the package, together with other versions of itself."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def another(repository, tmp_path_factory):
 
 
 def loaded(folders, lacking=()):
-    """What each version computes, in a process that finds no package of the names in ``lacking``."""
+    """Results of each version, in a process without the packages ``lacking``."""
     head = f"LACKING = {lacking!r}\nFOLDERS = {[str(folder) for folder in folders]!r}\n"
     done = subprocess.run([sys.executable, "-I", "-c", head + LOAD], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What an import loads, and which way imports go: downward, on few floors, without a circle."""
+"""Modules that an import loads; imports go downward, on few floors, without a circle."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ OPTIONS = "config.py"
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """What in a module reads files so that their writer's code may run."""
+    """Calls in a module that read files and may run code of their writer."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -77,7 +77,7 @@ print("done")
 
 
 def run(*command: str) -> str:
-    """What a process says that has CPU tensors multiplied as users do."""
+    """Output of a process that multiplies CPU tensors like users."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

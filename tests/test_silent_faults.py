@@ -1,4 +1,4 @@
-"""What keeps a wrong model from passing without a word: with a guard switched off, its check fails."""
+"""Guards against wrong models: without a guard, its check fails."""
 
 from __future__ import annotations
 

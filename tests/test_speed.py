@@ -38,7 +38,7 @@ def int8():
 
 @pytest.fixture(scope="module")
 def models():
-    """The same weights in three ways, rounded to int8, and dense."""
+    """Equal weights in three formats, rounded to int8, and dense."""
     return {
         "sparse": finalize(converted()),
         "packed": finalize(converted(), to="packed"),

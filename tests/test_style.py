@@ -130,7 +130,7 @@ def test_there_are_no_riddles():
 def test_docstrings_begin_with_an_imperative_or_a_noun():
     found = [
         f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
-        for path in PACKAGE
+        for path in PACKAGE + SCRIPTS
         for tree in [parse(path)]
         for node in [tree, *statements(tree)]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))

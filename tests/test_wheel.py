@@ -45,7 +45,7 @@ print("learned")
 
 
 def run(*command, **how):
-    """What a command prints; it sees nothing of this tree."""
+    """Output of a command without access to this tree."""
     hidden = ("PYTHONPATH", "TRITON_INTERPRET")
     outside = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=outside, **how)

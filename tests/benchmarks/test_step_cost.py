@@ -36,7 +36,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def in_child(*arguments: str) -> dict:
-    """What this file prints when run with those arguments."""
+    """Output of this file with those arguments."""
     done = subprocess.run([sys.executable, __file__, *arguments], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What most tests of the command run on."""
+"""Fixtures of tests of the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users get wrong on the command line: one line that names the argument, what was expected and what came."""
+"""Wrong arguments of the command: one line with the argument, the expectation and the value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONG = "a" * 300
 
 
 def write(path, content):
-    """What writes a file below a folder."""
+    """Return a function that writes a file below a folder."""
 
     def written(folder):
         (folder / path).parent.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ SMALL = "--prompt-tokens 8 --new-tokens 4 --rounds 2 --device cpu --dtype float3
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same weights dense and packed, and the dense base."""
+    """Equal weights, dense and packed, and the dense base."""
     folder = tmp_path_factory.mktemp("models")
     save_model(tiny_model(), tiny_tokenizer(), folder / "base")
     for to in ("dense", "packed"):

@@ -91,7 +91,7 @@ def run_over_groups():
 
 
 def run_over_layers():
-    """The same of many layers by one launch."""
+    """Coverage of many layers by one launch."""
     patterns, spreads = ((1, 2), (2, 4), (4, 8)), ("certain", "open")
     for (n, m), dtype, spread, shard in itertools.product(patterns, DTYPES, spreads, (False, True)):
         of = ManyLayers(n, m, dtype, shard, spread=spread)

@@ -342,7 +342,7 @@ def test_files_and_modules_in_the_prose_exist(document):
 
 
 def is_there(dotted: str) -> bool:
-    """Whether a module has that name, or a module something of that name."""
+    """Return whether a module, or an attribute of a module, has that name."""
     try:
         importlib.import_module(dotted)
     except ModuleNotFoundError:

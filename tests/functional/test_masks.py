@@ -60,7 +60,7 @@ def test_every_part_of_the_counter_changes_the_draw(changed):
 
 
 def strided(contiguous: torch.Tensor) -> torch.Tensor:
-    """The same values as every second column of a wider tensor."""
+    """Equal values as every second column of a wider tensor."""
     wide = torch.full((*contiguous.shape[:-1], 2 * contiguous.shape[-1]), 99.0, dtype=contiguous.dtype)
     wide[..., ::2] = contiguous
     return wide[..., ::2]

@@ -100,7 +100,7 @@ class _Backend(torch.utils.backend_registration._DummyBackendModule):
 
 
 def far_device() -> torch.library.Library:
-    """Make the device "far" for the rest of the process; keep the returned object as long as it is used."""
+    """Make the device "far" for the rest of the process; keep a reference to the result while it is used."""
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("far", _Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(_compute, "PrivateUse1")

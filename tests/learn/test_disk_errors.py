@@ -37,7 +37,7 @@ FAILURES = [
     ],
 )
 def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch, how, every):
-    """What a sync has failed to write is lost where the power is cut, whatever is synced after it."""
+    """A power cut loses data of a failed sync, even after later syncs."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     whole, failed, cuts = SmallRun(tmp_path / "whole", how, STEPS).take(), 0, 0
     continued = Continued(how, STEPS)

@@ -1,4 +1,4 @@
-"""What a new way to learn takes: a class, and no other file. One that breaks the protocol is refused."""
+"""A new estimator needs a class, and no other file. One that breaks the protocol is refused."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 
 
 def in_a_fork(call: Callable[[], object]) -> str:
-    """What a forked process gives, as text, or the error that it raises."""
+    """Result of a forked process, as text, or its error."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

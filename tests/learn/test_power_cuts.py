@@ -21,7 +21,7 @@ STEPS = 12
 
 @pytest.fixture
 def no_sync(monkeypatch):
-    """What continues here is not cut off any more."""
+    """No further power cuts happen in continued runs."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -110,7 +110,7 @@ KILLS = {
 def test_a_power_cut_after_a_kill_loses_no_step_that_was_reported(
     tmp_path, monkeypatch, no_sync, how, operation, one, number
 ):
-    """What a killed process has written is there for the next one, though it may not be on disk."""
+    """Data of a killed process is there for the next one, perhaps not on disk."""
     whole = SmallRun(tmp_path / "whole", how, STEPS).take()
     root = tmp_path / "killed"
     root.mkdir()

@@ -52,7 +52,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 def test_a_run_continues_after_a_loss_that_is_not_finite(tmp_path, how):
-    """Whether the run bears it or ends there and is resumed: the step moves nothing and is not taken again."""
+    """The step moves nothing and is not taken again, if the run continues, and if it ends and is resumed."""
     borne = spoiled(tmp_path / "borne", how, {2}, 1)
     borne.run(2, progress=False)
     before = logits_of(borne.model)

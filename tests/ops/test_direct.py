@@ -1,4 +1,4 @@
-"""What a packed layer does past torch's dispatcher, and all that it leaves to it."""
+"""Calls of a packed layer without torch's dispatcher, and all those with it."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_results_do_not_follow_the_default_dtype(compiled_route):
 
 
 def reference_update(logits: torch.Tensor) -> torch.Tensor:
-    """What ``score_update_(logits, 0.5, pattern="2:4", seed=3)`` gives, by the eager reference."""
+    """Result of ``score_update_(logits, 0.5, pattern="2:4", seed=3)`` by the eager reference."""
     updated = logits.clone()
     counter = counter_of(logits, NMPattern("2:4"), seed=3)._replace(draw=torch.tensor([0]))
     reference.score_update_(updated, torch.tensor([0.5]), counter, torch.tensor(1.0), n=2, m=4)

@@ -72,7 +72,7 @@ def operations(pattern: str, dtype: torch.dtype) -> dict[str, str]:
 
 
 def slope(pattern: str, dtype: torch.dtype) -> Tensor:
-    """What passes straight through a draw to the logits, of integers below 16."""
+    """Straight-through gradients of logits, from integers below 16."""
     k = 4 * mk.NMPattern(pattern).m
     x, weight, grad = (exact(*shape, seed=seed).sign() for seed, shape in enumerate(((4, k), (16, k), (4, 16))))
     logits = exact(16, k, seed=3).to(dtype).requires_grad_()

@@ -178,7 +178,7 @@ class Stack(nn.Module):
 
 
 class Tangled(Stack):
-    """The same layers, but no chain of blocks: each sees the sum of all before."""
+    """Equal layers, but no chain of blocks: the input of each is the sum of all before."""
 
     def forward(self, x):
         total = x
@@ -192,7 +192,7 @@ def layers_of(model):
 
 
 def step_by_step(model, layers, batches, pattern):
-    """The same by hand: masks written into the weights, the whole model run for every layer."""
+    """Reconstruction by hand: masks written into the weights, the whole model run for every layer."""
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     codes = {name: mk.top_n_mask(weight.abs(), pattern) for name, weight in weights.items()}
 

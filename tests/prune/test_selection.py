@@ -1,4 +1,4 @@
-"""What gets no mask is named with the reason: such as layers whose weight other code reads past the module."""
+"""Weights without a mask are named with the reason, such as other code that reads the weight of a layer."""
 
 from __future__ import annotations
 

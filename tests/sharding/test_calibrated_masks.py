@@ -146,7 +146,7 @@ def fail(rank: int) -> None:
 
 
 def refuse(rank: int) -> None:
-    """What ranks do not have alike, and layers that have no code."""
+    """Differences between ranks, and layers without a code."""
     model, batches = a_model("chain", 2)
     reported = "^ranks: expected the settings of rank 0 on all of them, got other calibration on rank 1"
     for theirs in (batches[rank:], None if rank else batches, [torch.zeros(2 + rank, 16)]):

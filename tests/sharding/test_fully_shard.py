@@ -58,7 +58,7 @@ def test_meshes_of_more_ranks_learn_by_the_bits_of_one_process(mesh, eager_refer
 
 
 class Fails(RuntimeError):
-    """What a model raises once."""
+    """Error that a model raises once."""
 
 
 def learn_after_errors(mesh: list[int] | None, how: str, after: bool) -> list[torch.Tensor]:

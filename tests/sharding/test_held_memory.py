@@ -1,4 +1,4 @@
-"""What a rank holds while cut layers learn: its share of weights and logits, and what it gathers."""
+"""Memory of a rank while sharded layers learn: its share of weights and logits, and gathered weights."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_a_run_continues_after_a_lost_rank(how, tmp_path, eager_reference):
 
 
 def begin_where_no_mask_changes(rank: int) -> list[str]:
-    """What `begin` raises or warns on this rank, of rows of which one group of rank 1 may be near."""
+    """Error or warning of `begin` on this rank; one group of rank 1 may be near."""
     reported = []
     for near, estimator in ((False, mk.Reinforce()), (False, mk.StraightThrough(steps=3)), (True, mk.Reinforce())):
         model = a_sharded_model([2])

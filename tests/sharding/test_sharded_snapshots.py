@@ -110,7 +110,7 @@ def test_each_rank_writes_its_own_rows(tmp_path):
 
 
 def fail_to_write(rank: int, folder: Path) -> str:
-    """What is raised where the disk of one rank is full; the run continues."""
+    """Error if the disk of one rank is full; the run continues."""
     trainer = rank_trainer(model=a_sharded_model([2]), accumulate=2, output_dir=folder)
     trainer.run(1, progress=False)
     real = HuggingFaceStorageWriter.write_data

@@ -1,4 +1,4 @@
-"""What is gathered of a sharded layer, and what a rank holds of it."""
+"""Gathered weights of a sharded layer, and the part on each rank."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_nine_bits_a_weight_are_gathered_and_no_logits():
 
 @torch.no_grad()
 def hold(rank: int) -> None:
-    """What layers, masks and losses of a sharded model are, by those of the whole one."""
+    """Layers, masks and losses of a sharded model equal those of the whole one."""
     model, alone, x = a_sharded_model([2]), a_sharded_model(None), torch.randn(3, 16)
     assert_outputs_follow_the_masks(model, alone, x)
     assert_parts_and_sums_differ(model, alone)
@@ -130,7 +130,7 @@ def gather_each_kind(rank: int) -> None:
 
 @torch.no_grad()
 def save_and_load(rank: int) -> None:
-    """What a state_dict holds after a forward, and what one that is assigned changes, before and after learning."""
+    """Content of a state_dict after a forward, and effect of an assigned one, before and after learning."""
     x = torch.randn(3, 16)
     for after in (False, True):
         model, alone = Blocks(), a_sharded_model(None)

@@ -116,7 +116,7 @@ def test_the_start_is_the_beginning_of_text_else_its_end():
 
 @pytest.mark.parametrize("count", [7, BLOCK, BLOCK + 44])
 def test_indices_are_as_frequent_as_likely(count):
-    """Whether they are a part of a block of sums, one, or more than one."""
+    """With a part of a block of sums, one block, or more."""
     generator = torch.Generator().manual_seed(1)
     logits = 2 * torch.randn(1, count, generator=generator)
     logits[0, count // 2] = -torch.inf

@@ -1,4 +1,4 @@
-"""What is compiled for packed weights, looked at: the instructions of each kind of CPU, here or not."""
+"""Compiled code for packed weights: instructions of each kind of CPU, present or not."""
 
 from __future__ import annotations
 
