@@ -71,7 +71,7 @@ def test_a_file_that_is_called_like_a_source_goes_by_its_path(tmp_path, monkeypa
         (tmp_path / name).write_text("\n\n".join("abcdef"), encoding="utf-8")
         assert load_text(f"./{name}") == load_text(str(tmp_path / name))
     assert len(load_text("pydoc")["test"]) > 1000
-    with pytest.raises(ValueError, match="source: expected a text, got 'self', .* give the path, './self'"):
+    with pytest.raises(ValueError, match="source: expected a text, got 'self', .* write './self'"):
         load_text("self")
 
 

@@ -326,7 +326,7 @@ def test_what_unpacks_wrongly_is_not_used(cpu, monkeypatch):
 
     monkeypatch.setattr(products, "_unpacked_by", wrong)
     packed, weight, _ = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
-    with pytest.warns(UserWarning, match="differs from the reference"):
+    with pytest.warns(UserWarning, match="differ from the reference"):
         assert_same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=2, m=4), weight)
 
 
