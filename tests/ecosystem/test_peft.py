@@ -285,24 +285,25 @@ def test_lora_on_masked_experts_is_saved_and_merged_after_finalize(tmp_path):
     torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["save_pretrained", "save_model"])
 @pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
-def test_a_model_with_adapters_in_it_is_not_saved(options, kind, how, tmp_path):
+def test_a_model_with_adapters_in_it_is_not_saved(options, kind, tmp_path):
     model, folder = get_peft_model(sparse(kind), config(**options)), tmp_path / "out"
-    within = model.base_model.model
-    save = {
-        "save_pretrained": lambda: within.save_pretrained(folder),
-        "save_model": lambda: hf.save_model(within, tiny_tokenizer(), folder),
-    }
     with pytest.raises(ValueError, match=r"model: expected one without adapters of peft .*; save the adapter .*unload"):
-        save[how]()
+        hf.save_model(model.base_model.model, tiny_tokenizer(), folder)
     assert not folder.exists()
     # as the message says
     model.save_pretrained(tmp_path / "adapter")
     plain = model.unload()
     plain.save_pretrained(folder)
     assert_same_bits(AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits, plain(tokens()).logits)
+
+
+def test_a_checkpoint_with_adapters_in_it_is_not_loaded(tmp_path):
+    """That of save_pretrained of the model inside, which transformers lets pass."""
+    get_peft_model(sparse("packed"), config()).base_model.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint: expected one without adapters of peft, .*unload"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_adapters_that_transformers_has_added_are_saved_alone(tmp_path, monkeypatch):
