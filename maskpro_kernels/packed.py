@@ -41,7 +41,7 @@ HUGE_PAGE = 2 << 20
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedNM:
-    """A weight [out, K] of which N of every M consecutive values are stored.
+    """A weight [out, K], with N of every M consecutive values stored.
 
     Attributes:
         values: float32, bfloat16, float16 or int8 [out, K N / M], contiguous: the kept values in order.

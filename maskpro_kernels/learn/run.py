@@ -154,8 +154,8 @@ class Journal:
             written = True
             os.fsync(self._file.fileno())
         except BaseException as error:
-            # after an interrupt too: a record counts once it is surely on disk. After a failed sync the system takes
-            # data for written: another sync would succeed without a write
+            # after an interrupt too: a record counts if it is surely on disk. After a failed sync the system marks data
+            # as written: another sync would succeed without a write
             self._failed = written and isinstance(error, OSError)
             try:
                 os.ftruncate(self._file.fileno(), self._end)

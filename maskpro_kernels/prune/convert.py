@@ -122,7 +122,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
         resharded(model)
         shards = any(is_distributed(layer.weight) for layer in layers.values())
         if shards and device is not None:
-            raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it ahead of fully_shard")
+            raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it before fully_shard")
         find = _masks_of_shards if shards else refitted_masks
         masks = find(layers, pattern, init, refit, model, calibration, progress, seed)
         # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
@@ -202,7 +202,7 @@ def _masks_of_shards(
         if init in OF_SHARDS:
             return init
         raise ValueError(
-            f"init: expected one of {', '.join(OF_SHARDS)}, or group codes {CUT}, got {init!r}; convert it ahead of "
+            f"init: expected one of {', '.join(OF_SHARDS)}, or group codes {CUT}, got {init!r}; convert it before "
             "fully_shard"
         )
 

@@ -180,7 +180,7 @@ REFUSED = {
     "an initial mask": (
         lambda: converted_after(init="sparsegpt", calibration=[torch.randn(4, 16)]),
         "init: expected one of magnitude, random, wanda, reconstruction, or group codes in a model that is "
-        "cut over ranks, got 'sparsegpt'; convert it ahead of fully_shard",
+        "cut over ranks, got 'sparsegpt'; convert it before fully_shard",
     ),
     "calibration": (lambda: converted_after(init="wanda"), 'calibration: expected batches for init="wanda", got none'),
     "refit": (lambda: converted_after(refit="weights"), 'calibration: expected batches for refit="weights", got none'),
