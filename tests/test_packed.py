@@ -451,7 +451,7 @@ BAD_CALLS = {
     "packed: expected a PackedNM": lambda: mk.nm_linear(torch.ones(1, 16), WEIGHT),
     r"x: expected a tensor \[..., 16\]": lambda: mk.nm_linear(torch.ones(1, 12), PACKED),
     "x: expected the weight's dtype": lambda: mk.nm_linear(torch.ones(1, 16).bfloat16(), PACKED),
-    "values: expected a dense tensor of float32, bfloat16 or float16": (
+    "dtype: expected float32, bfloat16 or float16, got torch.float64": (
         lambda: mk.Sparse24Linear(PACKED).double()(torch.ones(1, 16, dtype=torch.float64))
     ),
     r"bias: expected a tensor \[4\]": lambda: mk.nm_linear(torch.ones(1, 16), PACKED, torch.ones(5)),

@@ -66,7 +66,7 @@ if fork == 0:
         sys.stderr.flush()
     finally:
         os._exit(code)
-report(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
+emit(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
 """
 
 

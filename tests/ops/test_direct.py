@@ -131,7 +131,7 @@ def test_memory_that_is_not_plain_is_never_read(name, layer, taken):
 
 def test_parts_on_other_devices_are_named(layer, taken):
     x = torch.randn(1, 32)
-    with pytest.raises(ValueError, match="bitmask: expected a tensor on cpu"):
+    with pytest.raises(ValueError, match="bitmask: expected a tensor on the values' device cpu"):
         packed_linear(x, layer.values, layer.bitmask.to("meta"), None, None, layer.pattern)
     with pytest.raises(ValueError, match=r"bias: expected a tensor \[8\] of torch.float32 on cpu"):
         packed_linear(x, layer.values, layer.bitmask, None, layer.bias.detach().to("meta"), layer.pattern)
@@ -140,7 +140,7 @@ def test_parts_on_other_devices_are_named(layer, taken):
 def test_float64_is_refused_and_a_negation_is_heeded(layer, taken):
     x = torch.randn(2, 32)
     torch.testing.assert_close(layer(torch._neg_view(x)), layer(-x))
-    with pytest.raises(TypeError, match="values: expected a dense tensor of float32, bfloat16 or float16"):
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, got torch.float64"):
         layer.double()(x.double())
 
 

@@ -160,7 +160,7 @@ def refuse(rank: int) -> None:
     mixed = Chain()
     fully_shard(mixed.blocks[0], mesh=a_mesh([2]))
     with pytest.raises(
-        ValueError, match="^targets: expected layers that are all cut over ranks, or none, got blocks.0.0"
+        ValueError, match="^targets: expected layers that are all cut over ranks, or none of them, got blocks.0.0"
     ):
         mk.convert(mixed, "2:4", init="wanda", calibration=batches)
     tied = Blocks()
