@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(wildcard $(patsubst %,tests/%.py,docs/test_documents cli/test_kills cli/test_learn \
+LONGEST := $(wildcard $(patsubst %,tests/%.py,docs/test_documents cli/test_learn \
 	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks \
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
 	benchmarks/test_characters sharding/test_shards_of_layers))

@@ -152,9 +152,7 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", cases(((name,) for name in KNOWN), slow=lambda name: name in ("relaxed-top-k", "proxsparse"))
-)
+@pytest.mark.parametrize("name", cases(((name,) for name in KNOWN), slow=lambda name: name != "straight-through"))
 def test_a_learner_finds_the_best_mask(name):
     model, xs = toy(), inputs()
     best = best_mask(model[0].weight, xs)

@@ -56,7 +56,8 @@ def test_a_steps_own_work_costs_a_sixteenth_of_the_eager_formulation():
     assert share <= LARGEST_SHARE, seconds
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
     peaks = in_child("memory", dtype)
     extra = peaks["step"] - peaks["plain"]

@@ -44,13 +44,8 @@ def child(inputs, tmp_path_factory):
         yield child
 
 
-@pytest.mark.parametrize(
-    ("how", "world", "kills"),
-    [
-        ("straight-through", 1, 3),
-        *(pytest.param(how, world, 50, marks=pytest.mark.slow) for how in WAYS for world in (1, 2)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "world", "kills"), [(how, world, 50) for how in WAYS for world in (1, 2)])
 def test_killed_runs_have_the_bits_of_a_whole_one(child, inputs, tmp_path, how, world, kills):
     begin = learn(inputs, how, "--steps", str(STEPS))
     runs, moments = child(KILLING, str(tmp_path), begin, STEPS, world, kills, kills)

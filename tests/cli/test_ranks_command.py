@@ -161,6 +161,7 @@ def refused(rank: int, cases: list) -> list[tuple[int, str, str]]:
     return results
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_any_rank_is_reported_by_the_first_and_ends_all(inputs, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

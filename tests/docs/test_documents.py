@@ -226,7 +226,7 @@ def run_block(block: Block, names: dict, document: Path) -> None:
 
 WITH_BLOCKS = [document for document in DOCUMENTS if any(b.language in ("python", "sh") for b in blocks_of(document))]
 # Those with the most runs; the options of their commands are checked by every suite
-LONG = ("commands", "data", "ecosystem", "serving", "training")
+LONG = ("commands", "data", "ecosystem", "measurements", "migration", "serving", "training")
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ def prompts() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(16) < 12, IGNORED)}
 
 
+@pytest.mark.slow
 def test_of_prompts_with_completions(factors):
     model = tiny_model()
     mk.convert(model, "2:4", gap=60.0)

@@ -232,6 +232,7 @@ def learn_on_rank(rank: int) -> tuple[dict, dict]:
     return logits_by_name(trainer.model), squares_of(trainer)
 
 
+@pytest.mark.slow
 def test_ranks_share_a_pass():
     alone, (first, second) = learn_on_rank(0), all_in_ranks(2, learn_on_rank)
     assert_same_bits(list(first[0].values()), list(second[0].values()))

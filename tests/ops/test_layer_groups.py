@@ -72,6 +72,7 @@ def test_logits_that_lie_far_apart_move_as_in_each_layer(pattern, on, odd, monke
         assert_same_bits(of.updated(by_codes=by_codes), expected, m=pattern[1])
 
 
+@pytest.mark.slow
 def test_scores_of_codes_that_keep_the_largest_of_logits_far_apart(route, monkeypatch):
     """2:4, a group a block: the second largest lies further below the largest than float32 reaches."""
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 1)

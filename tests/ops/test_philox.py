@@ -234,7 +234,7 @@ SHARDED_CASES = [(route, name, *case) for route in (plain, public) for name in K
 
 
 # The larger the groups the slower the interpreter
-INTERPRETED = [*((name, "2:4") for name in KERNELS), ("score_update_", "5:8")]
+INTERPRETED = [(name, "2:4") for name in KERNELS]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.cases import slow
 from helpers.straight_through import batches_of_tokens, masked_llama
 from helpers.tiny_llama import tiny_model
 from torch import nn
@@ -391,7 +390,8 @@ def second_moment(loss, model, ids, passes):
     return total / (passes * len(ids))
 
 
-@pytest.mark.parametrize(("kind", "temperature"), [slow("kl", 1.0), slow("kl", 2.0), ("ce+kl", 2.0)])
+@pytest.mark.parametrize(("kind", "temperature"), [("kl", 1.0), ("kl", 2.0), ("ce+kl", 2.0)])
+@pytest.mark.slow
 def test_sampled_labels_have_the_curvature_of_the_loss(kind, temperature):
     """Hessian by autograd in float64, the mean of squares by sampling; the same token's logits in all rows."""
     model, ids = given(vocabulary=6, batch=500, length=2)

@@ -17,7 +17,7 @@ def targets(block: list[Instruction]) -> set[int]:
     return {operand.block for operand in block[-1].operands if isinstance(operand, Label)}
 
 
-def only_behind_long_divisions(kernel: Kernel, number: int) -> bool:
+def only_after_long_divisions(kernel: Kernel, number: int) -> bool:
     """Whether a block runs where no lane of a wave has divided in 32 bits.
 
     LLVM divides in turn for lanes that need 64 bits and for the others, and leaves either out where there are none:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hand_written.amdgcn import kernel
 
-from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_behind_long_divisions
+from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_after_long_divisions
 from gpu_emulators.amdgcn.parser import parse
 
 LONG = "v_mul_f32_e32 v4, 0x5f7ffffc, v4"
@@ -28,7 +28,7 @@ TEXT = """v_cmp_eq_u32_e32 vcc, 0, v0
 
 def taken(long: str = LONG, behind_short: str = "v_mov_b32_e32 v5, 0") -> list[int]:
     of = parse(kernel(TEXT.format(long=long, behind_short=behind_short)))
-    return [number for number in range(len(of.blocks)) if only_behind_long_divisions(of, number)]
+    return [number for number in range(len(of.blocks)) if only_after_long_divisions(of, number)]
 
 
 def test_behind_long_divisions():

@@ -204,7 +204,7 @@ def draws(draw):
 
 
 # Interpreting the kernel of 32 columns takes a quarter of a second
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(draws())
 def test_any_draw_keeps_exactly_n_and_kernel_and_reference_agree(case):
     logits, pattern, temperature, counter = case

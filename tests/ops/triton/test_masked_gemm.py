@@ -79,7 +79,7 @@ def check_product_in_parts(problem, parts):
         check_product(*problem)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(PROBLEMS, st.sampled_from([1, 2]))
 def test_products_are_within_the_error_budget(problem, parts):
     check_product_in_parts(problem, parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import COUNTER, normal, operands, small_tiles, within_budget
 from torch import nn
@@ -50,8 +51,8 @@ def test_sums_are_added_in_the_order_of_the_parts(launched):
 
 
 # of 3 steps the last of 4 parts has none
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [slow(2), 4])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16], ids=str)
 def test_masked_products_in_parts(parts, dtype, launched, monkeypatch):
     in_parts(monkeypatch, parts)
     x, weight, logits, bias = operands(mk.NMPattern("2:4"), tokens=9, rows=48, k=96, dtype=dtype)
