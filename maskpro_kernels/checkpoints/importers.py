@@ -63,9 +63,9 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
             raise ValueError(f"masks: expected {list(shape)} for {name}, got {list(mask.shape)}")
         if shape[1] % pattern.m:
             raise ValueError(f"masks: expected rows of whole groups of {pattern.m}, got {shape[1]} columns in {name}")
-        most = int(mask.view(shape[0], -1, pattern.m).sum(-1).max())
-        if most > pattern.n:
-            raise ValueError(f"masks: expected at most {pattern.n} of every {pattern.m} kept, got {most} in {name}")
+        kept = int(mask.view(shape[0], -1, pattern.m).sum(-1).max())
+        if kept > pattern.n:
+            raise ValueError(f"masks: expected at most {pattern.n} of every {pattern.m} kept, got {kept} in {name}")
         masks[name] = mask
     if not masks:
         raise ValueError(f"masks: expected at least one, got none in {str(source)!r}")

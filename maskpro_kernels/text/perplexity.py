@@ -65,9 +65,7 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
         input_ids: int64 [batch >= 1, length >= 2], on the model's device; else ValueError.
 
     Returns:
-        0-dim float32 tensor, in nats a token, differentiable. For any dtype of the model, logits are cast to float32
-        before
-        the loss.
+        0-dim float32 tensor, in nats a token, differentiable. Logits of any dtype are cast to float32 first.
     """
     check_input_ids(input_ids)
     logits = model(input_ids, use_cache=False).logits
@@ -80,7 +78,7 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
 
 
 def predicted_tokens(input_ids: torch.Tensor) -> int:
-    """How many tokens of [batch, length] a language model predicts: all but the first of each row."""
+    """Count the tokens of [batch, length] that a language model predicts: all but the first of each row."""
     return input_ids[:, 1:].numel()
 
 
