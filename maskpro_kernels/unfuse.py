@@ -480,17 +480,22 @@ def is_linear(module: nn.Module) -> bool:
     kind = type(module)
     if kind is nn.Linear or kind.__base__ is not nn.Linear or {x for x in vars(kind) if x[:2] != "__"} != {"forward"}:
         return kind is nn.Linear
-    weight, training = module.weight, module.training
+    # transformers and accelerate add some
+    usual = {*vars(nn.Linear(1, 1, device="meta")), "_is_hf_initialized", "_hf_hook", "_old_forward", "forward"}
+    if vars(module).keys() - usual or module._buffers or module._modules or {*module._parameters} != {"weight", "bias"}:
+        return False
+    weight = module.weight
     if weight.is_meta or is_distributed(weight):
         # no values to test: the layer was tested when its checkpoint was made
         return weight.is_meta
     with torch.no_grad(), suppress(Exception):
-        x = torch.linspace(-1.0, 1.0, 4 * module.in_features, device=weight.device).view(2, 2, -1).to(weight.dtype)
-        expected = nn.functional.linear(x, weight, module.bias)
-        found = [kind.forward(module.train(mode), x) for mode in (not training, training)]
-        bound = max(4 * torch.finfo(weight.dtype).eps, 1e-5) * expected.abs().max()
+        x = torch.linspace(-1.0, 1.0, 4 * weight.shape[1], device=weight.device).view(2, 2, -1)
+        # float32, whose rounding cannot hide a factor near 1
+        both = [p if p is None else nn.Parameter(p.float()) for p in (weight, module.bias)]
+        layer, expected = linear(*both, training=True), nn.functional.linear(x, *both)
+        layer.__class__ = kind
+        found, bound = [layer.train(mode).forward(x) for mode in (True, False)], 1e-5 * expected.abs().max()
         return all(y.shape == expected.shape and (y - expected).abs().max() <= bound for y in found)
-    module.training = training
     return False
 
 
