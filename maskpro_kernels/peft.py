@@ -8,6 +8,7 @@ After ``import maskpro_kernels.peft`` peft adds LoRA to MaskedLinear and NMLinea
 from __future__ import annotations
 
 import copy
+import re
 
 from torch import nn
 
@@ -64,8 +65,7 @@ class SparseLoraModel(lora.LoraModel):
         """Add an adapter to its targets; peft calls this for each adapter."""
         config = self.peft_config[adapter_name]
         if config.target_modules and _sparse_layers(model):
-            # names before peft sees them: it would read those of expert layers as names of their earlier parameters
-            config.target_modules = _targets_of(model, config)
+            self.peft_config[adapter_name] = _resolved(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
@@ -105,25 +105,33 @@ def _sparse_layers(model: nn.Module) -> set[str]:
     return {name for name, base in bases.items() if isinstance(base, SPARSE) and not name.startswith(within)}
 
 
-def _targets_of(model: nn.Module, config: LoraConfig) -> set[str]:
-    """Names of the modules that get an adapter, and targets of no module, which peft resolves."""
+def _resolved(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Copy a configuration, with names of modules as targets, if peft alone would choose others."""
     targets, modules = config.target_modules, dict(model.named_modules())
-    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        names = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules | _sparse_layers(model)
-        if any(isinstance(module, ExpertLinears) for module in modules.values()):
-            from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    every = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    experts = any(isinstance(module, ExpertLinears) for module in modules.values())
+    if not (every or experts):
+        return config
+    config, gate = copy.copy(config), LoraConfig(target_modules=["gate"])
+    if experts:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-            # also routers, if peft counts them among the linear layers of a dense model
-            router = LoraConfig(target_modules=["gate"])
-            convert_peft_config_for_transformers(router, model, None)
-            names |= {"gate"} - router.target_modules
-        return names
-    names = {name for name in modules if check_target_module_exists(config, name)}
-    lists = {name for name in names if isinstance(modules[name], nn.ModuleList)}
-    names = names - lists | {f"{name}.{expert}" for name in lists for expert in range(len(modules[name]))}
-    if isinstance(targets, str):
-        return names or targets
-    return names | {target for target in targets if not any(f".{name}".endswith(f".{target}") for name in modules)}
+        # of some models peft translates targets, like routers, and shortens patterns to last parts of names
+        convert_peft_config_for_transformers(gate, model, None)
+    translated = others = {"gate"} - gate.target_modules
+    if every:
+        names = _maybe_include_all_linear_layers(config, model).target_modules | _sparse_layers(model)
+    else:
+        names = {name for name in modules if check_target_module_exists(config, name)}
+        lists = {name for name in names if isinstance(modules[name], nn.ModuleList)}
+        names = names - lists | {f"{name}.{expert}" for name in lists for expert in range(len(modules[name]))}
+        listed = () if isinstance(targets, str) else targets
+        others = {target for target in listed if not any(f".{name}".endswith(f".{target}") for name in modules)}
+    if names:
+        # a pattern, since a listed name is also the end of others; names are those in the chosen blocks already
+        config.target_modules = names | others if translated else "|".join(map(re.escape, sorted(names)))
+        config.layers_to_transform = config.layers_pattern = None
+    return config
 
 
 def _check_leaves_base_weight(config: LoraConfig) -> None:

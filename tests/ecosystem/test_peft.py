@@ -232,6 +232,32 @@ def test_all_linear_layers_are_the_sparse_ones_too():
     assert {name for name, layer in model.named_modules() if "two" in getattr(layer, "lora_A", {})} == adapted
 
 
+def test_a_configuration_serves_models_of_any_depth():
+    for targets in (["q_proj"], r".*\.q_proj", "all-linear"):
+        shared = LoraConfig(r=2, target_modules=targets)
+        before = copy.copy(shared.target_modules)
+        get_peft_model(sparse("packed"), shared)
+        assert shared.target_modules == before
+
+
+def test_targets_of_a_model_with_experts_are_whole_names(tmp_path):
+    def made():
+        model = tiny("gpt-oss").model
+        mk.convert(model, "2:4")
+        # a name that ends with that of a target
+        model.extra = nn.ModuleDict({"model": nn.ModuleDict({"layers": copy.deepcopy(model.model.layers)})})
+        return model
+
+    def adapted(model):
+        return {name for name, layer in model.named_modules() if "default" in getattr(layer, "lora_A", ())}
+
+    config = LoraConfig(r=2, target_modules=r"model\.layers\.0\.self_attn\.q_proj")
+    model = get_peft_model(made(), config)
+    assert adapted(model) == {"base_model.model.model.layers.0.self_attn.q_proj"}
+    model.save_pretrained(tmp_path)
+    assert adapted(PeftModel.from_pretrained(made(), tmp_path)) == adapted(model)
+
+
 @pytest.mark.parametrize("kind", ["masked", "packed"])
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
 def test_layers_of_experts_are_among_the_targets(name, kind, tmp_path):
