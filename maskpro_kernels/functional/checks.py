@@ -20,6 +20,7 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_GAP = 26.0
 
 Scalar = int | Tensor
+_transforms = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)  # a private name
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -138,7 +139,7 @@ def check_cast(cast: Callable[[Tensor], Tensor], weight: Tensor) -> None:
 
 def check_transforms(refused: str, works: str) -> None:
     """Raise ValueError within transforms of torch.func of the kind ``refused``, or several of kind "Grad"."""
-    levels = None if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack()
+    levels = None if torch.compiler.is_compiling() else _transforms()
     kinds = [level.key().name for level in levels or ()]
     if refused in kinds or kinds.count("Grad") > 1:
         raise ValueError(f"x: expected none within torch.func's {kinds}: {works}; a dense model has them all")

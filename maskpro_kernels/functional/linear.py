@@ -9,7 +9,6 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..ops.counter import NO_COUNTER, MaskSource
@@ -223,7 +222,6 @@ class _MaskedLinear(torch.autograd.Function):
         ops.save_mask(ctx, mask, *operands)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, log_prob_grad=None):
         if ctx.is_current is not None and not ctx.is_current():
             raise RuntimeError(
@@ -232,26 +230,40 @@ class _MaskedLinear(torch.autograd.Function):
             )
         if grad is None and log_prob_grad is None:
             return (None,) * 8
-        if grad is not None and grad.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:
-            # for which torch.autograd.functional.hessian would take zeros
-            raise RuntimeError("grad: expected none for second derivatives, which a masked layer has not; finalize it")
         mask, (x, weight) = ops.saved_mask(ctx)
         source = mask.tensor
         mask = mask.of(source, (log_prob_grad if grad is None else grad).device)
         needs_x, needs_weight, needs_bias, needs_logits, *_ = ctx.needs_input_grad
         x_grad = weight_grad = bias_grad = logits_grad = None
-        if grad is not None:
-            grad = grad.contiguous()
-            x_grad = ops.masked_linear_input_grad(grad, weight, mask) if needs_x else None
-            weight_grad = ops.masked_linear_weight_grad(grad, x, mask).to(ctx.dtypes[0]) if needs_weight else None
-            bias_grad = grad.sum(0).to(ctx.dtypes[1]) if needs_bias else None
-        if needs_logits and log_prob_grad is not None:
-            codes = ops.codes_under(mask)
-            each = log_prob_grad.expand(codes.shape).contiguous()
-            logits_grad = ops.mask_score(mask.tensor, codes, each, mask.n, mask.m, mask.inv_temperature)
-        if needs_logits and ctx.logits_backward is not None and grad is not None:
-            # last: moved logits would draw another mask
-            logits_grad = ctx.logits_backward(grad, x, weight, mask)
-        if logits_grad is not None:
-            logits_grad = logits_grad.to(source)
-        return x_grad, weight_grad, bias_grad, logits_grad, None, None, None, None
+        with torch.no_grad():
+            if grad is not None:
+                dense = grad.contiguous()
+                x_grad = ops.masked_linear_input_grad(dense, weight, mask) if needs_x else None
+                weight_grad = ops.masked_linear_weight_grad(dense, x, mask).to(ctx.dtypes[0]) if needs_weight else None
+                bias_grad = dense.sum(0).to(ctx.dtypes[1]) if needs_bias else None
+            if needs_logits and log_prob_grad is not None:
+                codes = ops.codes_under(mask)
+                each = log_prob_grad.expand(codes.shape).contiguous()
+                logits_grad = ops.mask_score(mask.tensor, codes, each, mask.n, mask.m, mask.inv_temperature)
+            if needs_logits and ctx.logits_backward is not None and grad is not None:
+                # last: moved logits would draw another mask
+                logits_grad = ctx.logits_backward(dense, x, weight, mask)
+            if logits_grad is not None:
+                logits_grad = logits_grad.to(source)
+        gradients = x_grad, weight_grad, bias_grad, logits_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs = grad, log_prob_grad, x, weight, source
+            gradients = [None if own is None else _FirstDerivative.apply(own, *inputs) for own in gradients]
+        return *gradients, None, None, None, None
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient whose derivative in ``inputs`` raises; torch's ``once_differentiable`` has no edges to them: zeros."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(lambda gradient, *inputs: gradient.clone())
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("grad: expected none for second derivatives, which a masked layer has not; finalize it")

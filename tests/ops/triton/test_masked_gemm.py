@@ -308,8 +308,13 @@ def test_a_gradient_to_the_bias_alone_keeps_no_mask():
 def test_a_second_derivative_is_refused_with_a_clear_error():
     x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
     y, _ = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
-    with pytest.raises(RuntimeError, match="expected none for second derivatives"):
-        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    first = torch.autograd.grad(y.square().sum(), [x, weight], create_graph=True)
+    assert_same_bits(first, torch.autograd.grad(y.square().sum(), [x, weight], retain_graph=True))
+    for gradient in first:
+        for leaf in (x, weight):
+            # the other path to the leaf would hide a derivative that is cut
+            with pytest.raises(RuntimeError, match="expected none for second derivatives"):
+                torch.autograd.grad(gradient.sum() + leaf.square().sum(), leaf, retain_graph=True)
 
 
 def test_autocast_multiplies_in_its_dtype():
