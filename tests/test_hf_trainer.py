@@ -227,6 +227,19 @@ def test_mask_callback_counts_the_labels_of_all_batches_of_a_step(tmp_path):
     torch.testing.assert_close(logits(ours.model), logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_the_trainer_compiles_stays_one_graph_with_mask_callback(tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        model = tiny_model(num_hidden_layers=1)
+        mk.convert(model, "2:4", gap=15.0, targets=[LAYER])
+        results.append(logits(learned(tmp_path, 3, model, **options).model))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
     """Of 16 texts in batches of 4, the second step has one batch, which is scaled by 1 and not by a third."""

@@ -14,6 +14,7 @@ from .. import ops
 from ..ops.counter import NO_COUNTER, MaskSource
 from ..ops.pattern import NMPattern
 from .checks import (
+    FLOAT32_MAX,
     CounterKeywords,
     check_codes,
     check_like,
@@ -22,6 +23,7 @@ from .checks import (
     describe,
     drawn_from,
     linear_input,
+    readable_value,
     tokens_of,
 )
 
@@ -79,18 +81,33 @@ def straight_through_gradient(
         weight: [out, K].
         mask: source of the mask that y was computed with.
         curvature: factor of F, at least 0.
-        tokens: T, a number or 0-dim; None: R, which is right if the loss has one term for each row.
+        tokens: T, a finite number above 0 or a 0-dim tensor of one, of which only those on a CPU are checked; None: R,
+            which is right if the loss has one term for each row.
 
     Returns:
         Tensor [out, K] in the dtype of the logits.
 
     Raises:
-        ValueError: if ``curvature`` is below 0.
+        TypeError, ValueError: if ``tokens`` is not as above, or ``curvature`` is below 0.
     """
     if not curvature >= 0:
         raise ValueError(f"curvature: expected a float of at least 0, got {curvature}")
-    tokens = None if tokens is None else torch.as_tensor(tokens, dtype=torch.float32)
+    if tokens is not None:
+        check_tokens(tokens)
+        is_tensor = isinstance(tokens, Tensor)
+        tokens = tokens.float() if is_tensor else torch.full((), tokens, dtype=torch.float32, device=grad.device)
     return ops.straight_through_grad(grad, x, weight, curvature, mask, tokens=tokens).to(mask.tensor.dtype)
+
+
+def check_tokens(tokens: float | Tensor) -> None:
+    if isinstance(tokens, Tensor):
+        fits = tokens.dim() == 0 and tokens.dtype is not torch.bool and not tokens.is_complex()
+    else:
+        fits = isinstance(tokens, Real) and not isinstance(tokens, bool)
+    value = readable_value(tokens) if fits else None
+    if not fits or value is not None and not 0 < value <= FLOAT32_MAX:
+        kind = ValueError if fits else TypeError
+        raise kind(f"tokens: expected a float above 0 or a 0-dim tensor of one, got {describe(tokens)}")
 
 
 def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
@@ -98,11 +115,13 @@ def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
     count = loss_fn.labelled_tokens(batch) if hasattr(loss_fn, "labelled_tokens") else count_labels(batch)
     if count is None:
         return None
-    value = count.item() if isinstance(count, Tensor) and count.numel() == 1 else count
-    if not (isinstance(value, Real) and 0 <= value < math.inf):
+    one = isinstance(count, Tensor) and count.numel() == 1
+    # reading it from a GPU would wait for the forward
+    value = readable_value(count) if one else count
+    if value is not None and not (isinstance(value, Real) and 0 <= value < math.inf):
         raise ValueError(f"loss_fn: expected labelled_tokens to return a number of at least 0, got {describe(count)}")
     # a loss without tokens has no gradient
-    return torch.tensor(max(value, 1.0), dtype=torch.float32, device="cpu")
+    return (count.reshape(()) if one else torch.tensor(count, device="cpu")).float().clamp(min=1)
 
 
 def count_labels(batch) -> Tensor | None:

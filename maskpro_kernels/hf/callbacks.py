@@ -72,7 +72,9 @@ class MaskCallback(TrainerCallback):
         for hook in self._hooks:
             # of training that an error ended
             hook.remove()
-        self._masks = MaskOptimizer(model, **self._how)
+        self._masks = MaskOptimizer(model, tokens=1.0, **self._how)
+        # filled in place, so that a compiled model stays one graph
+        self._tokens = self._masks.slopes.tokens
         self._parts = 1
         count = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._hooks = [own.register_step_pre_hook(self._move), count]
@@ -104,10 +106,15 @@ class MaskCallback(TrainerCallback):
         self._masks.slopes.set_scale(scale / batches)
         self._parts = batches * (args.world_size if args.average_tokens_across_devices else 1)
 
+    @torch.compiler.disable
     def _count(self, model: nn.Module, inputs: tuple, named: dict) -> None:
         """Set the tokens of a forward's loss; its scale is that of a mean over one batch."""
         whole = named.get("num_items_in_batch")
-        self._masks.slopes.set_tokens(count_labels(named) if whole is None else whole / self._parts)
+        count = count_labels(named) if whole is None else torch.as_tensor(whole) / self._parts
+        self._masks.slopes.tokens = None if count is None else self._tokens
+        if count is not None:
+            # a batch without labels has no gradient
+            self._tokens.copy_(count).clamp_(min=1 / self._parts)
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """Move the logits instead of the Trainer's optimizer, which then has no gradient."""

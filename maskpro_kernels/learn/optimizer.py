@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from ..fsdp import check_in_memory, is_distributed
-from ..functional.linear import straight_through_gradient
+from ..functional.linear import check_tokens, straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
 from ..ops.counter import MaskSource
@@ -36,8 +37,9 @@ class MaskOptimizer(torch.optim.Optimizer):
         loss_scale: factor of a batch's mean loss before backward: 1/k if k batches make a step. With a gradient scaler
             a function that returns it, such as ``lambda: scaler.get_scale() / k``. The first derivative of the loss
             grows by this factor, the second by its square, and the slope uses both.
-        tokens: number of tokens in a batch's mean loss, or a function that returns it, as for
-            ``straight_through_gradient``.
+        tokens: number of tokens in a batch's mean loss, as for ``straight_through_gradient``: a number, a tensor that
+            you fill in place before each forward, or a function that returns either. backward calls the function for
+            each layer, and ``torch.compile`` leaves the layers out of graphs then.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not plain tensors in memory.
@@ -46,13 +48,13 @@ class MaskOptimizer(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, lr: float = 0.3, *, curvature: float = 1.0,
                  max_update: float = 2.0, decay: float = 0.9,
                  loss_scale: float | Callable[[], float] = 1.0,
-                 tokens: float | Callable[[], float | Tensor] | None = None):  # fmt: skip
+                 tokens: float | Tensor | Callable[[], float | Tensor] | None = None):  # fmt: skip
         check_float("lr", lr, 0.0)
         check_slope_settings(curvature, max_update, decay)
         if not callable(loss_scale):
             check_float("loss_scale", loss_scale, 0.0, strict=True)
         if tokens is not None and not callable(tokens):
-            check_float("tokens", tokens, 0.0, strict=True)
+            check_tokens(tokens)
         self.layers = masked_layers(model)
         for name, layer in self.layers.items():
             check_in_memory("model", layer, name)
@@ -61,6 +63,9 @@ class MaskOptimizer(torch.optim.Optimizer):
         self._model = model
         logits = [layer.logits.requires_grad_() for layer in self.layers.values()]
         super().__init__(logits, {"lr": float(lr), "max_update": float(max_update), "decay": float(decay)})
+        if isinstance(tokens, Real):
+            device = next(iter(self.layers.values())).weight.device
+            tokens = torch.full((), tokens, dtype=torch.float32, device=device)
         self.slopes = ScaledSlopes(float(curvature), loss_scale, tokens)
         for layer in self.layers.values():
             layer.logits_backward = self.slopes
@@ -149,16 +154,13 @@ class MaskOptimizer(torch.optim.Optimizer):
 class ScaledSlopes:
     """``logits_backward`` of the layers: ``straight_through_gradient`` of a scaled loss."""
 
-    def __init__(self, curvature: float, loss_scale: float | Callable, tokens: float | Callable | None):
+    def __init__(self, curvature: float, loss_scale: float | Callable, tokens: Tensor | Callable | None):
         # as text: torch.compile(dynamic=True) takes a float for an input of its graph, and fails where layers share it
         self.curvature = repr(curvature)
         self.set_scale(loss_scale)
-        self.set_tokens(tokens)
-
-    def set_tokens(self, tokens: float | Tensor | Callable | None) -> None:
         self.tokens = tokens
-        # a graph would keep the tokens of the batch that it was made with
-        self.moves_logits = tokens is not None
+        # a graph would keep what the function returned when it was made; it reads a tensor anew
+        self.moves_logits = callable(tokens)
 
     def set_scale(self, loss_scale: float | Callable[[], float]) -> None:
         self.loss_scale = loss_scale if callable(loss_scale) else repr(loss_scale)

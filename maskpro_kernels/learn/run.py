@@ -45,7 +45,7 @@ from .estimator import Draw, Entry, Estimator, LossFn, replay
 from .masks import ModelMasks, ReplayedLayer
 
 # Format of the folder and its files; increase it when one of these changes
-FORMAT = 3
+FORMAT = 4
 JOURNAL, METRICS, LOCK = "journal", "metrics.jsonl", ".lock"
 SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})(\.safetensors)?")
 MANIFEST = "snapshot.json"

@@ -246,7 +246,7 @@ class MaskTrainer:
         if left and learned and self.ranks.rank == 0:
             share = sum(self.layers[name].weight.numel() for name in left)
             share /= sum(layer.weight.numel() for layer in self.layers.values())
-            what = f"no gradient in {len(left)} layers, {share:.1%} of the weights with a mask"
+            what = f"no finite gradient other than 0 in {len(left)} layers, {share:.1%} of the weights with a mask"
             warnings.warn(f"{what}; their masks have not been learned: {', '.join(left)}", stacklevel=2)
         return records
 

@@ -10,7 +10,9 @@ import torch
 from helpers.straight_through import logits_by_name
 from helpers.tiny_llama import tiny_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTForImageClassification
 
 import maskpro_kernels as mk
@@ -293,3 +295,36 @@ def test_tokens_of_an_optimizer():
     assert not torch.allclose(plain["0"], twice["0"], rtol=1e-2)
     with pytest.raises(ValueError, match="^tokens: expected a float above 0"):
         mk.MaskOptimizer(two_layers(), tokens=0.0)
+
+
+@pytest.mark.parametrize("tokens", [0.0, -1, float("nan"), float("inf"), True, "4", torch.ones(1), torch.tensor(0.0)])
+@pytest.mark.parametrize("called", [False, True])
+def test_bad_tokens_are_refused(tokens, called):
+    with pytest.raises(
+        (TypeError, ValueError), match="^tokens: expected a float above 0 or a 0-dim tensor of one, got "
+    ):
+        slopes_of(two_layers(), of_labels, padded(0), tokens=(lambda: tokens) if called else tokens)
+
+
+def test_a_count_of_labels_on_a_device_is_not_read():
+    with FakeTensorMode():
+        found = labelled_tokens(SimpleNamespace(labelled_tokens=lambda batch: batch), torch.tensor([7]))
+    assert (found.shape, found.dtype) == ((), torch.float32)
+
+
+def test_the_rows_with_a_gradient_are_squared_without_a_copy_of_all_columns():
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if not func.is_view:
+                sizes.append(out.numel())
+            return out
+
+    grad, x = normal(6, 8, seed=0), normal(6, 2 * registry.COLUMNS + 4, seed=1)
+    grad[4:] = 0.0
+    with Sizes():
+        found = ops.curvature_factors(grad, x, 0.5, None, None)[1]
+    assert max(sizes) < x.numel()
+    torch.testing.assert_close(found, x[:4].square().sum(0))

@@ -198,3 +198,20 @@ def test_a_model_compiled_for_dynamic_sizes_learns_the_same_bits(loss_scale):
         steps(run, optimizer, [batch[: 3 + place] for place, batch in enumerate(some_batches(2))])
         learned.append(logits_of(model))
     assert_same_bits(*learned)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "function"])
+def test_tokens_are_those_of_each_step_in_a_compiled_model(kind):
+    """A number and a tensor stay in one graph; a function runs outside of graphs."""
+    learned = []
+    for compiled in (False, True):
+        model, count = a_model(), torch.tensor(40.0)
+        tokens = {"number": 40.0, "tensor": count, "function": lambda count=count: count.item()}[kind]
+        optimizer = optimizer_of(model, tokens=tokens)
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager", fullgraph=kind != "function") if compiled else model
+        for number, batch in zip((4.0, 400.0), some_batches(2), strict=True):
+            count.fill_(number)
+            steps(run, optimizer, [batch])
+        learned.append(logits_of(model))
+    assert_same_bits(*learned)

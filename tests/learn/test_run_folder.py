@@ -227,13 +227,13 @@ def test_a_snapshot_beside_other_records_is_refused(tmp_path):
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 def test_a_folder_of_another_format_is_refused_in_a_line(tmp_path, how, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(run, "FORMAT", 2)
+        patched.setattr(run, "FORMAT", 3)
         trainer = a_trainer_in(tmp_path, how)
         trainer.run(2, progress=False)
         trainer.close()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
-        ValueError, match="^(journal: expected format 3|output_dir: expected a run with format 3), got 2"
+        ValueError, match="^(journal: expected format 4|output_dir: expected a run with format 4), got 3"
     ):
         a_trainer_in(tmp_path, how).resume()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
