@@ -4,7 +4,8 @@ A frozen weight [out, K] has one logit a weight. Of every 4 consecutive weights 
 mask is drawn from the logits and never stored. Its random words are a function of a counter: seed, step, layer, draw
 and group. Until the logits move, whoever needs the mask draws it again.
 
-Run this file: it learns a mask of a small layer. Without a GPU, Triton interprets the kernels.
+Run this file: 40 REINFORCE steps on a layer of 64 groups lower the mean loss of drawn masks from 4.7 to 3.3. They do not
+find the best mask, whose loss is 0.08: a step learns from one number. Without a GPU, Triton interprets the kernels.
 """
 
 import os
@@ -100,6 +101,16 @@ def reinforce_step(x, target, weight, logits, counter, baseline, lr):
     return loss.item()
 
 
+def mean_loss(x, target, weight, logits, counter, draws=16):
+    """Mean loss of fresh draws at the counter's step; the draws of training have another id."""
+    total = 0.0
+    with torch.no_grad():
+        for draw in range(1, draws + 1):
+            y, _ = MaskedLinear.apply(x, weight, logits, torch.cat((counter[:3], counter.new_tensor([draw]))))
+            total += (y - target).square().mean().item()
+    return total / draws
+
+
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -107,14 +118,15 @@ def main():
     weight.view(-1, 4)[:, 2:] *= 0.1  # which weights matter is to be learned
     target, logits = x @ weight.T, torch.zeros(16, 16, device=device)
     counter = torch.tensor([7, 0, 0, 0], device=device)  # seed, step, layer, draw
-    baseline = 8.0  # about the loss of any mask
+    baseline = mean_loss(x, target, weight, logits, counter)
+    print(f"mean loss of fresh draws before: {baseline:.3f}")
     for step in range(40):
         loss = reinforce_step(x, target, weight, logits, counter, baseline, lr=0.3)
         baseline += 0.1 * (loss - baseline)
         counter[1] += 1  # the next forward draws another mask
         if step % 10 == 0:
             print(f"step {step}: loss {loss:.3f}")
-    print(f"loss of the masks by now, on average: {baseline:.3f}; logits of a group: {logits[0, :4].tolist()}")
+    print(f"mean loss of fresh draws after: {mean_loss(x, target, weight, logits, counter):.3f}")
 
 
 if __name__ == "__main__":

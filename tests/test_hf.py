@@ -120,7 +120,8 @@ def test_the_model_card(to, tmp_path):
     data = ModelCard.load(tmp_path / "m" / "README.md").data
     assert data.base_model == "owner/base" and data.library_name == "transformers" and "2:4" in data.tags
     assert data.pipeline_tag == "text-generation"
-    assert "# m\n\nThis is [owner/base](https://huggingface.co/owner/base) with 2:4 sparsity" in text
+    assert "# m\n\nThis is [owner/base](https://huggingface.co/owner/base) with 2:4 sparsity: of every 4 " in text
+    assert "of every 4 consecutive weights along a layer's input, 2 are kept, and the others are zero. " in text
     assert "| mask | perplexity |\n|---|---:|\n| dense | 15.25 |\n| reinforce | 20.00 |\n" in text
     assert ("import maskpro_kernels.hf" in text) == (to != "dense") and ("rounded to int8" in text) == (to == "int8")
     assert ("These linear layers are dense: `lm_head`." in text) == (to != "dense")

@@ -87,7 +87,7 @@ class Learn:
         "ce", "ce: cross-entropy with the text; kl: divergence from the dense model; ce+kl: the mean of the two"
     )
     batch_size: int = _option(32, "windows in a batch", "B")
-    seq_len: int = _option(128, "tokens in a window", "L")
+    seq_len: int = _option(128, "tokens in a window, at most the context of the model", "L")
     calibration_batches: int | None = _option(
         None, "distinct batches to cycle through, at most (default: all; 16 for reinforce)", "C"
     )
@@ -226,6 +226,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         formatter_class=_Help,
         allow_abbrev=False,
     )
+    for action in parser._actions:  # the help prints the form with hyphens first
+        action.option_strings.sort(key=lambda form: "_" in form)
     for name, number, help in positional:
         parser.add_argument(name, nargs=number, metavar=name.upper(), help=help)
 

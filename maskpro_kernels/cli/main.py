@@ -79,14 +79,14 @@ def _run(argv: list[str]) -> int:
             with suppress(PackageNotFoundError):
                 print(package, version(package))
         return 0
-    if argv[:1] in (["--help"], ["-h"]):
+    if argv[:1] in ([], ["--help"], ["-h"]):
         print("usage: maskpro COMMAND [OPTIONS]\n\nLearn N:M sparsity masks of language models.\n")
         for name, (options, _) in COMMANDS.items():
             print(f"  {name:<8}{options.__doc__.partition(chr(10))[0]}")
         print("\n`maskpro COMMAND --help` lists its options, `maskpro --version` the versions.")
         return 0
-    if not argv or argv[0] not in COMMANDS:
-        raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {argv[0] if argv else 'none'!r}")
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}")
     lacking = missing("transformers", *(["matplotlib"] if argv[0] == "learn" else []))
     if lacking:
         raise ValueError(f"{argv[0]}: expected {lacking}")

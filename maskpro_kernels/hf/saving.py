@@ -21,8 +21,9 @@ TEMPLATE = """---
 
 # {{ name }}
 
-This is {{ base }} with {{ patterns or "dense weights" }}{% if patterns %} sparsity: of every M consecutive weights \
-along a layer's input, N are kept, and the others are zero{% endif %}. {{ stored }}
+This is {{ base }} with {{ patterns or "dense weights" }}{% if patterns %} sparsity: \
+{% set n, m = ("N", "M") if " " in patterns else patterns.split(":") %}of every {{ m }} consecutive weights \
+along a layer's input, {{ n }} {{ "is" if n == "1" else "are" }} kept, and the others are zero{% endif %}. {{ stored }}
 {% if left_dense %}
 These linear layers are dense: {{ left_dense }}.
 {% endif %}

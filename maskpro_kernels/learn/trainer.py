@@ -494,6 +494,6 @@ def _check_reach(estimator: Estimator, least: float, warn: bool) -> None:
     if least > travel and warn:
         warnings.warn(
             f"no mask will change: all steps together can cross a gap of {travel:g}, but the smallest gap is "
-            f"{least:.4g}; set more steps, a larger max_update or a smaller gap",
+            f"{least:.4g}; set more steps or a smaller gap, or in Python a larger max_update",
             stacklevel=3,
         )

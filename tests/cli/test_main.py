@@ -26,6 +26,7 @@ def test_versions_and_commands_are_printed(capsys):
     assert f"torch {torch.__version__}" in lines and lines[0].startswith("python 3.")
     assert main.main(["--help"]) == 0
     printed = capsys.readouterr().out
+    assert main.main([]) == 0 and capsys.readouterr().out == printed
     assert printed.startswith("usage: maskpro") and all(f"  {name} " in printed for name in main.COMMANDS)
 
 

@@ -470,9 +470,9 @@ def sections_of_the_commands() -> dict[str, dict[str, str]]:
 def test_commands_lists_the_options_with_their_defaults(command):
     shown = sections_of_the_commands()[command]
     actions = [action for action in subparsers()[command]._actions if action.dest != "help"]
-    # positional arguments first; of the two spellings of an option the one with hyphens
+    # positional arguments first; of the two spellings of an option the first, with hyphens
     actions.sort(key=lambda action: bool(action.option_strings))
-    names = {(action.option_strings or [action.metavar])[-1]: action for action in actions}
+    names = {(action.option_strings or [action.metavar])[0]: action for action in actions}
     assert list(shown) == list(names)
     for name, action in names.items():
         if action.default not in (None, SUPPRESS) and name != "--device":
