@@ -91,8 +91,8 @@ def test_protocols_take_whole_texts(inputs, run, tmp_path, capsys, datasets_cach
 def test_what_cannot_be_evaluated_is_refused(inputs, run, tmp_path, capsys):
     model = str(inputs / "model")
     refuses(capsys, tmp_path, ["eval", model], "data: expected --data, since only runs have texts")
-    neither = "got 'runs/none', which is neither the folder of a run nor of a model"
-    refuses(capsys, tmp_path, ["eval", "runs/none"], "models: expected the folder of a run", neither)
+    neither = "models: expected the folder of a run or of a model, got 'runs/none'; ids need --data"
+    refuses(capsys, tmp_path, ["eval", "runs/none"], neither)
     refuses(capsys, tmp_path, ["eval", str(run), "--data", "self"], "samples are no test of a mask")
     refuses(capsys, tmp_path, ["eval", str(run), "--output", str(run / "report.json")], "output: expected a new file")
     refuses(capsys, tmp_path, ["eval", str(run), "--output", "/none/file"], "output: expected a new file")
