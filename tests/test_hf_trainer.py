@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import accelerate
 import pytest
 import torch
@@ -383,3 +385,17 @@ def test_evaluation_and_the_best_model(tmp_path):
     trainer.train()
     best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert_same_bits(logits(model), logits(best))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "encoder_decoder", "expected"),
+    [("ForCausalLM", False, 21), (None, False, 21), ("ForTokenClassification", False, 24), ("ForMaskedLM", False, 24),
+     ("ForConditionalGeneration", True, 24)],
+)  # fmt: skip
+def test_mask_callback_counts_the_first_labels_of_models_that_do_not_shift(loss_type, encoder_decoder, expected):
+    model, callback = SimpleNamespace(loss_type=loss_type, config=SimpleNamespace()), MaskCallback()
+    model.config.is_encoder_decoder = encoder_decoder
+    callback._tokens, callback._parts, callback._masks = torch.ones(()), 1, SimpleNamespace(slopes=SimpleNamespace())
+    ids = torch.ones(3, 8, dtype=torch.int64)
+    callback._count(model, (), {"input_ids": ids, "labels": ids})
+    assert float(callback._masks.slopes.tokens) == expected

@@ -23,6 +23,7 @@ from .checks import (
     describe,
     drawn_from,
     linear_input,
+    on_device,
     readable_value,
     tokens_of,
 )
@@ -94,8 +95,7 @@ def straight_through_gradient(
         raise ValueError(f"curvature: expected a float of at least 0, got {curvature}")
     if tokens is not None:
         check_tokens(tokens)
-        is_tensor = isinstance(tokens, Tensor)
-        tokens = tokens.float() if is_tensor else torch.full((), tokens, dtype=torch.float32, device=grad.device)
+        tokens = on_device(tokens, torch.float32, getattr(tokens, "device", grad.device))
     return ops.straight_through_grad(grad, x, weight, curvature, mask, tokens=tokens).to(mask.tensor.dtype)
 
 
@@ -104,10 +104,11 @@ def check_tokens(tokens: float | Tensor) -> None:
         fits = tokens.dim() == 0 and tokens.dtype is not torch.bool and not tokens.is_complex()
     else:
         fits = isinstance(tokens, Real) and not isinstance(tokens, bool)
-    value = readable_value(tokens) if fits else None
-    if not fits or value is not None and not 0 < value <= FLOAT32_MAX:
-        kind = ValueError if fits else TypeError
-        raise kind(f"tokens: expected a float above 0 or a 0-dim tensor of one, got {describe(tokens)}")
+    value = readable_value(tokens) if fits else math.nan
+    if value is not None and not 0 < value <= FLOAT32_MAX:
+        raise (ValueError if fits else TypeError)(
+            f"tokens: expected a float above 0 or a 0-dim tensor of one, got {describe(tokens)}"
+        )
 
 
 def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
@@ -124,13 +125,13 @@ def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
     return (count.reshape(()) if one else torch.tensor(count, device="cpu")).float().clamp(min=1)
 
 
-def count_labels(batch) -> Tensor | None:
-    """Number of a mapping's labels other than -100; None for another batch."""
+def count_labels(batch, shifted: bool = True) -> Tensor | None:
+    """Number of a mapping's labels other than -100; None for another batch. ``shifted``: as a language model's."""
     labels, ids = (batch.get("labels"), batch.get("input_ids")) if isinstance(batch, Mapping) else (None, None)
     if not isinstance(labels, Tensor):
         return None
     # a language model does not predict the first token of a row
-    of_text = isinstance(ids, Tensor) and labels.dim() == 2 and labels.shape == ids.shape
+    of_text = shifted and isinstance(ids, Tensor) and labels.dim() == 2 and labels.shape == ids.shape
     return (labels[:, 1:] if of_text else labels).ne(-100).sum()
 
 

@@ -110,7 +110,10 @@ class MaskCallback(TrainerCallback):
     def _count(self, model: nn.Module, inputs: tuple, named: dict) -> None:
         """Set the tokens of a forward's loss; its scale is that of a mean over one batch."""
         whole = named.get("num_items_in_batch")
-        count = count_labels(named) if whole is None else torch.as_tensor(whole) / self._parts
+        # a T5 has the loss type of a language model, but does not shift its labels
+        shifted = getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
+        shifted = shifted and not getattr(model.config, "is_encoder_decoder", False)
+        count = count_labels(named, shifted) if whole is None else torch.as_tensor(whole) / self._parts
         self._masks.slopes.tokens = None if count is None else self._tokens
         if count is not None:
             # a batch without labels has no gradient

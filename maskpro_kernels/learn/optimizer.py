@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fsdp import check_in_memory, is_distributed
+from ..functional.checks import on_device
 from ..functional.linear import check_tokens, straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
@@ -64,8 +65,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         logits = [layer.logits.requires_grad_() for layer in self.layers.values()]
         super().__init__(logits, {"lr": float(lr), "max_update": float(max_update), "decay": float(decay)})
         if isinstance(tokens, Real):
-            device = next(iter(self.layers.values())).weight.device
-            tokens = torch.full((), tokens, dtype=torch.float32, device=device)
+            tokens = on_device(tokens, torch.float32, next(iter(self.layers.values())).weight.device)
         self.slopes = ScaledSlopes(float(curvature), loss_scale, tokens)
         for layer in self.layers.values():
             layer.logits_backward = self.slopes
@@ -159,7 +159,7 @@ class ScaledSlopes:
         self.curvature = repr(curvature)
         self.set_scale(loss_scale)
         self.tokens = tokens
-        # a graph would keep what the function returned when it was made; it reads a tensor anew
+        # a graph would keep what the function returned when it was made, but reads a tensor in each step
         self.moves_logits = callable(tokens)
 
     def set_scale(self, loss_scale: float | Callable[[], float]) -> None:
