@@ -116,7 +116,6 @@ class MaskCallback(TrainerCallback):
         count = count_labels(named, shifted) if whole is None else torch.as_tensor(whole) / self._parts
         self._masks.slopes.tokens = None if count is None else self._tokens
         if count is not None:
-            # a batch without labels has no gradient
             self._tokens.copy_(count).clamp_(min=1 / self._parts)
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:

@@ -252,18 +252,15 @@ def column_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
-# Columns of x that are copied at a time
+# Columns of x copied at a time: a copy of all of x may be as large as the weight
 COLUMNS = 4096
-
-
-def _moved(tokens: Tensor, grad: Tensor) -> Tensor:
-    return tokens.to(grad.device, non_blocking=grad.device.type != "cpu")
 
 
 def token_squares(grad: Tensor, tokens: Tensor | None) -> Tensor:
     """Sum over rows of (T * grad)^2 [rows], followed by R [1]; operands as for ``curvature_factors``."""
     count = grad.any(1).sum(dtype=torch.float32)
-    return torch.cat([(count if tokens is None else _moved(tokens, grad)).square() * column_squares(grad), count[None]])
+    tokens = count if tokens is None else tokens.to(grad.device, non_blocking=not grad.is_cpu)
+    return torch.cat([tokens.square() * column_squares(grad), count[None]])
 
 
 def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, Tensor]:
@@ -279,9 +276,8 @@ def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, 
         # a divergence has no gradient at its minimum, but a curvature
         used = used | ~used.any()
     count = used.sum(dtype=torch.float32).clamp(min=1)
-    tokens = count if tokens is None else _moved(tokens, grad)
+    tokens = count if tokens is None else tokens.to(grad.device, non_blocking=not grad.is_cpu)
     first = tokens / count * column_squares(grad) if row_squares is None else row_squares / tokens
-    # in pieces: a copy of all of x may be as large as the weight
     pieces = [column_squares(piece.masked_fill(~used[:, None], 0.0)) for piece in x.split(COLUMNS, 1)]
     return curvature * first, torch.cat(pieces)
 
