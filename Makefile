@@ -15,7 +15,7 @@ TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(L
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
 # run apart
 COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/compiled/test_%.py, \
-	compiled_products compiled_packed compiled_odd_addresses compiled_sampling planted_faults \
+	compiled_products compiled_packed compiled_sparse_mma compiled_odd_addresses compiled_sampling planted_faults \
 	removed_synchronisation compiled_far_launches coverage)
 # Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own there
 TARGET ?= sm_80

@@ -16,9 +16,18 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from maskpro_kernels.ops.reference.plackett_luce import NODE_COUNT, NODE_STEP
-from maskpro_kernels.ops.triton import adamw_and_swaps, grouped, masked_gemm, packed, sampling, straight_through
+from maskpro_kernels.ops.triton import (
+    adamw_and_swaps,
+    grouped,
+    masked_gemm,
+    packed,
+    sampling,
+    sparse_mma,
+    straight_through,
+)
 from maskpro_kernels.ops.triton.tiles import Rows, Tiles, configuration, scores_in_short
 
 TARGETS = {
@@ -39,6 +48,8 @@ FUNCTIONS = {
     "score_update_of_layers": grouped.score_update_of_layers_kernel,
     "score_updates_of_layers": grouped.score_update_of_layers_kernel,
 }
+# Products with packed weights, which have functions of their own here
+PACKED = ("packed_linear", "sparse_mma")
 # Arguments of several kernels
 TYPES = {
     "inv_temperature": "fp32",
@@ -183,8 +194,11 @@ def build_packed(
     unit: int = 16,
     multiples: tuple[str, ...] = ("rows",),
     quantized: bool = False,
+    metadata: bool = False,
 ) -> Built:
     """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias, ``quantized`` of int8 values.
+
+    "unpack" with ``metadata`` in place of the bitmask.
 
     ``config`` is a row of the launch tables; "unpack" has its own. A row has a multiple of ``unit`` chunks.
     ``multiples`` are what is a multiple of 16.
@@ -205,6 +219,7 @@ def build_packed(
     if kernel == "unpack":
         config = configuration("unpack", m, 0, target)
         types |= dict.fromkeys(("values", "out"), {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32"}[element])
+        types |= {"bitmask": "*i16"} if metadata else {}
         values |= {"BLOCK": config.block}
     elif isinstance(config, Rows):
         values |= {"ROWS": config.rows, "BLOCK": config.block}
@@ -214,20 +229,24 @@ def build_packed(
     return _compile(function, target, types, values, config.options, multiples)
 
 
-def build_elements(kernel: str, target: str, element: str = "bf16", **constants) -> Built:
-    """Compile ``<kernel>_kernel`` over single elements as ``launch_elements`` would."""
-    function = masked_gemm.split_sum_kernel if kernel == "split_sum" else packed.metadata_kernel
-    types = (
-        {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
-        | {"partial": "*fp32", "bias": f"*{element}", "out": f"*{element}", "columns": "i32"}
-        | ({"bitmask": "*i16", "out": "*i16", "rows": "i32", "count": "i32"} if kernel == "metadata" else {})
-    )
-    config = configuration(kernel, 1, 0, target)
+def build_sparse(target: str, tile: Tiles, element: str = "bf16", unit: int = 16, bias: bool = True) -> Built:
+    """Compile ``sparse_mma_kernel`` as its launch would, for rows of a multiple of ``unit`` groups."""
+    types = {"tokens": "i64", "rows": "i32", "units": "i32"} | dict.fromkeys(("bias", "out"), f"*{element}")
+    types |= dict.fromkeys(("x", "values", "metadata"), "*i32")
+    values = {"M": 4, "UNIT": unit, "ELEMENT": sparse_mma.ELEMENTS[DTYPES[element]], "STAGES": tile.num_stages}
+    values |= {"BLOCK_OUT": tile.out, "BLOCK_T": tile.tokens, "BLOCK_K": tile.k} | ({} if bias else {"bias": None})
+    return _compile(sparse_mma.sparse_mma_kernel, target, types, values, tile.options, source=GluonASTSource)
+
+
+def build_split_sum(target: str, element: str = "bf16", **constants) -> Built:
+    """Compile ``split_sum_kernel`` as ``launch_elements`` would."""
+    types = {"total": "i64", "partial": "*fp32", "bias": f"*{element}", "out": f"*{element}", "columns": "i32"}
+    config = configuration("split_sum", 1, 0, target)
     values = {"BLOCK": config.block} | constants
-    return _compile(function, target, types, values, config.options, ("columns", "rows"))
+    return _compile(masked_gemm.split_sum_kernel, target, types, values, config.options, ("columns",))
 
 
-def _compile(function, target, types, constants, options, multiples=()) -> Built:
+def _compile(function, target, types, constants, options, multiples=(), source=ASTSource) -> Built:
     """``multiples`` are the integers that are taken to be multiples of 16, as pointers are."""
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
@@ -236,7 +255,7 @@ def _compile(function, target, types, constants, options, multiples=()) -> Built
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name in multiples
     }
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    source = source(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
     measure = _amd if target.startswith("gfx") else _nvidia
     return measure(compiled.asm, compiled.metadata.shared)

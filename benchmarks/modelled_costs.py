@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import triton
-from aot import Built, build, build_packed, build_product
+from aot import PACKED, Built, build, build_packed, build_product, build_sparse
 
 from maskpro_kernels.ops import bounds
 from maskpro_kernels.ops.layer_groups import Costs
@@ -268,7 +268,7 @@ def print_kernels(target: str, n: int, m: int) -> None:
             built = build(kernel, target, n, m, KIND=kind)
             line(f"{kernel}, {kind}", built, counted(built, config.block * m / (32 * config.num_warps), True))
     for product, itemsize in TILES:
-        for tile in tiles_of(product, target, itemsize) if itemsize == 2 and product != "packed_linear" else ():
+        for tile in tiles_of(product, target, itemsize) if itemsize == 2 and product not in PACKED else ():
             # those with a tile of the weight's gradient draw once, after their loop over the tokens
             looping = product in ("masked_linear", "masked_linear_input_grad")
             for kind in ("drawn", "codes"):
@@ -285,6 +285,14 @@ def print_kernels(target: str, n: int, m: int) -> None:
         built = build_packed("packed_linear", target, n, m, tile)
         counts = counted(built, tile.out * tile.k / (32 * tile.num_warps), True, draws=False)
         line(f"packed_linear {tile.out}x{tile.tokens}x{tile.k}", built, counts)
+    for tile in tiles_of("sparse_mma", target, 2) if (n, m) == (2, 4) else ():
+        built = build_sparse(target, tile)
+        counts = counted(built, tile.out * tile.k / (32 * tile.num_warps), True, draws=False)
+        lines = disassembled(built.asm["cubin"])
+        first, last = largest_loop(lines)
+        products = sum(line.startswith("HMMA.SP") for line in lines[first:last])
+        loop = sum(not line.endswith(":") for line in lines[first : last + 1])
+        line(f"sparse_mma {tile.out}x{tile.tokens}x{tile.k}, HMMA.SP {products} of {loop}", built, counts)
 
 
 def main() -> None:

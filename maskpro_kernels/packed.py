@@ -28,8 +28,8 @@ from .functional.checks import (
 )
 from .functional.masks import expand_mask
 from .modules import MaskedLinear
-from .ops.dispatch import in_onnx_export
-from .ops.pattern import NMPattern, bitmask_of, codes_of
+from .ops.dispatch import holds_metadata, in_onnx_export
+from .ops.pattern import METADATA_BLOCK, NMPattern, as_bitmask, bitmask_of, codes_of, metadata_of
 from .ops.reference import INTEGERS, SCALED, dequantized
 
 # How values are stored: unchanged, or as int8 with scales
@@ -45,14 +45,17 @@ class PackedNM:
 
     Attributes:
         values: float32, bfloat16, float16 or int8 [out, K N / M], contiguous: the kept values in order.
-        bitmask: uint8 [out, ceil(K / 8)], contiguous: bit j of byte b is set where weight 8 b + j is kept.
+        bitmask: uint8 [out, ceil(K / 8)], contiguous: bit j of byte b is set where weight 8 b + j is kept. On NVIDIA's
+            GPUs from compute capability 8.0 on a 2:4 weight of 16 bits with K divisible by 16 holds in its place, of
+            as many bytes for whole blocks of 32, the int16 metadata of sparse tensor cores: either is taken, and
+            converted here, once. ``save_pretrained`` and ``state_dict`` give the bitmask.
         pattern: "N:M" or NMPattern.
         scales: for int8 values, float32, bfloat16 or float16 [out, ceil(K N / M / 128)], contiguous: a factor for each
             block of 128 values of a row. None for other values.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above. ``check`` tests the bits of the bitmask, this does
-            not.
+            not unless it converts them.
     """
 
     values: Tensor
@@ -63,7 +66,9 @@ class PackedNM:
     def __post_init__(self):
         object.__setattr__(self, "pattern", NMPattern(self.pattern))
         values, scales, pattern = self.values, self.scales, self.pattern
-        parts = [("values", values, (*LOGIT_DTYPES, torch.int8)), ("bitmask", self.bitmask, (torch.uint8,))]
+        metadata = getattr(self.bitmask, "dtype", None) == torch.int16 and has_metadata(values, pattern)
+        parts = [("values", values, (*LOGIT_DTYPES, torch.int8))]
+        parts.append(("bitmask", self.bitmask, (torch.int16 if metadata else torch.uint8,)))
         if scales is not None:
             parts.append(("scales", scales, LOGIT_DTYPES))
         for name, tensor, dtypes in parts:
@@ -77,12 +82,18 @@ class PackedNM:
             raise ValueError(f"scales: expected them beside int8 values and no others, got {describe(scales)}")
         rows, kept = values.shape
         expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)], "scales": [rows, -(-kept // SCALED)]}
+        if metadata:
+            expected["bitmask"] = [-(-rows // METADATA_BLOCK) * METADATA_BLOCK, -(-kept // 16) * 2]
         for name, tensor, _ in parts[1:]:
             if list(tensor.shape) != expected[name] or tensor.device != values.device:
                 raise ValueError(
                     f"{name}: expected {expected[name]} on {values.device} beside {pattern} values "
                     f"{list(values.shape)}, got {describe(tensor)}"
                 )
+        held = held_bitmask(self.bitmask, values, pattern)
+        if held.dtype == torch.int16 and not metadata:
+            self._check_codes()
+        object.__setattr__(self, "bitmask", held)
 
     @property
     def shape(self) -> torch.Size:
@@ -154,13 +165,17 @@ class PackedNM:
         Raises:
             ValueError: if the bitmask or the scales are not so.
         """
-        k = self.shape[1]
-        check_exactly_n("bitmask", codes_of(self.bitmask, k, self.pattern.m), self.pattern)
-        if k % 8 and (self.bitmask[:, -1] >> k % 8).any():
-            raise ValueError(f"bitmask: expected no bits beyond the {k} weights of a row, got some")
+        self._check_codes()
         if self.scales is not None and not (self.scales.isfinite() & (self.scales >= 0)).all():
             raise ValueError("scales: expected finite numbers of at least 0, got others")
         return self
+
+    def _check_codes(self) -> None:
+        rows, k = self.shape
+        bitmask = as_bitmask(self.bitmask, k, rows)
+        check_exactly_n("bitmask", codes_of(bitmask, k, self.pattern.m), self.pattern)
+        if k % 8 and (bitmask[:, -1] >> k % 8).any():
+            raise ValueError(f"bitmask: expected no bits beyond the {k} weights of a row, got some")
 
     def unpack(self) -> Tensor:
         """Unpack the weight [out, K] of ``dtype``, with +0.0 for dropped weights."""
@@ -203,6 +218,19 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
     codes = ops.top_n_mask(worth, pattern.n, pattern.m)
     kept = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
     return PackedNM(kept, bitmask_of(codes, pattern.m), pattern).stored_as(values)
+
+
+def has_metadata(values: Tensor, pattern: NMPattern) -> bool:
+    """Return whether metadata exist for a pattern and values [rows, K N / M]: for 2:4 and K divisible by 16."""
+    return isinstance(values, Tensor) and (pattern.n, pattern.m) == (2, 4) and values.shape[-1] % 8 == 0
+
+
+def held_bitmask(bitmask: Tensor, values: Tensor, pattern: NMPattern) -> Tensor:
+    """Convert a bitmask or metadata to the form for the device of its values."""
+    metadata = has_metadata(values, pattern) and values.itemsize == 2 and holds_metadata(values.device)
+    if not metadata:
+        return as_bitmask(bitmask, values.shape[1] // pattern.n * pattern.m, len(values))
+    return bitmask if bitmask.dtype == torch.int16 else metadata_of(bitmask)
 
 
 def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +298,7 @@ def packed_linear(
         values, scales = (values.to(x.dtype), None) if scales is None else (values, scales.to(x.dtype))
     if in_onnx_export():
         values = values if scales is None else dequantized(values, scales, scales.dtype)
-        return nn.functional.linear(x, _onnx_weight(values, bitmask, pattern.n, pattern.m), bias)
+        return nn.functional.linear(x, _onnx_weight(values, as_bitmask(bitmask, k, rows), pattern.n, pattern.m), bias)
     bias = None if bias is None else bias.contiguous()
     y = ops.nm_linear(tokens_of(x), values, bitmask, scales, bias, pattern.n, pattern.m)
     return y.view(*x.shape[:-1], rows)
@@ -385,9 +413,24 @@ class NMLinear(nn.Module):
         y = ops.direct_nm_linear(input, *parts, pattern.n, pattern.m)
         return packed_linear(input, *parts, pattern) if y is None else y
 
+    def convert_bitmask(self) -> None:
+        """Convert the bitmask to the form for its device, see ``PackedNM``."""
+        self._buffers["bitmask"] = held_bitmask(self.bitmask, self.values, self.pattern)
+
     def _apply(self, fn, recurse: bool = True) -> NMLinear:
         check_cast(fn, self.values if self.scales is None else self.scales)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.convert_bitmask()
+        return self
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self.convert_bitmask()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        bitmask = as_bitmask(destination[f"{prefix}bitmask"], self.in_features, self.out_features)
+        destination[f"{prefix}bitmask"] = bitmask
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         *_, errors = args
@@ -403,7 +446,13 @@ class NMLinear(nn.Module):
             except (TypeError, ValueError) as error:
                 errors.append(f"state_dict: {prefix}{error}")
                 return
+            if given["bitmask"].dtype != self.bitmask.dtype:
+                bitmask = as_bitmask(given["bitmask"], self.in_features, self.out_features)
+                bitmask = metadata_of(bitmask) if self.bitmask.dtype == torch.int16 else bitmask
+                state_dict = {**state_dict, f"{prefix}bitmask": bitmask}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # the tensors may have been assigned, from another device
+        self.convert_bitmask()
 
     def extra_repr(self) -> str:
         return (

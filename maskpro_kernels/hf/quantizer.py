@@ -186,6 +186,7 @@ class SparseQuantizer(HfQuantizer):
                 try:
                     if not layer.bitmask.is_meta:
                         layer.packed.check()
+                        layer.convert_bitmask()
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"checkpoint: {name}.{error}") from error
                 # frozen as after ``finalize``; transformers makes all parameters trainable

@@ -69,6 +69,21 @@ def uses_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
 
 
+@functools.cache
+def holds_metadata(device: torch.device) -> bool:
+    """True where 2:4 weights of 16 bits have metadata in place of a bitmask, for products on sparse tensor cores."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        kernels("sparse_mma")
+    except (ImportError, AttributeError) as error:
+        logger.warning(
+            "triton has no Gluon as it is needed here (%s): 2:4 products do without sparse tensor cores", error
+        )
+        return False
+    return True
+
+
 def uses_machine_code(tensor: Tensor) -> bool:
     """Return whether operations on a tensor without a kernel run as machine code, not eagerly."""
     return tensor.device.type == "cpu" and compiler_available()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 GROUP_SIZES = (2, 4, 8, 16)
+# Places of the two weights that a code of 2:4 keeps, two bits each, the lower place in the lower bits
+PLACES = {0b0011: 0b0100, 0b0101: 0b1000, 0b1001: 0b1100, 0b0110: 0b1001, 0b1010: 0b1101, 0b1100: 0b1110}
+# Rows and columns of a block of metadata
+METADATA_BLOCK = 32
 
 
 @dataclass(frozen=True, init=False)
@@ -77,3 +82,34 @@ def codes_of(bitmask: Tensor, k: int, m: int) -> Tensor:
         return nn.functional.pad(parts, (0, 4 - size)).contiguous().view(torch.int32).squeeze(-1)
     shifts = torch.arange(0, 8, m, device=bitmask.device, dtype=torch.uint8)
     return ((bitmask.unsqueeze(-1) >> shifts) & ((1 << m) - 1)).flatten(-2)[..., : k // m]
+
+
+def metadata_of(bitmask: Tensor) -> Tensor:
+    """int16 metadata of a bitmask uint8 [rows, K / 8] of 2:4, K divisible by 16: two bits for each value.
+
+    They are those of the instruction ``mma.sp`` of NVIDIA's sparse tensor cores, and of torch's semi-structured weights
+    by CUTLASS: [rows, K / 16], both padded to whole blocks of 32 rows and columns. A word holds four groups. A block
+    lies behind those of columns before its own, and of rows before. There the word of row 16 h + 8 l + b and the
+    columns from 16 c on has the place 8 b + 4 h + 2 c + l.
+    """
+    words = _translated(bitmask, PLACES, 0b0100).view(torch.int16)
+    rows, columns = words.shape
+    # the values there are zeros, for which any places will do
+    words = nn.functional.pad(words, (0, columns % 2, 0, -rows % METADATA_BLOCK), value=0x4444)
+    return words.view(-1, 2, 2, 8, words.shape[1] // 2, 2).permute(4, 0, 3, 1, 5, 2).reshape(words.shape)
+
+
+def as_bitmask(bitmask: Tensor, k: int, rows: int) -> Tensor:
+    """The bitmask uint8 [rows, ceil(K / 8)] itself, or of int16 ``metadata_of`` it."""
+    if bitmask.dtype == torch.uint8:
+        return bitmask
+    blocks = bitmask.view(bitmask.shape[1] // 2, -1, 8, 2, 2, 2).permute(1, 3, 5, 2, 0, 4).reshape(bitmask.shape)
+    words = blocks[:rows, : k // 16].contiguous()
+    return _translated(words.view(torch.uint8), {places: code for code, places in PLACES.items()}, 0)
+
+
+def _translated(masks: Tensor, table: Mapping[int, int], other: int) -> Tensor:
+    """Bytes of two groups each, by a table of groups."""
+    groups = [table.get(group, other) for group in range(16)]
+    both = torch.tensor([low | high << 4 for high in groups for low in groups], dtype=torch.uint8, device=masks.device)
+    return both[masks.int()]

@@ -27,7 +27,7 @@ from .dispatch import (
     uses_kernels,
     without_autocast,
 )
-from .pattern import code_dtype
+from .pattern import as_bitmask, code_dtype
 
 COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
 MASK = (
@@ -415,10 +415,14 @@ def best_swaps(weight, product, codes, blocks, n, m):
     lambda values, bitmask, n, m: values.new_empty(values.shape[0], values.shape[1] // n * m),
 )
 def unpack_nm(values, bitmask, n, m):
-    """Unpack values [rows, K N / M] and bitmask [rows, ceil(K / 8)] to the weight [rows, K] with exact zeros."""
+    """Unpack values [rows, K N / M] to the weight [rows, K] with exact zeros.
+
+    ``bitmask`` is uint8 [rows, ceil(K / 8)], or for 2:4 int16 metadata, see ``metadata_of``; here and below.
+    """
     if uses_kernels(values):
         return kernels("packed").unpack_nm(values, bitmask, n, m)
-    return run_reference("unpack_nm", values.contiguous(), bitmask.contiguous(), n=n, m=m)
+    bitmask = as_bitmask(bitmask, values.shape[1] // n * m, len(values)).contiguous()
+    return run_reference("unpack_nm", values.contiguous(), bitmask, n=n, m=m)
 
 
 def _unpack_context(ctx, inputs, output):
@@ -427,7 +431,7 @@ def _unpack_context(ctx, inputs, output):
 
 
 def _packed_part(dense, bitmask, n, m):
-    return reference.packed_part(dense, bitmask, n=n, m=m)
+    return reference.packed_part(dense, as_bitmask(bitmask, dense.shape[1], len(dense)), n=n, m=m)
 
 
 def _unpack_backward(ctx, grad):
@@ -456,6 +460,7 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
     with without_autocast(x):
         if uses_kernels(x):
             return kernels("packed").nm_linear(x, values, bitmask, scales, bias, n, m)
+        bitmask = as_bitmask(bitmask, x.shape[1], len(values))
         x, *parts, bias = (part if part is None else part.contiguous() for part in (x, values, bitmask, scales, bias))
         return packed_products(x).nm_linear(x, tuple(parts), bias, n, m)
 
@@ -487,6 +492,7 @@ def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
     with without_autocast(grad):
         if uses_kernels(grad):
             return grad @ unpacked(values, bitmask, scales, n, m)
+        bitmask = as_bitmask(bitmask, values.shape[1] // n * m, len(values))
         parts = tuple(part if part is None else part.contiguous() for part in (values, bitmask, scales))
         return packed_products(grad).input_grad(grad.contiguous(), parts, n, m)
 
@@ -544,7 +550,7 @@ def direct_nm_linear(
     dtype = x.dtype
     if dtype not in DTYPES or (values if scales is None else scales).dtype != dtype or not x.is_contiguous():
         return None
-    if x.is_neg() or not x.dim() or x.shape[-1] * n != values.shape[1] * m:
+    if bitmask.dtype != torch.uint8 or x.is_neg() or not x.dim() or x.shape[-1] * n != values.shape[1] * m:
         return None
     if bias is not None and (bias.dtype != dtype or bias.shape != values.shape[:1]):
         return None

@@ -23,7 +23,7 @@ from ..fsdp import local, part_of, resharded
 from ..functional.checks import check_codes, check_exactly_n, check_int, in_a_line
 from ..functional.masks import expand_mask, sample_mask, top_n_mask
 from ..modules import MaskedLinear
-from ..ops.pattern import NMPattern, codes_of
+from ..ops.pattern import NMPattern, as_bitmask, codes_of
 from ..ops.philox import MAX_STEPS
 from ..packed import INT8, SPARSE, NMLinear
 from ..unfuse import in_linear_form
@@ -287,7 +287,8 @@ def _of_checkpoint(
                 # with trained logits, dropped weights matter as well: compare all
                 kept = torch.ones_like(weight, dtype=torch.bool)
             elif isinstance(module, NMLinear):
-                codes[name] = codes_of(module.bitmask, weight.shape[1], pattern.m)
+                bitmask = as_bitmask(module.bitmask, weight.shape[1], len(weight))
+                codes[name] = codes_of(bitmask, weight.shape[1], pattern.m)
                 kept = expand_mask(codes[name], pattern)
             else:
                 _check_finite("weights", module.weight, name, path)

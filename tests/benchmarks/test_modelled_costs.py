@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import modelled_costs as model
+import modelled_sparse
 import pytest
-from helpers.children import Child
+from helpers.children import ROOT, Child
 
 from maskpro_kernels.ops.layer_groups import COSTS
+from maskpro_kernels.ops.triton import tiles
 from maskpro_kernels.ops.triton.tiles import TARGETS
 
 # A loop over blocks with a branch around the noise, and a shorter branch in front of it
@@ -125,3 +127,17 @@ def test_the_costs_by_which_a_step_draws_once_are_those_of_the_model():
     for target, found in rows:
         for ours, held in zip(found, COSTS[target], strict=True):
             assert ours == pytest.approx(held, abs=0.1), (target, found)
+
+
+def test_the_modelled_times_of_sparse_products_are_those_of_the_documents(monkeypatch, capsys):
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr("sys.argv", ["modelled_sparse.py"])
+    modelled_sparse.main()
+    assert capsys.readouterr().out in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    # 2.039 TB/s move 11008 x 4096 values of 9 bits, 64 tokens of 16 and sums of 4 bytes of 2 parts, twice
+    card = modelled_sparse.CARDS["A100"]
+    route, seconds = modelled_sparse.sparse(card, 64, 11008, 4096)
+    moved = 11008 * 4096 * 9 / 8 + 64 * 2 * (11008 + 4096) + 2 * 2 * 64 * 11008 * 4
+    assert route == "sparse_mma" and seconds == pytest.approx(moved / 2.039e12)
+    # and 312 Tflop/s a dense product of many tokens
+    assert modelled_sparse.dense(card, 4096, 11008, 4096) == pytest.approx(2 * 4096 * 11008 * 4096 / 312e12)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
-from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
+from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product, SparseProduct
 from helpers.layers import DRAWS, OVER_LAYERS, ManyLayers, numbers
 
 from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_after_long_divisions
 from gpu_emulators.ptx.loops import only_goes_to, replaces_a_loop
 from maskpro_kernels import ops
-from maskpro_kernels.ops.triton import grouped, packed, sampling, straight_through
+from maskpro_kernels.ops.pattern import metadata_of
+from maskpro_kernels.ops.triton import grouped, sampling, straight_through
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, architecture, scores_in_short, tiles_of
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
@@ -130,7 +131,10 @@ def run_packed(target):
             PackedProduct(config, n, m, values=values, aligned=aligned).assert_right()
     for parts in (2, 4):
         PackedProduct(configs[-1], parts=parts).assert_right()
-    packed.metadata(torch.full((64, 24), 0b0101_1010, dtype=torch.uint8))
+    for tile, parts in itertools.product(tiles_of("sparse_mma", target, 2)[::3], (1, 4)):
+        SparseProduct(tile, tile.tokens + 1, tile.out + 5, 144, parts=parts, biased=parts == 1).assert_right()
+    values, bitmask = torch.zeros(33, 24, dtype=torch.bfloat16), torch.full((33, 6), 0b0101_1010, dtype=torch.uint8)
+    ops.unpack_nm(values, metadata_of(bitmask), 2, 4)
 
 
 def not_executed(emulator, reason) -> tuple[int, int, list]:

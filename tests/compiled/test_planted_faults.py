@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from helpers.compiled import Matrix, adamw, assert_bits_of_reference, mask_score, sample_mask, score_update, top_n_mask
-from helpers.compiled_products import PackedProduct, Product
+from helpers.compiled_products import PackedProduct, Product, SparseProduct
 from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
 from maskpro_kernels.ops.triton import masked_gemm, packed
@@ -46,6 +46,15 @@ def product(target: str, row: int = 0, **options):
     return Product(LINEAR, tile, aligned=True, one_hot=True, **options).assert_right
 
 
+def sparse_product() -> None:
+    SparseProduct(tiles_of("sparse_mma", "sm_80", 2)[0], 8, 32, 64).assert_right()
+
+
+def swapped(operand: int):
+    """The first two registers of an operand of ``mma.sp``, each in the other's place."""
+    return replaced(rf"(mma\.sp(?:[^{{]*\{{){{{operand}}}\s*)(%\w+), (%\w+),", r"\1\3, \2,")
+
+
 def groups(call, **options):
     of = Matrix(2, 4, rows=3, groups=171, **options)
     return lambda: assert_bits_of_reference(lambda: call(of))
@@ -78,6 +87,19 @@ PLANTED = {
         "sm_80",
         product("sm_80"),
         replaced(r"(mma\.sync[^;]*?\{[^}]*\}, \{ )(%\w+), (%\w+),", r"\1\3, \2,", count=0),
+        "wrong result",
+    ),
+    "registers of a sparse operand that are swapped": ("sm_80", sparse_product, swapped(2), "wrong result"),
+    "registers of activations beside a sparse operand that are swapped": (
+        "sm_80",
+        sparse_product,
+        swapped(3),
+        "wrong result",
+    ),
+    "the metadata of other rows": (
+        "sm_80",
+        sparse_product,
+        replaced(r"(mma\.sp[^;]*), 0x0;", r"\1, 0x1;"),
         "wrong result",
     ),
     "a row of shared memory that another swizzle belongs to": (

@@ -9,7 +9,7 @@ import torch
 import triton
 from helpers.cases import cases
 from helpers.compiled import OVER_GROUPS, Matrix, assert_bits_of_reference
-from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
+from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product, SparseProduct
 from helpers.layers import OVER_LAYERS, ManyLayers
 from helpers.planted import synchronisations, what_is_found, without
 
@@ -30,6 +30,8 @@ WAITS_AGAIN = "a later wait is for the same products, and up to it nothing is to
 LET_PASS = "what is found is of a kind that this release gives rise to by itself, and that is let pass"
 OF_TWO_ENDS = "it is between the ends of two unrelated mbarriers"
 AFTER_LOADS = "a barrier is after the loads of tensor memory, before this one"
+OTHER_STAGE = "it is between copies to one stage and reads of another"
+BEFORE_THE_END = "no thread uses shared memory after it"
 # those of a kernel are taken away at once, which is found
 FOR_EACH_OTHER = "another barrier is between the same accesses"
 BEFORE_THE_START = "a wave begins after it, as its first arguments are in registers"
@@ -52,6 +54,7 @@ REDUNDANT_IN_OLDEST = (
 )
 REDUNDANT = (
     {("masked_linear", target): {1: OWN_COPY} for target in TARGETS}
+    | {("sparse_mma", target): {3: BEFORE_THE_END} for target in TARGETS}
     | {("masked_linear_input_grad", target): {5: OWN_COPY} for target in TARGETS}
     | {
         (kernel, "sm_80"): {2: EQUAL_BEFORE, 3: EQUAL_BEFORE}
@@ -64,6 +67,10 @@ REDUNDANT = (
         for kernel, last in (("masked_linear_weight_grad", 27), ("straight_through", 37))
     }
 )
+REDUNDANT_IN_OLDEST |= {
+    ("sparse_mma", target): {0: BEFORE_COPIES, 1: BEFORE_COPIES, 4: OTHER_STAGE, 6: BEFORE_THE_END}
+    for target in TARGETS
+}
 REDUNDANT_IN_OLDEST |= {
     ("masked_linear", "sm_100"): {0: BEFORE_COPIES, 1: BEFORE_COPIES, 3: OWN_COPY},
     ("masked_linear, wide", "sm_90"): {1: OWN_COPY}
@@ -95,7 +102,7 @@ REDUNDANT |= {
     ("packed_linear", "sm_90"): {20: EQUAL_BEFORE},
     ("packed_linear", "sm_100"): {2: WAITS_LATER, 8: OWN_WAIT, 15: ONLY_WAITS, 21: AFTER_LOADS},
 }
-KERNELS = [*PRODUCTS, STEP, "packed_vector", "packed_linear", "descend"]
+KERNELS = [*PRODUCTS, STEP, "packed_vector", "packed_linear", "sparse_mma", "descend"]
 # "by codes" launches a second kernel after the draw
 OF_LAYERS = [kernel for kernel in OVER_LAYERS if kernel != "by codes"]
 for of_release in (REDUNDANT, REDUNDANT_IN_OLDEST):
@@ -117,6 +124,9 @@ def call_of(kernel, target):
         return PackedProduct(PACKED_ROWS[-1], aligned=True).assert_right
     if kernel == "packed_linear":
         return PackedProduct(tiles_of(kernel, target, 2)[row], aligned=True).assert_right
+    if kernel == "sparse_mma":
+        # more steps than are under way at once
+        return SparseProduct(tiles_of(kernel, target, 2)[1], 16, 64, 384).assert_right
     if kernel in OF_LAYERS:
         layers = ManyLayers(2, 4, torch.bfloat16)
         return lambda: assert_bits_of_reference(lambda: layers.call(kernel))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from helpers.bits import assert_same_bits
 from helpers.compiled import INVERSE, Matrix, by_both, unmoved
+from helpers.packed_codes import CODES
 from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.pattern import bitmask_of
-from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
+from maskpro_kernels.ops.pattern import bitmask_of, metadata_of
+from maskpro_kernels.ops.triton import masked_gemm, packed, sparse_mma, straight_through
 from maskpro_kernels.ops.triton.tiles import ONE_PASS_TOKENS, Rows, Tiles
 from maskpro_kernels.packed import quantized
 
@@ -229,3 +230,40 @@ class PackedProduct:
         )
         exact = x.double() @ dense.double().t()
         assert_product(self, found, by_torch, exact if bias is None else exact + bias.double())
+
+
+@dataclass(frozen=True)
+class SparseProduct:
+    """A product with a 2:4 weight by ``mma.sp``, of whole numbers: sums are exact, and the result is rounded once.
+
+    Each of the six codes stands in each of the eight groups of an instruction.
+    """
+
+    tile: Tiles
+    tokens: int
+    rows: int
+    k: int
+    operand: torch.dtype = torch.bfloat16
+    parts: int = 1
+    biased: bool = True
+    whole_numbers: bool = True
+
+    def assert_right(self, moved=unmoved) -> None:
+        group = torch.arange(self.k // 4)
+        bitmask = bitmask_of(CODES[(torch.arange(self.rows)[:, None] + group + group // 8) % 6], 4)
+        sizes = (self.rows, self.k // 2), (self.tokens, self.k), (self.rows,)
+        values, x, bias = (normal(*size, seed=seed) for seed, size in enumerate(sizes, 7))
+        if self.whole_numbers:
+            values, x, bias = (4 * values).round(), (4 * x).round(), (16 * bias).round()
+        values, x, bias = (tensor.to(self.operand) for tensor in (values, x, bias))
+        operands = moved(x), values, metadata_of(bitmask), None, moved(bias) if self.biased else None, 2, 4
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sparse_mma, "tiles_for", lambda *_: self.tile)
+            patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
+            (found,), (by_torch,) = by_both(lambda: [ops.nm_linear(*operands)])
+        exact = x.double() @ reference.unpack_nm(values, bitmask, n=2, m=4).double().t()
+        exact = exact + bias.double() if self.biased else exact
+        if self.whole_numbers:
+            assert_same_bits(found + 0.0, exact.to(self.operand) + 0.0)
+        else:
+            within_budget(found, by_torch, exact)

@@ -2,8 +2,9 @@
 
 Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. A thread processes a chunk of the weight at
 a time. The values of a chunk fill 16 bytes, one load: four words of two 16-bit values. One word of the bitmask belongs
-to them. int8 values fill 8 bytes and are converted to such words. On compute capability 8.x torch multiplies many
-tokens with 2:4 weights, on sparse tensor cores.
+to them. int8 values fill 8 bytes and are converted to such words.
+
+For sparse tensor cores a 2:4 weight has int16 metadata in place of the bitmask.
 """
 
 import math
@@ -16,9 +17,9 @@ import triton.language as tl
 from .. import reference
 from . import device as d
 from . import tiles
-from .launch import launch, launch_elements, launch_rows, launch_tiles
+from .launch import launch, launch_rows, launch_tiles
 from .masked_gemm import SplitResult, operand_constants, own_part, own_sums, result_dtype
-from .tiles import ALIGNED, PACKED_TOKENS, architecture, rows_for, tiles_for
+from .tiles import ALIGNED, INTERPRETED, LIBRARY_TOKENS, PACKED_TOKENS, TARGETS, architecture, rows_for, tiles_for
 
 VALUES = tl.constexpr(8)
 SCALED = tl.constexpr(reference.SCALED)
@@ -28,10 +29,6 @@ MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
 # Multiples that torch's kernel needs of rows and columns of the weight and of tokens, see
 # SparseSemiStructuredTensorCUTLASS
 ROWS, COLUMNS, TOKENS = 32, 64, 8
-# Rows of a block of reordered metadata, and its columns, the words of a sector of memory
-BLOCK_ROWS, BLOCK_COLUMNS = tl.constexpr(32), tl.constexpr(16)
-# The lowest bit of each of four groups
-LOWEST = tl.constexpr(0x1111)
 
 
 def chunk_length(n: int, m: int) -> int:
@@ -281,6 +278,15 @@ def packed_linear_kernel(
 
 
 @triton.jit
+def load_metadata_code(metadata, row, group, inside, row_blocks):
+    """int32 group codes from the metadata of 2:4; ``metadata_of`` says where a word of four groups lies."""
+    block = group // 8 * row_blocks + row // 32
+    place = block * 64 + row % 8 * 8 + row % 32 // 16 * 4 + group % 8 // 4 * 2 + row % 16 // 8
+    places = tl.load(metadata + place, mask=inside, other=0).to(tl.int32) >> (group % 4 * 4).to(tl.int32)
+    return 1 << (places & 3) | 1 << (places >> 2 & 3)
+
+
+@triton.jit
 def load_code(bitmask, row, group, inside, row_bytes, M: tl.constexpr):
     """int32 group codes from the bitmask of any pattern."""
     pointers = bitmask + row * row_bytes + group * M // 8
@@ -292,15 +298,22 @@ def load_code(bitmask, row, group, inside, row_bytes, M: tl.constexpr):
     return code
 
 
-@triton.jit(do_not_specialize=["groups", "row_bytes", "total"])
+@triton.jit(do_not_specialize=["groups", "stride", "total"])
 def unpack_kernel(
-    values, bitmask, out, groups: tl.int64, row_bytes: tl.int64, total: tl.int64,
+    values, bitmask, out, groups: tl.int64, stride: tl.int64, total: tl.int64,
     N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Unpack any pattern, with values of any integer type; ``groups`` in a row, ``total`` in all."""
+    """Unpack any pattern, with values of any integer type; ``groups`` in a row, ``total`` in all.
+
+    ``stride`` is the bytes in a row of a bitmask uint8, or the blocks of 32 rows of metadata int16 of 2:4.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
-    kept = d.decode(load_code(bitmask, index // groups, index % groups, inside, row_bytes, M), M)
+    if bitmask.dtype.element_ty == tl.int16:
+        code = load_metadata_code(bitmask, index // groups, index % groups, inside, stride)
+    else:
+        code = load_code(bitmask, index // groups, index % groups, inside, stride, M)
+    kept = d.decode(code, M)
     at = index * N
     columns = ()
     for i in tl.static_range(M):
@@ -311,56 +324,25 @@ def unpack_kernel(
     tl.store(out + index[:, None] * M + tl.arange(0, M)[None, :], tile, mask=inside[:, None])
 
 
-@triton.jit
-def indices_of_codes(codes):
-    """Convert four codes of 2:4 to four pairs of places of two bits each, lower place first, in int32 words.
-
-    The lower place is 0 if weight 0 is kept, else 1 if weight 1 is kept, else 2. The upper place is 3 if weight 3 is
-    kept, else 1 if weights 0 and 1 are kept, else 2: its lower bit is set for 1 and 3, its upper bit for 2 and 3.
-    """
-    kept = ()
-    for i in tl.static_range(4):
-        kept = kept + ((codes >> i) & LOWEST,)
-    both, neither = kept[0] & kept[1], (kept[0] | kept[1]) ^ LOWEST
-    return (kept[1] & ~kept[0]) | neither << 1 | (both | neither | kept[3]) << 2 | (both ^ LOWEST) << 3
-
-
-@triton.jit
-def metadata_kernel(bitmask, out, rows, columns, count, BLOCK: tl.constexpr):
-    """Convert words [rows, columns] of four codes to words of four pairs of places, in the order of CUTLASS.
-
-    In a block of 32 rows, row 8 a + b goes to row 4 b + a. Then blocks of 2 x 2 are transposed, and pairs of columns
-    are stored one after the other.
-    """
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # a word's target: its block, and in it the pair of columns, the row, and the column of the pair
-    block, at = index // (BLOCK_ROWS * BLOCK_COLUMNS), index % (BLOCK_ROWS * BLOCK_COLUMNS)
-    row_blocks = rows // BLOCK_ROWS
-    pair = block // row_blocks * (BLOCK_COLUMNS // 2) + at // (2 * BLOCK_ROWS)
-    first_row, place = block % row_blocks * BLOCK_ROWS, at % (2 * BLOCK_ROWS)
-    row = first_row + (place // 4 % 2) * 16 + (place % 2) * 8 + place // 8
-    column = 2 * pair + place // 2 % 2
-    inside = (index < count) & (column < columns)
-    codes = tl.load(bitmask + row.to(tl.int64) * columns + column, mask=inside, other=0).to(tl.int32)
-    where = pair.to(tl.int64) * (2 * rows) + 2 * first_row + place
-    tl.store(out + where, indices_of_codes(codes).to(tl.int16), mask=inside)
-
-
 def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, m: int) -> str:
     """Route of the product of x [tokens, K] with a packed weight.
 
-    "vector": one token, without tensor cores. "tiles": unpack tiles of the weight in registers and multiply. "sparse":
-    torch multiplies by sparse tensor cores. "unpack": unpack the whole weight into a temporary one; torch multiplies.
+    "vector": one token, without tensor cores. "tiles": unpack tiles of the weight in registers and multiply.
+    "sparse_mma", "sparse": multiply by sparse tensor cores, in a kernel or by torch, with metadata in place of the
+    bitmask. "unpack": unpack the whole weight into a temporary one; torch multiplies.
     """
     tokens, k = x.shape
     # words must be aligned, but a slice may start anywhere
     aligned = values.data_ptr() % 16 == 0 and bitmask.data_ptr() % 16 == 0
     if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2 or not aligned:
         return "unpack"
-    if tokens > PACKED_TOKENS:
-        sparse = sparse_available(x.device) and sparse_fits(x, values, n, m)
-        return "sparse" if sparse else "unpack"
-    if (n, m) not in MULTIPLIED or k % chunk_length(n, m):
+    if bitmask.dtype == torch.int16:
+        if tokens > LIBRARY_TOKENS and sparse_available(x.device) and sparse_fits(x, values):
+            return "sparse"
+        # nothing interprets inline assembly
+        few = tokens <= TARGETS[architecture(x.device)].sparse_tokens and not INTERPRETED
+        return "sparse_mma" if few else "unpack"
+    if tokens > PACKED_TOKENS or (n, m) not in MULTIPLIED or k % chunk_length(n, m):
         return "unpack"
     return "vector" if tokens == 1 else "tiles"
 
@@ -371,6 +353,11 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
     if tokens == 0:
         return torch.empty(0, rows, dtype=x.dtype, device=x.device)
     how = route(x, values, bitmask, n, m)
+    if how == "sparse_mma":
+        # imported here: a release may have no Gluon
+        from . import sparse_mma
+
+        return sparse_mma.linear(x, values, bitmask, bias)
     if how == "vector":
         return _vector(x, values, bitmask, scales, bias, n, m)
     if how == "tiles":
@@ -420,16 +407,6 @@ def _tiles(x, values, bitmask, scales, bias, n, m):
     return split.sum()
 
 
-def metadata(bitmask: torch.Tensor) -> torch.Tensor:
-    """Metadata int16 [rows, K / 16] of a bitmask uint8 [rows, K / 8] of 2:4, rows and K multiples of 32."""
-    words = bitmask.view(torch.int16)
-    rows, columns = words.shape
-    out = torch.empty_like(words)
-    count = rows * triton.cdiv(columns, BLOCK_COLUMNS.value) * BLOCK_COLUMNS.value
-    launch_elements(metadata_kernel, "metadata", count, words.device, words, out, rows, columns, count)
-    return out
-
-
 def sparse_available(device: torch.device) -> bool:
     """Return whether torch multiplies with semi-structured weights on a device: by CUTLASS, only on 8.x and Linux.
 
@@ -440,24 +417,22 @@ def sparse_available(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 8
 
 
-def sparse_fits(x: torch.Tensor, values: torch.Tensor, n: int, m: int) -> bool:
-    """Return whether torch's kernel supports x [tokens, K] of 16 bits and the values of a weight [rows, K]."""
-    sizes = len(values) % ROWS == 0 and x.shape[1] % COLUMNS == 0
-    return (n, m) == (2, 4) and x.itemsize == 2 and sizes and values.data_ptr() % 16 == 0
+def sparse_fits(x: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return whether torch's kernel supports x [tokens, K] and the values of a weight [rows, K], both of 16 bits."""
+    return len(values) % ROWS == 0 and x.shape[1] % COLUMNS == 0
 
 
 def sparse_linear(
-    x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x [tokens, K] @ unpacked [rows, K].T + bias [rows], all of one dtype of 16 bits; see ``sparse_fits``.
 
-    torch's kernel, of CUTLASS, reads the packed values unchanged. Instead of the bitmask it reads the metadata of
-    ``torch.sparse.SparseSemiStructuredTensorCUTLASS``: two bits for each value, reordered.
+    torch's kernel, of CUTLASS, reads packed values and metadata unchanged.
     """
     tokens = len(x)
     if tokens % TOKENS or x.data_ptr() % 16:
         x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % TOKENS))
-    operands = values, metadata(bitmask), x.t()
+    operands = values, metadata, x.t()
     if bias is None:
         y = torch._sparse_semi_structured_mm(*operands)
     else:
@@ -470,6 +445,7 @@ def unpack_nm(values, bitmask, n, m):
     rows, groups = values.shape[0], values.shape[1] // n
     out = torch.empty(rows, groups * m, dtype=values.dtype, device=values.device)
     integers, total = reference.INTEGERS[values.itemsize], rows * groups
+    stride = bitmask.shape[1] if bitmask.dtype == torch.uint8 else len(bitmask) // 32
     launch(unpack_kernel, "unpack", m, total, values.device,
-           values.view(integers), bitmask, out.view(integers), groups, bitmask.shape[1], total, N=n)  # fmt: skip
+           values.view(integers), bitmask, out.view(integers), groups, stride, total, N=n)  # fmt: skip
     return out

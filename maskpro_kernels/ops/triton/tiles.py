@@ -59,11 +59,16 @@ class Rows(_CompileOptions):
 
 @dataclass(frozen=True)
 class Tiles(_CompileOptions):
-    """Launch of a product: rows, tokens and columns of K that a program multiplies at a time."""
+    """Launch of a product: rows, tokens and columns of K that a program multiplies at a time.
+
+    Sums are split until each processor has ``least_warps``: three a scheduler hide waits, and more parts write more
+    bytes.
+    """
 
     out: int
     tokens: int
     k: int
+    least_warps: int = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,7 @@ class Target:
             under a given mask, such as in a step that draws its masks once. For more tokens torch's product saves more
             time than it takes to write and read its result.
         fused_drawn_tokens: like ``fused_tokens``, under a mask that the kernel draws.
+        sparse_tokens: most tokens that ``sparse_mma`` multiplies with a 2:4 weight.
         tiles: tuples of tiles that replace those of ``TILES``, by the same keys.
     """
 
@@ -87,6 +93,7 @@ class Target:
     drawn_tokens: int = 128
     fused_tokens: int
     fused_drawn_tokens: int
+    sparse_tokens: int = 0
     tiles: Mapping[tuple[str, int], tuple[Tiles, ...]] = field(default_factory=dict)
 
 
@@ -94,9 +101,9 @@ class Target:
 # gfx942. A B200's memory is so fast that the draw bounds the time, and a product would add to it: so drawn masks have
 # few tokens there. torch for ROCm has no product of 16 bits with a float32 result, so the kernel multiplies any number.
 TARGETS = {
-    "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024),
-    "sm_90": Target(processors=132, fused_tokens=256, fused_drawn_tokens=256),
-    "sm_100": Target(processors=148, drawn_tokens=32, fused_tokens=96, fused_drawn_tokens=32),
+    "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024, sparse_tokens=sys.maxsize),
+    "sm_90": Target(processors=132, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512),
+    "sm_100": Target(processors=148, drawn_tokens=32, fused_tokens=96, fused_drawn_tokens=32, sparse_tokens=128),
     "gfx942": Target(processors=304, fused_tokens=sys.maxsize, fused_drawn_tokens=sys.maxsize),
 }
 
@@ -123,6 +130,8 @@ NVIDIA_TARGET, AMD_TARGET = "sm_80", "gfx942"
 ONE_PASS_TOKENS = 128
 # Most tokens for which a packed weight is unpacked inside the product. For more, tensor cores bound the time, not bytes
 PACKED_TOKENS = 64
+# Most tokens for which ``sparse_mma`` runs even if torch has a product for sparse tensor cores
+LIBRARY_TOKENS = 1024
 
 # Integer arguments divisible by this make Triton compile a kernel for aligned rows
 ALIGNED = 16
@@ -143,11 +152,7 @@ DRAWING = frozenset({
     "score_updates_of_layers",
 })  # fmt: skip
 # Kernels over single weights or elements
-ELEMENTS = {
-    "adamw": Configuration(block=1024),
-    "metadata": Configuration(block=512),
-    "split_sum": Configuration(block=256),
-}
+ELEMENTS = {"adamw": Configuration(block=1024), "split_sum": Configuration(block=256)}
 
 # Products with a packed weight and one token; entries for short weight rows come first. A thread loads one chunk of
 # each of its rows, so that many loads are in flight; a chunk of the activations is loaded once for all rows.
@@ -207,13 +212,22 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=128, tokens=32, k=64, num_warps=8),
         Tiles(out=128, tokens=64, k=64, num_warps=8),
     ),
+    # A warp has 32 rows, of the last tile 64: as many as its registers take. Four warps a processor have as many bytes
+    # under way, by asynchronous copies, as its share of the memory's bandwidth takes.
+    ("sparse_mma", 2): (
+        Tiles(out=32, tokens=8, k=64, num_warps=1, num_stages=4, least_warps=4),
+        Tiles(out=64, tokens=16, k=64, num_warps=2, num_stages=4, least_warps=4),
+        Tiles(out=128, tokens=32, k=64, num_stages=4, least_warps=4),
+        Tiles(out=128, tokens=64, k=64, num_stages=4, least_warps=4),
+        Tiles(out=256, tokens=64, k=64, num_stages=3, least_warps=4),
+    ),
 }
 # Products whose results are along the columns of the weight; others have results along its rows
 ACROSS_COLUMNS = ("masked_linear_input_grad",)
 
-# Limits of a split product. Warps of a processor: three a scheduler hide waits, and more parts write more bytes. Steps
-# of a part, so that loads run ahead of their use. Number of parts, whose sums are read again.
-LEAST_WARPS, LEAST_STEPS, MOST_PARTS = 12, 2, 16
+# Limits of a split product. Steps of a part, so that loads run ahead of their use. Number of parts, whose sums are read
+# again.
+LEAST_STEPS, MOST_PARTS = 2, 16
 
 # The interpreter runs one program at a time by numpy, with costs by call and not by element
 INTERPRETER_BLOCK = 1 << 16
@@ -280,7 +294,7 @@ def configuration(kernel: str, m: int, count: int, target: str) -> Configuration
 
 def parts_for(tile: Tiles, blocks: int, steps: int, target: str) -> int:
     """Number of parts into which a product of ``blocks`` blocks splits the ``steps`` of its sums."""
-    parts, enough = 1, LEAST_WARPS * TARGETS[target].processors
+    parts, enough = 1, tile.least_warps * TARGETS[target].processors
     while blocks * parts * tile.num_warps < enough and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
         parts *= 2
     return parts
@@ -317,6 +331,7 @@ def _from_table(product: str, target: str, itemsize: int, tokens: int, rows: int
     padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
     fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]
     side, width = ("k", k) if product in ACROSS_COLUMNS else ("out", rows)
+    width *= min(padded)[0]
     busy = [tile for tile in fitting if width >= TARGETS[target].processors * getattr(tile, side)]
     return busy[-1] if busy else fitting[0]
 

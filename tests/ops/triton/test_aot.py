@@ -45,12 +45,12 @@ for kernel, n, m, logits, constants in cases:
 """
 
 PRODUCTS_CHILD = """
-from aot import build_product
+from aot import PACKED, build_product
 from maskpro_kernels.ops.triton.tiles import TILES, tiles_of
 forbidden, operand, (n, m), targets, options, ends = arguments
 for target in targets:
     for product, itemsize in TILES:
-        if itemsize != {"bf16": 2, "fp16": 2, "fp32": 4}[operand] or product == "packed_linear":
+        if itemsize != {"bf16": 2, "fp16": 2, "fp32": 4}[operand] or product in PACKED:
             continue
         given = dict(options)
         # such layers take the transient weight
@@ -238,12 +238,13 @@ def test_packed_kernels(child, pattern, element):
 
 
 SINGLE_CHILD = """
-from aot import TARGETS, build_elements, build_packed
+from aot import TARGETS, build_packed, build_split_sum
 for target in TARGETS:
-    cases = [("metadata", "bf16", {}), *(("split_sum", dtype, {"PARTS": parts, **bias}) for dtype in ("bf16", "fp32")
-             for parts in (2, 16) for bias in ({}, {"bias": None}))]
-    built = [build_elements(kernel, target, element, **constants) for kernel, element, constants in cases]
+    cases = [(dtype, {"PARTS": parts, **bias}) for dtype in ("bf16", "fp32")
+             for parts in (2, 16) for bias in ({}, {"bias": None})]
+    built = [build_split_sum(target, element, **constants) for element, constants in cases]
     built += [build_packed("unpack", target, m - 1, m, element=e) for m in (2, 4, 8, 16) for e in ("bf16", "fp32")]
+    built.append(build_packed("unpack", target, 2, 4, metadata=True))
     for each in built:
         emit([target, "single elements", each.registers, each.spills, each.stack, each.shared, []])
 """
@@ -253,3 +254,37 @@ for target in TARGETS:
 def test_kernels_over_single_elements_and_groups_that_are_unpacked(child):
     for row in child(SINGLE_CHILD):
         check(row)
+
+
+SPARSE_CHILD = """
+import modelled_costs
+from aot import TARGETS, build_sparse
+from maskpro_kernels.ops.triton.tiles import tiles_of
+rows, options = arguments
+for target in TARGETS.keys() - {"gfx942"}:
+    table = tiles_of("sparse_mma", target, 2)
+    for tile in table[:rows]:
+        for given in options:
+            built = build_sparse(target, tile, **given)
+            lines = modelled_costs.disassembled(built.asm["cubin"])
+            first, last = modelled_costs.largest_loop(lines)
+            loop = [sum(name in line for line in lines[first:last]) for name in ("HMMA.SP", "LDSM", "LDGSTS", "LDG.")]
+            products = tile.out // 16 // tile.num_warps * tile.tokens // 8 * 2
+            tell([target, ["sparse_mma", tile.out, tile.tokens], built.registers, built.spills, built.stack,
+                  built.shared, [name for name in ("mma.sync", "shfl") if name in built.asm["ptx"]],
+                  loop, products, last - first])
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    cases([(1, [{}]), (None, [{"unit": 4}, {"element": "fp16", "unit": 8, "bias": False}])],
+          slow=lambda rows, options: rows is None),
+    ids=["first", "all"],
+)  # fmt: skip
+def test_products_on_sparse_tensor_cores(child, rows, options):
+    """In the loop words come by asynchronous copies and ``ldmatrix`` alone."""
+    for row in child(SPARSE_CHILD, rows, options):
+        check(row)
+        (products_made, matrices, copies, loads), products, _ = row[7:]
+        assert products_made == products and matrices and copies and not loads, row

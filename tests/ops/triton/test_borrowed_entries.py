@@ -31,7 +31,7 @@ def emit(what, built):
 for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "adamw", "best_swaps"):
     emit(kernel, aot.build(kernel, target, 2, 4))
 for product, size in TILES:
-    if size == 2 and product != "packed_linear":
+    if size == 2 and product not in aot.PACKED:
         tiles = tiles_of(product, target, size)
         for tile in dict.fromkeys((tiles[0], tiles[-1])):
             emit(f"{product} {tile.out}", aot.build_product(product, target, 2, 4, tile))
@@ -41,6 +41,8 @@ emit(f"masked_linear {tile.out}", aot.build_product("masked_linear", target, 2, 
 emit("packed_vector", aot.build_packed("packed_vector", target, 2, 4, PACKED_ROWS[-1]))
 tile = tiles_of("packed_linear", target, 2)[-1]
 emit(f"packed_linear {tile.out}", aot.build_packed("packed_linear", target, 2, 4, tile))
+for tile in tiles_of("sparse_mma", target, 2):
+    emit(f"sparse_mma {tile.out}", aot.build_sparse(target, tile))
 """
 
 
