@@ -71,14 +71,14 @@ def uses_kernels(tensor: Tensor) -> bool:
 
 @functools.cache
 def holds_metadata(device: torch.device) -> bool:
-    """True where 2:4 weights of 16 bits have metadata in place of a bitmask, for products on sparse tensor cores."""
+    """Return whether 2:4 weights of 16 bits on a device have metadata, for sparse tensor cores, and not a bitmask."""
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         kernels("sparse_mma")
     except (ImportError, AttributeError) as error:
         logger.warning(
-            "triton has no Gluon as it is needed here (%s): 2:4 products do without sparse tensor cores", error
+            "triton lacks the Gluon that sparse tensor cores need (%s): 2:4 products run without them", error
         )
         return False
     return True

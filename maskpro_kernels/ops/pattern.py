@@ -85,22 +85,22 @@ def codes_of(bitmask: Tensor, k: int, m: int) -> Tensor:
 
 
 def metadata_of(bitmask: Tensor) -> Tensor:
-    """int16 metadata of a bitmask uint8 [rows, K / 8] of 2:4, K divisible by 16: two bits for each value.
+    """Convert a 2:4 bitmask uint8 [rows, K / 8], K divisible by 16, to int16 metadata: two bits for each value.
 
-    They are those of the instruction ``mma.sp`` of NVIDIA's sparse tensor cores, and of torch's semi-structured weights
-    by CUTLASS: [rows, K / 16], both padded to whole blocks of 32 rows and columns. A word holds four groups. A block
-    lies behind those of columns before its own, and of rows before. There the word of row 16 h + 8 l + b and the
-    columns from 16 c on has the place 8 b + 4 h + 2 c + l.
+    The instruction ``mma.sp`` of NVIDIA's sparse tensor cores reads them, and CUTLASS, which torch uses. They are
+    [rows, K / 16], both padded to whole blocks of 32 rows and columns. A word has four groups. Blocks are ordered by
+    columns, then by rows. In a block, the word of row 16 h + 8 l + b and of the columns from 16 c on is at
+    8 b + 4 h + 2 c + l. PTX ISA, "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types".
     """
     words = _translated(bitmask, PLACES, 0b0100).view(torch.int16)
     rows, columns = words.shape
-    # the values there are zeros, for which any places will do
+    # padding has no values, so any valid places will do
     words = nn.functional.pad(words, (0, columns % 2, 0, -rows % METADATA_BLOCK), value=0x4444)
     return words.view(-1, 2, 2, 8, words.shape[1] // 2, 2).permute(4, 0, 3, 1, 5, 2).reshape(words.shape)
 
 
 def as_bitmask(bitmask: Tensor, k: int, rows: int) -> Tensor:
-    """The bitmask uint8 [rows, ceil(K / 8)] itself, or of int16 ``metadata_of`` it."""
+    """Convert int16 metadata back to the bitmask uint8 [rows, K / 8]; return a bitmask unchanged."""
     if bitmask.dtype == torch.uint8:
         return bitmask
     blocks = bitmask.view(bitmask.shape[1] // 2, -1, 8, 2, 2, 2).permute(1, 3, 5, 2, 0, 4).reshape(bitmask.shape)
@@ -109,7 +109,7 @@ def as_bitmask(bitmask: Tensor, k: int, rows: int) -> Tensor:
 
 
 def _translated(masks: Tensor, table: Mapping[int, int], other: int) -> Tensor:
-    """Bytes of two groups each, by a table of groups."""
+    """Translate bytes of two groups each, by a table of groups."""
     groups = [table.get(group, other) for group in range(16)]
     both = torch.tensor([low | high << 4 for high in groups for low in groups], dtype=torch.uint8, device=masks.device)
     return both[masks.int()]

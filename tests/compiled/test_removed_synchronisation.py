@@ -125,7 +125,7 @@ def call_of(kernel, target):
     if kernel == "packed_linear":
         return PackedProduct(tiles_of(kernel, target, 2)[row], aligned=True).assert_right
     if kernel == "sparse_mma":
-        # more steps than are under way at once
+        # more steps than are in flight at once
         return SparseProduct(tiles_of(kernel, target, 2)[1], 16, 64, 384).assert_right
     if kernel in OF_LAYERS:
         layers = ManyLayers(2, 4, torch.bfloat16)

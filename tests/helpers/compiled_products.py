@@ -234,9 +234,9 @@ class PackedProduct:
 
 @dataclass(frozen=True)
 class SparseProduct:
-    """A product with a 2:4 weight by ``mma.sp``, of whole numbers: sums are exact, and the result is rounded once.
+    """A product with a 2:4 weight by ``mma.sp``, of whole numbers: sums are exact, and results are rounded once.
 
-    Each of the six codes stands in each of the eight groups of an instruction.
+    Each of the eight groups of an instruction has each of the six codes.
     """
 
     tile: Tiles

@@ -1,12 +1,12 @@
-"""Products with 2:4 weights on sparse tensor cores: a Gluon kernel around ``mma.sp``, for Triton has no sparse dot.
+"""Products with 2:4 weights on sparse tensor cores: a Gluon kernel with ``mma.sp``, since Triton has no sparse dot.
 
 The instruction multiplies a tile of 16 rows and 32 columns, half of which are stored, with 8 tokens. Each thread of a
-warp gives it int32 words: of values, of which one has the two of a group, of x, of two columns each, and the word of
-``metadata_of`` with its own number. That serves two tiles: selector 0 has the upper 16 rows, 1 the lower. The
-PTX ISA says which words a thread gives: "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types".
+warp passes int32 words: of values, with the two of a group, of x, with two columns, and the word of ``metadata_of``
+whose number is the thread's. That word serves two tiles: selector 0 the upper 16 rows, 1 the lower ones. Which other
+words a thread passes is in the PTX ISA: "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types".
 
 A warp multiplies TILES tiles of rows with all tokens of its program. Steps of 64 columns are copied to shared memory
-STAGES - 1 ahead of their use. Programs along the grid's last axis share K, see ``masked_gemm``.
+STAGES - 1 steps before their use. Programs along the grid's last axis split K, see ``masked_gemm``.
 """
 
 import math
@@ -20,28 +20,28 @@ from .launch import launch_tiles
 from .masked_gemm import SplitResult
 from .tiles import ALIGNED, architecture, tiles_for
 
-# as later releases call it, or up to 3.6
+# releases after Triton 3.6 renamed it
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 MMA = gl.constexpr("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.")
 OPERANDS = gl.constexpr(".f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9, $10, $11}, {$12, $13, $14, $15}, $16, ")
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 REGISTERS = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r")
-# Rows of a tile, tokens; words of values of a step of 64 columns, of values of a tile
+# Rows and tokens of the instruction; words of values in a row of a step, and of the instruction
 ROWS, TOKENS, STEP, WORDS = gl.constexpr(16), gl.constexpr(8), gl.constexpr(16), gl.constexpr(8)
 LANES = gl.constexpr(32)
 
 
 @gluon.constexpr_function
 def words_layout(registers, rows, words, row_step, warps):
-    """The layout of a step's words [rows, words]: a warp has four along a row and eight rows."""
+    """Return the layout of words [rows, words] whose warps have eight rows of four threads."""
     of_warps = [[row_step << i, 0] for i in range(warps.bit_length() - 1)]
     return gl.DistributedLinearLayout(registers, [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], of_warps, [], [rows, words])
 
 
 @gluon.jit
 def added_product(total, values, x, metadata, ELEMENT: gl.constexpr, SELECTOR: gl.constexpr):
-    """[warps, LANES, 4], registers of each thread: a tile's sums and its product."""
+    """Add a tile's product to its sums; tensors are [warps, LANES, registers of a thread]."""
     NUMBER: gl.constexpr = "0x1;" if SELECTOR else "0x0;"
     ASSEMBLY: gl.constexpr = MMA + ELEMENT + "." + ELEMENT + OPERANDS + NUMBER
     operands = [values, x, total, metadata]
@@ -53,16 +53,16 @@ def copy_step(
     own_values, own_x, own_metadata, of_values, of_x, of_metadata, k, end, column, x_column, half, last_block,
     block_words,
 ):  # fmt: skip
-    """Begin to copy a step's words from word k of a row's values on; from ``end`` on they become zeros."""
+    """Start copies of a step, which begins at word k of a row's values; words from ``end`` on become zeros."""
     copy_async(own_values, of_values + k, mask=(k + column // 4 * 4 < end)[None, :])
     copy_async(own_x, of_x + 2 * k, mask=(2 * k + x_column // 4 * 4 < 2 * end)[None, :])
-    # also beside zeros metadata have to be valid: of a last half step the half before
+    # metadata must be valid for zeros too: the second half of a last step may repeat the first
     block = gl.minimum(k // WORDS + half, last_block) * block_words
     copy_async(own_metadata, of_metadata + block[:, None], mask=k < end)
     async_copy.commit_group()
 
 
-# units: where one is all, LLVM sees a single step
+# units: with a constant of 1 LLVM sees a single step
 @gluon.jit(do_not_specialize=["tokens", "rows", "units"])
 def sparse_mma_kernel(
     x, values, metadata, bias, out, tokens: gl.int64, rows, units,
@@ -78,11 +78,11 @@ def sparse_mma_kernel(
     X_LOADED: gl.constexpr = words_layout([[0, 4], [0, 8], [0, 16]], TOKENS, 2 * STEP, 0, WARPS)
     COPIED: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     X_COPIED: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
-    # Eight rows of 16 bytes, as ``ldmatrix`` reads them, lie in different banks
+    # ``ldmatrix`` reads eight rows of 16 bytes: swizzled, they are in different banks
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
     X_SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    # Of a step the rows of the first tile of each warp, then of the second; so the words of metadata
+    # A step has the rows of the first tile of each warp, then those of the second; words of metadata likewise
     own_values = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_OUT, STEP], SWIZZLED)
     own_x = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_T, 2 * STEP], X_SWIZZLED)
     own_metadata = gl.allocate_shared_memory(gl.int32, [STAGES, TILES * WARPS, LANES], PLAIN)
@@ -93,7 +93,7 @@ def sparse_mma_kernel(
     end = gl.minimum(start + part, groups)
     first_row, first_token = gl.program_id(0) * BLOCK_OUT, gl.program_id(1).to(gl.int64) * BLOCK_T
 
-    # Beyond the last row or token that one once more, which needs no mask
+    # Rows and tokens past the end repeat the last one, which needs no mask
     column = gl.arange(0, STEP, gl.SliceLayout(0, COPIED))
     x_column = gl.arange(0, 2 * STEP, gl.SliceLayout(0, X_COPIED))
     row = gl.arange(0, BLOCK_OUT, gl.SliceLayout(1, COPIED))
@@ -125,7 +125,7 @@ def sparse_mma_kernel(
         first, second, words = (), (), ()
         for i in gl.static_range(TILES):
             tile = own_values.index(slot).slice(i * ROWS * WARPS, ROWS * WARPS).load(LOADED)
-            # by warp, half of the rows, row, half of the columns, half of the words, word: a thread has one of the last
+            # warp, half of the rows, row, half of the columns, half of the words, word
             tile = tile.reshape([WARPS, 2, 8, 2, 2, 4]).permute([0, 2, 5, 4, 1, 3]).reshape([WARPS, LANES, 4, 2])
             halves = gl.split(tile)
             first = first + (gl.convert_layout(halves[0], REGISTER, assert_trivial=True),)
@@ -166,10 +166,10 @@ def sparse_mma_kernel(
 
 
 def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [tokens, K] @ unpacked [rows, K].T + bias [rows], all of one dtype of 16 bits; see ``metadata_of``."""
+    """x [tokens, K] @ unpacked [rows, K].T + bias [rows], all of one dtype of 16 bits."""
     (tokens, k), rows = x.shape, len(values)
     unit = math.gcd(k // 4, ALIGNED)
-    # words of two values are copied four at a time
+    # copies are of 16 bytes
     x = x.clone() if x.data_ptr() % 16 else x
     tile = tiles_for("sparse_mma", 4, x.dtype, tokens, rows, k, architecture(x.device))
     split = SplitResult("sparse_mma", tile, (tokens, rows), k, x, bias)

@@ -212,8 +212,8 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=128, tokens=32, k=64, num_warps=8),
         Tiles(out=128, tokens=64, k=64, num_warps=8),
     ),
-    # A warp has 32 rows, of the last tile 64: as many as its registers take. Four warps a processor have as many bytes
-    # under way, by asynchronous copies, as its share of the memory's bandwidth takes.
+    # A warp has 32 rows, in the last tile 64: as many as fit its registers. The asynchronous copies of four warps a
+    # processor are enough bytes in flight for its share of the memory's bandwidth.
     ("sparse_mma", 2): (
         Tiles(out=32, tokens=8, k=64, num_warps=1, num_stages=4, least_warps=4),
         Tiles(out=64, tokens=16, k=64, num_warps=2, num_stages=4, least_warps=4),

@@ -283,7 +283,7 @@ for target in TARGETS.keys() - {"gfx942"}:
     ids=["first", "all"],
 )  # fmt: skip
 def test_products_on_sparse_tensor_cores(child, rows, options):
-    """In the loop words come by asynchronous copies and ``ldmatrix`` alone."""
+    """The loop loads words only by asynchronous copies and ``ldmatrix``."""
     for row in child(SPARSE_CHILD, rows, options):
         check(row)
         (products_made, matrices, copies, loads), products, _ = row[7:]
