@@ -222,7 +222,8 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
 
 def has_metadata(values: Tensor, pattern: NMPattern) -> bool:
     """Return whether metadata exist for a pattern and values [rows, K N / M]: for 2:4 and K divisible by 16."""
-    return isinstance(values, Tensor) and (pattern.n, pattern.m) == (2, 4) and values.shape[-1] % 8 == 0
+    matrix = isinstance(values, Tensor) and values.dim() == 2
+    return matrix and (pattern.n, pattern.m) == (2, 4) and values.shape[1] % 8 == 0
 
 
 def held_bitmask(bitmask: Tensor, values: Tensor, pattern: NMPattern) -> Tensor:
