@@ -11,6 +11,7 @@ from helpers.cases import cases
 from helpers.compiled_products import SparseProduct
 from helpers.planted import what_is_found
 
+from maskpro_kernels.ops.triton import tiles
 from maskpro_kernels.ops.triton.tiles import tiles_of
 
 pytestmark = pytest.mark.compiled
@@ -23,8 +24,10 @@ TABLE = tiles_of("sparse_mma", "sm_80", 2)
 COLUMNS = (192, 144, 160, 176)
 
 
-def tokens_of(tile):
-    return 1, tile.tokens - 1, tile.tokens, 2 * tile.tokens + 3, 300
+def tokens_of(tile, target):
+    """Up to the tokens from which a dense product is taken."""
+    most = tiles.TARGETS[target].sparse_tokens
+    return [min(tokens, most) for tokens in (1, tile.tokens - 1, tile.tokens, 2 * tile.tokens + 3, 300)]
 
 
 # (target, row of the table, dtype, columns, rows beside whole tiles, place in ``tokens_of``)
@@ -46,7 +49,7 @@ CHOSEN = {
 def test_products(target, row, dtype, k, beside, place, compiled_for, launched):
     compiled_for(target)
     tile = tiles_of("sparse_mma", target, 2)[row]
-    SparseProduct(tile, tokens_of(tile)[place], tile.out + beside, k, dtype).assert_right()
+    SparseProduct(tile, tokens_of(tile, target)[place], tile.out + beside, k, dtype).assert_right()
     assert launched["sparse_mma"] == 1
 
 
