@@ -119,7 +119,7 @@ def test_multiplications_of_integers_share_the_pipe_of_fp32():
 @pytest.mark.slow
 def test_the_costs_by_which_a_step_draws_once_are_those_of_the_model():
     child_code = (
-        "from modelled_costs import CHIPS, mask_costs\nfor target in CHIPS: report([target, list(mask_costs(target))])"
+        "from modelled_costs import CHIPS, mask_costs\nfor target in CHIPS: emit([target, list(mask_costs(target))])"
     )
     with Child() as child:
         rows = child(child_code)

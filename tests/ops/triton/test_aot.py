@@ -270,7 +270,7 @@ for target in TARGETS.keys() - {"gfx942"}:
             first, last = modelled_costs.largest_loop(lines)
             loop = [sum(name in line for line in lines[first:last]) for name in ("HMMA.SP", "LDSM", "LDGSTS", "LDG.")]
             products = tile.out // 16 // tile.num_warps * tile.tokens // 8 * 2
-            tell([target, ["sparse_mma", tile.out, tile.tokens], built.registers, built.spills, built.stack,
+            emit([target, ["sparse_mma", tile.out, tile.tokens], built.registers, built.spills, built.stack,
                   built.shared, [name for name in ("mma.sync", "shfl") if name in built.asm["ptx"]],
                   loop, products, last - first])
 """
