@@ -29,7 +29,7 @@ MASKED = {
     "LLaMA": 100, "Qwen3": 100, "Mistral": 100, "Gemma 3": 100, "GPT-2": 100, "OPT": 100, "Phi": 100, "Phi-3": 100,
     "BERT": 100, "T5": 100, "DeepSeek-V3": 99, "Mixtral": 99, "Qwen3-MoE": 99,
     "gpt-oss": 97, "Qwen2.5-VL": 95, "Whisper": 91, "Mamba": 86, "LLaVA": 84, "Gemma 3 with images": 74, "ViT": 70,
-    "convolutions": 2, "Falcon": 100, "Zamba2": 42, "Jamba": 96, "BART": 100, "Qwen2": 100, "Gemma": 100,
+    "convolutions": 2, "Falcon": 100, "Zamba2": 98, "Jamba": 96, "BART": 100, "Qwen2": 100, "Gemma": 100,
     "Gemma 2": 100, "OLMo 2": 100, "StableLM": 100, "StarCoder2": 100, "Cohere": 100, "Granite": 100, "SmolLM3": 100,
     "Nemotron": 100, "GLM": 100, "GPT-NeoX": 100, "GPT-J": 100, "BLOOM": 100, "Qwen2-MoE": 99, "OLMoE": 99,
     "Mamba 2": 95, "RoBERTa": 100, "ELECTRA": 100,

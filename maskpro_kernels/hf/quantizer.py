@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -34,6 +35,7 @@ class SparseConfig(QuantizationConfigMixin):
         layers: by name, the ``pattern`` of each layer; for a MaskedLinear also ``layer``, its id in the counter; for an
             NMLinear also ``values``, "keep" or "int8" as in ``pack_nm``.
         taken_apart: names of unfused modules with such layers, see ``unfuse``.
+        shared: other names of layers that stand in several places, each with the name in ``layers``.
         version: of the format.
         loading: how to load it with transformers, for readers without this package.
 
@@ -42,7 +44,8 @@ class SparseConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, layers: Mapping[str, Mapping], taken_apart: Sequence[str] = (),
-                 version: int = VERSION, loading: str = HOW_TO_LOAD, **others):  # fmt: skip
+                 shared: Mapping[str, str] | None = None, version: int = VERSION, loading: str = HOW_TO_LOAD,
+                 **others):  # fmt: skip
         others.pop("quant_method", None)
         if version != VERSION or others:
             raise ValueError(
@@ -58,22 +61,29 @@ class SparseConfig(QuantizationConfigMixin):
                     f"quantization_config: expected the pattern, and layer or values, of {name}, got {layer!r}"
                 )
             NMPattern(layer["pattern"])
+        if not {*(shared or {}).values()} <= layers.keys():
+            raise ValueError(f"quantization_config: expected names in layers of each in shared, got {shared!r}")
         self.quant_method = METHOD
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.taken_apart, self.version, self.loading = list(taken_apart), version, loading
+        self.shared = dict(shared or {})
 
     @classmethod
     def of(cls, model: nn.Module) -> SparseConfig | None:
         """Make the config of a model's masked and packed layers; None if it has none."""
-        layers = {}
-        for name, module in model.named_modules():
-            if isinstance(module, MaskedLinear):
+        layers, shared, first = {}, {}, {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if not isinstance(module, SPARSE):
+                continue
+            if first.setdefault(module, name) != name:
+                shared[name] = first[module]
+            elif isinstance(module, MaskedLinear):
                 layers[name] = {"pattern": str(module.pattern), "layer": module.layer}
-            elif isinstance(module, NMLinear):
+            else:
                 layers[name] = {"pattern": str(module.pattern), "values": module.kind}
         # dense modules may stay unfused because of adapters of peft
         apart = unfused_modules(model)
-        return cls(layers, apart) if layers or apart else None
+        return cls(layers, apart, shared) if layers or apart else None
 
 
 def describe(model: nn.Module) -> None:
@@ -169,6 +179,17 @@ class SparseQuantizer(HfQuantizer):
                 raise ValueError(f"checkpoint: expected logits of {' or '.join(FLOATS)}, got others")
             logits_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             put_empty_layers(model, layers, logits_dtype)
+        shared, modules = self.quantization_config.shared, dict(model.named_modules())
+        self._shared = {own: shared[name] for name, own in _own_names(model, shared).items()}
+        for own in self._shared:
+            if not isinstance(modules.get(own), nn.Linear):
+                raise ValueError(f"quantization_config: shared: expected names of nn.Linear modules, got {own!r}")
+            # no parameters while weights are loaded: the checkpoint has each tensor under one name
+            model.set_submodule(own, nn.Identity())
+            for part in ("weight", "bias"):
+                model.all_tied_weights_keys.pop(f"{own}.{part}", None)
+            # of the extra state, which is stored under each name
+            model._keys_to_ignore_on_load_unexpected.add(re.escape(f"{own}."))
         # for missing tensors transformers would only warn and set random values
         names = {_bare_name(name, model) for name in stored}
         for module in unfused_modules(model) if layers else ():
@@ -180,6 +201,9 @@ class SparseQuantizer(HfQuantizer):
                     )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        first = _own_names(model, self._shared.values())
+        for own, name in self._shared.items():
+            model.set_submodule(own, model.get_submodule(first[name]))
         states: dict[torch.device, CounterState] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, NMLinear):
@@ -317,13 +341,14 @@ def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> N
         )
     kinds = [layer.get("values", "masked") for layer in layers.values()]
     masked, int8 = kinds.count("masked"), kinds.count(INT8)
-    expected = {"logits": masked, "_extra_state": masked} if masked else {}
-    packed = len(kinds) - masked
+    # the extra state is checked by layer ids
+    expected = {"logits": masked} if masked else {}
+    packed, beside = len(kinds) - masked, {"values": "bitmask", "scales": "bitmask", "bitmask": "values"}
     for part, count in (expected | {"values": packed, "bitmask": packed, "scales": int8}).items():
         found = [name.rpartition(".")[0] for name in stored if name.endswith(f".{part}")]
-        if part in ("values", "scales"):
-            # other modules may have tensors of these names
-            found = [name for name in found if f"{name}.bitmask" in stored]
+        if part in beside:
+            # other modules may have tensors of these names, and a shared layer has a bitmask under each name
+            found = [name for name in found if f"{name}.{beside[part]}" in stored]
         if len(found) != count:
             raise ValueError(
                 f"checkpoint: expected {part} of {count} layers by its quantization_config, got {len(found)}; "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,15 @@ from ..modules import CounterState, MaskedLinear, initial_logits, masked_layers
 from ..ops.pattern import NMPattern
 from ..packed import SPARSE
 from ..ranks import Ranks
-from ..unfuse import as_built, check_not_merged, fit_adapters, in_linear_form, refuse_merging, replace_modules
+from ..unfuse import (
+    as_built,
+    check_not_merged,
+    fit_adapters,
+    in_linear_form,
+    lost_with,
+    refuse_merging,
+    replace_modules,
+)
 from .calibration import check_calibration
 from .initial_masks import Init, Progress, check_initial_mask, given, refitted_masks
 from .reconstruction import Reconstruction
@@ -71,7 +79,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
         model: any module that contains nn.Linear layers, or modules that ``unfuse`` can turn into them.
         pattern: "N:M" or NMPattern.
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
-            head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
+            head, layers that share a weight but not the bias, layers with forward hooks, layers that the pattern does not fit, and
             layers whose weight other code reads directly, see ``read_elsewhere``.
         init: "magnitude" or "random"; with ``calibration`` also "wanda", "reconstruction" or "sparsegpt"; the path of a
             mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. If ``fully_shard`` has
@@ -116,7 +124,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     check_no_flat_parameters("model", model)
     check_replaceable(model)
     call, calibration = first_call(_agreed_calibration(calibration) if cut else calibration)
-    with in_linear_form(model) as left_out:
+    with _one_layer_a_weight(model), in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
         # FSDP2 may have kept the last layers gathered
         resharded(model)
@@ -154,6 +162,32 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
             stacklevel=2,
         )
     return Conversion(list(layers), skipped, gap, share, unmasked)
+
+
+@contextmanager
+def _one_layer_a_weight(model: nn.Module) -> Iterator[None]:
+    """Put one nn.Linear in all places that share weight and bias, as in Zamba2, so that these have one mask.
+
+    Places that are not converted get their own layer back.
+    """
+    owners, joined = {}, {}
+    for module in model.modules():
+        if type(module) is nn.Linear and not is_distributed(module.weight) and lost_with(module) is None:
+            joined[id(module)] = owners.setdefault((id(module.weight), id(module.bias)), module)
+    places = [
+        (parent, name, child, joined[id(child)])
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if joined.get(id(child), child) is not child
+    ]
+    for parent, name, _, one in places:
+        setattr(parent, name, one)
+    try:
+        yield
+    finally:
+        for parent, name, child, one in places:
+            if getattr(parent, name) is one:
+                setattr(parent, name, child)
 
 
 def _masked_linear_of_shards(

@@ -73,6 +73,25 @@ def test_layers_that_share_a_weight_or_have_hooks_are_left_out():
     }
 
 
+def test_layers_that_share_weight_and_bias_get_one_mask():
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    model[2].weight = model[0].weight
+    layers, x = list(model), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="calibration"):
+        mk.convert(model, "2:4", init="wanda", calibration=[x * float("nan")])
+    assert list(model) == layers
+    mk.convert(model, "2:4", ["1"])
+    assert [model[0], model[2]] == layers[::2]
+    # inputs of both places choose the mask
+    calls = nn.Sequential(layers[0], nn.Linear(8, 8), layers[0]).requires_grad_(False)
+    calls[1].load_state_dict({"weight": torch.eye(8), "bias": torch.zeros(8)})
+    mk.convert(calls, "2:4", ["0"], init="wanda", calibration=[x])
+    model[1] = nn.Identity()
+    conversion = mk.convert(model, "2:4", init="wanda", calibration=[x])
+    assert conversion.converted == ["0"] and conversion.masked_share == 1 and model[0] is model[2]
+    torch.testing.assert_close(model[0].logits, calls[0].logits)
+
+
 @pytest.mark.parametrize(
     ("targets", "converted"),
     [
