@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 VENV36 := .venv-triton36
 OLDEST := .venv-oldest
-# The interpreter and the compilers use one core each. Of two cores a third process takes what the others leave while they
-# wait for their children, for disks and for clocks.
+# The interpreter and the compilers use one core each. Of two cores a third and a fourth process take what the others leave
+# while they wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
 LONGEST := $(wildcard $(patsubst %,tests/%.py,docs/test_documents cli/test_learn \
@@ -11,7 +11,7 @@ LONGEST := $(wildcard $(patsubst %,tests/%.py,docs/test_documents cli/test_learn
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
 	benchmarks/test_characters sharding/test_shards_of_layers))
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
-TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
+TESTS := -n 4 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
 # run apart
 COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/compiled/test_%.py, \

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cases import slow
 from helpers.children import environment
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,7 +138,7 @@ def test_learned_masks_and_logits(way, runs):
     compare(f"{way}: greedy tokens", greedy(runs / way))
 
 
-@pytest.mark.parametrize("way", ["straight-through", "reinforce"])
+@pytest.mark.parametrize("way", ["straight-through", slow("reinforce")])
 def test_a_killed_run_continues_to_the_same_bits(way, sources, runs, tmp_path):
     arguments = [sys.executable, "-c", KILLED_BEFORE_STEP_2, *command(sources, way, tmp_path / "run")]
     assert subprocess.run(arguments, env=environment(), capture_output=True).returncode == 9

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.cases import cases
+from helpers.cases import cases, slow
 from helpers.enumerated import KERNEL_DEVICE, chi_square_p, code_counts, set_probabilities, subset_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +74,11 @@ def test_compiled_draws_match_the_enumerated_probabilities(pattern, kind, temper
 # The bits of all routes are the same (tests/ops/test_bits.py), and the larger the groups the slower the interpreter
 @pytest.mark.parametrize(
     "draw, pattern, kind, temperature",
-    [(reference_codes, "4:8", "ramp", 0.6), (kernel_codes, "2:4", "ramp", 0.6), (kernel_codes, "4:8", "normal", 1.0)],
+    [
+        (reference_codes, "4:8", "ramp", 0.6),
+        (kernel_codes, "2:4", "ramp", 0.6),
+        slow(kernel_codes, "4:8", "normal", 1.0),
+    ],
 )
 def test_other_routes_draw_as_enumerated(draw, pattern, kind, temperature, launched):
     assert p_value(draw, pattern, kind, temperature, seed=21) > P_VALUE

@@ -103,7 +103,7 @@ def counting(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "mutation", cases(((name,) for name in MUTANTS), slow=lambda name: name not in ("nothing", *list(MUTANTS)[1::8]))
+    "mutation", cases(((name,) for name in MUTANTS), slow=lambda name: name not in ("nothing", *list(MUTANTS)[1::16]))
 )
 def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     before, after, wrong = MUTANTS[mutation]
@@ -140,7 +140,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
 
 @pytest.mark.parametrize(
     "mutation",
-    cases(((name,) for name in PACKED_MUTANTS), slow=lambda name: name not in ("nothing", *list(PACKED_MUTANTS)[1::3])),
+    cases(((name,) for name in PACKED_MUTANTS), slow=lambda name: name not in ("nothing", *list(PACKED_MUTANTS)[1::6])),
 )
 def test_packed_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     """Rows, tokens and groups fill no tile; what lies after an output is looked at as well."""
