@@ -1,6 +1,5 @@
 """Fused kernels for learning and running N:M sparse language models."""
 
-from .fsdp import load_checkpoint_shards
 from .functional.linear import codes_linear, masked_linear, straight_through_gradient, straight_through_linear
 from .functional.masks import (
     expand_mask,
@@ -30,7 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Conversion", "MaskOptimizer", "MaskTrainer", "MaskedLinear", "ModelMasks", "NMLinear", "NMPattern", "PackedNM",
     "Reinforce", "Sparse24Linear", "StepRecord", "StraightThrough", "advance", "codes_linear", "convert", "dense",
-    "expand_mask", "finalize", "load_checkpoint_shards", "log_prob", "mask_log_prob", "masked_linear", "nm_linear",
+    "expand_mask", "finalize", "log_prob", "mask_log_prob", "masked_linear", "nm_linear",
     "pack_24", "pack_mask", "pack_nm", "refit", "sample_mask", "sample_masked_weight", "score_update_", "shard_counter",
     "sparse24_linear", "straight_through_gradient", "straight_through_linear", "top_n_mask",
 ]  # fmt: skip

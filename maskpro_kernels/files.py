@@ -166,24 +166,6 @@ def weight_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def named_files(folder: Path) -> list[Path]:
-    """List the files that ``from_pretrained`` loads: the single one, or those of the index, which is checked."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        return []
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"it names {missing[0]}, which is missing")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"checkpoint: expected a valid {INDEX} in {str(folder)!r}, got {error!r}; copy or download it again"
-        ) from error
-    return [folder / name for name in names]
-
-
 def digest_of_bytes(*parts: bytes) -> bytes:
     """Digest of concatenated bytes."""
     whole = hashlib.blake2b(digest_size=SIZE)

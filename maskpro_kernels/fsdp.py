@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 Params = dict[int, tuple]
 # Part of a tensor: its begin in each dimension, and its sizes
 Part = tuple[torch.Size, torch.Size]
-# Most names in a message
-NAMED = 3
-# Dtypes without scales, which can be converted when they are loaded
-PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Place(NamedTuple):
@@ -512,24 +507,23 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
     return write
 
 
-def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[str, tuple[list[int], torch.dtype]]:
+def kinds_of_parts(files: Sequence[Path]) -> dict[str, tuple[list[int], torch.dtype]]:
     """(shape, dtype) of tensors by name, from files with parts of them or with whole ones.
 
-    A missing end of a tensor cannot be noticed: the shape is then smaller. ValueError, which begins with ``argument``,
-    unless the files have each element of a tensor once, in a format that torch reads; OSError or SafetensorError if a
-    file cannot be read.
+    A missing end of a tensor cannot be noticed: the shape is then smaller. ValueError unless the files have each
+    element of a tensor once, in a format that torch reads; OSError or SafetensorError if a file cannot be read.
     """
     try:
         stored = _reader_of(files).read_metadata().state_dict_metadata
     except (KeyError, TypeError, ValueError) as error:
         # an unknown dtype, or wrong offsets of parts
         raise ValueError(
-            f"{argument}: expected safetensors that torch reads, got {error!r} in {str(files[0].parent)!r}"
+            f"snapshot: expected safetensors that torch reads, got {error!r} in {str(files[0].parent)!r}"
         ) from error
     for name, of in stored.items():
         if not _fill([(part.offsets, part.sizes) for part in of.chunks], of.size):
             raise ValueError(
-                f"{argument}: expected each element of {name} once, got parts that lack some or overlap in "
+                f"snapshot: expected each element of {name} once, got parts that lack some or overlap in "
                 f"{str(files[0].parent)!r}"
             )
     return {name: (list(of.size), of.properties.dtype) for name, of in stored.items()}
@@ -585,118 +579,3 @@ def _reader_of(files: Iterable[Path]):
     reader = HuggingFaceStorageReader(".")
     reader.fs = Listed()
     return reader
-
-
-class _Entry(NamedTuple):
-    """A parameter or buffer with its places in a model."""
-
-    tensor: Tensor
-    # (dict of a module with the tensor, its name there)
-    places: list[tuple[dict, str]]
-    # in the model; empty for a buffer that checkpoints leave out
-    names: list[str]
-
-
-def load_checkpoint_shards(
-    model: nn.Module, checkpoint: str | Path, *, device: torch.device | str | None = None
-) -> None:
-    """Load a safetensors checkpoint into a model on the meta device whose parameters ``fully_shard`` has split.
-
-    Call ``convert`` after it. Each rank reads its own rows from the files, by ``torch.distributed.checkpoint``. Nothing
-    is sent, and no rank has more of a parameter than its shard. Tensors in memory get their values in place. Shared
-    parameters, such as tied embeddings, stay shared; the checkpoint may have any of their names. Dtypes are those of
-    the model: float64, float32, bfloat16 and float16 are converted to each other, all others must be equal.
-
-    For models of transformers, its own loader does the same and knows older names of weights, see docs/large-models.md.
-
-    Args:
-        model: its parameters and buffers are on meta or in memory, as DTensors, or as plain tensors, which each rank
-            reads whole.
-        checkpoint: folder with ``model.safetensors``, or with an index and its files; else one with other safetensors
-            files, with whole tensors or the parts of torch's ``HuggingFaceStorageWriter``; or a single file.
-        device: device for tensors on meta. Default: the device of the meshes, or the CPU without a mesh.
-
-    Warns:
-        UserWarning: if the checkpoint has tensors that the model does not have.
-
-    Raises:
-        ValueError: if there are no such files; if files are damaged or missing, or two of them have the same part; or
-            if values of the model's checkpoint, or of a tensor on meta, are missing or have another shape or a dtype
-            that is not converted. The model does not change.
-        OSError: if a file cannot be read. Tensors on meta stay there.
-    """
-    # late: the hub of kernels has only layers, which need no files
-    from .files import named_files, weight_files
-
-    files = named_files(Path(checkpoint)) or weight_files(checkpoint)
-    held = list(_entries_of(model))
-    stored = _checked(held, files, checkpoint)
-    if device is None:
-        kind = next((of.tensor.device_mesh.device_type for of in held if is_distributed(of.tensor)), "cpu")
-        device = kind if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
-    new = {name: torch.empty_like(of.tensor, device=device) for name, of in stored.items() if of.tensor.is_meta}
-    with torch.no_grad():
-        old = {name: of.tensor.detach() for name, of in stored.items() if name not in new}
-        read_parts(files, new | old)
-    for name, tensor in new.items():
-        of = stored[name]
-        if isinstance(of.tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=of.tensor.requires_grad)
-        for place, key in of.places:
-            place[key] = tensor
-    # FSDP2 must find the new parameters
-    resharded(model)
-
-
-def _entries_of(model: nn.Module) -> Iterator[_Entry]:
-    """Parameters and buffers of a model, each tensor once."""
-    entries: dict[int, _Entry] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for place in (module._parameters, module._buffers):
-            for key, tensor in place.items():
-                if tensor is not None:
-                    of = entries.setdefault(id(tensor), _Entry(tensor, [], []))
-                    of.places.append((place, key))
-                    if key not in module._non_persistent_buffers_set:
-                        of.names.append(f"{prefix}.{key}" if prefix else key)
-    return iter(entries.values())
-
-
-def _checked(held: list[_Entry], files: list[Path], checkpoint: str | Path) -> Mapping[str, _Entry]:
-    """Tensors to read, by their names in the files; ValueError if one does not fit."""
-    from safetensors import SafetensorError
-
-    try:
-        kinds = kinds_of_parts(files, "checkpoint")
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint: expected whole safetensors files, got {str(checkpoint)!r}: {error}") from error
-    stored, lacking = {}, []
-    for of in held:
-        name = next((name for name in of.names if name in kinds), None)
-        if name is not None:
-            stored[name] = of
-        elif of.names or of.tensor.is_meta:
-            lacking.append(of.names[0] if of.names else f"{of.places[0][1]}, a buffer that checkpoints leave out")
-    if lacking:
-        raise ValueError(
-            f"checkpoint: expected values for all tensors on meta and all that checkpoints have, got none for "
-            f"{_listed(lacking)} in {str(checkpoint)!r}; make computed tensors in memory, or load by transformers"
-        )
-    for name, of in stored.items():
-        (shape, dtype), own = kinds[name], list(of.tensor.shape)
-        if dtype != of.tensor.dtype and not {dtype, of.tensor.dtype} <= PLAIN:
-            raise ValueError(
-                f"checkpoint: expected {name} as {of.tensor.dtype}, got {dtype} in {str(checkpoint)!r}: dequantize "
-                "it first"
-            )
-        if shape != own:
-            raise ValueError(f"checkpoint: expected {name} of shape {own}, got {shape} in {str(checkpoint)!r}")
-    others = sorted(kinds.keys() - {name for of in held for name in of.names})
-    if others:
-        warnings.warn(f"{checkpoint}: left out tensors that the model does not have: {_listed(others)}", stacklevel=3)
-    return stored
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

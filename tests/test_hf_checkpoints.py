@@ -335,13 +335,15 @@ def with_one(value: float):
 
 DAMAGES = [
     ("masked", "expected logits of 14 layers .*, got 13", without("logits")),
-    ("masked", "expected _extra_state of 14 layers", without("_extra_state")),
+    ("masked", "expected the extra state of each masked layer", without("_extra_state")),
     ("masked", "expected extra state of shape .8., got .7.", on("_extra_state", lambda state: state[:7].clone())),
     ("masked", "expected one seed and one step", on("_extra_state", lambda state: torch.full((8,), 99))),
     ("masked", "expected the extra state of each masked layer", on("_extra_state", with_id_99)),
     ("masked", "expected logits of F32 or BF16 or F16", on("logits", lambda logits: logits.to(torch.int8))),
     ("masked", "expected the extra state of a whole 1:4 layer", layer_is(pattern="1:4", layer=6)),
     ("masked", "expected the pattern, and layer or values, of", layer_is(pattern="2:4")),
+    ("masked", "expected names in layers of each in shared", reconfigure(lambda c: c.update(shared={LAYER: "a"}))),
+    ("masked", "shared: expected names of nn.Linear modules, got 'a'", reconfigure(lambda c: c["shared"].update(a=LAYER))),
     ("masked", "pattern: expected N:M", layer_is(pattern="2:5", layer=6)),
     ("masked", "expected version 1 .*got version 2", reconfigure(lambda config: config.update(version=2))),
     ("masked", "expected version 1 without other settings", reconfigure(lambda config: config.update(speed=1))),

@@ -35,7 +35,7 @@ class SparseConfig(QuantizationConfigMixin):
         layers: by name, the ``pattern`` of each layer; for a MaskedLinear also ``layer``, its id in the counter; for an
             NMLinear also ``values``, "keep" or "int8" as in ``pack_nm``.
         taken_apart: names of unfused modules with such layers, see ``unfuse``.
-        shared: other names of layers that stand in several places, each with the name in ``layers``.
+        shared: other names of layers that are in several places, each with the name in ``layers``.
         version: of the format.
         loading: how to load it with transformers, for readers without this package.
 

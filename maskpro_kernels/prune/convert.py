@@ -79,8 +79,8 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
         model: any module that contains nn.Linear layers, or modules that ``unfuse`` can turn into them.
         pattern: "N:M" or NMPattern.
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
-            head, layers that share a weight but not the bias, layers with forward hooks, layers that the pattern does not fit, and
-            layers whose weight other code reads directly, see ``read_elsewhere``.
+            head, layers that share a weight but not the bias, layers with forward hooks, layers that the pattern does
+            not fit, and layers whose weight other code reads directly, see ``read_elsewhere``.
         init: "magnitude" or "random"; with ``calibration`` also "wanda", "reconstruction" or "sparsegpt"; the path of a
             mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. If ``fully_shard`` has
             cut the model, all ranks pass the same, and neither "sparsegpt" nor a path.
