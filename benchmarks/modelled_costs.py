@@ -196,20 +196,25 @@ def instructions(lines: tuple[str, ...], looping: bool) -> tuple[Counter, Counte
 
 
 @functools.cache
-def open_groups(n: int, m: int) -> float:
-    """Share of the groups of a mask of gap ``GAP`` that the kernels' bounds leave open, simulated."""
+def open_groups(n: int, m: int, gap: float = GAP) -> float:
+    """Share of the groups of a mask of that gap that the kernels' bounds leave open, simulated."""
     words = torch.randint(0, 1 << 32, (m, SIMULATED_GROUPS), generator=torch.Generator().manual_seed(0))
     kept, dropped = words[:n].amax(0), words[n:].amin(0)
-    return float((bounds.minus_log(dropped) >= GAP + bounds.least_gumbel(kept)).double().mean())
+    return float((bounds.minus_log(dropped) >= gap + bounds.least_gumbel(kept)).double().mean())
+
+
+def clocks(lanes: dict[str, int], counts: dict[str, float]) -> dict[str, float]:
+    """Clocks of a processor by pipe, of instructions of all its threads."""
+    counts = dict(counts) | {"fp32": counts.get("fp32", 0) + counts.get("multiply", 0)}
+    return {pipe: counts.get(pipe, 0) / count for pipe, count in lanes.items()}
 
 
 def busiest(target: str, counts: dict[str, float]) -> tuple[float, str]:
     """(picoseconds, pipe) of instructions of all threads, spread over all processors."""
     chip = CHIPS[target]
-    counts = dict(counts) | {"fp32": counts.get("fp32", 0) + counts.get("multiply", 0)}
-    clocks = {pipe: counts.get(pipe, 0) / lanes for pipe, lanes in chip.lanes.items()}
-    pipe = max(clocks, key=clocks.get)
-    return 1e12 * clocks[pipe] / (TARGETS[target].processors * chip.clock), pipe
+    taken = clocks(chip.lanes, counts)
+    pipe = max(taken, key=taken.get)
+    return 1e12 * taken[pipe] / (TARGETS[target].processors * chip.clock), pipe
 
 
 def counted(built: Built, weights: float, looping: bool, draws: bool = True) -> tuple[dict, dict]:
@@ -220,12 +225,16 @@ def counted(built: Built, weights: float, looping: bool, draws: bool = True) -> 
     return (fewest if draws else most), most
 
 
-def picoseconds(target: str, counts: tuple[dict, dict], groups: int, moved: float, n: int, m: int) -> float:
-    """Cost of a weight by the busiest pipe or by bytes; blocks of ``groups`` compute noise if one of them is open."""
+def expected(counts: tuple[dict, dict], groups: int, n: int, m: int, gap: float = GAP) -> dict[str, float]:
+    """Instructions by pipe; blocks of ``groups`` compute noise if one of them is open."""
     fewest, most = counts
-    clear = (1 - open_groups(n, m)) ** groups
-    expected = {pipe: clear * fewest.get(pipe, 0) + (1 - clear) * count for pipe, count in most.items()}
-    return max(busiest(target, expected)[0], 1e12 * moved / CHIPS[target].bytes_per_second)
+    clear = (1 - open_groups(n, m, gap)) ** groups
+    return {pipe: clear * fewest.get(pipe, 0) + (1 - clear) * count for pipe, count in most.items()}
+
+
+def picoseconds(target: str, counts: tuple[dict, dict], groups: int, moved: float, n: int, m: int) -> float:
+    """Cost of a weight by the busiest pipe or by bytes."""
+    return max(busiest(target, expected(counts, groups, n, m))[0], 1e12 * moved / CHIPS[target].bytes_per_second)
 
 
 def mask_costs(target: str) -> Costs:

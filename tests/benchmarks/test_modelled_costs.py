@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cost_model
 import modelled_costs as model
 import modelled_sparse
 import pytest
@@ -135,10 +136,44 @@ def test_modelled_times_of_sparse_products(monkeypatch, capsys):
     modelled_sparse.main()
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 8", "| 16", "| 64", "| 256", "| 1,024", "| 4,096"]
-    # 2.039 TB/s move 11008 x 4096 values of 9 bits, 64 tokens of 16 and sums of 4 bytes of 2 parts, twice
-    card = modelled_sparse.CARDS["A100"]
-    route, seconds = modelled_sparse.sparse(card, 64, 11008, 4096)
+    # nine tenths of 2.039 TB/s move 11008 x 4096 values of 9 bits, 64 tokens of 16, sums of 2 parts of 4 bytes twice
+    card = cost_model.CARDS["A100"]
+    route, seconds = cost_model.sparse(card, 64, 11008, 4096)
     moved = 11008 * 4096 * 9 / 8 + 64 * 2 * (11008 + 4096) + 2 * 2 * 64 * 11008 * 4
-    assert route == "sparse_mma" and seconds == pytest.approx(moved / 2.039e12)
+    assert route == "sparse_mma" and seconds == pytest.approx(moved / (2.039e12 * 3.0 / 3.35))
     # and 312 Tflop/s a dense product of many tokens
-    assert modelled_sparse.dense(card, 4096, 11008, 4096) == pytest.approx(2 * 4096 * 11008 * 4096 / 312e12)
+    assert cost_model.dense(card, 4096, 11008, 4096) == pytest.approx(2 * 4096 * 11008 * 4096 / 312e12)
+
+
+@pytest.mark.parametrize(
+    ("programs", "resident", "microseconds"),
+    # pipes, of which the first is slower, and products: beside each other, or one program on each processor
+    [(264, 2, 50), (132, 1, 50 + 20 + 30), (132, 2, 50 + 20 + 30), (264, 1, 50 + 20 + 30)],
+)
+def test_what_one_program_a_processor_does_in_turn_adds_up(programs, resident, microseconds):
+    card = cost_model.CARDS["H100"]
+    clocks = 1e-6 * card.clock
+    counts = {"half": 50 * 64 * clocks, "lsu": 20 * 32 * clocks}
+    found = cost_model.launch(card, counts, 132, 0.0, programs=programs, resident=resident, multiplied=30e-6)
+    assert found == pytest.approx(1e-6 * microseconds)
+    # the last program runs alone
+    more = cost_model.launch(card, counts, 132, 0.0, programs=133, resident=1, multiplied=30e-6)
+    assert more == pytest.approx(2 * 132 / 133 * 1e-4)
+    moved = cost_model.launch(card, counts, 132, 3.0e8, programs=programs, resident=resident)
+    assert moved == pytest.approx(1e-4, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_masked_products_of_lower_gaps_cost_more():
+    with Child() as child:
+        (rows,) = child("""
+from cost_model import CARDS, masked, packed, over_groups, two_passes
+size = 11008, 4096
+emit([[masked(card, 128, *size, gap) for gap in (10.0, 8.0, 5.7)]
+      + [masked(card, 128, *size, 10.0, "codes"), two_passes(card, 128, *size, 10.0), packed(card, *size)]
+      + [over_groups(card, kernel, *size, 10.0) for kernel in ("sample_mask", "mask_score", "score_update")]
+      for card in (CARDS["A100"], CARDS["H100"])])
+""")
+    for gap_10, gap_8, gap_6, codes, two, packed, draw, score, update in rows:
+        assert gap_10 < gap_8 < gap_6 and codes < two < gap_8
+        assert packed < draw < min(update, score)
