@@ -149,8 +149,8 @@ def masked(card: Card, tokens: int, rows: int, k: int, gap: float, kind: str = "
     tile = tiles_for("masked_linear", M, BF16, tokens, rows, k, card.target)
     built, *counts = _masked(card.target, tile, kind)
     blocks, again = -(-rows // tile.out), -(-tokens // tile.tokens)
-    parts = parts_for(tile, blocks * again, -(-k // tile.k), card.target)
     weight = (6 if kind == "drawn" else 2.25) * rows * k
+    parts = parts_for(tile, blocks * again, -(-k // tile.k), card.target, weight, tokens * rows)
     # each program reads its part of the weight and all of its tokens; parts are written, and read again
     cached = weight * again + 2 * tokens * k * blocks + (8 * parts * tokens * rows if parts > 1 else 0)
     rate = card.operations * (1 if tile.out >= WGMMA_ROWS else card.warp)
@@ -192,7 +192,7 @@ def sparse(card: Card, tokens: int, rows: int, k: int) -> tuple[str, float]:
         return "unpack", card.move(3.125 * rows * k) + dense(card, tokens, rows, k)
     tile = tiles_for("sparse_mma", M, BF16, tokens, rows, k, card.target)
     blocks, of_tokens, steps = -(-rows // tile.out), -(-tokens // tile.tokens), -(-k // tile.k)
-    parts = parts_for(tile, blocks * of_tokens, steps, card.target)
+    parts = parts_for(tile, blocks * of_tokens, steps, card.target, 1.125 * rows * k, tokens * rows)
     if parts > 1:
         # written and read again, in float32
         moved += 8 * parts * tokens * rows

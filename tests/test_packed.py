@@ -263,14 +263,18 @@ def test_second_derivatives_are_those_of_the_unpacked_weight(route, monkeypatch)
     torch.testing.assert_close(places, of_weight * kept, **near)
 
 
-def test_strided_operands_are_multiplied_without_a_copy(monkeypatch):
-    """The operations themselves, past the checks of functions, on the compiled route."""
-    monkeypatch.setattr(registry, "uses_kernels", lambda tensor: False)
-    packed, x = mk.pack_24(sparse(8, 16, "2:4")), torch.randn(16, 5).t()
-    expected = nn.functional.linear(x, packed.unpack())
+@pytest.mark.parametrize("by_kernels", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_operands_of_any_strides(by_kernels, tokens, monkeypatch):
+    """The operations themselves, past the checks of functions."""
+    monkeypatch.setattr(registry, "uses_kernels", lambda tensor: by_kernels)
+    packed = mk.pack_24(sparse(8, 16, "2:4", torch.bfloat16))
+    x, bias = torch.randn(16, 2 * tokens).bfloat16().t()[::2], torch.randn(16).bfloat16()[::2]
+    expected = nn.functional.linear(x, packed.unpack(), bias)
     values = torch.cat([packed.values, packed.values], 1)[:, :8]
-    assert not values.is_contiguous() and not x.is_contiguous()
-    torch.testing.assert_close(ops.nm_linear(x, values, packed.bitmask, None, None, 2, 4), expected)
+    assert not any(part.is_contiguous() for part in (x, values, bias))
+    found = ops.nm_linear(x, values, packed.bitmask, None, bias, 2, 4)
+    torch.testing.assert_close(found, expected)
     assert_same_bits(ops.unpack_nm(values, packed.bitmask, 2, 4), packed.unpack())
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -269,12 +270,19 @@ def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, Ma
     if not layers:
         raise ValueError("layers: expected at least one MaskedLinear, got none")
     names: dict[int, str] = {}
+    spans = []
     for name, layer in layers.items():
         if not isinstance(layer, MaskedLinear | ReplayedLayer):
             raise TypeError(f"layers: expected MaskedLinear layers, got {type(layer).__name__} for {name!r}")
-        first = names.setdefault(id(layer.logits), name)
+        first, logits = names.setdefault(id(layer.logits), name), layer.own_logits
         if first != name:
             raise ValueError(f"layers: expected logits with one name each, got the same for {first!r} and {name!r}")
+        if type(logits) in PLAIN and logits.is_contiguous() and logits.nbytes and not logits.is_meta:
+            spans.append((str(logits.device), logits.data_ptr(), logits.nbytes, name))
+    # one launch updates all of them at once
+    for (device, start, nbytes, first), (other, next_start, _, name) in pairwise(sorted(spans)):
+        if device == other and next_start < start + nbytes:
+            raise ValueError(f"layers: expected logits that share no memory, got the same for {first!r} and {name!r}")
     return dict(layers)
 
 

@@ -109,7 +109,8 @@ class LayerGroup:
 def draw_layers_(group: LayerGroup, inv_temperature: float, seed: Tensor, step: Tensor, draw: Tensor) -> None:
     """Set the codes of a group of layers to those of ``sample_mask``; seed, step and draw are 0-dim int64."""
     group.allocate_codes()
-    inverse = scalar(inv_temperature, seed)
+    # kernels take the number: a copy to the device would wait for it, and a CUDA graph cannot capture that
+    inverse = None if uses_kernels(seed) else scalar(inv_temperature, seed)
     if uses_kernels(seed):
         group.flips = kernels("grouped").draw_layers_(group, inv_temperature, seed, step, draw)
     elif not (uses_machine_code(seed) and machine_code("kernels").draw_layers_(group, inverse, seed, step, draw)):
@@ -133,7 +134,7 @@ def update_layers_(
             above, the score needs the noise of the draw.
     """
     by_codes = by_codes and len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
-    inverse = scalar(inv_temperature, seed)
+    inverse = None if uses_kernels(seed) else scalar(inv_temperature, seed)
     if uses_kernels(seed):
         kernels("grouped").update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
     elif not (uses_machine_code(seed) and _update_compiled_(group, coef, inv_temperature, seed, step, draws, by_codes)):

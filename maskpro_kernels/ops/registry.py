@@ -419,10 +419,11 @@ def unpack_nm(values, bitmask, n, m):
 
     ``bitmask`` is uint8 [rows, ceil(K / 8)], or for 2:4 int16 metadata, see ``metadata_of``; here and below.
     """
+    values, bitmask = values.contiguous(), bitmask.contiguous()
     if uses_kernels(values):
         return kernels("packed").unpack_nm(values, bitmask, n, m)
-    bitmask = as_bitmask(bitmask, values.shape[1] // n * m, len(values)).contiguous()
-    return run_reference("unpack_nm", values.contiguous(), bitmask, n=n, m=m)
+    bitmask = as_bitmask(bitmask, values.shape[1] // n * m, len(values))
+    return run_reference("unpack_nm", values, bitmask, n=n, m=m)
 
 
 def _unpack_context(ctx, inputs, output):
@@ -457,11 +458,11 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
 
     Values and bias have this dtype too; for int8 values scales [rows, blocks] and bias.
     """
+    x, *parts, bias = (part if part is None else part.contiguous() for part in (x, values, bitmask, scales, bias))
     with without_autocast(x):
         if uses_kernels(x):
-            return kernels("packed").nm_linear(x, values, bitmask, scales, bias, n, m)
-        bitmask = as_bitmask(bitmask, x.shape[1], len(values))
-        x, *parts, bias = (part if part is None else part.contiguous() for part in (x, values, bitmask, scales, bias))
+            return kernels("packed").nm_linear(x, *parts, bias, n, m)
+        parts[1] = as_bitmask(parts[1], x.shape[1], len(values))
         return packed_products(x).nm_linear(x, tuple(parts), bias, n, m)
 
 

@@ -46,7 +46,7 @@ def a_model(layers: int = LAYERS, patterns=("2:4",)) -> nn.Sequential:
 
 def steps_of(model: nn.Module, estimator, launched: Counter, loss_fn=None, steps: int = 2, **how) -> Counter:
     """Launches of the last of some steps."""
-    batches = [torch.ones(3, 16)] * how.get("accumulate", 1)
+    batches = [torch.ones(2, 16)] * how.get("accumulate", 1)
     loss_fn = loss_fn or (lambda model, batch: model(batch).mean())
     trainer = mk.MaskTrainer(model, loss_fn, batches, estimator, seed=0, **how)
     for _ in range(steps):

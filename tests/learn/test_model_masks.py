@@ -303,6 +303,18 @@ def test_layers_without_masks_are_refused(layers, error, reported):
         ModelMasks(layers)
 
 
+def test_logits_that_share_memory_are_refused():
+    memory, pattern = torch.zeros(6, 8), mk.NMPattern("2:4")
+
+    def layers(*views):
+        return {str(i): masks_file.ReplayedLayer(nn.Parameter(view), pattern, i) for i, view in enumerate(views)}
+
+    for overlapping in ((memory, memory[2:4]), (memory[2:], memory[5:6].view(2, 4), memory[:3]), (memory, memory)):
+        with pytest.raises(ValueError, match="^layers: expected logits that share no memory, got the same for '"):
+            ModelMasks(layers(*overlapping))
+    assert ModelMasks(layers(memory[3:], memory[:3], memory[1:1], memory.to("meta"), memory.to("meta")))
+
+
 def test_bad_draws_and_names_are_refused():
     masks = ModelMasks(mixed_model())
     for draw, error in ((-1, ValueError), (1 << 16, ValueError), ("this one", TypeError)):

@@ -247,19 +247,21 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 class SplitResult:
     """Result [tokens, columns] of a product, in the dtype and on the device of its operand x.
 
+    ``weight`` are the weight and its mask, whose bytes limit the parts.
+
     Attributes:
         grid: of the product's kernel: blocks of columns, blocks of tokens, parts of the inner dimension.
         out: output of the kernel: the result, or [parts, tokens, columns] in float32.
         bias: bias that the kernel adds: None with several parts.
     """
 
-    def __init__(
-        self, product: str, tile: Tiles, shape: tuple[int, int], inner: int, x: torch.Tensor, bias: torch.Tensor | None
-    ):
+    def __init__(self, product: str, tile: Tiles, shape: tuple[int, int], inner: int, x: torch.Tensor,
+                 bias: torch.Tensor | None, *weight: torch.Tensor):  # fmt: skip
         tokens, columns = shape
         across, step = (tile.k, tile.out) if product in ACROSS_COLUMNS else (tile.out, tile.k)
         blocks = triton.cdiv(columns, across), triton.cdiv(tokens, tile.tokens)
-        self.parts = parts_for(tile, blocks[0] * blocks[1], triton.cdiv(inner, step), architecture(x.device))
+        given = sum(part.nbytes for part in weight), tokens * columns
+        self.parts = parts_for(tile, blocks[0] * blocks[1], triton.cdiv(inner, step), architecture(x.device), *given)
         self.grid = (*blocks, self.parts)
         self.whole = torch.empty(shape, dtype=result_dtype(x.dtype), device=x.device)
         self.out, self.bias, self.added = self.whole, bias, None
@@ -306,7 +308,7 @@ def masked_linear(x, weight, bias, mask, log_prob):
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias), total
     tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
-    split = SplitResult("masked_linear", tile, (tokens, rows), weight.shape[1], x, bias)
+    split = SplitResult("masked_linear", tile, (tokens, rows), weight.shape[1], x, bias, weight, mask.tensor)
     # for larger N the log-probability is a quadrature, too large for the registers of a product
     inside = log_prob and mask.n <= EXACT_SCORE_MAX_N
     sums = (split.parts, split.grid[0])
@@ -336,7 +338,7 @@ def masked_linear_input_grad(grad, weight, mask):
     if rows == 0 or rows % ALIGNED or not one_pass(grad, mask):
         return grad @ sampling.masked_weight(weight, mask, grad.dtype)
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
-    split = SplitResult("masked_linear_input_grad", tile, (tokens, k), rows, grad, None)
+    split = SplitResult("masked_linear_input_grad", tile, (tokens, k), rows, grad, None, weight, mask.tensor)
     launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, split.grid, tile, grad.device,
                  grad, weight, mask.tensor, split.out, *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip

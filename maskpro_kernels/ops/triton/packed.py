@@ -400,7 +400,7 @@ def _tiles(x, values, bitmask, scales, bias, n, m):
     (tokens, k), rows, target = x.shape, len(values), architecture(x.device)
     words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
     tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
-    split = SplitResult("packed_linear", tile, (tokens, rows), k, x, bias)
+    split = SplitResult("packed_linear", tile, (tokens, rows), k, x, bias, values, bitmask)
     launch_tiles(packed_linear_kernel, "packed_linear", m, split.grid, tile, x.device,
                  x, *words, scales, split.bias, split.out, tokens, rows, units,
                  **constants, **operand_constants(x.dtype))  # fmt: skip

@@ -99,10 +99,11 @@ class Target:
 
 # Numbers of tokens come from the cost model in benchmarks/, whose figures are in docs/kernels.md; it does not cover
 # gfx942. A B200's memory is so fast that the draw bounds the time, and a product would add to it: so drawn masks have
-# few tokens there. torch for ROCm has no product of 16 bits with a float32 result, so the kernel multiplies any number.
+# few tokens there, and on an H100 until one is measured, since at gaps below 10 the draw takes longer. torch for ROCm
+# has no product of 16 bits with a float32 result, so the kernel multiplies any number.
 TARGETS = {
     "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024, sparse_tokens=sys.maxsize),
-    "sm_90": Target(processors=132, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512),
+    "sm_90": Target(processors=132, drawn_tokens=32, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512),
     "sm_100": Target(processors=148, drawn_tokens=32, fused_tokens=96, fused_drawn_tokens=32, sparse_tokens=128),
     "gfx942": Target(processors=304, fused_tokens=sys.maxsize, fused_drawn_tokens=sys.maxsize),
 }
@@ -225,9 +226,9 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
 # Products whose results are along the columns of the weight; others have results along its rows
 ACROSS_COLUMNS = ("masked_linear_input_grad",)
 
-# Limits of a split product. Steps of a part, so that loads run ahead of their use. Number of parts, whose sums are read
-# again.
-LEAST_STEPS, MOST_PARTS = 2, 16
+# Limits of a split product. Steps of a part, so that loads run ahead of their use. Number of parts. Bytes of their
+# sums, written and read again, for each byte of the weight and its mask.
+LEAST_STEPS, MOST_PARTS, MOST_SUMS = 2, 16, 0.5
 
 # The interpreter runs one program at a time by numpy, with costs by call and not by element
 INTERPRETER_BLOCK = 1 << 16
@@ -292,10 +293,14 @@ def configuration(kernel: str, m: int, count: int, target: str) -> Configuration
     return config
 
 
-def parts_for(tile: Tiles, blocks: int, steps: int, target: str) -> int:
-    """Number of parts into which a product of ``blocks`` blocks splits the ``steps`` of its sums."""
+def parts_for(tile: Tiles, blocks: int, steps: int, target: str, weight_bytes: int, results: int) -> int:
+    """Number of parts into which a product of ``blocks`` blocks splits the ``steps`` of its sums.
+
+    ``weight_bytes`` are those of the weight and its mask, ``results`` the number of sums of a part.
+    """
     parts, enough = 1, tile.least_warps * TARGETS[target].processors
-    while blocks * parts * tile.num_warps < enough and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
+    most = min(MOST_PARTS, steps // LEAST_STEPS, MOST_SUMS * weight_bytes / (2 * 4 * max(results, 1)))
+    while blocks * parts * tile.num_warps < enough and 2 * parts <= most:
         parts *= 2
     return parts
 

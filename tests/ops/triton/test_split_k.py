@@ -13,6 +13,9 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.ops.triton import masked_gemm, packed, tiles
 
+# Bytes of a weight beside which sums are few, and their number
+LARGE = 1 << 40, 1
+
 
 def in_parts(monkeypatch, parts):
     """Tiles of 32 columns or 16 rows at a time, and the inner dimension in so many parts."""
@@ -27,14 +30,27 @@ def test_products_are_split_until_every_processor_has_twelve_warps(rows, num_war
     tile = tiles.Tiles(out=16, tokens=16, k=64, num_warps=num_warps)
     for target, row in tiles.TARGETS.items():
         warps = -(-rows // tile.out) * num_warps
-        parts = tiles.parts_for(tile, warps // num_warps, 64, target)
+        parts = tiles.parts_for(tile, warps // num_warps, 64, target, *LARGE)
         assert warps * parts >= 12 * row.processors
         assert parts == 1 or warps * parts // 2 < 12 * row.processors
 
 
 def test_a_part_has_at_least_two_steps():
     tile, steps = tiles.Tiles(out=16, tokens=16, k=64), (1, 3, 4, 7, 8, 31, 32, 1000)
-    assert [tiles.parts_for(tile, 4, count, "sm_90") for count in steps] == [1, 1, 2, 2, 4, 8, 16, 16]
+    assert [tiles.parts_for(tile, 4, count, "sm_90", *LARGE) for count in steps] == [1, 1, 2, 2, 4, 8, 16, 16]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(8, 8), (16, 8), (32, 8), (64, 4)])
+def test_sums_are_at_most_half_the_bytes_of_the_weight(tokens, expected, monkeypatch):
+    """Written and read, beside 18.9 MB of a packed weight."""
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    rows = k = 4096
+    operands = torch.empty(rows, k // 2, dtype=torch.bfloat16), torch.empty(rows, k // 8, dtype=torch.uint8)
+    x = torch.empty(tokens, k, dtype=torch.bfloat16)
+    tile = tiles.tiles_for("packed_linear", 4, x.dtype, tokens, rows, k, "sm_90")
+    split = masked_gemm.SplitResult("packed_linear", tile, (tokens, rows), k, x, None, *operands)
+    assert split.parts == expected
+    assert 2 * split.out.nbytes <= sum(part.nbytes for part in operands) / 2
 
 
 def test_sums_are_added_in_the_order_of_the_parts(launched):
