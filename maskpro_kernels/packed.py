@@ -30,10 +30,13 @@ from .functional.masks import expand_mask
 from .modules import MaskedLinear
 from .ops.dispatch import holds_metadata, in_onnx_export
 from .ops.pattern import METADATA_BLOCK, NMPattern, as_bitmask, bitmask_of, codes_of, metadata_of
-from .ops.reference import INTEGERS, SCALED, dequantized
+from .ops.reference import INT4_GROUPS, INTEGERS, SCALED, dequantized, kept_values, scaled_group
 
-# How values are stored: unchanged, or as int8 with scales
-KEEP, INT8 = VALUE_KINDS = ("keep", "int8")
+# How values are stored: unchanged, or as integers with scales
+KEEP, INT8, INT4 = VALUE_KINDS = ("keep", "int8", "int4")
+INTEGER_KINDS = {torch.int8: INT8, torch.uint8: INT4}
+# Divisors of a block's largest value for the scales of int4 to choose from: others round more, or clip more
+INT4_DIVISORS = [-8 / (1 - step / 50) for step in range(17)]
 # Asks Linux to move memory into huge pages at once; Linux before 6.1 refuses
 MADV_COLLAPSE = 25
 HUGE_PAGE = 2 << 20
@@ -44,14 +47,16 @@ class PackedNM:
     """A weight [out, K], with N of every M consecutive values stored.
 
     Attributes:
-        values: float32, bfloat16, float16 or int8 [out, K N / M], contiguous: the kept values in order.
+        values: float32, bfloat16, float16 or int8 [out, K N / M], contiguous: the kept values in order. For int4 uint8
+            [out, K N / M / 2]: two values a byte, the first in the lower four bits, in two's complement.
         bitmask: uint8 [out, ceil(K / 8)], contiguous: bit j of byte b is set where weight 8 b + j is kept. On NVIDIA's
             GPUs from compute capability 8.0 on a 2:4 weight of 16 bits with K divisible by 16 holds in its place, of
             as many bytes for whole blocks of 32, the int16 metadata of sparse tensor cores: either is taken, and
             converted here, once. ``save_pretrained`` and ``state_dict`` give the bitmask.
         pattern: "N:M" or NMPattern.
-        scales: for int8 values, float32, bfloat16 or float16 [out, ceil(K N / M / 128)], contiguous: a factor for each
-            block of 128 values of a row. None for other values.
+        scales: float32, bfloat16 or float16 [out, ceil(K N / M / group)], contiguous: a factor for each ``group``
+            values of a row, which are 128 for int8, and for int4, where factors may be negative, 32, 64 or 128. None
+            for other values.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above. ``check`` tests the bits of the bitmask, this does
@@ -67,7 +72,7 @@ class PackedNM:
         object.__setattr__(self, "pattern", NMPattern(self.pattern))
         values, scales, pattern = self.values, self.scales, self.pattern
         metadata = getattr(self.bitmask, "dtype", None) == torch.int16 and has_metadata(values, pattern)
-        parts = [("values", values, (*LOGIT_DTYPES, torch.int8))]
+        parts = [("values", values, (*LOGIT_DTYPES, *INTEGER_KINDS))]
         parts.append(("bitmask", self.bitmask, (torch.int16 if metadata else torch.uint8,)))
         if scales is not None:
             parts.append(("scales", scales, LOGIT_DTYPES))
@@ -76,12 +81,15 @@ class PackedNM:
                 raise TypeError(f"{name}: expected a tensor of {' or '.join(map(str, dtypes))}, got {describe(tensor)}")
             if tensor.dim() != 2 or not tensor.is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous matrix, got {describe(tensor)}")
-        if values.shape[1] == 0 or values.shape[1] % pattern.n:
-            raise ValueError(f"values: expected a last dimension divisible by {pattern.n}, got {describe(values)}")
-        if (scales is None) == (values.dtype == torch.int8):
-            raise ValueError(f"scales: expected them beside int8 values and no others, got {describe(scales)}")
-        rows, kept = values.shape
-        expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)], "scales": [rows, -(-kept // SCALED)]}
+        rows, kept = len(values), kept_values(values)
+        if kept == 0 or kept % pattern.n:
+            raise ValueError(f"values: expected rows of a multiple of {pattern.n} values, got {describe(values)}")
+        if (scales is None) == (values.dtype in INTEGER_KINDS):
+            raise ValueError(f"scales: expected them beside int8 or int4 values and no others, got {describe(scales)}")
+        expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)]}
+        if scales is not None:
+            # where no size of a group fits, name the default
+            expected["scales"] = [rows, -(-kept // (self.group or INT4_GROUPS[0]))]
         if metadata:
             expected["bitmask"] = [-(-rows // METADATA_BLOCK) * METADATA_BLOCK, -(-kept // 16) * 2]
         for name, tensor, _ in parts[1:]:
@@ -98,17 +106,22 @@ class PackedNM:
     @property
     def shape(self) -> torch.Size:
         """[out, K]."""
-        return torch.Size((self.values.shape[0], self.values.shape[1] // self.pattern.n * self.pattern.m))
+        return torch.Size((len(self.values), kept_values(self.values) // self.pattern.n * self.pattern.m))
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weight: that of the scales beside int8 values, else that of the values."""
+        """dtype of the weight: that of the scales, or without them of the values."""
         return (self.values if self.scales is None else self.scales).dtype
 
     @property
     def kind(self) -> str:
         """Storage of the values: one of VALUE_KINDS."""
-        return KEEP if self.scales is None else INT8
+        return INTEGER_KINDS.get(self.values.dtype, KEEP)
+
+    @property
+    def group(self) -> int | None:
+        """Number of values of a row that share a scale; None without scales."""
+        return None if self.scales is None else scaled_group(self.values, self.scales)
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +137,7 @@ class PackedNM:
     def to(self, *args, **kwargs) -> PackedNM:
         """Move the weight to another device or dtype; return itself if nothing changes.
 
-        With int8 values a dtype changes the scales alone, as in ``NMLinear``.
+        A dtype changes the scales of integers alone, as in ``NMLinear``.
 
         Args:
             args, kwargs: as for ``torch.Tensor.to``.
@@ -144,30 +157,31 @@ class PackedNM:
         same = values is self.values and scales is self.scales
         return self if same else PackedNM(values, bitmask, self.pattern, scales)
 
-    def stored_as(self, values: str) -> PackedNM:
-        """Store the values as ``pack_nm`` would: "int8" quantizes them, "keep" gives them the weight's dtype.
+    def stored_as(self, values: str, group: int = 64) -> PackedNM:
+        """Store the values as ``pack_nm`` would: integers are quantized, "keep" gives them the weight's dtype.
 
         Raises:
-            ValueError: if ``values`` is neither, or a value to quantize is not finite.
+            ValueError: as in ``pack_nm``, for ``values``, ``group`` and values to quantize.
         """
-        check_one_of("values", values, VALUE_KINDS)
-        if values == self.kind:
+        check_values(values, group)
+        count = kept_values(self.values)
+        if values == self.kind and (values != INT4 or self.scales.shape[1] == -(-count // group)):
             return self
-        if values == INT8:
-            kept, scales = quantized(self.values)
-        else:
-            kept, scales = dequantized(self.values, self.scales, self.dtype), None
-        return PackedNM(kept, self.bitmask, self.pattern, scales)
+        kept = self.values if self.kind == KEEP else dequantized(self.values, self.scales, self.dtype)
+        parts = (kept, None) if values == KEEP else quantized(kept, SCALED if values == INT8 else group, values)
+        return PackedNM(parts[0], self.bitmask, self.pattern, parts[1])
 
     def check(self) -> PackedNM:
-        """Check that the bitmask keeps N of every M and that scales are finite and not negative; return itself.
+        """Check that the bitmask keeps N of every M, and scales: finite, of int8 not negative; return itself.
 
         Raises:
             ValueError: if the bitmask or the scales are not so.
         """
         self._check_codes()
-        if self.scales is not None and not (self.scales.isfinite() & (self.scales >= 0)).all():
+        if self.kind == INT8 and not (self.scales.isfinite() & (self.scales >= 0)).all():
             raise ValueError("scales: expected finite numbers of at least 0, got others")
+        if self.kind == INT4 and not self.scales.isfinite().all():
+            raise ValueError("scales: expected finite numbers, got others")
         return self
 
     def _check_codes(self) -> None:
@@ -182,7 +196,14 @@ class PackedNM:
         return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
 
 
-def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> PackedNM:
+def check_values(values: str, group: int) -> None:
+    """Raise ValueError unless these are settings of ``pack_nm``."""
+    check_one_of("values", values, VALUE_KINDS)
+    if group not in INT4_GROUPS:
+        raise ValueError(f"group: expected one of {', '.join(map(str, sorted(INT4_GROUPS)))}, got {group!r}")
+
+
+def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP, group: int = 64) -> PackedNM:
     """Pack a weight in which at most N of every M consecutive values are not zero.
 
     If fewer are not zero, zeros fill the N values, -0.0 before +0.0. A -0.0 that is not stored unpacks as +0.0.
@@ -192,14 +213,16 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
         pattern: "N:M" or NMPattern.
         values: "keep" stores them unchanged. "int8" rounds them to integers from -127 to 127 times a scale for each
             block of 128 values of a row. The scale is the smallest number of the weight's dtype with which the block's
-            largest value fits.
+            largest value fits. "int4" rounds them to integers from -8 to 7 times a scale for each ``group`` values. Of
+            17 scales, which make the largest value -8 to -11.8, that with the least squared error is chosen.
+        group: 32, 64 or 128 int4 values.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, more than N of a group are not zero, or a value to quantize
-            is not finite.
+        TypeError, ValueError: an argument is not as above, more than N of a group are not zero, a value to quantize
+            is not finite, or a row has an odd number of int4 values.
     """
     pattern = NMPattern(pattern)
-    check_one_of("values", values, VALUE_KINDS)
+    check_values(values, group)
     check_weight(weight, pattern)
     weight = weight.detach().contiguous()
     rows, k = weight.shape
@@ -217,36 +240,65 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
     worth = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
     codes = ops.top_n_mask(worth, pattern.n, pattern.m)
     kept = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
-    return PackedNM(kept, bitmask_of(codes, pattern.m), pattern).stored_as(values)
+    return PackedNM(kept, bitmask_of(codes, pattern.m), pattern).stored_as(values, group)
 
 
 def has_metadata(values: Tensor, pattern: NMPattern) -> bool:
     """Return whether metadata exist for a pattern and values [rows, K N / M]: for 2:4 and K divisible by 16."""
     matrix = isinstance(values, Tensor) and values.dim() == 2
-    return matrix and (pattern.n, pattern.m) == (2, 4) and values.shape[1] % 8 == 0
+    return matrix and (pattern.n, pattern.m) == (2, 4) and kept_values(values) % 8 == 0
 
 
 def held_bitmask(bitmask: Tensor, values: Tensor, pattern: NMPattern) -> Tensor:
     """Convert a bitmask or metadata to the form for the device of its values."""
     metadata = has_metadata(values, pattern) and values.itemsize == 2 and holds_metadata(values.device)
     if not metadata:
-        return as_bitmask(bitmask, values.shape[1] // pattern.n * pattern.m, len(values))
+        return as_bitmask(bitmask, kept_values(values) // pattern.n * pattern.m, len(values))
     return bitmask if bitmask.dtype == torch.int16 else metadata_of(bitmask)
 
 
-def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize values [rows, values] into (int8 values, scales); ValueError if one is not finite."""
-    if not values.isfinite().all():
-        raise ValueError("weight: expected finite values for int8, got others")
+def quantized(values: Tensor, group: int = SCALED, kind: str = INT8) -> tuple[Tensor, Tensor]:
+    """Quantize values [rows, values] into (integers, scales); ValueError if one is not finite."""
     rows, kept = values.shape
-    blocks = nn.functional.pad(values.float(), (0, -kept % SCALED)).view(rows, -1, SCALED)
-    largest = blocks.abs().amax(-1)
-    scales = (largest / 127).to(values.dtype)
-    # a scale that was rounded down is too small for the largest value; take the next number, whose bits are one more
-    short = scales.float() * 127 < largest
-    scales = (scales.view(INTEGERS[scales.itemsize]) + short).view(values.dtype)
-    numbers = (blocks / scales.float().unsqueeze(-1)).nan_to_num_(0.0).round_().to(torch.int8)
-    return numbers.view(rows, -1)[:, :kept].contiguous(), scales
+    if not values.isfinite().all():
+        raise ValueError(f"weight: expected finite values for {kind}, got others")
+    if kind == INT4 and kept % 2:
+        raise ValueError(f"weight: expected an even number of kept values in a row for int4, got {kept}")
+    blocks = nn.functional.pad(values.float(), (0, -kept % group)).view(rows, -1, group)
+    if kind == INT4:
+        scales = least_squares_scales(blocks, values.dtype)
+    else:
+        largest = blocks.abs().amax(-1)
+        scales = (largest / 127).to(values.dtype)
+        # a scale that was rounded down is too small for the largest value; take the next number, with bits one more
+        short = scales.float() * 127 < largest
+        scales = (scales.view(INTEGERS[scales.itemsize]) + short).view(values.dtype)
+    numbers = nearest_integers(blocks, scales, kind).view(rows, -1)[:, :kept]
+    return (two_a_byte(numbers) if kind == INT4 else numbers.contiguous()), scales
+
+
+def nearest_integers(blocks: Tensor, scales: Tensor, kind: str) -> Tensor:
+    """int8 [..., values]: float32 blocks in units of their scales [...], of INT4 from -8 to 7."""
+    numbers = (blocks / scales.float().unsqueeze(-1)).nan_to_num_(0.0).round_()
+    return (numbers.clamp_(-8, 7) if kind == INT4 else numbers).to(torch.int8)
+
+
+def least_squares_scales(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales [...] of a dtype for the int4 values of float32 blocks [..., values], see ``pack_nm``."""
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best, least = (largest / INT4_DIVISORS[0]).to(dtype), torch.full_like(largest, torch.inf)
+    for divisor in INT4_DIVISORS:
+        scales = (largest / divisor).to(dtype)
+        error = nearest_integers(blocks, scales, INT4) * scales.float().unsqueeze(-1) - blocks
+        error = error.square_().sum(-1)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best
+
+
+def two_a_byte(numbers: Tensor) -> Tensor:
+    """int4 values of ``PackedNM``, uint8 [rows, values / 2], from int8 [rows, values] between -8 and 7."""
+    numbers = numbers.view(torch.uint8)
+    return numbers[:, ::2] & 15 | numbers[:, 1::2] << 4
 
 
 def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor:
@@ -277,7 +329,7 @@ def packed_linear(
 ) -> Tensor:
     """``nm_linear`` with the parts of a packed weight."""
     check_not_distributed("values", values)
-    rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
+    rows, k = values.shape[0], kept_values(values) // pattern.n * pattern.m
     name, own = ("values", values) if scales is None else ("scales", scales)
     check_floats(name, own)
     for name, part in (("bitmask", bitmask), ("scales", scales)):
@@ -329,9 +381,9 @@ def sparse24_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> 
 class NMLinear(nn.Module):
     """nn.Linear with a packed N:M weight: for 2:4, half of the values and a bit for each weight.
 
-    Gradients flow to the input, and to bias and values if they require one, which by default they do not. int8 values
-    are a buffer and never change: ``to(dtype)`` converts their scales, and ``requires_grad_()`` affects the bias alone.
-    The state_dict contains ``values``, ``bitmask``, ``bias``, and ``scales`` of int8 values. ``weight`` is read-only.
+    Gradients flow to the input, and to bias and values if they require one, which by default they do not. Integers are
+    a buffer and never change: ``to(dtype)`` converts their scales, and ``requires_grad_()`` affects the bias alone.
+    The state_dict contains ``values``, ``bitmask``, ``bias``, and ``scales`` of integers. ``weight`` is read-only.
 
     Args:
         packed: the weight, see ``pack_nm``.
@@ -347,7 +399,7 @@ class NMLinear(nn.Module):
             raise TypeError(f"packed: expected a PackedNM, got {describe(packed)}")
         self.pattern = packed.pattern
         self.out_features, self.in_features = packed.shape
-        if packed.kind == INT8:
+        if packed.scales is not None:
             # a buffer: as a parameter of integers it would make the model's requires_grad_() fail
             self.register_buffer("values", packed.values)
         else:
@@ -361,26 +413,26 @@ class NMLinear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern, values: str = KEEP) -> NMLinear:
-        """Pack an nn.Linear in which at most N of every M consecutive weights are not zero; values as in ``pack_nm``.
+    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern, values: str = KEEP, group: int = 64) -> NMLinear:
+        """Pack an nn.Linear in which at most N of every M consecutive weights are not zero, see ``pack_nm``.
 
         Raises:
             TypeError, ValueError: ``linear`` is not an nn.Linear, or as in ``pack_nm``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
-        return cls(pack_nm(linear.weight, pattern, values), linear.bias).train(linear.training)
+        return cls(pack_nm(linear.weight, pattern, values, group), linear.bias).train(linear.training)
 
     @classmethod
-    def from_masked(cls, layer: MaskedLinear, values: str = KEEP) -> NMLinear:
-        """Pack the weight of a MaskedLinear under the N largest logits of every group; values as in ``pack_nm``.
+    def from_masked(cls, layer: MaskedLinear, values: str = KEEP, group: int = 64) -> NMLinear:
+        """Pack the weight of a MaskedLinear under the N largest logits of every group, see ``pack_nm``.
 
         Raises:
             TypeError, ValueError: ``layer`` is not a MaskedLinear, is cut over ranks, or as in ``pack_nm``.
         """
         if not isinstance(layer, MaskedLinear):
             raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
-        return cls(pack_nm(layer.top_n_weight(), layer.pattern, values), layer.bias).train(layer.training)
+        return cls(pack_nm(layer.top_n_weight(), layer.pattern, values, group), layer.bias).train(layer.training)
 
     @property
     def weight(self) -> Tensor:
@@ -393,7 +445,7 @@ class NMLinear(nn.Module):
     @property
     def kind(self) -> str:
         """Storage of the values: one of VALUE_KINDS."""
-        return KEEP if self.scales is None else INT8
+        return INTEGER_KINDS.get(self.values.dtype, KEEP)
 
     @property
     def packed(self) -> PackedNM:
@@ -437,8 +489,9 @@ class NMLinear(nn.Module):
         *_, errors = args
         own = {"values": self.values, "bitmask": self.bitmask, "scales": self.scales}
         given = {name: state_dict.get(f"{prefix}{name}", part) for name, part in own.items()}
-        if (given["values"].dtype == torch.int8) != (self.scales is not None):
-            expected = "float32, bfloat16 or float16" if self.scales is None else "torch.int8"
+        dtypes = LOGIT_DTYPES if self.scales is None else (self.values.dtype,)
+        if given["values"].dtype not in dtypes:
+            expected = " or ".join(map(str, dtypes))
             errors.append(f"state_dict: {prefix}values: expected {expected}, got {describe(given['values'])}")
             return
         if any(f"{prefix}{name}" in state_dict for name in own) and not given["bitmask"].is_meta:
@@ -458,7 +511,7 @@ class NMLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}" + (", values=int8" if self.scales is not None else "")
+            f"pattern={self.pattern}" + (f", values={self.kind}" if self.scales is not None else "")
         )
 
 
@@ -466,8 +519,10 @@ class Sparse24Linear(NMLinear):
     """``NMLinear`` with the pattern 2:4."""
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4", values: str = KEEP) -> Sparse24Linear:
-        return super().from_dense(linear, pattern, values)
+    def from_dense(
+        cls, linear: nn.Linear, pattern: str | NMPattern = "2:4", values: str = KEEP, group: int = 64
+    ) -> Sparse24Linear:
+        return super().from_dense(linear, pattern, values, group)
 
 
 # Layers that drop weights

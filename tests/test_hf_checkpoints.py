@@ -352,7 +352,7 @@ DAMAGES = [
     ("packed", "expected values of 14 layers .* got 13; copy or download", without("values")),
     ("packed", "expected values of 14 layers .* got 13", without("values", "bitmask")),
     ("packed", "expected values of 13 layers", reconfigure(lambda config: config["layers"].pop(LAYER))),
-    ("packed", f"{LAYER}.scales: expected them beside int8 values", on("values", lambda values: values.to(torch.int8))),
+    ("packed", f"{LAYER}.scales: expected them beside int8 or int4", on("values", lambda them: them.to(torch.int8))),
     ("packed", f"{LAYER}.bitmask: expected .*uint8, got .*int32", on("bitmask", lambda mask: mask.int())),
     ("packed", "which is none of its modules", reconfigure(lambda config: config["layers"].update(
         {f"{LAYER}.x": config["layers"].pop(LAYER)}))),

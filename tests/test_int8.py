@@ -103,8 +103,8 @@ class TestRounding:
         assert again.kind == "keep" and again.values.dtype == dtype and again.bitmask is packed.bitmask
         assert_same_bits(again.unpack(), packed.unpack())
         assert packed.stored_as("int8") is packed
-        with pytest.raises(ValueError, match="values: expected one of keep, int8, got 'int4'"):
-            packed.stored_as("int4")
+        with pytest.raises(ValueError, match="values: expected one of keep, int8, int4, got 'int2'"):
+            packed.stored_as("int2")
 
 
 def of_int8(packed: mk.PackedNM) -> tuple[torch.Tensor, torch.Tensor]:

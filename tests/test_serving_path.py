@@ -101,4 +101,4 @@ def test_dense_and_packed_are_set_side_by_side(folder):
     names = [str(folder / name) for name in ("dense", "keep", "int8")]
     few = ("--prompt-tokens", "16", "--new-tokens", "8", "--rounds", "1")
     said = run("-m", "maskpro_kernels", "speed", *names, *few)
-    assert "same weights as" in said and "weights rounded to int8, else those of" in said
+    assert "same weights as" in said and "weights rounded to integers, else those of" in said

@@ -168,7 +168,7 @@ def integers_do_not_pass_as_weights(folder: Path) -> None:
     try:
         kept.load_state_dict(rounded.state_dict(), strict=False)
     except RuntimeError as error:
-        assert "values: expected float32" in str(error)
+        assert "values: expected torch.float32" in str(error)
     assert torch.equal(kept.weight, weight)
 
 
@@ -206,7 +206,7 @@ def of_detached_values(x, values, *others, multiply=packed_linear):
     return multiply(x, values.detach(), *others)
 
 
-def with_scales_rounded_down(values):
+def with_scales_rounded_down(values, *_):
     """Of values [rows, 128]: the largest one then has no integer that is near enough."""
     scales = (values.abs().amax(-1, keepdim=True) / 127).to(values.dtype)
     return (values / scales).round().clamp(-127, 127).to(torch.int8), scales

@@ -60,7 +60,7 @@ def test_models_are_compared_with_the_first_one_of_their_weights(models):
     assert str(found["packed"]) == "packed: same weights as sparse; same 4 tokens"
     assert str(found["base"]).startswith("base: other weights than sparse, first in model.layers.0.self_attn.q_proj.")
     first = "first in model.layers.0.self_attn.q_proj.weight; same"
-    assert str(found["int8"]).startswith(f"int8: weights rounded to int8, else those of sparse, {first}")
+    assert str(found["int8"]).startswith(f"int8: weights rounded to integers, else those of sparse, {first}")
     assert [name for name in found if found[name].is_rounded] == ["int8"]
     assert [model.stored for model in report.models][:5] == [
         "dense",

@@ -148,7 +148,7 @@ class Export:
     to: Literal["dense", "packed", "mask"] = _option(
         "dense", "exact zeros, packed weights, or the mask alone, which `maskpro import` applies to its base model"
     )
-    values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8")
+    values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8 or int4")
     model: str | None = _option(None, f"base model, if it has moved: {MODEL} (default: that of the run)")
     dtype: Dtype | None = _option(None, "dtype of the weights (default: that of the run)")
 
@@ -166,7 +166,7 @@ class Import:
     model: str | None = _option(None, f"for masks: their base model, {MODEL}")
     pattern: str | None = _option(None, "pattern of the weights or masks (default: as stored, else 2:4)", "N:M")
     to: Literal["dense", "packed"] = _option("packed", "storage of the weights")
-    values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8")
+    values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8 or int4")
     dtype: Dtype | None = _option(
         None, f"dtype of the weights (default: that of the source or the model, else {DTYPE})"
     )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoints.logits import REPORT
 from ..files import check_takes_files, digest
 from ..modules import masked_layers
-from ..packed import INT8, NMLinear, bits_a_weight
+from ..packed import KEEP, NMLinear, bits_a_weight
 from ..ranks import rank_of_torchrun
 from ..text.batches import check_vocabulary, windows
 from .config import DTYPES
@@ -190,11 +190,12 @@ def packed_size(model: nn.Module) -> str:
     weights, bits = sum(layer.packed.shape.numel() for layer in layers), bits_a_weight(layers)
     dtype = layers[0].packed.dtype
     dense = 8 * dtype.itemsize
-    integers = sum(layer.kind == INT8 for layer in layers)
+    kinds = sorted({layer.kind for layer in layers} - {KEEP})
+    integers = sum(layer.kind != KEEP for layer in layers)
     return (
         f"{len(layers)} packed layers take {bits:.2f} bits a weight, {bits * weights / 8e6:.2f} MB, where dense "
         f"{str(dtype).removeprefix('torch.')} takes {dense} bits, {dense * weights / 8e6:.2f} MB"
-        + (f", values of {integers} rounded to int8" if integers else "")
+        + (f", values of {integers} rounded to {' and '.join(kinds)}" if integers else "")
     )
 
 

@@ -15,13 +15,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..fsdp import check_in_memory
 from ..modules import CounterState, MaskedLinear
 from ..ops.pattern import NMPattern
-from ..ops.reference import SCALED
-from ..packed import INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, hold_in_huge_pages, packed_class
+from ..ops.reference import INT4_GROUPS, SCALED
+from ..packed import INT4, INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, hold_in_huge_pages, packed_class
 from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, unfused_modules
 
 METHOD, VERSION = "maskpro", 1
 HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INTEGERS = {INT8: ("I8", torch.int8), INT4: ("U8", torch.uint8)}
 COPY_AGAIN = "copy or download the checkpoint again"
 
 
@@ -33,7 +34,7 @@ class SparseConfig(QuantizationConfigMixin):
 
     Args:
         layers: by name, the ``pattern`` of each layer; for a MaskedLinear also ``layer``, its id in the counter; for an
-            NMLinear also ``values``, "keep" or "int8" as in ``pack_nm``.
+            NMLinear also ``values``, and of "int4" ``group``, as in ``pack_nm``.
         taken_apart: names of unfused modules with such layers, see ``unfuse``.
         shared: other names of layers that are in several places, each with the name in ``layers``.
         version: of the format.
@@ -55,8 +56,10 @@ class SparseConfig(QuantizationConfigMixin):
         if not isinstance(layers, Mapping) or isinstance(taken_apart, str):
             raise TypeError(f"quantization_config: expected layers by name and a list taken_apart, got {layers!r}")
         for name, layer in layers.items():
-            kind = set(layer) - {"pattern"} if isinstance(layer, Mapping) else set()
-            if kind not in ({"layer"}, {"values"}) or layer.get("values", INT8) not in VALUE_KINDS:
+            given = layer if isinstance(layer, Mapping) else {}
+            own = {"layer"} if "layer" in given else {"values", "group"} if given.get("values") == INT4 else {"values"}
+            values, group = given.get("values", INT8), given.get("group", SCALED)
+            if set(given) - {"pattern"} != own or values not in VALUE_KINDS or group not in INT4_GROUPS:
                 raise ValueError(
                     f"quantization_config: expected the pattern, and layer or values, of {name}, got {layer!r}"
                 )
@@ -80,7 +83,8 @@ class SparseConfig(QuantizationConfigMixin):
             elif isinstance(module, MaskedLinear):
                 layers[name] = {"pattern": str(module.pattern), "layer": module.layer}
             else:
-                layers[name] = {"pattern": str(module.pattern), "values": module.kind}
+                group = {"group": module.packed.group} if module.kind == INT4 else {}
+                layers[name] = {"pattern": str(module.pattern), "values": module.kind, **group}
         # dense modules may stay unfused because of adapters of peft
         apart = unfused_modules(model)
         return cls(layers, apart, shared) if layers or apart else None
@@ -301,9 +305,11 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
             except (TypeError, ValueError) as error:
                 raise ValueError(f"quantization_config: {name}: {error}") from error
         else:
-            is_int8, kept = layers[name]["values"] == INT8, k // pattern.m * pattern.n
-            values = empty(rows, kept, dtype=torch.int8 if is_int8 else dtype)
-            scales = empty(rows, -(-kept // SCALED), dtype=dtype) if is_int8 else None
+            kind, kept = layers[name]["values"], k // pattern.m * pattern.n
+            _, stored = INTEGERS.get(kind, (None, dtype))
+            values = empty(rows, kept // 2 if kind == INT4 else kept, dtype=stored)
+            group = layers[name].get("group", SCALED)
+            scales = empty(rows, -(-kept // group), dtype=dtype) if kind in INTEGERS else None
             packed = PackedNM(values, empty(rows, -(-k // 8), dtype=torch.uint8), pattern, scales)
             layer = packed_class(pattern)(packed, bias)
         replacements[id(linear)] = layer.train(linear.training)
@@ -340,11 +346,11 @@ def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> N
             "adapter by save_pretrained of the PeftModel, and the model that its unload() returns"
         )
     kinds = [layer.get("values", "masked") for layer in layers.values()]
-    masked, int8 = kinds.count("masked"), kinds.count(INT8)
+    masked, scaled = kinds.count("masked"), sum(kind in INTEGERS for kind in kinds)
     # the extra state is checked by layer ids
     expected = {"logits": masked} if masked else {}
     packed, beside = len(kinds) - masked, {"values": "bitmask", "scales": "bitmask", "bitmask": "values"}
-    for part, count in (expected | {"values": packed, "bitmask": packed, "scales": int8}).items():
+    for part, count in (expected | {"values": packed, "bitmask": packed, "scales": scaled}).items():
         found = [name.rpartition(".")[0] for name in stored if name.endswith(f".{part}")]
         if part in beside:
             # other modules may have tensors of these names, and a shared layer has a bitmask under each name
@@ -357,8 +363,10 @@ def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> N
             )
         for name in found if part == "scales" else ():
             # transformers would cast them silently
-            if stored.get(f"{name}.values") != "I8":
-                raise ValueError(f"checkpoint: {name}.values: expected torch.int8 beside scales; {COPY_AGAIN}")
+            dtypes = dict(INTEGERS[kind] for kind in INTEGERS if kind in kinds)
+            if stored.get(f"{name}.values") not in dtypes:
+                expected = " or ".join(map(str, dtypes.values()))
+                raise ValueError(f"checkpoint: {name}.values: expected {expected} beside scales; {COPY_AGAIN}")
 
 
 def _by_id(states: Sequence[Tensor]) -> dict[int, Tensor]:

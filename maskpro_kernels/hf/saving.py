@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..fsdp import is_distributed
 from ..modules import MaskedLinear
-from ..packed import INT8, SPARSE, NMLinear, bits_a_weight
+from ..packed import KEEP, SPARSE, NMLinear, bits_a_weight
 from ..unfuse import adapter_modules
 from .quantizer import describe
 
@@ -123,8 +123,8 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
     packed = [layer for layer in layers.values() if isinstance(layer, NMLinear)]
     stored = "The checkpoint is dense: zeros are stored like other values."
     if packed:
-        int8 = " rounded to int8" if any(layer.kind == INT8 for layer in packed) else ""
-        stored = f"{len(packed)} layers are packed: kept values{int8} and a bitmask, "
+        kinds = " and ".join(sorted({layer.kind for layer in packed} - {KEEP}))
+        stored = f"{len(packed)} layers are packed: kept values{kinds and f' rounded to {kinds}'} and a bitmask, "
         stored += f"{bits_a_weight(packed):.2f} bits a weight instead of {8 * packed[0].packed.dtype.itemsize}."
     elif layers:
         stored = f"The checkpoint has whole weights, and logits of the masks of {len(layers)} layers."

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..modules import CounterState, MaskedLinear, evaluating
-from ..packed import INT8, NMLinear
+from ..packed import INT4, KEEP, NMLinear
 from ..unfuse import in_linear_form
 
 # Rounds that do not count: caches fill, clocks rise
@@ -46,14 +46,14 @@ class Agreement:
     """Comparison of the greedy tokens of two models.
 
     Attributes:
-        model, other: their names; ``other`` is the first model with the same weights, else these in int8, else of all.
+        model, other: their names; ``other`` is the first model with the same weights, else these rounded, else of all.
         differs_in: the first weight or buffer in which they differ; None if there is none.
         same_tokens: number of leading tokens that are equal in all rows.
         new_tokens: number of generated tokens.
         gap: at the first difference, ``other``'s logit of its own token less its logit of the model's token; of several
             rows the gap that most exceeds its rounding. None if all tokens are equal.
         rounding: the largest gap that rounding explains there, see ``rounding_of``; None if all tokens are equal.
-        is_rounded: true if all that differs are values that one of the two holds in int8.
+        is_rounded: true if all that differs are values that one of the two stores as integers.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Agreement:
         else:
             tokens = f"same tokens up to {self.same_tokens} of {self.new_tokens}"
         if self.differs_in is not None:
-            weights = "weights rounded to int8, else those of" if self.is_rounded else "other weights than"
+            weights = "weights rounded to integers, else those of" if self.is_rounded else "other weights than"
             return f"{self.model}: {weights} {self.other}, first in {self.differs_in}; {tokens}"
         line = f"{self.model}: same weights as {self.other}; {tokens}"
         if self.gap is None:
@@ -274,8 +274,12 @@ def first_difference(model: nn.Module, other: nn.Module, rounded: bool = False) 
     with torch.no_grad(), in_linear_form(model), in_linear_form(other):
         own, others = _tensors(model), _tensors(other)
         named = (*model.named_modules(), *other.named_modules()) if rounded else ()
-        # int8 values are near where the largest scale of their row sets them apart
-        near = {f"{name}.weight": x.scales for name, x in named if isinstance(x, NMLinear) and x.kind == INT8}
+        # integers are near where the largest scale of their row sets them apart; int4 clips by up to 4 of its scales
+        near = {
+            f"{name}.weight": x.scales.abs() * (4 if x.kind == INT4 else 1)
+            for name, x in named
+            if isinstance(x, NMLinear) and x.kind != KEEP
+        }
         for name in [*own, *(name for name in others if name not in own)]:
             if name not in own or name not in others:
                 return name
@@ -307,7 +311,7 @@ def stored_as(model: nn.Module) -> str:
     """Storage of a model's linear layers: "dense", "packed 2:4", "packed 2:4 int8" and the like."""
     masked = {f"masked {layer.pattern}" for layer in model.modules() if isinstance(layer, MaskedLinear)}
     packed = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
-    kinds = masked | {f"packed {x.pattern}" + ("" if x.scales is None else " int8") for x in packed}
+    kinds = masked | {f"packed {x.pattern}" + ("" if x.kind == KEEP else f" {x.kind}") for x in packed}
     return ", ".join(sorted(kinds)) or "dense"
 
 

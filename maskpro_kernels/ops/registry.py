@@ -443,7 +443,7 @@ torch.library.register_autograd(f"{NAMESPACE}::unpack_nm", _unpack_backward, set
 
 
 def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: int) -> Tensor:
-    """Unpack the weight [rows, K], in the dtype of values, or for int8 values of scales."""
+    """Unpack the weight [rows, K], in the dtype of the scales of integers, or of the values."""
     if scales is not None:
         values = reference.dequantized(values, scales, scales.dtype)
     return unpack_nm(values, bitmask, n, m)
@@ -456,7 +456,7 @@ def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: 
 def nm_linear(x, values, bitmask, scales, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x.
 
-    Values and bias have this dtype too; for int8 values scales [rows, blocks] and bias.
+    Values and bias have this dtype too; for int8 and int4 values scales [rows, blocks] and bias.
     """
     x, *parts, bias = (part if part is None else part.contiguous() for part in (x, values, bitmask, scales, bias))
     with without_autocast(x):
@@ -486,14 +486,14 @@ torch.library.register_autograd(f"{NAMESPACE}::nm_linear", _nm_linear_backward, 
 
 @operation(
     "(Tensor grad, Tensor values, Tensor bitmask, Tensor? scales, int n, int m) -> Tensor",
-    lambda grad, values, bitmask, scales, n, m: grad.new_empty(grad.shape[0], values.shape[1] // n * m),
+    lambda grad, values, bitmask, scales, n, m: grad.new_empty(grad.shape[0], reference.kept_values(values) // n * m),
 )
 def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
     """grad [tokens, rows] @ unpacked [rows, K], in the dtype of grad."""
     with without_autocast(grad):
         if uses_kernels(grad):
             return grad @ unpacked(values, bitmask, scales, n, m)
-        bitmask = as_bitmask(bitmask, values.shape[1] // n * m, len(values))
+        bitmask = as_bitmask(bitmask, reference.kept_values(values) // n * m, len(values))
         parts = tuple(part if part is None else part.contiguous() for part in (values, bitmask, scales))
         return packed_products(grad).input_grad(grad.contiguous(), parts, n, m)
 
@@ -551,7 +551,8 @@ def direct_nm_linear(
     dtype = x.dtype
     if dtype not in DTYPES or (values if scales is None else scales).dtype != dtype or not x.is_contiguous():
         return None
-    if bitmask.dtype != torch.uint8 or x.is_neg() or not x.dim() or x.shape[-1] * n != values.shape[1] * m:
+    kept = values.shape[1] if scales is None else reference.kept_values(values)
+    if bitmask.dtype != torch.uint8 or x.is_neg() or not x.dim() or x.shape[-1] * n != kept * m:
         return None
     if bias is not None and (bias.dtype != dtype or bias.shape != values.shape[:1]):
         return None

@@ -12,13 +12,13 @@ from ..fsdp import check_in_memory, check_not_sharded, check_not_wrapped
 from ..functional.checks import check_one_of
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
-from ..packed import KEEP, VALUE_KINDS, NMLinear, dense_layer, hold_in_huge_pages, packed_class
+from ..packed import KEEP, NMLinear, check_values, dense_layer, hold_in_huge_pages, packed_class
 from ..unfuse import in_linear_form, unfused_modules
 from .convert import Conversion, check_replaceable, replace_layers
 from .selection import coverage, reasons_by_name, select_layers
 
 
-def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Module:
+def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int = 64) -> nn.Module:
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
     With to="dense", modules that ``convert`` unfused are fused again: the model gets the names and shapes that it had
@@ -30,18 +30,18 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
     Args:
         model: a converted model.
         to: "dense", or "packed" for NMLinear, at 2:4 Sparse24Linear.
-        values: of packed layers: "keep" for unchanged ones, or "int8", see ``pack_nm``.
+        values, group: of packed layers: "keep" for unchanged ones, "int8", or "int4", see ``pack_nm``.
 
     Returns:
         ``model``; the new linear layer if the model itself is a MaskedLinear.
 
     Raises:
-        ValueError: if ``to`` or ``values`` is unknown, to="dense" comes with values="int8", the model has no
-            MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in memory, or a weight to
-            quantize is not finite. The model is then unchanged.
+        ValueError: if ``to``, ``values`` or ``group`` is unknown, to="dense" comes with other values than "keep", the
+            model has no MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in memory, or a
+            weight to quantize is not finite. The model is then unchanged.
     """
     check_one_of("to", to, ("dense", "packed"))
-    check_one_of("values", values, VALUE_KINDS)
+    check_values(values, group)
     if to == "dense" and values != KEEP:
         raise ValueError(f'values: expected "{KEEP}" for dense layers, got {values!r}; pack them by to="packed"')
     replacements, layers = {}, masked_layers(model)
@@ -59,7 +59,7 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
         for name, layer in layers.items():
             if to == "packed":
                 with _naming(name):
-                    replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer, values)
+                    replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer, values, group)
             else:
                 replacements[id(layer)] = dense_layer(layer)
     replace_layers(model, replacements)
@@ -68,7 +68,7 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
     return model
 
 
-def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conversion:
+def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP, group: int = 64) -> Conversion:
     """Replace every nn.Linear whose weight follows the pattern by an NMLinear, at 2:4 a Sparse24Linear, in place.
 
     The output head and layers whose weight is shared stay unchanged, as in ``convert``.
@@ -76,14 +76,14 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
     Args:
         model: with exact zeros.
         pattern: "N:M" or NMPattern.
-        values: "keep" for unchanged ones, or "int8", see ``pack_nm``.
+        values, group: "keep" for unchanged ones, "int8", or "int4", see ``pack_nm``.
 
     Raises:
-        ValueError: if ``values`` is unknown, no layer's weight follows the pattern, a weight is not in memory, or a
-            weight to quantize is not finite. The model is then unchanged.
+        ValueError: if ``values`` or ``group`` is unknown, no layer's weight follows the pattern, a weight is not in
+            memory, or a weight to quantize is not finite. The model is then unchanged.
     """
     pattern = NMPattern(pattern)
-    check_one_of("values", values, VALUE_KINDS)
+    check_values(values, group)
     check_replaceable(model)
     replacements, packed = {}, []
     with in_linear_form(model) as left_out:
@@ -95,7 +95,7 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
                 skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
             else:
                 with _naming(name):
-                    replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern, values)
+                    replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern, values, group)
                 packed.append(name)
         if not packed:
             raise ValueError(f"pattern: expected one that some layer follows, got {pattern}, which none follows")
@@ -106,21 +106,23 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
     return Conversion(packed, skipped, masked_share=share, unmasked=unmasked)
 
 
-def repack(model: nn.Module, values: str) -> int:
+def repack(model: nn.Module, values: str, group: int = 64) -> int:
     """Store the values of every NMLinear as in ``pack_nm``, in place; return how many layers changed.
 
     Raises:
-        ValueError: if ``values`` is unknown, a weight is not in memory, or a weight to quantize is not finite. The
-            model is then unchanged.
+        ValueError: if ``values`` or ``group`` is unknown, a weight is not in memory, or a weight to quantize is not
+            finite. The model is then unchanged.
     """
-    check_one_of("values", values, VALUE_KINDS)
+    check_values(values, group)
     replacements = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, NMLinear) and layer.kind != values:
+        if isinstance(layer, NMLinear):
             check_in_memory("model", layer, name, layer.values)
+            packed = layer.packed
             with _naming(name):
-                stored = type(layer)(layer.packed.stored_as(values), layer.bias)
-            replacements[id(layer)] = stored.train(layer.training)
+                stored = packed.stored_as(values, group)
+            if stored is not packed:
+                replacements[id(layer)] = type(layer)(stored, layer.bias).train(layer.training)
     if replacements:
         replace_layers(model, replacements)
         hold_in_huge_pages(model)

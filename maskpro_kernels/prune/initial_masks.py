@@ -25,7 +25,7 @@ from ..functional.masks import expand_mask, sample_mask, top_n_mask
 from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern, as_bitmask, codes_of
 from ..ops.philox import MAX_STEPS
-from ..packed import INT8, SPARSE, NMLinear
+from ..packed import KEEP, SPARSE, NMLinear
 from ..unfuse import in_linear_form
 from .calibration import check_calibration, input_squares
 from .reconstruction import Reconstruction, reconstruct
@@ -218,7 +218,7 @@ def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str 
 
     Warns:
         UserWarning: if kept weights of a run or a checkpoint differ from those of the layers, as after SparseGPT or a
-            refit, or are rounded to int8; or if groups of a checkpoint had fewer than N weights that are not zero.
+            refit, or are rounded to integers; or if groups of a checkpoint had fewer than N weights that are not zero.
 
     Raises:
         ValueError: the masks are of another base model, pattern or set of layers, or there are none.
@@ -268,7 +268,7 @@ def _of_checkpoint(
     with _naming_init():
         sparse, _ = load_model(str(path.absolute()), next(iter(layers.values())).weight.dtype)
     codes: dict[str, Tensor] = {}
-    changed, rounded, filled = [], 0, 0
+    changed, rounded, filled = [], [], 0
     with in_linear_form(sparse):
         modules = dict(sparse.named_modules())
         shapes = {
@@ -304,8 +304,8 @@ def _of_checkpoint(
                 codes[name] = top_n_mask(size.masked_fill_(kept, torch.inf), pattern)
                 more = expand_mask(codes[name], pattern) & ~kept & (weight != 0)
                 filled += int(more.view(len(kept), -1, pattern.m).any(-1).sum())
-            if isinstance(module, NMLinear) and module.kind == INT8:
-                rounded += 1
+            if isinstance(module, NMLinear) and module.kind != KEEP:
+                rounded.append(module.kind)
             elif not torch.equal(module.weight[kept], weight[kept]):
                 if isinstance(module, MaskedLinear) and not module.weight_changed:
                     raise ValueError(
@@ -320,7 +320,8 @@ def _of_checkpoint(
             "is used: they were changed, or are of another model, or of this one in another dtype"
         )
     if rounded:
-        notes.append(f"values of {rounded} layers are rounded to int8 and cannot be compared with the model's")
+        kinds = " and ".join(sorted(set(rounded)))
+        notes.append(f"values of {len(rounded)} layers are rounded to {kinds} and cannot be compared with the model's")
     if filled:
         notes.append(f"{filled} groups keep fewer weights than {pattern}; the largest others were added")
     return codes, notes

@@ -2,6 +2,7 @@
 
 from .arithmetic import LN2, SMALLEST_NORMAL, exp, group_round_logits, ln, round_stochastically, saturated
 from .groups import (
+    INT4_GROUPS,
     INTEGERS,
     SCALED,
     columns,
@@ -11,8 +12,11 @@ from .groups import (
     fixed_sum,
     group_unpacked,
     input_grad,
+    kept_values,
     nm_linear,
+    numbers_of,
     packed_part,
+    scaled_group,
     uncolumns,
     unpack_nm,
 )

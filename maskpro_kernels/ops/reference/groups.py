@@ -9,8 +9,8 @@ from ..pattern import codes_of
 
 # Integer dtypes for the bits of floats, by bytes
 INTEGERS = {2: torch.int16, 4: torch.int32}
-# Kept values of a row that share a scale
-SCALED = 128
+# Kept values of a row that share a scale: of int8 values, and of int4 values, by default the first number
+SCALED, INT4_GROUPS = 128, (64, 32, 128)
 
 
 def grouped(x, m):
@@ -79,10 +79,31 @@ def unpack_nm(values, bitmask, *, n, m):
     return group_unpacked(grouped(as_integers, n), codes_of(bitmask, k, m), m=m).flatten(1).view(values.dtype)
 
 
+def kept_values(values):
+    """Number of values in a row: bytes of dtype uint8 have two int4 values each."""
+    return values.shape[1] * (2 if values.dtype == torch.uint8 else 1)
+
+
+def scaled_group(values, scales):
+    """Number of values of a row that share a scale; with one scale a row, the first of those possible."""
+    kept, blocks = kept_values(values), scales.shape[1]
+    sizes = INT4_GROUPS if values.dtype == torch.uint8 else (SCALED,)
+    return next((size for size in sizes if -(-kept // size) == blocks), None)
+
+
+def numbers_of(values):
+    """int8 values from bytes of two int4 values each, two's complement: the lower four bits are the first value."""
+    if values.dtype == torch.int8:
+        return values
+    halves = torch.stack((values & 15, values >> 4), dim=-1).flatten(1).to(torch.int8)
+    return torch.where(halves > 7, halves - 16, halves)
+
+
 def dequantized(values, scales, dtype):
-    """int8 values [rows, values] times the scales [rows, ceil(values / SCALED)] of blocks, rounded to a dtype once."""
-    each = scales.float().repeat_interleave(SCALED, dim=1)[:, : values.shape[1]]
-    return (values.float() * each).to(dtype)
+    """int8 or int4 values [rows, values] times the scale of each block of a row, rounded to a dtype once."""
+    numbers = numbers_of(values)
+    each = scales.float().repeat_interleave(scaled_group(values, scales), dim=1)[:, : numbers.shape[1]]
+    return (numbers.float() * each).to(dtype)
 
 
 def _unpacked(values, bitmask, scales, dtype, n, m):

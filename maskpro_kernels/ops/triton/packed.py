@@ -334,7 +334,9 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
     tokens, k = x.shape
     # words must be aligned, but a slice may start anywhere
     aligned = values.data_ptr() % 16 == 0 and bitmask.data_ptr() % 16 == 0
-    if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2 or not aligned:
+    if values.dtype == torch.uint8 or not aligned:
+        return "unpack"
+    if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2:
         return "unpack"
     if bitmask.dtype == torch.int16:
         if tokens > LIBRARY_TOKENS and sparse_available(x.device) and sparse_fits(x, values):

@@ -138,7 +138,7 @@ def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     if use is None:
         return "unpack"
     quantized = kind.values == torch.int8
-    if quantized and kind.scaled_runs is None:
+    if kind.values == torch.uint8 or quantized and kind.scaled_runs is None:
         return "blocks"
     by_tiles = use.tiles and kind.x == torch.bfloat16
     if tokens <= (FEWER if by_tiles else FEW):
@@ -168,9 +168,9 @@ def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, bi
 def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
     """grad [tokens, rows] @ weight [rows, K], in the dtype of grad: by blocks of columns."""
     values, bitmask, scales = parts
-    rows, k = values.shape[0], values.shape[1] // n * m
     if scales is not None:
         values = reference.dequantized(values, scales, grad.dtype)
+    rows, k = values.shape[0], values.shape[1] // n * m
     unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
     if unpacked is None or not rows:
         return grad @ unpack_nm(values, bitmask, n=n, m=m)
@@ -220,9 +220,11 @@ def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None
     codes = reference.group_top_n_mask(normal(rows, groups, kind.m).float(), n=kind.n)
     values, x, bias = normal(rows, groups * kind.n), normal(tokens, groups * kind.m), normal(rows) if biased else None
     scales = None
-    if kind.values == torch.int8:
+    if kind.values in (torch.int8, torch.uint8):
         scales = normal(rows, -(-values.shape[1] // reference.SCALED)).abs()
-        values = torch.randint(-127, 128, values.shape, generator=generator, device="cpu", dtype=torch.int8)
+        low, high = (-127, 128) if kind.values == torch.int8 else (0, 256)
+        shape = rows, values.shape[1] // (1 if kind.values == torch.int8 else 2)
+        values = torch.randint(low, high, shape, generator=generator, device="cpu", dtype=kind.values)
     parts = values, bitmask_of(codes, kind.m), scales
     values = values if scales is None else reference.dequantized(values, scales, torch.float32)
     weight = reference.unpack_nm(values, parts[1], n=kind.n, m=kind.m).double()
