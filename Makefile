@@ -16,7 +16,7 @@ TESTS := -n 4 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(L
 # run apart
 COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/compiled/test_%.py, \
 	compiled_products compiled_packed compiled_sparse_mma compiled_odd_addresses compiled_sampling planted_faults \
-	removed_synchronisation compiled_far_launches coverage)
+	removed_synchronisation compiled_far_launches coverage verdict)
 # Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own there
 TARGET ?= sm_80
 WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through test_packed
@@ -30,7 +30,7 @@ INSTALLED36 := $(VENV36)/.installed
 INSTALLED_OLDEST := $(OLDEST)/.installed
 
 .PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-triton36 test-oldest test-slow-triton36 lint \
-	aot-report hub bench gpu-check clean
+	aot-report hub bench verdict clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -93,20 +93,10 @@ hub: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pytest benchmarks -rs
 
-# A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here. A part that fails
-# does not stop the others, and the benchmarks stand in the order of their importance.
-ROWS ?= gpu-check.jsonl
-GPU_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/triton/test_masked_gemm ops/triton/test_mutants \
-	ops/triton/test_straight_through functional/test_straight_through learn/test_straight_through \
-	learn/test_slopes_refused prune/test_reconstruction)
-GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear packed step straight_through model startup)
-ON_GPU := PYTHONPATH=emulators $(PYTHON) -m pytest -p gpu_emulators.plugin
-gpu-check:
-	failed=0; \
-	$(ON_GPU) tests/test_gpu.py -m gpu || failed=1; \
-	$(ON_GPU) $(GPU_TESTS) -m "not slow" -k "not error_budget" || failed=1; \
-	$(PYTHON) -m pytest $(GPU_BENCHMARKS) --rows $(ROWS) --within 270 -rs || failed=1; \
-	exit $$failed
+# A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here
+OUTPUT ?= verdict
+verdict:
+	PYTHONPATH=. $(PYTHON) benchmarks/verdict.py --output $(OUTPUT)
 
 clean:
 	rm -rf $(VENV) $(VENV36) $(OLDEST) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

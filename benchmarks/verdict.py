@@ -10,14 +10,13 @@ then, else 1.
 
 Minutes on 16 cores, estimated and not measured: 2 to 3 for the tests of 2:4, most of them compilation; half a minute
 for the model, which compiles eight kernels; 2 for the cases, of which each compiles one, multiplies in float64 and
-replays up to five graphs; what is left until DEADLINE for other tests.
+replays up to five graphs; a tenth for host time; what is left until DEADLINE for other tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.metadata
 import json
 import os
@@ -29,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -40,6 +40,7 @@ import triton.language as tl
 from cost_model import CARDS, Card
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 import maskpro_kernels as mk
 from maskpro_kernels import ops
@@ -86,7 +87,7 @@ class Run:
         self.rows, self.k = (96, 128) if emulator else (11008, 4096)
         names = () if emulator else (name for name in CARDS if name in torch.cuda.get_device_name())
         self.card = next((CARDS[name] for name in names), None)
-        self.layer = functools.cache(functools.partial(Layer, self))
+        self.layer = cache(partial(Layer, self))
 
     def random(self, *shape: int, seed: int) -> Tensor:
         """bfloat16, with the same values on each device."""
@@ -117,7 +118,7 @@ def reference() -> Iterator[None]:
 
 
 def on_cpu(call: Callable, *arguments: object):
-    """What a call returns for copies of its arguments, by the reference on the CPU."""
+    """Call the reference with copies of the arguments on the CPU."""
     with reference():
         return call(*(value.cpu().clone() if isinstance(value, Tensor) else value for value in arguments))
 
@@ -199,13 +200,9 @@ def over_groups(run: Run, kernel: str) -> Work:
             ops.score_update_(logits, *others)
             return logits
 
-    expected = on_cpu(call, *arguments)
-    return Work(
-        f"{run.rows} x {run.k}",
-        lambda: call(*arguments),
-        lambda found: assert_same_bits(found, expected),
-        lambda card: cost_model.over_groups(card, kernel, run.rows, run.k, GAP),
-    )
+    check = partial(assert_same_bits, expected=on_cpu(call, *arguments))
+    model = partial(cost_model.over_groups, kernel=kernel, rows=run.rows, k=run.k, gap=GAP)
+    return Work(f"{run.rows} x {run.k}", partial(call, *arguments), check, model)
 
 
 def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
@@ -220,13 +217,10 @@ def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
         finally:
             masked_gemm.one_pass_tokens = limit
 
-    return Work(
-        f"{tokens} x {run.rows} x {run.k}",
-        lambda: call(tokens),
-        lambda found: assert_product(found, x, layer.masked),
-        lambda card: cost_model.masked(card, tokens, run.rows, run.k, gap, kind),
-        {"dense": lambda: lambda: linear(x, layer.weight), "two passes": lambda: lambda: call(0)},
-    )
+    check = partial(assert_product, x=x, weight=layer.masked)
+    model = partial(cost_model.masked, tokens=tokens, rows=run.rows, k=run.k, gap=gap, kind=kind)
+    others = {"dense": lambda: partial(linear, x, layer.weight), "two passes": lambda: partial(call, 0)}
+    return Work(f"{tokens} x {run.rows} x {run.k}", partial(call, tokens), check, model, others)
 
 
 def packed(run: Run, tokens: int, stored: str) -> Work:
@@ -237,43 +231,34 @@ def packed(run: Run, tokens: int, stored: str) -> Work:
     bitmask = parts.bitmask if stored == "int8" else metadata_of(parts.bitmask)
     tensors = [part if part is None else part.to(run.device) for part in (parts.values, bitmask, parts.scales)]
 
-    def by_torch(kind: type) -> Callable:
-        sparse = kind.from_dense(weight)
-        return lambda: linear(x, sparse)
-
     def model(card: Card) -> float:
         size = run.rows, run.k
         return cost_model.packed(card, *size) if stored == "int8" else cost_model.sparse(card, tokens, *size)[1]
 
     others = {
-        "dense": lambda: lambda: linear(x, weight),
-        "CUTLASS": lambda: by_torch(torch.sparse.SparseSemiStructuredTensorCUTLASS),
-        "cuSPARSELt": lambda: by_torch(torch.sparse.SparseSemiStructuredTensorCUSPARSELT),
+        "dense": lambda: partial(linear, x, weight),
+        "CUTLASS": lambda: partial(linear, x, SparseSemiStructuredTensorCUTLASS.from_dense(weight)),
+        "cuSPARSELt": lambda: partial(linear, x, SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)),
     }
-    return Work(
-        f"{tokens} x {run.rows} x {run.k}",
-        lambda: ops.nm_linear(x, *tensors, None, N, M),
-        lambda found: assert_product(found, x, weight),
-        model,
-        others,
-    )
+    ours, check = partial(ops.nm_linear, x, *tensors, None, N, M), partial(assert_product, x=x, weight=weight)
+    return Work(f"{tokens} x {run.rows} x {run.k}", ours, check, model, others)
 
 
 CASES: dict[str, Callable[[Run], Work]] = {
     "scaled_reciprocal": all_reciprocals,
     "gradients, 304 rows": gradients,
-    "draw": lambda run: over_groups(run, "sample_mask"),
-    "score": lambda run: over_groups(run, "mask_score"),
-    "update": lambda run: over_groups(run, "score_update"),
-    "masked product, 32 tokens, gap 10": lambda run: masked(run, 32, GAP),
-    "masked product, 128 tokens, gap 10": lambda run: masked(run, 128, GAP),
-    "masked product, 128 tokens, gap 8": lambda run: masked(run, 128, 8.0),
-    "masked product, 128 tokens, gap 5.7": lambda run: masked(run, 128, 5.7),
-    "product by codes, 128 tokens": lambda run: masked(run, 128, GAP, "codes"),
-    "packed product, int8, 1 token": lambda run: packed(run, 1, "int8"),
-    "2:4 product, 16 tokens": lambda run: packed(run, 16, "keep"),
-    "2:4 product, 1,024 tokens": lambda run: packed(run, 1024, "keep"),
-    "2:4 product, 4,096 tokens": lambda run: packed(run, 4096, "keep"),
+    "draw": partial(over_groups, kernel="sample_mask"),
+    "score": partial(over_groups, kernel="mask_score"),
+    "update": partial(over_groups, kernel="score_update"),
+    "masked product, 32 tokens, gap 10": partial(masked, tokens=32, gap=GAP),
+    "masked product, 128 tokens, gap 10": partial(masked, tokens=128, gap=GAP),
+    "masked product, 128 tokens, gap 8": partial(masked, tokens=128, gap=8.0),
+    "masked product, 128 tokens, gap 5.7": partial(masked, tokens=128, gap=5.7),
+    "product by codes, 128 tokens": partial(masked, tokens=128, gap=GAP, kind="codes"),
+    "packed product, int8, 1 token": partial(packed, tokens=1, stored="int8"),
+    "2:4 product, 16 tokens": partial(packed, tokens=16, stored="keep"),
+    "2:4 product, 1,024 tokens": partial(packed, tokens=1024, stored="keep"),
+    "2:4 product, 4,096 tokens": partial(packed, tokens=4096, stored="keep"),
 }
 
 
@@ -368,6 +353,19 @@ def test_row(selected: Sequence[str], limit: float) -> dict:
     }
 
 
+def host_times(run: Run) -> dict[str, float | str | None]:
+    """Seconds of Python by call, apart from the GPU's."""
+    try:
+        import host_time
+
+        if run.emulator:
+            with reference():
+                return dict.fromkeys(host_time.calls())
+        return {name: 1e-6 * microseconds for name, microseconds in host_time.measured().items()}
+    except Exception as error:
+        return {"none": message(error)}
+
+
 def environment(run: Run) -> dict:
     def printed(*command: str | Path) -> str:
         try:
@@ -410,14 +408,17 @@ def page(report: dict) -> str:
     lines += table("checked | shape | verdict", checked)
     timed = []
     for row in (row for row in report["cases"] if row["timed"]):
-        times = [row.get("ours"), row.get("modelled"), *map(row["others"].get, OTHERS)]
+        times, others = [row.get("ours"), row.get("modelled")], [row["others"].get(key) for key in OTHERS]
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        others = [cell(time) + (f" ({time / times[0]:.2f})" if isinstance(time, float) else "") for time in others]
         if report["emulated"]:
-            ratio, times = "emulated", ["emulated"] * 2 + ["emulated" if key in row["others"] else "" for key in OTHERS]
-        ours, modelled, *others = map(cell, times)
-        timed.append((row["case"], row["shape"], ours, modelled, ratio, *others, row["verdict"]))
-    lines += ["Microseconds; modelled by benchmarks/cost_model.py.", ""]
+            times, ratio = ["emulated"] * 2, "emulated"
+            others = ["emulated" if key in row["others"] else "" for key in OTHERS]
+        timed.append((row["case"], row["shape"], *map(cell, times), ratio, *others, row["verdict"]))
+    lines += ["Microseconds, of torch in brackets as a multiple of ours; modelled by benchmarks/cost_model.py.", ""]
     lines += table(f"timed | shape | ours | modelled | ours / modelled | {' | '.join(OTHERS)} | verdict", timed)
+    host = [(name, "emulated" if report["emulated"] else cell(value)) for name, value in report["host"].items()]
+    lines += table("Python's part of a call | microseconds", host)
     return "\n".join(lines)
 
 
@@ -430,8 +431,9 @@ def cases_of(run: Run, names: Sequence[str]) -> Iterator[dict]:
             torch.cuda.synchronize() if not run.emulator else None
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rest.json"
-        if rest:
-            subprocess.run([sys.executable, __file__, "--output", output, "--cases", *rest])
+        command = [sys.executable, __file__, "--output", output, "--cases", *rest]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, timeout=FIRST_TESTS) if rest else None
         if output.exists():
             rows = {row["case"]: row for row in json.loads(output.read_text())["cases"]}
     missing = {"shape": "", "timed": False, "others": {}, "verdict": f"{FAIL}: its process has ended"}
@@ -442,16 +444,18 @@ def report_of(run: Run, names: Sequence[str] = (), save: Callable[[dict], None] 
     """The report of some cases, or of all; on a GPU also of tests. ``save`` gets it after each part."""
     start = time.monotonic()
     report = {"verdict": "not finished", "emulated": run.emulator is not None, "environment": environment(run)}
-    report |= {"tests": [], "cases": []}
-    files = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()]
+    report |= {"tests": [], "cases": [], "host": {}}
     tests = not names and not run.emulator
     if tests:
+        paths = ROOT.glob("tests/**/test_*.py")
+        files = [str(path.relative_to(ROOT)) for path in paths if "mark.gpu" in path.read_text()]
         report["tests"].append(test_row([*files, "-m", "gpu", "-k", "2:4"], FIRST_TESTS))
         save(report)
     with torch.no_grad():
         for row in cases_of(run, names or list(CASES)):
             report["cases"].append(row)
             save(report)
+    report["host"] = host_times(run)
     if tests:
         left = DEADLINE - (time.monotonic() - start)
         report["tests"].append(test_row([*files, "-m", "gpu", "-k", "not 2:4"], left))
@@ -474,6 +478,9 @@ def main() -> int:
         emulator, tiles.ON_CPU = driver.install("sm_80"), "sm_80"
     elif not torch.cuda.is_available():
         parser.error("no CUDA device; --dry-run runs the cases on an emulator")
+    else:
+        # a kernel may never end: what has been saved remains
+        signal.alarm(DEADLINE + 20)
 
     def save(report: dict) -> None:
         given.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
