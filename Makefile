@@ -6,10 +6,10 @@ OLDEST := .venv-oldest
 # while they wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(wildcard $(patsubst %,tests/%.py,docs/test_documents cli/test_learn \
-	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks \
-	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
-	benchmarks/test_characters sharding/test_shards_of_layers))
+LONGEST := $(wildcard $(patsubst %,tests/%.py,cli/test_ranks_command ops/test_layer_groups test_packed cli/test_learn \
+	cli/test_resume ops/triton/test_masked_gemm ops/reference/test_score test_hf_trainer ops/test_bits \
+	ops/triton/test_mutants ops/triton/test_straight_through cli/test_whole_runs ops/reference/test_distribution \
+	docs/test_documents docs/test_one_kernel benchmarks/test_benchmarks))
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 4 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
