@@ -46,6 +46,28 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return upper
 
 
+def column_by_column(w: Tensor, upper: Tensor, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Give each column of w [out, K] a new value, in place, from left to right; those to the right compensate.
+
+    Args:
+        upper: [K, K], see ``inverse_factor``.
+        choose: gets the index of a column, and w, of which columns up to the end of the block have compensated for all
+            before; returns the column's new value [out].
+    """
+    k = w.shape[1]
+    for left in range(0, k, BLOCK):
+        right = min(left + BLOCK, k)
+        errors = torch.zeros_like(w[:, left:right])
+        for i in range(left, right):
+            value = choose(i, w)
+            errors[:, i - left] = (w[:, i] - value) / upper[i, i]
+            w[:, i:right] -= errors[:, i - left, None] * upper[i, i:right]
+            # exactly
+            w[:, i] = value
+        w[:, right:] -= errors @ upper[left:right, right:]
+    return w
+
+
 def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
     """(group codes [out, K / M], weight under its mask [out, K] in the dtype of ``upper``) of a weight [out, K].
 
@@ -53,24 +75,20 @@ def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPatter
         unused: bool [K], true for columns without input; their weights count as 0.
         upper: [K, K], see ``inverse_factor``.
     """
-    k, codes = weight.shape[1], []
+    codes, kept = [], None
     w = weight.detach().to(upper.dtype).clone()
     w[:, unused] = 0.0
-    for left in range(0, k, BLOCK):
-        right = min(left + BLOCK, k)
-        errors = torch.zeros_like(w[:, left:right])
-        for i in range(left, right):
-            if i % pattern.m == 0:
-                group = slice(i, i + pattern.m)
-                # the root of the cost has the same order; squares may exceed the range of float32
-                codes.append(top_n_mask((w[:, group] / upper.diagonal()[group]).abs().float(), pattern))
-                kept = expand_mask(codes[-1], pattern)
-            dropped = torch.where(kept[:, i % pattern.m], 0.0, w[:, i])
-            errors[:, i - left] = dropped / upper[i, i]
-            w[:, i:right] -= errors[:, i - left, None] * upper[i, i:right]
-            # exactly 0
-            w[:, i] = torch.where(kept[:, i % pattern.m], w[:, i], 0.0)
-        w[:, right:] -= errors @ upper[left:right, right:]
+
+    def choose(i: int, w: Tensor) -> Tensor:
+        nonlocal kept
+        if i % pattern.m == 0:
+            group = slice(i, i + pattern.m)
+            # the root of the cost has the same order; squares may exceed the range of float32
+            codes.append(top_n_mask((w[:, group] / upper.diagonal()[group]).abs().float(), pattern))
+            kept = expand_mask(codes[-1], pattern)
+        return torch.where(kept[:, i % pattern.m], w[:, i], 0.0)
+
+    w = column_by_column(w, upper, choose)
     return torch.cat(codes, 1), w
 
 
