@@ -283,14 +283,17 @@ def nearest_integers(blocks: Tensor, scales: Tensor, kind: str) -> Tensor:
     return (numbers.clamp_(-8, 7) if kind == INT4 else numbers).to(torch.int8)
 
 
-def least_squares_scales(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales [...] of a dtype for the int4 values of float32 blocks [..., values], see ``pack_nm``."""
+def least_squares_scales(blocks: Tensor, dtype: torch.dtype, weights: Tensor | float = 1.0) -> Tensor:
+    """Scales [...] of a dtype for the int4 values of float32 blocks [..., values], see ``pack_nm``.
+
+    ``weights``, of the shape of the blocks, multiply the squared error of each value.
+    """
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best, least = (largest / INT4_DIVISORS[0]).to(dtype), torch.full_like(largest, torch.inf)
     for divisor in INT4_DIVISORS:
         scales = (largest / divisor).to(dtype)
         error = nearest_integers(blocks, scales, INT4) * scales.float().unsqueeze(-1) - blocks
-        error = error.square_().sum(-1)
+        error = error.square_().mul_(weights).sum(-1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best
 

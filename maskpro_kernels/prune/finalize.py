@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,15 +10,19 @@ from torch import nn
 
 from ..fsdp import check_in_memory, check_not_sharded, check_not_wrapped
 from ..functional.checks import check_one_of
+from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
-from ..packed import KEEP, NMLinear, check_values, dense_layer, hold_in_huge_pages, packed_class
+from ..packed import INT4, KEEP, NMLinear, check_values, dense_layer, hold_in_huge_pages, packed_class
 from ..unfuse import in_linear_form, unfused_modules
 from .convert import Conversion, check_replaceable, replace_layers
+from .gptq import gptq
+from .initial_masks import Progress
 from .selection import coverage, reasons_by_name, select_layers
 
 
-def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int = 64) -> nn.Module:
+def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int = 64, *,
+             calibration: Iterable | None = None, progress: Progress | None = None) -> nn.Module:  # fmt: skip
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
     With to="dense", modules that ``convert`` unfused are fused again: the model gets the names and shapes that it had
@@ -31,19 +35,28 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
         model: a converted model.
         to: "dense", or "packed" for NMLinear, at 2:4 Sparse24Linear.
         values, group: of packed layers: "keep" for unchanged ones, "int8", or "int4", see ``pack_nm``.
+        calibration: batches for the model, each a tensor, a tuple or a mapping. int4 values are then rounded so that
+            the outputs of layers change least, see ``prune/gptq.py``; experts without a token as in ``pack_nm``.
+        progress: called with (layers done, layers in all) while values are rounded to int4 by ``calibration``.
+
+    Warns:
+        UserWarning: names experts without a token.
 
     Returns:
         ``model``; the new linear layer if the model itself is a MaskedLinear.
 
     Raises:
-        ValueError: if ``to``, ``values`` or ``group`` is unknown, to="dense" comes with other values than "keep", the
-            model has no MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in memory, or a
-            weight to quantize is not finite. The model is then unchanged.
+        ValueError: if ``to``, ``values`` or ``group`` is unknown, to="dense" comes with other values than "keep",
+            ``calibration`` comes without "int4", has no batch or inputs that are not finite, the model has no
+            MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in memory, or a weight to
+            quantize is not finite. The model is then unchanged.
     """
     check_one_of("to", to, ("dense", "packed"))
     check_values(values, group)
     if to == "dense" and values != KEEP:
         raise ValueError(f'values: expected "{KEEP}" for dense layers, got {values!r}; pack them by to="packed"')
+    if calibration is not None and values != INT4:
+        raise ValueError(f'calibration: expected none but for values="{INT4}", got batches for {values!r}')
     replacements, layers = {}, masked_layers(model)
     check_replaceable(model)
     if to == "packed":
@@ -62,6 +75,12 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
                     replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer, values, group)
             else:
                 replacements[id(layer)] = dense_layer(layer)
+        if calibration is not None:
+            codes = {name: top_n_mask(layer.logits_on_device(), layer.pattern) for name, layer in layers.items()}
+            patterns = {name: layer.pattern for name, layer in layers.items()}
+            for name, packed in gptq(model, layers, codes, patterns, calibration, group, progress).items():
+                rounded = packed_class(packed.pattern)(packed, layers[name].bias)
+                replacements[id(layers[name])] = rounded.train(layers[name].training)
     replace_layers(model, replacements)
     model = replacements.get(id(model), model)
     hold_in_huge_pages(model)

@@ -20,25 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.masks import expand_mask
-from ..ops.pattern import NMPattern
+from ..ops.pattern import NMPattern, bitmask_of
+from ..packed import INT4, PackedNM, least_squares_scales, nearest_integers, two_a_byte
 from .calibration import calls_of, layer_by_layer
 from .refit import DAMPING, PIECE
 from .sparsegpt import BLOCK, WeightsOfBlock, column_by_column, inverse_factor
 
-LOWEST, HIGHEST = -8, 7
-# Shares of the scale with which the largest value is just not clipped
-SHARES = [0.5 + 0.025 * step for step in range(23)]
 # Rounds of scales and integers. Further ones lower the error by less than 2% each
 ROUNDS = 3
-
-# (integers int8 [out, K N / M], scales [out, blocks] in the weight's dtype)
-Rounded = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
 def gptq(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor],
          patterns: Mapping[str, NMPattern], calibration: Iterable, group: int,
-         progress: Callable[[int, int], None] | None = None) -> dict[str, Rounded]:  # fmt: skip
+         progress: Callable[[int, int], None] | None = None) -> dict[str, PackedNM]:  # fmt: skip
     """Round the kept values of all layers to int4; the inputs of each come from the rounded layers before.
 
     Experts without a token are left out, with a warning. Sums are float32. In memory are one block's inputs, one
@@ -69,7 +64,8 @@ def gptq(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, 
                 for piece, own in zip(weight.split(rows), kept.split(rows), strict=True)
             ]
             integers, scales, masks.weights[name] = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-            rounded[name] = integers[kept].view(len(kept), -1).to(torch.int8), scales.to(weight.dtype)
+            values = two_a_byte(integers[kept].view(len(kept), -1).to(torch.int8))
+            rounded[name] = PackedNM(values, bitmask_of(codes[name], pattern.m), pattern, scales.to(weight.dtype))
             masks.weights[name] = masks.weights[name].to(weight.dtype)
             yield
 
@@ -99,26 +95,12 @@ def _round(weight: Tensor, kept: Tensor, pattern: NMPattern, gram: Tensor, upper
     scales, worth = weight.new_zeros(rows, blocks), upper.diagonal().pow(-2)
 
     def nearest(value: Tensor, scale: Tensor) -> Tensor:
-        # 0 for a scale of 0
-        return (value / scale).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(LOWEST, HIGHEST)
-
-    def choose_scale(at: int, w: Tensor) -> None:
-        own = columns[:, at * group : (at + 1) * group]
-        values, weights = w.gather(1, own), worth[own]
-        largest = values.gather(1, values.abs().argmax(1, keepdim=True))
-        least = torch.full_like(largest, torch.inf)
-        for share in SHARES:
-            # the largest value is at either end of the integers
-            for end in (LOWEST, HIGHEST):
-                scale = (largest * share / end).to(dtype).float()
-                error = (values - nearest(values, scale) * scale).square_().mul_(weights).sum(1, keepdim=True)
-                better = error < least
-                least = torch.where(better, error, least)
-                scales[:, at : at + 1] = torch.where(better, scale, scales[:, at : at + 1])
+        return nearest_integers(value.unsqueeze(-1), scale, INT4).squeeze(-1).float()
 
     def choose(i: int, w: Tensor) -> Tensor:
         if i in begins:
-            choose_scale(begins[i], w)
+            own = columns[:, begins[i] * group : (begins[i] + 1) * group]
+            scales[:, begins[i]] = least_squares_scales(w.gather(1, own), dtype, worth[own]).float()
         scale = scales.gather(1, block[:, i : i + 1]).squeeze(1)
         return torch.where(kept[:, i], nearest(w[:, i], scale) * scale, 0.0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -21,26 +23,25 @@ def problem(pattern: str, k: int, dtype: torch.dtype = torch.float32):
     model = nn.Sequential(nn.Linear(k, 24, bias=False, dtype=dtype))
     with torch.no_grad():
         model[0].weight.copy_(torch.randn(24, k, generator=generator))
-    inputs = torch.randn(300, k, generator=generator) @ torch.randn(k, k, generator=generator)
-    return model, {"0": mk.top_n_mask(model[0].weight.abs(), pattern)}, list(inputs.to(dtype).split(150))
+    inputs = torch.randn(400, k // 8, generator=generator) @ torch.randn(k // 8, k, generator=generator)
+    inputs += 0.3 * torch.randn(400, k, generator=generator)
+    return model, {"0": mk.top_n_mask(model[0].weight.abs(), pattern)}, list(inputs.to(dtype).split(200))
 
 
 def rounded(pattern: str, k: int, group: int, dtype: torch.dtype = torch.float32):
-    """(masked weight, rounded weight, integers, scales, H), all in float32."""
+    """(masked weight, rounded weight, its packed form, H), in float32."""
     model, codes, batches = problem(pattern, k, dtype)
-    integers, scales = gptq(model, {"0": model[0]}, codes, {"0": NMPattern(pattern)}, batches, group)["0"]
+    packed = gptq(model, {"0": model[0]}, codes, {"0": NMPattern(pattern)}, batches, group)["0"].check()
     kept = mk.expand_mask(codes["0"], pattern)
-    each = scales.float().repeat_interleave(group, 1)[:, : integers.shape[1]]
-    values = torch.zeros(kept.shape).masked_scatter_(kept, integers * each)
+    values = packed.to(torch.float32).unpack()
+    assert packed.group == group and not values[~kept].any()
     x = torch.cat(batches).float()
-    return model[0].weight.detach().float() * kept, values, integers, scales, x.T @ x
+    return model[0].weight.detach().float() * kept, values, packed, x.T @ x
 
 
 @pytest.mark.parametrize(("pattern", "k", "group"), [("2:4", 320, 64), ("3:4", 128, 32), ("4:8", 100 * 8, 128)])
 def test_errors_are_a_fraction_of_those_of_the_nearest_values(pattern, k, group):
-    weight, values, integers, scales, gram = rounded(pattern, k, group)
-    assert integers.dtype == torch.int8 and integers.min() >= -8 and integers.max() <= 7
-    assert scales.shape == (24, -(-integers.shape[1] // group)) and scales.dtype == torch.float32
+    weight, values, _, gram = rounded(pattern, k, group)
     nearest = mk.pack_nm(weight, pattern, "int4", group).unpack()
     ours, theirs = row_errors(weight - values, gram), row_errors(weight - nearest, gram)
     assert (ours < theirs).all() and ours.sum() < 0.4 * theirs.sum()
@@ -48,7 +49,7 @@ def test_errors_are_a_fraction_of_those_of_the_nearest_values(pattern, k, group)
 
 @pytest.mark.parametrize("without", ["rounds", "compensation"])
 def test_each_step_lowers_the_error(without, monkeypatch):
-    weight, values, *_, gram = rounded("2:4", 320, 64)
+    weight, values, _, gram = rounded("2:4", 320, 64)
     if without == "rounds":
         monkeypatch.setattr(module, "ROUNDS", 0)
     else:
@@ -57,36 +58,45 @@ def test_each_step_lowers_the_error(without, monkeypatch):
     assert row_errors(weight - values, gram).sum() < 0.95 * row_errors(weight - others, gram).sum()
 
 
-def test_scales_are_at_the_minimum_and_integers_are_the_best_ones():
-    weight, values, integers, scales, gram = rounded("2:4", 128, 32)
+def test_scales_are_at_the_minimum_for_the_integers():
+    weight, values, packed, gram = rounded("2:4", 128, 32)
     gram.diagonal().add_(module.DAMPING * gram.diagonal().mean())
     error = row_errors(weight - values, gram)
-    kept = weight != 0
-    for change in (0.99, 1.01):
-        for block in range(scales.shape[1]):
-            part = torch.zeros_like(integers).bool()
-            part[:, block * 32 : (block + 1) * 32] = True
-            other = values.masked_scatter(kept, torch.where(part, change, 1.0) * values[kept].view_as(integers))
+    for block in range(2):
+        for change in (0.99, 1.01):
+            # 32 kept values of 2:4 have 64 columns
+            other = values.clone()
+            other[:, 64 * block : 64 * (block + 1)] *= change
             assert (row_errors(weight - other, gram) >= error * (1 - 1e-4)).all()
 
 
-def test_numbers_of_16_bits_and_a_model_of_several_layers(monkeypatch):
-    weight, values, integers, scales, gram = rounded("1:4", 128, 32, torch.bfloat16)
-    assert scales.dtype == torch.bfloat16
-    # rows do not depend on each other
-    monkeypatch.setattr(module, "PIECE", 5 * 128)
-    again = rounded("1:4", 128, 32, torch.bfloat16)
-    torch.testing.assert_close(again[1], values)
-    # the second layer sees what the first one rounded gives
+def test_rows_do_not_depend_on_each_other_and_scales_have_the_dtype_of_the_weight(monkeypatch):
+    _, values, packed, _ = rounded("1:4", 256, 32, torch.bfloat16)
+    assert packed.scales.dtype == torch.bfloat16
+    monkeypatch.setattr(module, "PIECE", 5 * 256)
+    torch.testing.assert_close(rounded("1:4", 256, 32, torch.bfloat16)[1], values)
+
+
+def test_a_layer_sees_the_outputs_of_the_rounded_layers_before_it():
     generator = torch.Generator().manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8, bias=False))
-    batches, layers = [torch.randn(200, 64, generator=generator)], dict(model.named_children())
-    codes = {name: mk.top_n_mask(layer.weight.detach().abs(), "2:4") for name, layer in layers.items()}
-    both = gptq(model, layers, codes, dict.fromkeys(layers, NMPattern("2:4")), batches, 32)
-    kept = mk.expand_mask(codes["0"], "2:4")
-    integers, scales = both["0"]
-    first = torch.zeros(64, 64).masked_scatter_(kept, integers * scales.repeat_interleave(32, 1))
-    alone = gptq(
-        model[1:], {"0": model[1]}, {"0": codes["1"]}, {"0": NMPattern("2:4")}, [batches[0] @ first.T], 32
-    )["0"]
-    assert torch.equal(both["1"][0], alone[0])
+    mk.convert(model, "2:4")
+    x, codes = torch.randn(200, 64, generator=generator), mk.top_n_mask(model[1].logits, "2:4")
+    after = copy.deepcopy(model[1:])
+    mk.finalize(model, "packed", "int4", 32, calibration=[x])
+    assert model[0].kind == model[1].kind == "int4"
+    alone = gptq(after, {"0": after[0]}, {"0": codes}, {"0": NMPattern("2:4")}, [x @ model[0].weight.T], 32)["0"]
+    assert torch.equal(model[1].values, alone.values) and torch.equal(model[1].scales, alone.scales)
+
+
+def test_batches_are_for_int4_alone_and_an_error_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(64, 8))
+    mk.convert(model, "2:4")
+    for values, batches, reported in (
+        ("int8", [torch.ones(1, 64)], "calibration: expected none but for"),
+        ("int4", [], "calibration: expected at least one batch"),
+        ("int4", [torch.full((1, 64), torch.nan)], "calibration: expected inputs whose"),
+    ):
+        with pytest.raises(ValueError, match=f"^{reported}"):
+            mk.finalize(model, "packed", values, calibration=batches)
+        assert isinstance(model[0], mk.MaskedLinear)
