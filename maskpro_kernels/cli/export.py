@@ -13,12 +13,29 @@ from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
-from ..packed import KEEP
+from ..packed import INT4, KEEP
 from ..prune.convert import convert
 from ..prune.finalize import finalize
 from ..prune.refit import put_weights
+from ..text.batches import batches
+from ..text.sources import load_text
 from .config import DTYPES, Export
-from .inputs import REPORT, base_name, check_new_file, digest_of_weights, load, naming, packed_size, read_report, save
+from .inputs import (
+    REPORT,
+    Progress,
+    base_name,
+    check_new_file,
+    digest_of_weights,
+    load,
+    naming,
+    packed_size,
+    read_report,
+    save,
+    windows_of,
+)
+
+# Tokens of a window, windows of a batch, and batches by which int4 values are rounded
+ROUNDED_BY, BATCH_SIZE, BATCHES = 128, 16, 8
 
 
 def export(options: Export, source: str, output: str) -> None:
@@ -64,7 +81,14 @@ def export(options: Export, source: str, output: str) -> None:
             save_masks(output, layers, pattern, model=base_name(name), provenance={"run": metadata.get("run")})
         print(f"{pattern} mask of {name} written to {output}, {Path(output).stat().st_size / 1e6:.2f} MB")
         return
-    save(finalize(model, to=options.to, values=options.values), tokenizer, output, name, str(pattern), table)
+    calibration = None
+    if options.values == INT4:
+        with naming("data"):
+            text = load_text(options.data)["calibration"]
+        text = windows_of(text, model, tokenizer, ROUNDED_BY, "data")
+        calibration = batches(text, min(BATCH_SIZE, len(text)), seed=0)[:BATCHES]
+    finalize(model, options.to, options.values, calibration=calibration, progress=Progress("rounding", "layer"))
+    save(model, tokenizer, output, name, str(pattern), table)
     print(f"{options.to} {pattern} checkpoint of {name} written to {output}")
     if options.to == "packed":
         print(packed_size(model))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from maskpro_kernels.checkpoints.logits import load_logits, write_logits
 from maskpro_kernels.checkpoints.mask_file import load_masks
-from maskpro_kernels.cli import main
+from maskpro_kernels.cli import export, main
 from maskpro_kernels.packed import NMLinear
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -49,6 +49,26 @@ def test_dense_checkpoints_are_those_of_the_run(learned, tmp_path, capsys):
     # the card shows what the run has found
     card = (tmp_path / "dense" / "README.md").read_text(encoding="utf-8")
     assert f"{report(learned)['table'][-1]['perplexity']:.2f}" in card and "2:4" in card
+
+
+def test_int4_values_are_rounded_by_a_text(learned, inputs, tmp_path, capsys, monkeypatch):
+    rounded, finalize = [], export.finalize
+
+    def noting(model, *how, calibration, **others):
+        rounded.append(calibration)
+        return finalize(model, *how, calibration=calibration, **others)
+
+    monkeypatch.setattr(export, "finalize", noting)
+    arguments = ["export", str(learned), "--to", "packed", "--values", "int4", "--data", str(inputs / "text.txt")]
+    assert main.main([*arguments, str(tmp_path / "int4")]) == 0
+    assert {layer.kind for layer in packed_layers(tmp_path / "int4")} == {"int4"}
+    assert rounded[0][0].shape[1] == 128
+    refuses(capsys, tmp_path / "int4", [*arguments[:-1], "nothing", str(tmp_path / "other")], "data: expected")
+
+
+def packed_layers(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return [layer for layer in model.modules() if isinstance(layer, NMLinear)]
 
 
 def test_packed_checkpoints_give_the_logits_of_the_run(learned, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""int4 values by GPTQ under a mask: smaller errors of outputs, the mask as it was, scales at their minimum."""
+"""int4 values by GPTQ under a mask: smaller errors of outputs, scales at their minimum."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_layer_sees_the_outputs_of_the_rounded_layers_before_it():
     assert torch.equal(model[1].values, alone.values) and torch.equal(model[1].scales, alone.scales)
 
 
-def test_batches_are_for_int4_alone_and_an_error_leaves_the_model_as_it_was():
+def test_batches_are_for_int4_alone_and_after_an_error_the_model_is_unchanged():
     model = nn.Sequential(nn.Linear(64, 8))
     mk.convert(model, "2:4")
     for values, batches, reported in (
