@@ -164,12 +164,14 @@ def build_product(
     } | constants
     function = getattr(straight_through if stepping else masked_gemm, f"{product}_kernel")
     code = "*u8" if m <= 8 else "*i32"
+    words = product in ("masked_linear", "masked_linear_input_grad") and tile.few_codes(m) and "groups" in multiples
     types = (
         TYPES
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "grad", "out"), f"*{operand}")
         | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
         | {"source": code if values["KIND"] == "codes" and not values["UPDATE"] else f"*{logits}", "codes": code}
+        | ({"source": "*i32"} if values["KIND"] == "codes" and words else {})
         | dict.fromkeys(("grad_squares", "x_squares", "weight_grad", "gradient"), "*fp32")
         | ({"out": "*fp32"} if stepping else {})
         | {"rows": "i32", "groups": "i32"}

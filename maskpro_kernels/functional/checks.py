@@ -59,7 +59,7 @@ def matrix_of(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     """Check a tensor [..., K] and return it as a contiguous matrix [rows, K]."""
     check_floats(name, tensor)
     check_groups(name, tensor, pattern)
-    return (tensor if tensor.dim() == 2 else tokens_of(tensor)).contiguous()
+    return tokens_of(tensor)
 
 
 def check_no_overlap(name: str, tensor: Tensor) -> None:
@@ -73,7 +73,7 @@ def check_no_overlap(name: str, tensor: Tensor) -> None:
 
 def tokens_of(x: Tensor) -> Tensor:
     """Reshape x [..., K] to a contiguous matrix [tokens, K]."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return (x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])).contiguous()
 
 
 def check_weight(weight: Tensor, pattern: NMPattern, name: str = "weight", whole: bool = True) -> None:
@@ -137,12 +137,19 @@ def check_cast(cast: Callable[[Tensor], Tensor], weight: Tensor) -> None:
         )
 
 
-def check_transforms(refused: str, works: str) -> None:
-    """Raise ValueError within transforms of torch.func of the kind ``refused``, or several of kind "Grad"."""
-    levels = None if torch.compiler.is_compiling() else _transforms()
-    kinds = [level.key().name for level in levels or ()]
+def check_transforms(refused: str, works: str) -> bool:
+    """Raise ValueError within transforms of torch.func of the kind ``refused``, or several of kind "Grad".
+
+    Returns whether a transform or a compiler sees the call.
+    """
+    compiling = torch.compiler.is_compiling()
+    levels = None if compiling else _transforms()
+    if not levels:
+        return compiling
+    kinds = [level.key().name for level in levels]
     if refused in kinds or kinds.count("Grad") > 1:
         raise ValueError(f"x: expected none within torch.func's {kinds}: {works}; a dense model has them all")
+    return True
 
 
 def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:

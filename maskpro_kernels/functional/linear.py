@@ -191,18 +191,57 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
 
     Backward raises if ``is_current()`` is false: an applied mask is then no longer that of the forward.
     """
-    check_transforms("Vmap", "a masked layer has one grad, vjp or jacrev at a time, so no hessian")
+    transformed = check_transforms("Vmap", "a masked layer has one grad, vjp or jacrev at a time, so no hessian")
     operand = linear_input(x, bias, weight.shape, weight.dtype, weight.device)
     tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
     if not log_prob and logits_backward is None and mask.kind != "applied":
         # the product needs no more than the codes, if there are any
         mask = mask.by_codes
         mask = mask._replace(tensor=mask.tensor.detach())
-    source, mask = mask.tensor, mask._replace(tensor=None)
-    out = _MaskedLinear.apply(tokens, matrix, vector, source, mask, log_prob, logits_backward, is_current)
-    y, total = out if log_prob else (out, None)
+    out = None if mask.kind == "applied" else ops.direct_masked_linear(tokens, matrix, vector, log_prob, mask)
+    if out is None:
+        inputs = tokens, matrix, vector, mask.tensor, mask._replace(tensor=None), log_prob, logits_backward, is_current
+        out = (_TransformedMaskedLinear if transformed else _MaskedLinear).apply(*inputs)
+        out = out if log_prob else (out, None)
+    y, total = out
     # FSDP2 warns if a module returns a view
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), total
+
+
+def _forward(ctx, x, weight, bias, source, mask, log_prob, *others):
+    given = mask
+    if mask.kind == "applied":
+        output = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    else:
+        mask = mask.of(source, x.device)
+        # a log-probability needs the logits
+        mask = mask if log_prob else mask.by_codes
+        out = ops.direct_masked_linear(x, weight, bias, log_prob, mask)
+        y, total = ops.masked_linear(x, weight, bias, log_prob, *mask.flat()) if out is None else out
+        output = (y, total) if log_prob else y
+    if ctx is not None:
+        _save(ctx, (x, weight, bias, source, given, log_prob, *others), output)
+    return output
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, source, mask, log_prob, ctx.logits_backward, ctx.is_current = inputs
+    needs_x, needs_weight, needs_bias, needs_logits, *_ = ctx.needs_input_grad
+    slopes = needs_logits and ctx.logits_backward is not None
+    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+    if not torch.compiler.is_compiling():
+        # dynamo does not support this call, and fills in zeros
+        ctx.set_materialize_grads(False)
+    if log_prob and not (needs_x or needs_weight or needs_bias):
+        # only the log-probability needs a graph
+        ctx.mark_non_differentiable(output[0])
+    if not (needs_x or needs_weight or needs_logits and (log_prob or slopes)):
+        mask = mask._replace(counter=NO_COUNTER, codes=None)
+    elif mask.kind != "applied":
+        mask = mask._replace(tensor=source)
+    # save the given weight, not autocast's copy: FSDP2 frees the weight between forward and backward
+    operands = x if needs_weight or slopes else None, weight if needs_x or slopes else None
+    ops.save_mask(ctx, mask, *operands)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -212,34 +251,7 @@ class _MaskedLinear(torch.autograd.Function):
     draws the mask again, so no tensor of the weight's size is saved but weight and logits.
     """
 
-    @staticmethod
-    def forward(x, weight, bias, source, mask, log_prob, logits_backward, is_current):
-        if mask.kind == "applied":
-            return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        mask = mask.of(source, x.device)
-        # a log-probability needs the logits
-        y, total = ops.masked_linear(x, weight, bias, log_prob, *(mask if log_prob else mask.by_codes).flat())
-        return (y, total) if log_prob else y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, source, mask, log_prob, ctx.logits_backward, ctx.is_current = inputs
-        needs_x, needs_weight, needs_bias, needs_logits, *_ = ctx.needs_input_grad
-        slopes = needs_logits and ctx.logits_backward is not None
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        if not torch.compiler.is_compiling():
-            # dynamo does not support this call, and fills in zeros
-            ctx.set_materialize_grads(False)
-        if log_prob and not (needs_x or needs_weight or needs_bias):
-            # only the log-probability needs a graph
-            ctx.mark_non_differentiable(output[0])
-        if not (needs_x or needs_weight or needs_logits and (log_prob or slopes)):
-            mask = mask._replace(counter=NO_COUNTER, codes=None)
-        elif mask.kind != "applied":
-            mask = mask._replace(tensor=source)
-        # save the given weight, not autocast's copy: FSDP2 frees the weight between forward and backward
-        operands = x if needs_weight or slopes else None, weight if needs_x or slopes else None
-        ops.save_mask(ctx, mask, *operands)
+    forward = staticmethod(_forward)
 
     @staticmethod
     def backward(ctx, grad, log_prob_grad=None):
@@ -275,6 +287,17 @@ class _MaskedLinear(torch.autograd.Function):
             inputs = grad, log_prob_grad, x, weight, source
             gradients = [None if own is None else _FirstDerivative.apply(own, *inputs) for own in gradients]
         return *gradients, None, None, None, None
+
+
+class _TransformedMaskedLinear(_MaskedLinear):
+    """``_MaskedLinear`` for transforms and compilers: with ``setup_context`` torch inspects signatures: slow."""
+
+    setup_context = staticmethod(_save)
+
+    # dynamo counts the parameters
+    @staticmethod
+    def forward(x, weight, bias, source, mask, log_prob, logits_backward, is_current):
+        return _forward(None, x, weight, bias, source, mask, log_prob)
 
 
 class _FirstDerivative(torch.autograd.Function):

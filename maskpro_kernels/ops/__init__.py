@@ -7,6 +7,7 @@ from .registry import (
     column_squares,
     curvature_factors,
     descend_,
+    direct_masked_linear,
     direct_nm_linear,
     mask_log_prob,
     mask_score,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,14 +36,9 @@ class NMPattern:
         if isinstance(pattern, NMPattern):
             n, m = pattern.n, pattern.m
         elif isinstance(pattern, str):
-            match = re.fullmatch(r"(\d+):(\d+)", pattern)
-            if match is None:
-                raise ValueError(f'pattern: expected "N:M" such as "2:4", got {pattern!r}')
-            n, m = int(match[1]), int(match[2])
+            n, m = _parsed(pattern)
         else:
             raise TypeError(f'pattern: expected a str such as "2:4" or an NMPattern, got {type(pattern).__name__}')
-        if m not in GROUP_SIZES or not 1 <= n < m:
-            raise ValueError(f"pattern: expected N:M with M in {GROUP_SIZES} and 1 <= N < M, got {n}:{m}")
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "m", m)
 
@@ -53,6 +49,17 @@ class NMPattern:
     def code_dtype(self) -> torch.dtype:
         """dtype of a group code: uint8 for M <= 8, int32 above."""
         return code_dtype(self.m)
+
+
+@functools.lru_cache
+def _parsed(pattern: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if match is None:
+        raise ValueError(f'pattern: expected "N:M" such as "2:4", got {pattern!r}')
+    n, m = int(match[1]), int(match[2])
+    if m not in GROUP_SIZES or not 1 <= n < m:
+        raise ValueError(f"pattern: expected N:M with M in {GROUP_SIZES} and 1 <= N < M, got {n}:{m}")
+    return n, m
 
 
 def code_dtype(m: int) -> torch.dtype:

@@ -15,9 +15,7 @@ from . import reference
 from .counter import Counter, MaskSource
 from .dispatch import (
     NAMESPACE,
-    compiler_available,
     in_onnx_export,
-    interpreting,
     kernels,
     machine_code,
     operation,
@@ -25,6 +23,7 @@ from .dispatch import (
     run_reference,
     scalar,
     uses_kernels,
+    uses_machine_code,
     without_autocast,
 )
 from .pattern import as_bitmask, code_dtype
@@ -527,35 +526,58 @@ PLAIN, DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16, torch.fl
 _compiling, _grad_enabled, _autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
 
 
+def undispatched(x: Tensor, *parts: Tensor | None) -> bool:
+    """Return whether torch's dispatcher, which takes longer than a small product, has nothing to do for a call.
+
+    It has for a gradient, a graph, a mode, a transform, a subclass of Tensor, or an error about devices.
+    """
+    # dynamo needs the first check; the others are in the order of how often they apply
+    if _compiling() or type(x) is not Tensor or not (x.is_cpu or x.is_cuda) or not _derivatives:
+        return False
+    device, needed = x.device, _grad_enabled()
+    if needed and x.requires_grad:
+        return False
+    # code that reads addresses needs plain memory
+    for part in parts:
+        if part is None:
+            continue
+        if type(part) not in PLAIN or part.device != device or not part.is_contiguous():
+            return False
+        if needed and part.requires_grad:
+            return False
+    if _modes() or _function_modes() or forward_ad._current_level >= 0:
+        return False
+    return _transforms() is None and _tracer() is None and x.is_contiguous() and not x.is_neg()
+
+
+def direct_masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_prob: bool, mask: MaskSource
+) -> tuple[Tensor, Tensor | None] | None:
+    """``masked_linear`` by a kernel without torch's dispatcher; None if there is no kernel, or it is needed."""
+    if not undispatched(x, weight, bias, mask.tensor) or not uses_kernels(x):
+        return None
+    with without_autocast(x):
+        return kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
+
+
 def direct_nm_linear(
     x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, bias: Tensor | None, n: int, m: int
 ) -> Tensor | None:
-    """``nm_linear`` of x [..., K] without torch's dispatcher, which takes longer than a small product on a CPU.
-
-    Returns None if the dispatcher is needed: for a gradient, a graph, a mode, a transform, autocast, a subclass of
-    Tensor, or an error about arguments.
-    """
-    # dynamo needs the first check; the others are in the order of how often they apply
-    if _compiling() or type(x) is not Tensor or not x.is_cpu or not _derivatives:
+    """``nm_linear`` of x [..., K] without torch's dispatcher; None if it is needed, for autocast, or for an error."""
+    if not undispatched(x, values, bitmask, scales, bias):
         return None
-    if _grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
-        return None
-    if _modes() or _function_modes() or forward_ad._current_level >= 0 or _autocast("cpu"):
-        return None
-    if _transforms() is not None or _tracer() is not None:
-        return None
-    # code that reads addresses needs plain memory
-    for part in (values, bitmask, scales, bias):
-        if part is not None and (type(part) not in PLAIN or not part.is_cpu or not part.is_contiguous()):
-            return None
     dtype = x.dtype
-    if dtype not in DTYPES or (values if scales is None else scales).dtype != dtype or not x.is_contiguous():
+    if dtype not in DTYPES or (values if scales is None else scales).dtype != dtype or _autocast(x.device.type):
         return None
     kept = values.shape[1] if scales is None else reference.kept_values(values)
-    if bitmask.dtype != torch.uint8 or x.is_neg() or not x.dim() or x.shape[-1] * n != kept * m:
+    if not x.dim() or x.shape[-1] * n != kept * m:
         return None
     if bias is not None and (bias.dtype != dtype or bias.shape != values.shape[:1]):
         return None
-    if interpreting() or not compiler_available():
+    if uses_kernels(x):
+        tokens = x if x.dim() == 2 else x.view(x.numel() // x.shape[-1], x.shape[-1])
+        y = kernels("packed").nm_linear(tokens, values, bitmask, scales, bias, n, m)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    if bitmask.dtype != torch.uint8 or not uses_machine_code(x):
         return None
     return machine_code("packed.products").nm_linear(x, (values, bitmask, scales), bias, n, m)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskpro_kernels as mk
+from maskpro_kernels import ops
 from maskpro_kernels.ops import registry
-from maskpro_kernels.ops.cpu.packed import products
 from maskpro_kernels.packed import packed_linear
 
 
@@ -24,18 +25,19 @@ def layer() -> mk.Sparse24Linear:
     return mk.Sparse24Linear.from_dense(linear)
 
 
-@pytest.fixture
-def taken(monkeypatch) -> list:
-    """The direct calls that are made; here they would go to the kernels, by the interpreter."""
-    calls, compute = [], products.nm_linear
+@pytest.fixture(params=["machine code", "kernels"])
+def taken(request, monkeypatch) -> list:
+    """Results of the direct calls, by machine code, and by kernels in the interpreter."""
+    results, direct = [], registry.direct_nm_linear
 
     def recorded(*args):
-        calls.append(args)
-        return compute(*args)
+        y = direct(*args)
+        results.extend([] if y is None else [y])
+        return y
 
-    monkeypatch.setattr(registry, "interpreting", lambda: False)
-    monkeypatch.setattr(products, "nm_linear", recorded)
-    return calls
+    monkeypatch.setattr(registry, "uses_kernels", lambda tensor: request.param == "kernels")
+    monkeypatch.setattr(ops, "direct_nm_linear", recorded)
+    return results
 
 
 def test_plain_calls_are_direct_and_give_the_same(layer, taken):
@@ -158,3 +160,33 @@ def test_without_what_torch_does_not_promise_all_goes_by_the_dispatcher(layer, t
     x = torch.randn(4, 32)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert not taken
+
+
+MASKED = {
+    "no gradient": (lambda x, of: of(x), [True]),
+    # within its autograd function
+    "a gradient": (lambda x, of: of(x.requires_grad_())[0].sum().backward(), [False, True]),
+    "a dispatch mode": (lambda x, of: in_mode(Watching())(of, x), [False, False]),
+    "a transform": (lambda x, of: torch.func.grad(lambda x: of(x)[0].sum())(x), [False, True]),
+    "a graph": (lambda x, of: torch.compile(of, backend="eager", fullgraph=True)(x), []),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_products_are_direct_where_nothing_else_sees_them(name, monkeypatch):
+    call, expected = MASKED[name]
+    weight, logits, x = torch.randn(8, 32), torch.randn(8, 32), torch.randn(4, 32)
+    taken, direct = [], registry.direct_masked_linear
+
+    def recorded(*args):
+        out = direct(*args)
+        if not torch.compiler.is_compiling():
+            taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(ops, "direct_masked_linear", recorded)
+    call(x, lambda x: mk.masked_linear(x, weight, logits, pattern="2:4", seed=0))
+    assert taken == expected
+    found = mk.masked_linear(x.detach(), weight, logits, pattern="2:4", seed=0)
+    monkeypatch.setattr(ops, "direct_masked_linear", lambda *_: None)
+    assert_same_bits(list(found), list(mk.masked_linear(x.detach(), weight, logits, pattern="2:4", seed=0)))

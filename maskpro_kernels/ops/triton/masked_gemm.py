@@ -92,6 +92,10 @@ def tile_code(
         index = (offset + row * row_stride + group).to(tl.uint32)
         key = d.load_key(seed, step, layer, draw)
         code = d.drawn_code(x, index, inv_temperature, N, M, key)
+    elif M < 16 and source.dtype.element_ty == tl.int32:
+        # four codes a word, see ``loaded_source``
+        word = tl.load(source + row.to(tl.int64) * (groups >> 2) + (group >> 2), mask=inside, other=0)
+        code = word >> (group % 4 * 8) & 0xFF
     else:
         code = tl.load(source + row.to(tl.int64) * groups + group, mask=inside, other=0).to(tl.int32)
     return code
@@ -259,9 +263,10 @@ class SplitResult:
                  bias: torch.Tensor | None, *weight: torch.Tensor):  # fmt: skip
         tokens, columns = shape
         across, step = (tile.k, tile.out) if product in ACROSS_COLUMNS else (tile.out, tile.k)
-        blocks = triton.cdiv(columns, across), triton.cdiv(tokens, tile.tokens)
+        # without triton.cdiv, which takes a microsecond
+        blocks = -(-columns // across), -(-tokens // tile.tokens)
         given = sum(part.nbytes for part in weight), tokens * columns
-        self.parts = parts_for(tile, blocks[0] * blocks[1], triton.cdiv(inner, step), architecture(x.device), *given)
+        self.parts = parts_for(tile, blocks[0] * blocks[1], -(-inner // step), architecture(x.device), *given)
         self.grid = (*blocks, self.parts)
         self.whole = torch.empty(shape, dtype=result_dtype(x.dtype), device=x.device)
         self.out, self.bias, self.added = self.whole, bias, None
@@ -284,8 +289,18 @@ def operand_constants(dtype: torch.dtype) -> dict:
     # the interpreter multiplies the bits of 16-bit floats as integers
     wide = INTERPRETED or dtype == torch.float32
     element = tl.float32 if wide else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"OPERAND": element, "PRECISION": "tf32" if tf32 and not INTERPRETED else "ieee"}
+    tf32 = wide and not INTERPRETED and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"OPERAND": element, "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def loaded_source(mask: MaskSource, tile: Tiles) -> torch.Tensor:
+    """Logits or codes for a product's kernel; codes as int32 words of four if a thread loads fewer than four of a tile.
+
+    An asynchronous copy has at least 4 bytes. Without one each step would wait for its codes.
+    """
+    codes = mask.tensor
+    fits = mask.kind == "codes" and codes.dtype == torch.uint8 and tile.few_codes(mask.m) and codes.shape[1] % 4 == 0
+    return codes.view(torch.int32) if fits and (codes.data_ptr() | codes.storage_offset()) % 4 == 0 else codes
 
 
 def mask_arguments(mask, tokens, matrix):
@@ -314,7 +329,8 @@ def masked_linear(x, weight, bias, mask, log_prob):
     sums = (split.parts, split.grid[0])
     partial = torch.empty(sums, dtype=torch.float32, device=x.device) if inside else None
     launch_tiles(masked_linear_kernel, "masked_linear", mask.m, split.grid, tile, x.device,
-                 x, weight, mask.tensor, split.bias, split.out, partial, *mask_arguments(mask, tokens, weight),
+                 x, weight, loaded_source(mask, tile), split.bias, split.out, partial,
+                 *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, LOG_PROB=inside, **operand_constants(x.dtype))  # fmt: skip
     total = None
     if log_prob:
@@ -340,7 +356,7 @@ def masked_linear_input_grad(grad, weight, mask):
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     split = SplitResult("masked_linear_input_grad", tile, (tokens, k), rows, grad, None, weight, mask.tensor)
     launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, split.grid, tile, grad.device,
-                 grad, weight, mask.tensor, split.out, *mask_arguments(mask, tokens, weight),
+                 grad, weight, loaded_source(mask, tile), split.out, *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip
     return split.sum()
 

@@ -70,6 +70,10 @@ class Tiles(_CompileOptions):
     k: int
     least_warps: int = 12
 
+    def few_codes(self, m: int) -> bool:
+        """Return whether a thread has fewer than four groups of ``m`` of a tile of the weight."""
+        return self.out * self.k // m < 4 * 32 * self.num_warps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:

@@ -144,6 +144,36 @@ def test_products_under_drawn_masks_and_by_codes(child, target):
     check_products(child, "bf16", (2, 4), [target], ends=True, KIND="codes")
 
 
+CODES_CHILD = """
+import modelled_costs
+from aot import build_product
+from maskpro_kernels.ops.triton.tiles import tiles_of
+targets, (n, m), tiles = arguments
+for target in targets:
+    for product in ("masked_linear", "masked_linear_input_grad"):
+        for tile in tiles_of(product, target, 2)[:tiles]:
+            built = build_product(product, target, n, m, tile, KIND="codes")
+            lines = modelled_costs.disassembled(built.asm["cubin"])
+            first, last = modelled_costs.largest_loop(lines)
+            loop = [sum(name in line for line in lines[first:last]) for name in ("LDG.", "LDGSTS")]
+            emit([target, product, built.registers, built.spills, built.stack, built.shared, [], *loop])
+"""
+
+
+@pytest.mark.parametrize(
+    ("targets", "pattern", "tiles"),
+    cases([(["sm_90"], (2, 4), 1), (["sm_80", "sm_90"], (2, 4), None), (["sm_80", "sm_90"], (4, 8), None)],
+          slow=lambda targets, pattern, tiles: tiles is None),
+    ids=["first", "all", "4:8"],
+)  # fmt: skip
+def test_codes_are_copied_before_their_use(child, targets, pattern, tiles):
+    """An asynchronous copy has at least 4 bytes; a load of fewer would be waited for in each step."""
+    for row in child(CODES_CHILD, targets, pattern, tiles):
+        check(row)
+        loads, copies = row[7:]
+        assert copies >= 3 and not loads, row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("operand", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
