@@ -82,13 +82,15 @@ def test_a_log_probability_counts_every_group_once_beside_several_blocks_of_toke
     product.assert_right()
 
 
+@pytest.mark.parametrize("aligned", [True, False], ids=["words of codes", "ragged"])
 @pytest.mark.parametrize(
     ("target", "kernel"),
     cases(itertools.product(TARGETS, PRODUCTS), slow=lambda target, kernel: (target, kernel) != ("sm_80", LINEAR)),
 )
-def test_products_under_given_masks(target, kernel, compiled_for):
+def test_products_under_given_masks(target, kernel, aligned, compiled_for):
     compiled_for(target)
-    Product(kernel, tile_of(kernel, target, 0, torch.bfloat16), kind="codes", one_hot=True).assert_right()
+    tile = tile_of(kernel, target, 0, torch.bfloat16)
+    Product(kernel, tile, kind="codes", aligned=aligned, one_hot=True).assert_right()
 
 
 @pytest.mark.parametrize(
