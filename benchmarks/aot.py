@@ -195,10 +195,10 @@ def build_packed(
     element: str = "bf16",
     unit: int = 16,
     multiples: tuple[str, ...] = ("rows",),
-    quantized: bool = False,
+    bits: int = 16,
     metadata: bool = False,
 ) -> Built:
-    """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias, ``quantized`` of int8 values.
+    """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias and values of ``bits``.
 
     "unpack" with ``metadata`` in place of the bitmask.
 
@@ -215,8 +215,9 @@ def build_packed(
     )
     values = {"N": n, "M": m}
     if kernel != "unpack":
-        values |= packed.kernel_constants(n, m, DTYPES[element], target) | {"UNIT": unit}
-    if kernel != "unpack" and not quantized:
+        stored, group = {16: (DTYPES[element], 8), 8: (torch.int8, 128), 4: (torch.uint8, 64)}[bits]
+        values |= packed.kernel_constants(n, m, DTYPES[element], target, stored, group) | {"UNIT": unit}
+    if kernel != "unpack" and bits == 16:
         values["scales"] = None
     if kernel == "unpack":
         config = configuration("unpack", m, 0, target)

@@ -168,7 +168,7 @@ def two_passes(card: Card, tokens: int, rows: int, k: int, gap: float) -> float:
 
 @functools.cache
 def _packed(target: str, config: Rows) -> tuple[Built, dict]:
-    built = build_packed("packed_vector", target, N, M, config, quantized=True)
+    built = build_packed("packed_vector", target, N, M, config, bits=8)
     weights = config.rows * config.block * chunk_length(N, M) / (32 * config.num_warps)
     return built, counted(built, weights, True, draws=False)[1]
 

@@ -11,10 +11,9 @@ from helpers.compiled_products import PackedProduct
 from helpers.packed_codes import assert_every_code_is_placed
 
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
+from maskpro_kernels.packed import VALUE_KINDS
 
 pytestmark = pytest.mark.compiled
-
-VALUE_KINDS = ("keep", "int8")
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]
@@ -37,8 +36,8 @@ EVERY = [
 # one token and several
 CHOSEN = {
     *((target, row, (2, 4), torch.bfloat16, "keep") for target in ("sm_80", "sm_90") for row in (0, VECTORS)),
-    *(("sm_80", row, (2, 4), torch.bfloat16, "int8") for row in (0, VECTORS)),
-    ("sm_80", 0, (4, 8), torch.float16, "keep"),
+    *(("sm_80", row, (2, 4), torch.bfloat16, values) for row in (0, VECTORS) for values in ("int8", "int4")),
+    *(("sm_80", 0, (4, 8), torch.float16, values) for values in ("keep", "int4")),
 }
 
 

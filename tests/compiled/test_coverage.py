@@ -17,6 +17,7 @@ from maskpro_kernels import ops
 from maskpro_kernels.ops.pattern import metadata_of
 from maskpro_kernels.ops.triton import grouped, sampling, straight_through
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, architecture, scores_in_short, tiles_of
+from maskpro_kernels.packed import VALUE_KINDS
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 
@@ -126,7 +127,7 @@ def run_products(target, patched):
 
 def run_packed(target):
     configs = (*PACKED_ROWS, *tiles_of("packed_linear", target, 2))
-    for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), ("keep", "int8")):
+    for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), VALUE_KINDS):
         for aligned in (True, False):
             PackedProduct(config, n, m, values=values, aligned=aligned).assert_right()
     for parts in (2, 4):

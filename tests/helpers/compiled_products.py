@@ -210,8 +210,8 @@ class PackedProduct:
         matrix = Matrix(self.n, self.m, rows=rows, groups=k // self.m, spread="open")
         bitmask = bitmask_of(matrix.codes, self.m)
         values, scales = normal(rows, k // self.m * self.n, seed=7, dtype=self.operand), None
-        if self.values == "int8":
-            values, scales = quantized(values)
+        if self.values != "keep":
+            values, scales = quantized(values, 128 if self.values == "int8" else 64, self.values)
         x = normal(tokens, k, seed=1, dtype=self.operand)
         if self.one_hot:
             x = torch.eye(k)[(torch.arange(tokens) * 37 + 7) % k].to(self.operand)

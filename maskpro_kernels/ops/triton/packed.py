@@ -2,7 +2,7 @@
 
 Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. A thread processes a chunk of the weight at
 a time. The values of a chunk fill 16 bytes, one load: four words of two 16-bit values. One word of the bitmask belongs
-to them. int8 values fill 8 bytes and are converted to such words.
+to them. int8 values fill 8 bytes, int4 values 4, and are converted to such words.
 
 For sparse tensor cores a 2:4 weight has int16 metadata in place of the bitmask.
 """
@@ -22,7 +22,6 @@ from .masked_gemm import SplitResult, operand_constants, own_part, own_sums, res
 from .tiles import ALIGNED, INTERPRETED, LIBRARY_TOKENS, PACKED_TOKENS, TARGETS, architecture, rows_for, tiles_for
 
 VALUES = tl.constexpr(8)
-SCALED = tl.constexpr(reference.SCALED)
 WORDS = tl.constexpr(4)
 # Patterns with whole groups in a chunk of 16 bytes, whose kernels the tests compile ahead of time
 MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
@@ -130,12 +129,17 @@ def placed_group(
 
 
 @triton.jit
+def rounded_bits(value, ELEMENT: tl.constexpr):
+    """Round float32 to ELEMENT: its bits, as int32."""
+    return d.round_to_nearest(value, ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
 def multiplied_byte(word, index: tl.constexpr, scale, ELEMENT: tl.constexpr):
     """A signed byte of an int32 word times a scale: the bits of ELEMENT, as int32."""
     # shift up to the sign bit, and down with sign extension
     number = (word << (24 - 8 * index)) >> 24
-    value = d.round_to_nearest(number.to(tl.float32) * scale, ELEMENT)
-    return value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return rounded_bits(number.to(tl.float32) * scale, ELEMENT)
 
 
 @triton.jit
@@ -149,21 +153,70 @@ def multiplied_words(bytes_, scale, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT: tl.constexpr):
+def fused_pairs(pairs, factors, addends, ELEMENT: tl.constexpr, PAIRED: tl.constexpr):
+    """pairs * factors + addends for int32 words of two values of ELEMENT; ``PAIRED`` uses NVIDIA's instruction."""
+    if PAIRED:
+        BFLOAT: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
+        HALF: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
+        return tl.inline_asm_elementwise(
+            BFLOAT if ELEMENT == tl.bfloat16 else HALF, "=r,r,r,r", [pairs, factors, addends],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        low, high = halves(pairs, ELEMENT, tl.float32)
+        low_factor, high_factor = halves(factors, ELEMENT, tl.float32)
+        low_addend, high_addend = halves(addends, ELEMENT, tl.float32)
+        low, high = low * low_factor + low_addend, high * high_factor + high_addend
+        return rounded_bits(low, ELEMENT) | rounded_bits(high, ELEMENT) << 16
+
+
+@triton.jit
+def int4_words(word, scale, ELEMENT: tl.constexpr, PAIRED: tl.constexpr):
+    """WORDS columns of two values of ELEMENT each, from an int32 column of eight int4 values, and scales of ELEMENT.
+
+    MIDDLE are the bits of 136 or 1032, whose last four are 8: exclusive or with a value's four bits adds the value.
+    """
+    MIDDLE: tl.constexpr = 0x43084308 if ELEMENT == tl.bfloat16 else 0x64086408
+    one = tl.full(word.shape, 0x3F803F80 if ELEMENT == tl.bfloat16 else 0x3C003C00, tl.int32)
+    # with the signs of both halves; a sum with -0.0 keeps every number
+    minus_middle = tl.full(word.shape, MIDDLE - 0x7FFF8000, tl.int32)
+    minus_zero = tl.full(word.shape, -0x7FFF8000, tl.int32)
+    scale = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    scale |= scale << 16
+    words = ()
+    for i in tl.static_range(WORDS):
+        if PAIRED:
+            # byte i of the word, and in the upper half of the word without its first value
+            pair = d.permuted_bytes(word, word >> 4, tl.full(word.shape, i | (i + 4) << 8, tl.int32)) & 0x000F000F
+        else:
+            pair = word >> 8 * i & 0xF | (word >> 8 * i + 4 & 0xF) << 16
+        pair = fused_pairs(pair ^ MIDDLE, one, minus_middle, ELEMENT, PAIRED)
+        words = words + (fused_pairs(pair, scale, minus_zero, ELEMENT, PAIRED),)
+    return words
+
+
+@triton.jit
+def load_chunk(
+    values, bitmask, scales, row, chunk, chunks, inside, GROUP: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr,
+    ELEMENT: tl.constexpr,
+):  # fmt: skip
     """(WORDS columns of a chunk's values, int32 code of its groups); zeros for chunks outside.
 
-    A row has ``chunks`` chunks. With scales, values are int8.
+    A row has ``chunks`` chunks; values have ``BITS``, and ``GROUP`` chunks of integers share a scale.
     """
     at = row * chunks + chunk
-    if scales is None:
+    if BITS == 16:
         words = tl.load(values + at[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
         return d.split_columns(words, WORDS), tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
     else:
-        words = tl.load(values + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0)
+        scale = tl.load(scales + row * tl.cdiv(chunks, GROUP) + chunk // GROUP, mask=inside, other=0.0)
         code = tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
-        blocks = tl.cdiv(chunks, SCALED // VALUES)
-        scale = tl.load(scales + row * blocks + chunk // (SCALED // VALUES), mask=inside, other=0.0).to(tl.float32)
-        return multiplied_words(d.split_columns(words, 2), scale, ELEMENT), code
+        if BITS == 8:
+            words = tl.load(values + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0)
+            words = multiplied_words(d.split_columns(words, 2), scale.to(tl.float32), ELEMENT)
+        else:
+            words = int4_words(tl.load(values + at, mask=inside, other=0), scale, ELEMENT, PAIRED)
+        return words, code
 
 
 @triton.jit
@@ -197,8 +250,8 @@ def unpacked_columns(words, COUNT: tl.constexpr, ELEMENT: tl.constexpr):
 @triton.jit
 def packed_vector_kernel(
     x, values, bitmask, scales, bias, out, rows, units,
-    N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, BY_BYTES: tl.constexpr, ELEMENT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, BY_BYTES: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, PAIRED: tl.constexpr, ELEMENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Product with one token. A program computes ROWS rows over all of K; each thread has chunks of all its rows.
 
@@ -223,7 +276,7 @@ def packed_vector_kernel(
         for r in tl.static_range(ROWS):
             # beyond the end repeat the last row, which needs no mask
             row = tl.minimum(first_row + r, rows - 1).to(tl.int64)
-            words, code = load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT)
+            words, code = load_chunk(values, bitmask, scales, row, chunk, chunks, inside, GROUP, BITS, PAIRED, ELEMENT)
             if BY_BYTES:
                 chosen = unpacked_columns(d.chosen_pairs(activations, code), WORDS, ELEMENT)
                 total = added_products(totals[r], unpacked_columns(words, WORDS, ELEMENT), chosen, VALUES)
@@ -244,9 +297,9 @@ def packed_vector_kernel(
 @triton.jit(do_not_specialize=["tokens", "units"])
 def packed_linear_kernel(
     x, values, bitmask, scales, bias, out, tokens: tl.int64, rows, units,
-    N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, BY_BYTES: tl.constexpr, ELEMENT: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, BY_BYTES: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, PAIRED: tl.constexpr, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Product with several tokens. Programs along the grid's last axis split K and write sums; see ``masked_gemm``."""
     CHUNK: tl.constexpr = VALUES * M // N
@@ -263,7 +316,9 @@ def packed_linear_kernel(
     for first in range(start, end, CHUNKS):
         chunk = first + index % CHUNKS
         inside = (row < rows) & (chunk < chunks)
-        words, code = load_chunk(values, bitmask, scales, row.to(tl.int64), chunk, chunks, inside, ELEMENT)
+        words, code = load_chunk(
+            values, bitmask, scales, row.to(tl.int64), chunk, chunks, inside, GROUP, BITS, PAIRED, ELEMENT
+        )
         tile = d.join_columns(placed(words, code, N, M, BY_BYTES, ELEMENT, OPERAND), CHUNK)
         weight = tl.reshape(tile, (BLOCK_OUT, BLOCK_K))
         present = (token[None, :] < tokens) & (first * CHUNK + k[:, None] < chunks * CHUNK)
@@ -334,9 +389,7 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
     tokens, k = x.shape
     # words must be aligned, but a slice may start anywhere
     aligned = values.data_ptr() % 16 == 0 and bitmask.data_ptr() % 16 == 0
-    if values.dtype == torch.uint8 or not aligned:
-        return "unpack"
-    if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2:
+    if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2 or not aligned:
         return "unpack"
     if bitmask.dtype == torch.int16:
         if tokens > LIBRARY_TOKENS and sparse_available(x.device) and sparse_fits(x, values):
@@ -371,23 +424,29 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
     return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
 
 
-def kernel_arguments(values, bitmask, k, n, m, dtype, target):
+def kernel_arguments(values, bitmask, scales, k, n, m, dtype, target):
     """(values and bitmask as words, units of chunks in a row, constants) of kernels for activations of ``dtype``."""
+    group = VALUES.value if scales is None else reference.scaled_group(values, scales)
+    constants = kernel_constants(n, m, dtype, target, values.dtype, group)
     chunks = k // chunk_length(n, m)
     unit = math.gcd(chunks, ALIGNED)
     words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk_length(n, m)])
-    return words, chunks // unit, kernel_constants(n, m, dtype, target) | {"UNIT": unit}
+    return words, chunks // unit, constants | {"UNIT": unit}
 
 
-def kernel_constants(n: int, m: int, dtype: torch.dtype, target: str) -> dict:
-    """Constants of kernels for activations of ``dtype`` on an architecture."""
+def kernel_constants(
+    n: int, m: int, dtype: torch.dtype, target: str, values: torch.dtype, group: int = VALUES.value
+) -> dict:
+    """Constants of kernels for activations of ``dtype`` on an architecture; ``group`` values share a scale."""
+    bits, on_nvidia = {torch.int8: 8, torch.uint8: 4}.get(values, 16), target.startswith("sm_")
     element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-    return {"N": n, "ELEMENT": element, "BY_BYTES": (n, m) == (2, 4) and target.startswith("sm_")}
+    scaled = {"GROUP": group // VALUES.value, "BITS": bits, "PAIRED": on_nvidia and not INTERPRETED}
+    return {"N": n, "ELEMENT": element, "BY_BYTES": (n, m) == (2, 4) and on_nvidia, **scaled}
 
 
 def _vector(x, values, bitmask, scales, bias, n, m):
     rows, k, target = len(values), x.shape[1], architecture(x.device)
-    words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
+    words, units, constants = kernel_arguments(values, bitmask, scales, k, n, m, x.dtype, target)
     # words of two activations must be aligned
     if x.data_ptr() % 4 or x.storage_offset() % 2:
         x = x.flatten().clone()
@@ -400,7 +459,7 @@ def _vector(x, values, bitmask, scales, bias, n, m):
 
 def _tiles(x, values, bitmask, scales, bias, n, m):
     (tokens, k), rows, target = x.shape, len(values), architecture(x.device)
-    words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
+    words, units, constants = kernel_arguments(values, bitmask, scales, k, n, m, x.dtype, target)
     tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
     split = SplitResult("packed_linear", tile, (tokens, rows), k, x, bias, values, bitmask)
     launch_tiles(packed_linear_kernel, "packed_linear", m, split.grid, tile, x.device,

@@ -210,8 +210,8 @@ from dataclasses import replace
 from aot import TARGETS, build_packed
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
 n, m, element = arguments
-quantized = element == "int8"
-element = "bf16" if quantized else element
+bits = {"int8": 8, "int4": 4, "int4 fp16": 4}.get(element, 16)
+element = {"int8": "bf16", "int4": "bf16", "int4 fp16": "fp16"}.get(element, element)
 for target in TARGETS:
     # as few rows a program as a small layer gets, too
     rows = [*PACKED_ROWS, *(replace(PACKED_ROWS[-1], rows=rows) for rows in (1, 2))]
@@ -220,10 +220,10 @@ for target in TARGETS:
     cases += [("packed_linear", tile, unit) for tile in tiles for unit in (16, 4)]
     cases += [("packed_vector", rows[2], 1), ("packed_linear", tiles[-1], 1)]
     for kernel, config, unit in [*cases, ("unpack", None, 1)]:
-        built = build_packed(kernel, target, n, m, config, element, unit, ("rows",) if unit == 16 else (), quantized)
+        built = build_packed(kernel, target, n, m, config, element, unit, ("rows",) if unit == 16 else (), bits)
         loop = matrix_unit = None
         # what the interpreter cannot show: casts round to the nearest
-        assert not (quantized and kernel != "unpack" and target.startswith("sm")) or "cvt.rn.bf16" in built.asm["ptx"]
+        assert not (bits == 8 and kernel != "unpack" and target.startswith("sm")) or "cvt.rn.bf16" in built.asm["ptx"]
         if target.startswith("sm"):
             matrix_unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
             lines = modelled_costs.disassembled(built.asm["cubin"])
@@ -233,7 +233,7 @@ for target in TARGETS:
             elif kernel == "packed_linear":
                 product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)
                 loop = sum("LDG.E" in line for line in lines[:product])
-                if quantized:
+                if bits < 16:
                     # a scale for each chunk of a thread; on sm_100 the first step is before the loop
                     scales = config.out * config.k // (8 * m // n) // (32 * config.num_warps)
                     scales *= 2 if target == "sm_100" else 1
@@ -244,7 +244,7 @@ for target in TARGETS:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("element", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("element", ["bf16", "fp16", "int8", "int4", "int4 fp16"])
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (8, 16)], ids=str)
 def test_packed_kernels(child, pattern, element):
     """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
@@ -259,7 +259,7 @@ def test_packed_kernels(child, pattern, element):
         if kernel == "packed_vector" and loop is not None:
             activations = 8 * m // n * 2 // 16
             # words of the bitmask and scales need one load each
-            wide, single = (activations, 3 * owned) if element == "int8" else (owned + activations, owned)
+            wide, single = (activations, 3 * owned) if element.startswith("int") else (owned + activations, owned)
             assert loop == [wide, wide + single, 0], row
         if kernel == "packed_linear" and matrix_unit is not None:
             assert matrix_unit == [MATRIX_UNITS[target] if out >= 64 and target in MATRIX_UNITS else "mma.sync"], row

@@ -1,7 +1,7 @@
 """Device functions that kernels call, exported for use outside of this folder."""
 
 from .arithmetic import exp, ln
-from .byte_permutations import chosen_pairs, placed_pairs
+from .byte_permutations import chosen_pairs, permuted_bytes, placed_pairs
 from .gumbel_top_k import (
     decode,
     decode_tile,
