@@ -7,9 +7,12 @@ import itertools
 import pytest
 import torch
 from helpers.cases import cases
-from helpers.compiled import DTYPES
+from helpers.compiled import DTYPES, Matrix
 from helpers.compiled_products import PRODUCTS, STEP, Product
+from helpers.products import normal
 
+from maskpro_kernels import ops
+from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton.tiles import tiles_of
 
 pytestmark = pytest.mark.compiled
@@ -109,6 +112,30 @@ def test_products_of_groups_of_16(kind, dtype, kernel, target, compiled_for, lau
     for tile in ends:
         Product(kernel, tile, 8, 16, dtype, kind=kind, one_hot=True).assert_right()
     assert launched[kernel] == len(ends)
+
+
+@pytest.mark.parametrize("target", [pytest.param("sm_90", marks=pytest.mark.slow), "sm_80"])
+def test_tf32_cuts_operands_off(target, compiled_for, launched):
+    """No ``cvt.rna`` rounds them: the matrix units leave out 13 bits."""
+    compiled_for(target)
+    x, weight, matrix = normal(16, 64, seed=1), normal(16, 64, seed=2), Matrix(2, 4, rows=16, groups=16)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found, _ = ops.masked_linear(x, weight, None, False, *matrix.source("codes").flat())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert launched[LINEAR] == 1
+
+    def product(operand):
+        kept = reference.code_masked_weight(operand(weight), matrix.codes, n=2, m=4)
+        return operand(x).double() @ kept.double().t()
+
+    def cut(tensor):
+        return (tensor.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+    torch.testing.assert_close(found.double(), product(cut), rtol=1e-6, atol=1e-5)
+    assert (found - product(lambda tensor: tensor)).abs().max() > 1e-3
 
 
 @pytest.mark.slow
