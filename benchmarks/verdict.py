@@ -34,6 +34,7 @@ from statistics import median
 
 import cost_model
 import harness
+import host_time
 import torch
 import triton
 import triton.language as tl
@@ -356,8 +357,6 @@ def test_row(selected: Sequence[str], limit: float) -> dict:
 def host_times(run: Run) -> dict[str, float | str | None]:
     """Seconds of Python by call, apart from the GPU's."""
     try:
-        import host_time
-
         if run.emulator:
             with reference():
                 return dict.fromkeys(host_time.calls())

@@ -31,6 +31,7 @@ def test_every_case_passes(emulator, launched):
     rows = rows_of(saved[-1])
     assert verdict.CASES.keys() <= rows.keys() and all(rows[name][-1] == "PASS" for name in verdict.CASES)
     assert sum("emulated" in cells[1:] for cells in rows.values()) == 12
+    assert rows["masked_linear"] == rows["Sparse24Linear"] == ["emulated"]
     assert report["environment"]["card"] == "emulator of PTX for sm_80" and report["environment"]["ptxas"][0] == "V"
     kernels = "sample_mask mask_score score_update packed_vector sparse_mma masked_linear"
     kernels = f"{kernels} masked_linear_input_grad masked_linear_weight_grad"
