@@ -209,8 +209,14 @@ def build_packed(
     chunk = packed.chunk_length(n, m) if kernel != "unpack" else 8
     types = (
         {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
-        | dict.fromkeys(("x", "bias", "out", "scales"), f"*{element}")
-        | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[chunk], "rows": "i32", "units": "i32"}
+        | dict.fromkeys(("x", "bias", "out"), f"*{element}")
+        | {
+            "values": "*i32",
+            "scales": "*i32",
+            "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[chunk],
+            "rows": "i32",
+            "units": "i32",
+        }
         | ({"x": "*i32"} if kernel == "packed_vector" else {})
     )
     values = {"N": n, "M": m}

@@ -209,7 +209,13 @@ def load_chunk(
         words = tl.load(values + at[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
         return d.split_columns(words, WORDS), tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
     else:
-        scale = tl.load(scales + row * tl.cdiv(chunks, GROUP) + chunk // GROUP, mask=inside, other=0.0)
+        place = row * tl.cdiv(chunks, GROUP) + chunk // GROUP
+        if scales.dtype.element_ty == tl.int32:
+            # two a word, since an asynchronous copy has at least 4 bytes
+            word = tl.load(scales + (place >> 1), mask=inside, other=0)
+            scale = low_half(word >> ((place & 1) * 16).to(tl.int32), ELEMENT, ELEMENT)
+        else:
+            scale = tl.load(scales + place, mask=inside, other=0.0)
         code = tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
         if BITS == 8:
             words = tl.load(values + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0)
@@ -425,13 +431,15 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
 
 
 def kernel_arguments(values, bitmask, scales, k, n, m, dtype, target):
-    """(values and bitmask as words, units of chunks in a row, constants) of kernels for activations of ``dtype``."""
+    """(values, bitmask and scales as words, units of chunks in a row, constants) for activations of ``dtype``."""
     group = VALUES.value if scales is None else reference.scaled_group(values, scales)
     constants = kernel_constants(n, m, dtype, target, values.dtype, group)
     chunks = k // chunk_length(n, m)
     unit = math.gcd(chunks, ALIGNED)
     words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk_length(n, m)])
-    return words, chunks // unit, constants | {"UNIT": unit}
+    if scales is not None and scales.numel() % 2 == scales.storage_offset() % 2 == scales.data_ptr() % 4 == 0:
+        scales = scales.view(-1).view(torch.int32)
+    return (*words, scales), chunks // unit, constants | {"UNIT": unit}
 
 
 def kernel_constants(
@@ -453,7 +461,7 @@ def _vector(x, values, bitmask, scales, bias, n, m):
     out = torch.empty(1, rows, dtype=result_dtype(x.dtype), device=x.device)
     config = rows_for(rows, k // chunk_length(n, m), target)
     launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
-                x.flatten().view(torch.int32), *words, scales, bias, out, rows, units, **constants)  # fmt: skip
+                x.flatten().view(torch.int32), *words, bias, out, rows, units, **constants)  # fmt: skip
     return out.to(x.dtype)
 
 
@@ -463,7 +471,7 @@ def _tiles(x, values, bitmask, scales, bias, n, m):
     tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
     split = SplitResult("packed_linear", tile, (tokens, rows), k, x, bias, values, bitmask)
     launch_tiles(packed_linear_kernel, "packed_linear", m, split.grid, tile, x.device,
-                 x, *words, scales, split.bias, split.out, tokens, rows, units,
+                 x, *words, split.bias, split.out, tokens, rows, units,
                  **constants, **operand_constants(x.dtype))  # fmt: skip
     return split.sum()
 

@@ -146,13 +146,16 @@ def test_products_under_drawn_masks_and_by_codes(child, target):
 
 CODES_CHILD = """
 import modelled_costs
-from aot import build_product
+from aot import build_packed, build_product
 from maskpro_kernels.ops.triton.tiles import tiles_of
 targets, (n, m), tiles = arguments
 for target in targets:
-    for product in ("masked_linear", "masked_linear_input_grad"):
+    for product in ("masked_linear", "masked_linear_input_grad", "packed_linear"):
         for tile in tiles_of(product, target, 2)[:tiles]:
-            built = build_product(product, target, n, m, tile, KIND="codes")
+            if product == "packed_linear":
+                built = build_packed(product, target, n, m, tile, bits=8)
+            else:
+                built = build_product(product, target, n, m, tile, KIND="codes")
             lines = modelled_costs.disassembled(built.asm["cubin"])
             first, last = modelled_costs.largest_loop(lines)
             loop = [sum(name in line for line in lines[first:last]) for name in ("LDG.", "LDGSTS")]
@@ -166,7 +169,7 @@ for target in targets:
           slow=lambda targets, pattern, tiles: tiles is None),
     ids=["first", "all", "4:8"],
 )  # fmt: skip
-def test_codes_are_copied_before_their_use(child, targets, pattern, tiles):
+def test_codes_and_scales_are_copied_before_their_use(child, targets, pattern, tiles):
     """An asynchronous copy has at least 4 bytes; a load of fewer would be waited for in each step."""
     for row in child(CODES_CHILD, targets, pattern, tiles):
         check(row)
@@ -233,11 +236,6 @@ for target in TARGETS:
             elif kernel == "packed_linear":
                 product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)
                 loop = sum("LDG.E" in line for line in lines[:product])
-                if bits < 16:
-                    # a scale for each chunk of a thread; on sm_100 the first step is before the loop
-                    scales = config.out * config.k // (8 * m // n) // (32 * config.num_warps)
-                    scales *= 2 if target == "sm_100" else 1
-                    loop -= min(scales, sum("LDG.E.U16" in line for line in lines[:product]))
         emit([target, [kernel, unit, getattr(config, "rows", None), getattr(config, "out", None)],
               built.registers, built.spills, built.stack, built.shared, [], loop, matrix_unit])
 """
@@ -263,7 +261,7 @@ def test_packed_kernels(child, pattern, element):
             assert loop == [wide, wide + single, 0], row
         if kernel == "packed_linear" and matrix_unit is not None:
             assert matrix_unit == [MATRIX_UNITS[target] if out >= 64 and target in MATRIX_UNITS else "mma.sync"], row
-            # but for scales of 16 bits, which are too small, and words of a bitmask whose rows start anywhere
+            # but for words of a bitmask whose rows start anywhere
             assert loop == 0 or unit == 1, row
 
 
