@@ -294,10 +294,7 @@ def operand_constants(dtype: torch.dtype) -> dict:
 
 
 def loaded_source(mask: MaskSource, tile: Tiles) -> torch.Tensor:
-    """Logits or codes for a product's kernel; codes as int32 words of four if a thread loads fewer than four of a tile.
-
-    An asynchronous copy has at least 4 bytes. Without one each step would wait for its codes.
-    """
+    """Logits, or codes; as words of four if a thread loads fewer: an asynchronous copy has at least 4 bytes."""
     codes = mask.tensor
     fits = mask.kind == "codes" and codes.dtype == torch.uint8 and tile.few_codes(mask.m) and codes.shape[1] % 4 == 0
     return codes.view(torch.int32) if fits and (codes.data_ptr() | codes.storage_offset()) % 4 == 0 else codes
