@@ -151,7 +151,6 @@ def _descend(weight: Tensor, integers: Tensor, scale: Tensor, kept: Tensor, gram
             value = torch.where(kept[:, i], value, 0.0)
             moved[:, i - left] = value - product[:, i]
             product[:, i] = value
-            rest[:, left:right] -= moved[:, i - left, None] * gram[i, left:right]
-        # of this block it is done
+            rest[:, i:right].addr_(moved[:, i - left], gram[i, i:right], alpha=-1)
         rest[:, right:] -= moved @ gram[left:right, right:]
     return torch.where(kept, nearest(product, scale), 0.0)
