@@ -6,8 +6,6 @@ import errno
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -228,35 +226,36 @@ def test_a_loop_under_the_name_of_another_is_not_loaded(folder):
     assert cache.intact(other) is None and cache.intact(path) == SOUND
 
 
-CHILD = "from maskpro_kernels.ops.cpu import cache; print(cache.folder())"
+def folder_of(monkeypatch, **given: str | None) -> Path:
+    """Path of the cache with these variables in the environment; None removes one."""
+    with monkeypatch.context() as patch:
+        for name, value in given.items():
+            patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
+        # not what this process has found
+        return cache.folder.__wrapped__()
 
 
-def folder_of(**given: str | None) -> str:
-    """Path of the cache in a process with this environment; None removes a variable."""
-    environment = {name: value for name, value in (os.environ | given).items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_the_cache_lies_where_caches_do(tmp_path):
-    home, cache = str(tmp_path / "home"), str(tmp_path / "cache")
-    assert folder_of(XDG_CACHE_HOME=cache, HOME=home) == f"{cache}/maskpro_kernels"
+def test_the_cache_lies_where_caches_do(tmp_path, monkeypatch):
+    home, base = tmp_path / "home", tmp_path / "cache"
+    assert folder_of(monkeypatch, XDG_CACHE_HOME=str(base), HOME=str(home)) == base / "maskpro_kernels"
     for unset in (None, "relative"):
-        assert folder_of(XDG_CACHE_HOME=unset, HOME=home) == f"{home}/.cache/maskpro_kernels"
-    assert (tmp_path / "cache" / "maskpro_kernels").stat().st_mode & 0o777 == 0o700
+        expected = home / ".cache" / "maskpro_kernels"
+        assert folder_of(monkeypatch, XDG_CACHE_HOME=unset, HOME=str(home)) == expected
+    assert (base / "maskpro_kernels").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.slow
-def test_loops_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_path):
+def test_loops_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_path, monkeypatch):
     shared = tmp_path / "maskpro_kernels"
     shared.mkdir()
     shared.chmod(0o777)
     file = tmp_path / "file"
     file.write_text("")
+    monkeypatch.setattr(cache.folder, "own", None, raising=False)
     for base in (tmp_path, file):
-        folder = folder_of(XDG_CACHE_HOME=str(base))
-        assert "maskpro_kernels-" in folder
-        assert not os.path.exists(folder)
+        folder = folder_of(monkeypatch, XDG_CACHE_HOME=str(base))
+        assert folder.name.startswith("maskpro_kernels-") and folder.is_dir()
+        cache.folder.own.cleanup()
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize("lacking", ["the folder", "the folder above it", "the lock"])
