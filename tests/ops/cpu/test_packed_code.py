@@ -12,7 +12,7 @@ from maskpro_kernels.ops.cpu.packed import Packed, rows, tiles, weight
 from maskpro_kernels.ops.cpu.packed.instructions import Avx2, Avx512, Neon
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
-INT8 = Packed(2, 4, torch.int8, torch.bfloat16)
+INT8, INT4 = Packed(2, 4, torch.int8, torch.bfloat16), Packed(2, 4, torch.uint8, torch.bfloat16, 64)
 ALL = dict.fromkeys("avx512vbmi2 avx512bf16 avx512vnni amx-tile amx-bf16".split(), True)
 
 BASIC = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx2,+fma,+f16c"
@@ -62,7 +62,10 @@ ON_NEON = ARM, "+neon"
         (lambda: rows.product(INT8, NEON, 1, False), ON_NEON, "fmla 32"),
         (lambda: weight.unpack(BFLOAT16, ALL_AVX512), (X86, FULL), "vpexpandw 1"),
         (lambda: weight.unpack(BFLOAT16, NEON), ON_NEON, "tbl 8"),
-        (lambda: rows.octet_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 1 vpdpbusd 3"),
+        (lambda: rows.octet_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 4 vpdpbusd 12 vpshufb 0"),
+        (lambda: rows.octet_product(INT4, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 2 vpdpbusd 6 vpmovzx 2"),
+        (lambda: rows.octet_product(INT8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 16 vpmaddwd 16"),
+        (lambda: rows.octet_product(INT4, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8 vpmovzx 2"),
         (lambda: tiles.product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
     ],
 )
@@ -78,15 +81,20 @@ def test_each_kind_of_cpu_gets_its_instructions(assembly, target, expected):
 def test_the_code_asks_for_nothing_that_a_process_may_lack():
     """No helpers of a compiler's run-time library, such as conversions of bfloat16: nobody would link them."""
     half = Packed(2, 4, torch.float16, torch.float16)
-    for kind in (BFLOAT16, FLOAT32, half, INT8):
+    for kind in (BFLOAT16, FLOAT32, half, INT8, INT4):
         for use, features in ((ALL_AVX512, FULL), (AVX512, BASIC), (AVX2_ALONE, AVX2)):
             assert not calls_of(rows.product(kind, use, 3, True), features)
-            if kind != INT8:
+            if not kind.scaled:
                 assert not calls_of(weight.unpack(kind, use), features)
+    for kind in (INT8, INT4):
+        for assembly in (rows.octet_product(kind, AVX2_ALONE, 2, True), rows.as_integers(kind, AVX2_ALONE)):
+            assert not calls_of(assembly, AVX2)
     for assembly in (
         rows.octet_product(INT8, ALL_AVX512, 2, True),
-        rows.as_integers(INT8),
+        rows.octet_product(INT4, ALL_AVX512, 2, True),
+        rows.as_integers(INT8, ALL_AVX512),
         tiles.product(INT8, ALL_AVX512, True),
+        tiles.product(INT4, ALL_AVX512, True),
         tiles.product(BFLOAT16, ALL_AVX512, False),
         tiles.laid_out(),
     ):

@@ -11,6 +11,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers.allocated import allocated
 from helpers.bits import assert_same_bits
 from helpers.cases import cases
 from torch import nn
@@ -21,7 +22,7 @@ from maskpro_kernels.ops.cpu import cache, kernels, machine
 from maskpro_kernels.ops.cpu.packed import Packed, products
 from maskpro_kernels.ops.cpu.packed.instructions import chosen
 from maskpro_kernels.ops.pattern import NMPattern, bitmask_of
-from maskpro_kernels.packed import quantized
+from maskpro_kernels.packed import VALUE_KINDS, quantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("1:2", "2:4", "1:4", "3:4", "4:8", "3:8", "8:16", "1:16", "9:16")
@@ -72,11 +73,13 @@ def packed_case(pattern: str, dtype: torch.dtype, values: str, rows: int, groups
     """(A packed weight, the same in its dtype, the same in float64)."""
     generator = torch.Generator().manual_seed(seed)
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    # an even number of values
+    groups += values == "int4" and groups * n % 2
     codes = reference.top_n_mask(torch.rand(rows, groups * m, generator=generator), n=n, m=m)
     kept, scales = torch.randn(rows, groups * n, generator=generator).to(dtype), None
     numbers = kept
-    if values == "int8":
-        kept, scales = quantized(kept)
+    if values != "keep":
+        kept, scales = quantized(kept, 128 if values == "int8" else 64, values)
         numbers = reference.dequantized(kept, scales, torch.float32)
     packed = mk.PackedNM(kept, bitmask_of(codes, m), pattern, scales)
     exact = reference.unpack_nm(numbers, packed.bitmask, n=n, m=m)
@@ -107,7 +110,10 @@ def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True,
 
 @pytest.mark.parametrize(
     ("kind", "values", "dtype"),
-    cases(itertools.product(OFF, ("keep", "int8"), DTYPES), slow=lambda kind, values, dtype: dtype != torch.bfloat16),
+    cases(
+        itertools.product(OFF, VALUE_KINDS, DTYPES),
+        slow=lambda kind, values, dtype: dtype != torch.bfloat16 and (kind, values) != ("all that it has", "int4"),
+    ),
     ids=str,
 )
 def test_every_kind_of_cpu_multiplies(kind, values, dtype, cpu):
@@ -120,13 +126,13 @@ def test_every_kind_of_cpu_multiplies(kind, values, dtype, cpu):
 @pytest.mark.parametrize(
     ("kind", "pattern", "values"),
     cases(
-        itertools.product(("all that it has", "no VBMI2", "no AVX-512"), PATTERNS, ("keep", "int8")),
+        itertools.product(("all that it has", "no VBMI2", "no AVX-512"), PATTERNS, VALUE_KINDS),
         slow=lambda kind, pattern, values: values == "int8" or kind == "no VBMI2" or pattern in ("1:2", "3:4", "1:16"),
     ),
 )
 def test_every_pattern_is_multiplied(kind, pattern, values, cpu):
     cpu(kind)
-    groups = (520 if values == "int8" else 136) // NMPattern(pattern).m + 1
+    groups = (136 if values == "keep" else 520) // NMPattern(pattern).m + 1
     assert_multiplies(pattern, torch.bfloat16, values, 33, groups, 2)
 
 
@@ -134,7 +140,7 @@ def test_every_pattern_is_multiplied(kind, pattern, values, cpu):
 @hypothesis.given(
     pattern=st.sampled_from(PATTERNS),
     dtype=st.sampled_from(DTYPES),
-    values=st.sampled_from(("keep", "int8")),
+    values=st.sampled_from(VALUE_KINDS),
     rows=st.integers(1, 100),
     groups=st.integers(1, 90),
     tokens=st.sampled_from((1, 2, 4, 5, 16, 17, 33, 257, 600)),
@@ -150,7 +156,7 @@ def test_threads_share_a_product():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for values in ("keep", "int8"):
+        for values in VALUE_KINDS:
             for tokens in (1, 8, 300):
                 assert_multiplies("2:4", torch.bfloat16, values, 291, 144, tokens)
         # more than the cache holds at a time
@@ -159,12 +165,25 @@ def test_threads_share_a_product():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
+    # poisoned buffers are kept
+    monkeypatch.setattr(products, "torch", torch)
+    packed, _, _ = packed_case("2:4", torch.bfloat16, values, 2048, 1024)
+    parts = packed.values, packed.bitmask, packed.scales
+    for tokens in (1, 16, 64):
+        x = torch.randn(tokens, 4096).bfloat16()
+        products.nm_linear(x, parts, None, 2, 4)
+        # a dense weight has 16 MiB
+        assert allocated(lambda x=x: products.nm_linear(x, parts, None, 2, 4)).peak < 3 << 20
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
         ("all that it has", {"keep": "registers tiles tiles tiles", "int8": "octets tiles tiles tiles"}),
         ("no AMX", {"keep": "registers registers blocks blocks", "int8": "octets octets blocks blocks"}),
-        ("no VBMI2", {"keep": "registers registers blocks blocks", "int8": "registers registers blocks blocks"}),
+        ("no VBMI2", {"keep": "registers registers blocks blocks", "int8": "octets octets blocks blocks"}),
         ("no AVX2", {"keep": "unpack unpack unpack unpack", "int8": "unpack unpack unpack unpack"}),
     ],
 )
@@ -174,7 +193,7 @@ def test_the_way_goes_by_the_cpu_and_the_tokens(kind, expected):
         True,
     )
     use = chosen(features | {"avx2": True, "fma": True} | dict.fromkeys(OFF[kind], False))
-    for values, dtype in (("keep", torch.bfloat16), ("int8", torch.int8)):
+    for values, dtype in (("keep", torch.bfloat16), ("int8", torch.int8), ("int8", torch.uint8)):
         ways = [products.way(use, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 16, 17, 1000)]
         assert ways == expected[values].split()
 
@@ -224,7 +243,7 @@ class Guarded:
     ("pattern", "values", "kind"),
     cases(
         itertools.product(
-            ("2:4", "9:16", "3:8", "1:16"), ("keep", "int8"), ("all that it has", "no AVX-512", "no AMX", "no VBMI2")
+            ("2:4", "9:16", "3:8", "1:16"), VALUE_KINDS, ("all that it has", "no AVX-512", "no AMX", "no VBMI2")
         ),
         slow=lambda pattern, values, kind: pattern in ("3:8", "1:16") or kind in ("no AMX", "no VBMI2"),
     ),
@@ -241,7 +260,7 @@ def test_nothing_beyond_the_last_value_is_read(pattern, values, kind, cpu):
             for bitmask in (packed.bitmask, torch.full_like(packed.bitmask, 255)):
                 parts = [None if x is None else guarded.at_the_end(x) for x in (packed.values, bitmask, packed.scales)]
                 for tokens in (1, 6, 20):
-                    x = guarded.at_the_end(torch.randn(tokens, groups * m).to(dtype))
+                    x = guarded.at_the_end(torch.randn(tokens, packed.shape[1]).to(dtype))
                     bias = guarded.at_the_end(torch.randn(3).to(dtype))
                     products.nm_linear(x, tuple(parts), bias, n, m)
                 if packed.scales is None:
@@ -278,7 +297,7 @@ def test_what_multiplies_wrongly_is_not_used(cpu, monkeypatch):
     assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
 
 
-@pytest.mark.parametrize("values", ["keep", "int8"])
+@pytest.mark.parametrize("values", VALUE_KINDS)
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_numbers_that_are_not_finite_go_where_they_do_with_a_dense_weight(values, tokens):
     packed, weight, _ = packed_case("2:4", torch.bfloat16, values, 8, 128)
@@ -293,9 +312,10 @@ def test_numbers_that_are_not_finite_go_where_they_do_with_a_dense_weight(values
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("size", [30.0, 1e2, 1e3, 1e4, 1e5])
-def test_a_large_column_that_is_dropped_does_not_blur_the_others(size, tokens):
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_a_large_column_that_is_dropped_does_not_blur_the_others(values, size, tokens):
     """Integers with a scale for each block would; nothing of such a column is in the product that could hide it."""
-    packed, weight, exact = packed_case("2:4", torch.bfloat16, "int8", 64, 256)
+    packed, weight, exact = packed_case("2:4", torch.bfloat16, values, 64, 256)
     dropped = weight[:, 300] == 0
     x = torch.randn(tokens, 1024)
     x[:, 300] = size

@@ -21,14 +21,26 @@ class Packed(NamedTuple):
 
     Attributes:
         n, m: the pattern.
-        values: dtype of the values.
+        values: dtype of the values: of int4 uint8.
         x: dtype of the operand and of the product, or of the unpacked weight.
+        group: number of integers of a row that share a scale.
     """
 
     n: int
     m: int
     values: torch.dtype
     x: torch.dtype
+    group: int = SCALED
+
+    @property
+    def scaled(self) -> bool:
+        """Whether values are integers."""
+        return self.values in (torch.int8, torch.uint8)
+
+    @property
+    def in_byte(self) -> int:
+        """Number of values in an element of their dtype: 2 of int4, else 1."""
+        return 2 if self.values == torch.uint8 else 1
 
     @property
     def kept(self) -> int:
@@ -38,4 +50,4 @@ class Packed(NamedTuple):
     @property
     def scaled_runs(self) -> int | None:
         """Number of runs that share a scale; None if it is not a whole number."""
-        return SCALED // self.kept if SCALED % self.kept == 0 else None
+        return self.group // self.kept if self.group % self.kept == 0 else None

@@ -12,6 +12,7 @@ import torch
 from llvmlite import ir
 
 from ..codegen import LONG, POINTER, TYPES, WORD, each, rounded_to_bfloat16
+from . import Packed
 
 BYTE, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.FloatType()
 LINE_BYTES = 64
@@ -120,6 +121,31 @@ def as_float32(b: ir.IRBuilder, values: ir.Value, dtype: torch.dtype) -> ir.Valu
     return b.fpext(values, wide) if dtype == torch.float16 else values
 
 
+def nibbles(b: ir.IRBuilder, pointer: ir.Value, count: int) -> ir.Value:
+    """Load a vector of ``count`` int4 values as bytes, times 16: in the upper four bits."""
+    words = vector(HALF, count // 2)
+    pair = b.zext(b.load(pointer, typ=vector(BYTE, count // 2), align=1), words)
+    first, second, mask = (ir.Constant(words, [x] * (count // 2)) for x in (4, 8, 0xF0F0))
+    return b.bitcast(b.and_(b.or_(b.shl(pair, first), b.shl(pair, second)), mask), vector(BYTE, count))
+
+
+def scale_at(b: ir.IRBuilder, scales: ir.Value, index: ir.Value, kind: Packed) -> ir.Value:
+    """Load a scale as float32, for int4 over 16, see ``nibbles``."""
+    element = TYPES[kind.x]
+    scale = as_float32(b, b.load(at(b, scales, index, element), typ=element, align=1), kind.x)
+    return b.fmul(scale, ir.Constant(FLOAT, 1 / 16)) if kind.values == torch.uint8 else scale
+
+
+def rounded(b: ir.IRBuilder, values: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """Convert a vector of float32 that are not NaN to a dtype, to the nearest."""
+    if dtype != torch.bfloat16:
+        return b.fptrunc(values, vector(TYPES[dtype], values.type.count)) if dtype == torch.float16 else values
+    words = vector(WORD, values.type.count)
+    bits, half, one, most = b.bitcast(values, words), *(ir.Constant(words, [x] * words.count) for x in (16, 1, 0x7FFF))
+    carried = b.add(bits, b.add(b.and_(b.lshr(bits, half), one), most))
+    return b.trunc(b.lshr(carried, half), vector(HALF, words.count))
+
+
 def stored(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, dtype: torch.dtype) -> None:
     """Convert a float32 to a dtype and store it."""
     if dtype == torch.bfloat16:
@@ -156,6 +182,7 @@ class Instructions:
         tokens: most tokens to multiply a row with at a time, so that their sums leave registers for the weights.
         halves: whether it places 32 values of 16 bits at once.
         pairs: whether it multiplies pairs of bfloat16 into float32 sums.
+        words: whether it places 16 bytes at once, and multiplies pairs of 16-bit integers into int32 sums.
         octets: whether it places 64 bytes at once, and multiplies quadruples of them into int32 sums.
         tiles: whether it multiplies matrices of 16 x 32 bfloat16.
     """
@@ -163,7 +190,7 @@ class Instructions:
     needs: tuple[str, ...]
     lanes: int
     tokens: int
-    halves = pairs = octets = tiles = False
+    halves = pairs = words = octets = tiles = False
 
     def __init__(self, features: Mapping[str, bool]):
         pass
@@ -177,7 +204,29 @@ class Instructions:
         raise NotImplementedError
 
 
-class Avx512(Instructions):
+class X86(Instructions):
+    words = True
+
+    def placed_bytes(self, b: ir.IRBuilder, values: ir.Value, bits: ir.Value, first: int, kind: Packed) -> ir.Value:
+        """Place bytes of a vector of 16, from number ``first`` on, by 16 bits at a pointer, with zeros in others."""
+        low, high = (b.load(at(b, bits, LONG(i), BYTE), typ=BYTE) for i in range(2))
+        # an index with its highest bit set gives zero, also with the number of the first byte added
+        rows = [[128 if x is None else x for x in row] for row in _ranks(8)]
+        parts = [_row_of(b, rows, part, 8) for part in (low, high)]
+        second = first + 8 * kind.n // kind.m
+        if kind.m == 16:
+            second = first
+            parts[1] = b.add(parts[1], broadcast(b, intrinsic(b, "llvm.ctpop.i8", BYTE, low), 8))
+        order = b.shuffle_vector(*parts, ir.Constant(vector(WORD, 16), list(range(16))))
+        order = b.add(order, ir.Constant(vector(BYTE, 16), [first] * 8 + [second] * 8))
+        return intrinsic(b, "llvm.x86.ssse3.pshuf.b.128", vector(BYTE, 16), values, order)
+
+    def dot_words(self, b: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """total + weights * x of 16 integers of 16 bits each, two products into each of 8 int32 sums."""
+        return b.add(total, intrinsic(b, "llvm.x86.avx2.pmadd.wd", total.type, weights, x))
+
+
+class Avx512(X86):
     needs, lanes, tokens = ("avx512f", "avx512bw", "avx512vl", "f16c"), 16, 16
 
     def __init__(self, features):
@@ -202,7 +251,7 @@ class Avx512(Instructions):
         return intrinsic(b, "llvm.x86.avx512.vpdpbusd.512", total.type, total, *words)
 
 
-class Avx2(Instructions):
+class Avx2(X86):
     needs, lanes, tokens = ("avx2", "fma", "f16c"), 8, 8
 
     def placed(self, b, values, bits):

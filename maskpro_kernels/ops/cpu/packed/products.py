@@ -40,8 +40,8 @@ Parts = tuple[Tensor, Tensor, Tensor | None]
 # Computes a product of (x, parts, bias)
 Runner = Callable[[Tensor, Parts, Tensor | None], Tensor]
 
-# Unpacks (values, bitmask, first run, number of runs)
-Unpacked = Callable[[Tensor, Tensor, int, int], Tensor]
+# Unpacks (parts, first run, number of runs)
+Unpacked = Callable[[Parts, int, int], Tensor]
 
 # Fewest weights for another thread: starting it takes as long as one thread for this many
 SHARED_WEIGHTS = 1 << 16
@@ -72,14 +72,22 @@ def threads(weights: int) -> int:
 
 @functools.cache
 def unpacker(kind: Packed) -> Unpacked | None:
-    """Return ``unpacked(values, bitmask, first, count)``, ``count`` runs of all rows from ``first``, or None."""
+    """Return ``unpacked(parts, first, count)``, ``count`` runs of all rows from ``first``, or None."""
     use = available()
     if use is None:
         return None
+    if kind.scaled and kind.scaled_runs is None:
+        plain = unpacker(Packed(kind.n, kind.m, kind.x, kind.x))
+
+        def dequantized(parts: Parts, first: int, count: int) -> Tensor:
+            values, bitmask, scales = parts
+            return plain((reference.dequantized(values, scales, kind.x), bitmask, None), first, count)
+
+        return None if plain is None else dequantized
     try:
         from . import weight
 
-        unpacked = _unpacked_by(compiled("packed_unpack", 7, weight.unpack, kind, use), kind)
+        unpacked = _unpacked_by(compiled("packed_unpack", 8, weight.unpack, kind, use), kind)
         _check_unpacked(unpacked, kind)
     except Exception as error:
         warn_of_failure(error, "maskpro_kernels unpacks more slowly")
@@ -88,11 +96,12 @@ def unpacker(kind: Packed) -> Unpacked | None:
 
 
 def _unpacked_by(loop: Callable[..., None], kind: Packed) -> Unpacked:
-    def unpacked(values: Tensor, bitmask: Tensor, first: int, count: int) -> Tensor:
-        rows, k = values.shape[0], values.shape[1] // kind.n * kind.m
+    def unpacked(parts: Parts, first: int, count: int) -> Tensor:
+        values, bitmask, scales = parts
+        rows, k = values.shape[0], values.shape[1] * kind.in_byte // kind.n * kind.m
         columns = min(RUN * count, k - RUN * first)
-        out = torch.empty((rows, columns), dtype=values.dtype, device="cpu")
-        places = values.data_ptr(), bitmask.data_ptr(), out.data_ptr()
+        out = torch.empty((rows, columns), dtype=kind.x, device="cpu")
+        places = values.data_ptr(), bitmask.data_ptr(), _pointer(scales), out.data_ptr()
         loop(rows, threads(rows * columns), k, first, count, columns, *places)
         return out
 
@@ -102,16 +111,20 @@ def _unpacked_by(loop: Callable[..., None], kind: Packed) -> Unpacked:
 def _check_unpacked(unpacked: Unpacked, kind: Packed) -> None:
     """Raise unless ``unpacked`` gives the reference's bits for a sample."""
     generator = torch.Generator("cpu").manual_seed(0)
-    rows, groups = 5, 3 * RUN // kind.m + 1
+    rows, groups = 5, 3 * RUN // kind.m + kind.in_byte
     scores = torch.rand((rows, groups, kind.m), generator=generator, device="cpu")
     bitmask = bitmask_of(reference.group_top_n_mask(scores, n=kind.n), kind.m)
-    size, integers = kind.values.itemsize, reference.INTEGERS[kind.values.itemsize]
-    values = torch.randint(0, 256, (rows, groups * kind.n * size), generator=generator, dtype=torch.uint8, device="cpu")
-    values = values.view(kind.values)
-    expected = reference.unpack_nm(values, bitmask, n=kind.n, m=kind.m)
+    integers, kept = reference.INTEGERS[kind.x.itemsize], groups * kind.n
+    shape, scales = (rows, kept * kind.values.itemsize // kind.in_byte), None
+    values = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu").view(kind.values)
+    if kind.scaled:
+        scales = torch.rand((rows, -(-kept // kind.group)), generator=generator, device="cpu").to(kind.x)
+    parts = values, bitmask, scales
+    given = values if scales is None else reference.dequantized(values, scales, kind.x)
+    expected = reference.unpack_nm(given, bitmask, n=kind.n, m=kind.m)
     for first, count in ((0, 4), (1, 2)):
         columns = slice(RUN * first, RUN * (first + count))
-        part = unpacked(values, bitmask, first, min(count, -(-groups * kind.m // RUN) - first))
+        part = unpacked(parts, first, min(count, -(-groups * kind.m // RUN) - first))
         if not torch.equal(part.view(integers), expected[:, columns].contiguous().view(integers)):
             raise RuntimeError("unpacked weights differ from the reference")
 
@@ -120,7 +133,7 @@ def unpack_nm(values, bitmask, *, n, m):
     """``reference.unpack_nm``."""
     unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
     if unpacked is not None:
-        return unpacked(values, bitmask, 0, -(-(values.shape[1] // n * m) // RUN))
+        return unpacked((values, bitmask, None), 0, -(-(values.shape[1] // n * m) // RUN))
     out = torch.empty(values.shape[0], values.shape[1] // n * m, dtype=values.dtype)
     groups, flat = (x.view(reference.INTEGERS[x.itemsize]).view(-1, size) for x, size in ((values, n), (out, m)))
     # codes of a single group in a row may have a stride
@@ -137,12 +150,11 @@ def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     """
     if use is None:
         return "unpack"
-    quantized = kind.values == torch.int8
-    if kind.values == torch.uint8 or quantized and kind.scaled_runs is None:
+    if kind.scaled and kind.scaled_runs is None:
         return "blocks"
     by_tiles = use.tiles and kind.x == torch.bfloat16
     if tokens <= (FEWER if by_tiles else FEW):
-        return "octets" if quantized and use.octets and kind.x != torch.float32 else "registers"
+        return "octets" if kind.scaled and use.words and kind.x != torch.float32 else "registers"
     return "tiles" if by_tiles else "blocks"
 
 
@@ -154,12 +166,15 @@ def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> T
         return x.new_empty(*x.shape[:-1], rows)
     # all larger numbers of tokens share one runner
     bounded = min(tokens, FEW + 1)
-    return _chosen(bounded, n, m, parts[0].dtype, x.dtype, bias is not None)(x, parts, bias)
+    values, _, scales = parts
+    # int4 alone has several sizes of groups
+    group = reference.scaled_group(values, scales) if values.dtype == torch.uint8 else reference.SCALED
+    return _chosen(bounded, n, m, values.dtype, x.dtype, group, bias is not None)(x, parts, bias)
 
 
 @functools.cache
-def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, biased: bool) -> Runner:
-    kind = Packed(n, m, values, x)
+def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, group: int, biased: bool) -> Runner:
+    kind = Packed(n, m, values, x, group)
     how = way(available(), tokens, kind)
     # the code of other ways does not depend on the number of tokens
     return _runner(how, kind, tokens if how in ("registers", "octets") else FEW + 1, biased)
@@ -178,7 +193,7 @@ def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
     at_once = max(1, CACHED_BYTES // (rows * RUN * values.itemsize))
     for first in range(0, runs, at_once):
         columns = slice(RUN * first, min(k, RUN * (first + at_once)))
-        out[:, columns] = grad @ unpacked(values, bitmask, first, min(at_once, runs - first))
+        out[:, columns] = grad @ unpacked((values, bitmask, None), first, min(at_once, runs - first))
     return out
 
 
@@ -212,7 +227,7 @@ def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None
     """Raise unless a small product is as close to float64 as torch's: compilers may have bugs."""
     generator = torch.Generator("cpu").manual_seed(0)
     # more rows than are placed at once, and an incomplete last run
-    rows, groups = 35, 3 * RUN // kind.m + 1
+    rows, groups = 35, 3 * RUN // kind.m + kind.in_byte
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(kind.x)
@@ -220,10 +235,10 @@ def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None
     codes = reference.group_top_n_mask(normal(rows, groups, kind.m).float(), n=kind.n)
     values, x, bias = normal(rows, groups * kind.n), normal(tokens, groups * kind.m), normal(rows) if biased else None
     scales = None
-    if kind.values in (torch.int8, torch.uint8):
-        scales = normal(rows, -(-values.shape[1] // reference.SCALED)).abs()
+    if kind.scaled:
+        scales = normal(rows, -(-values.shape[1] // kind.group)).abs()
         low, high = (-127, 128) if kind.values == torch.int8 else (0, 256)
-        shape = rows, values.shape[1] // (1 if kind.values == torch.int8 else 2)
+        shape = rows, values.shape[1] // kind.in_byte
         values = torch.randint(low, high, shape, generator=generator, device="cpu", dtype=kind.values)
     parts = values, bitmask_of(codes, kind.m), scales
     values = values if scales is None else reference.dequantized(values, scales, torch.float32)
@@ -243,7 +258,7 @@ def _pieces(tokens: int, most: int, make: Callable[[int], Callable]) -> list[tup
 def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
     from . import rows
 
-    use, quantized = available(), kind.values == torch.int8
+    use, quantized = available(), kind.scaled
     most, pairs = use.tokens // 2 if quantized else use.tokens, rows.multiplies_pairs(kind, use)
     pieces = _pieces(
         tokens, most, lambda count: compiled("packed_registers", 8, rows.product, kind, use, count, biased)
@@ -273,23 +288,25 @@ def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
     from . import rows as code
 
     use = available()
-    as_integers = compiled("packed_integers", 6, code.as_integers, kind)
+    as_integers = compiled("packed_integers", 6, code.as_integers, kind, use)
     pieces = _pieces(
         tokens,
         code.OCTET_TOKENS,
         lambda count: compiled("packed_octets", 10, code.octet_product, kind, use, count, biased),
     )
     in_registers = _registers(kind, tokens, biased)
+    # of the first part of integers
+    part_bytes = 1 if use.octets else 2
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
         rows, k, blocks = values.shape[0], x.shape[-1], scales.shape[1]
         size = -(-k // code.OCTETS) * code.OCTETS
-        numbers = torch.empty((2, tokens, size), dtype=torch.uint8, device="cpu")
-        x_scales = torch.empty((tokens, blocks), dtype=torch.float32, device="cpu")
+        # integers of two bytes, then scales: one tensor takes less time than two
+        aside = torch.empty(tokens * (2 * size + 4 * blocks), dtype=torch.uint8, device="cpu")
         refused = ctypes.c_int64(0)
-        high = numbers.data_ptr()
-        low, x_scales_place = high + tokens * size, x_scales.data_ptr()
+        high = aside.data_ptr()
+        low, x_scales_place = high + tokens * size, high + 2 * tokens * size
         as_integers(tokens, 1, k, x.data_ptr(), high, low, x_scales_place, ctypes.addressof(refused))
         if refused.value:
             return in_registers(x, parts, bias)
@@ -297,7 +314,7 @@ def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
         fixed = threads(rows * k), k, rows, values.data_ptr(), bitmask.data_ptr(), scales.data_ptr()
         out_place, bias_place = out.data_ptr(), _pointer(bias)
         for first, loop in pieces:
-            own = high + first * size, low + first * size, x_scales_place + 4 * first * blocks
+            own = high + first * size * part_bytes, low + first * size, x_scales_place + 4 * first * blocks
             loop(rows, *fixed, *own, bias_place, out_place + first * rows * out.itemsize)
         return out
 
@@ -330,21 +347,17 @@ def _tiles(kind: Packed, tokens: int, biased: bool) -> Runner:
 
 
 def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
-    unpacked = unpacker(kind._replace(values=kind.x))
+    unpacked = unpacker(kind)
     if unpacked is None:
         raise RuntimeError("code to unpack blocks did not compile")
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-        values, bitmask, scales = parts
-        rows, k = values.shape[0], x.shape[-1]
+        rows, k = parts[0].shape[0], x.shape[-1]
         out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
         at_once = max(RUN, CACHED_BYTES // (k * x.itemsize))
         for first in range(0, rows, at_once):
             which = slice(first, min(rows, first + at_once))
-            own = values[which]
-            if scales is not None:
-                own = reference.dequantized(own, scales[which], x.dtype)
-            weight = unpacked(own, bitmask[which], 0, -(-k // RUN))
+            weight = unpacked(tuple(part if part is None else part[which] for part in parts), 0, -(-k // RUN))
             out[..., which] = linear(x, weight, None if bias is None else bias[which])
         return out
 

@@ -1,9 +1,9 @@
 """Products with a few tokens, row by row: each run of weights is placed in registers once, and multiplied with all.
 
-If the CPU has the instructions, 64 int8 values are placed at once and multiplied as bytes. The activations are then
-quantized to 16-bit integers, with one scale for each block of columns whose weights share a scale. Their error is 2^-16
-of the largest number of the block. For outliers, which would make it too large, the product uses floats. The two bytes
-of an integer are multiplied separately.
+int8 and int4 values are multiplied as integers: 64 are placed at once, or on x86 without VBMI2 16. The activations are
+then quantized to 16-bit integers, with one scale for each block of columns whose weights share a scale. Their error is
+2^-16 of the largest number of the block. For outliers, which would make it too large, the product uses floats. With
+VBMI2 the two bytes of an integer are multiplied separately.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from llvmlite import ir
 
-from ...reference.groups import SCALED
 from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, larger, smaller, use_whole_registers
 from . import RUN, Packed
 from .instructions import (
@@ -32,7 +31,9 @@ from .instructions import (
     fma,
     horizontal_sum,
     intrinsic,
+    nibbles,
     prefetch,
+    scale_at,
     stored,
     vector,
     widened,
@@ -46,6 +47,9 @@ AHEAD_BYTES = 4096
 # Weights to place at once
 OCTETS = 2 * RUN
 LANES = 16
+
+# Octets of a block without a loop
+UNROLLED = 4
 
 # Most tokens to multiply a row with at a time: each has two sums
 OCTET_TOKENS = 8
@@ -75,7 +79,7 @@ class RowProduct:
         self.start, self.stop, self.k, self.rows, *self.pointers, self.bias, self.out = self.function.args
         self.row_values = self.b.mul(self.b.sdiv(self.k, LONG(kind.m)), LONG(kind.n))
         # scales of a row
-        self.scales_count = divided_up(self.b, self.row_values, SCALED)
+        self.scales_count = divided_up(self.b, self.row_values, kind.group)
 
     def assembly(self) -> str:
         each(self.b, self.start, self.stop, self.add_row)
@@ -85,9 +89,7 @@ class RowProduct:
 
     def scale(self, scales: ir.Value, row: ir.Value, block: ir.Value) -> ir.Value:
         """float32 scale of a block of a row."""
-        b, element = self.b, TYPES[self.kind.x]
-        index = b.add(b.mul(row, self.scales_count), block)
-        return as_float32(b, b.load(at(b, scales, index, element), typ=element, align=1), self.kind.x)
+        return scale_at(self.b, scales, self.b.add(self.b.mul(row, self.scales_count), block), self.kind)
 
     def store(self, row: ir.Value, token: int, total: ir.Value) -> None:
         """Write the sum of a float32 vector plus the bias to a token's output."""
@@ -102,7 +104,7 @@ class RowProduct:
 def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
     """Code of ``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``, see ``RowProduct``.
 
-    x [tokens, k] is of ``kind.x`` if ``multiplies_pairs``, else float32; scales [rows, ceil(values of a row / SCALED)]
+    x [tokens, k] is of ``kind.x`` if ``multiplies_pairs``, else float32; scales [rows, ceil(values of a row / group)]
     are of ``kind.x``.
     """
     return RegisterProduct(kind, use, tokens, biased).assembly()
@@ -129,7 +131,7 @@ class RegisterProduct(RowProduct):
 
     def add_row(self, row: ir.Value) -> None:
         b, place = self.b, self.weight.row(row)
-        if self.kind.values != torch.int8:
+        if not self.kind.scaled:
             totals = self._sums(place, LONG(0), self.weight.runs)
         else:
             sums = [Variable(b, zeros(vector(FLOAT, self.lanes))) for _ in range(self.tokens)]
@@ -153,7 +155,7 @@ class RegisterProduct(RowProduct):
         sums = [[Variable(b, none) for _ in range(self.tokens)] for _ in range(self.beside)]
         direct = weight.within(start, stop)
         several = b.sub(direct, b.srem(b.sub(direct, start), LONG(self.beside)))
-        line = max(1, LINE_BYTES // (self.kind.kept * self.kind.values.itemsize))
+        line = max(1, LINE_BYTES * self.kind.in_byte // (self.kind.kept * self.kind.values.itemsize))
 
         def multiply(run: ir.Value, own: list) -> None:
             self._multiply(weight.direct(place, run), [self._x_of(token, run) for token in range(self.tokens)], own)
@@ -207,10 +209,11 @@ class RegisterProduct(RowProduct):
 # Products of int8 values in integers
 
 
-def as_integers(kind: Packed) -> str:
+def as_integers(kind: Packed, use: Instructions) -> str:
     """Code of ``loop(start, stop, k, x, high, low, scales, refused)``: quantize tokens start to stop of x [tokens, k].
 
-    x is of ``kind.x``, high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks]. An
+    x is of ``kind.x``, high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks].
+    Without ``use.octets`` high are 16-bit integers, and low is not used. An
     int64 at ``refused`` is set to 1 if integers are too coarse for a block: its largest number is too far above the
     others, or NaN.
     """
@@ -240,12 +243,15 @@ def as_integers(kind: Packed) -> str:
 
     def token_integers(token: ir.Value) -> None:
         row = at(b, x, b.mul(token, k), element)
-        targets = [at(b, target, b.mul(token, padded), BYTE) for target in (high, low)]
+        part = BYTE if use.octets else HALF
+        targets = [at(b, target, b.mul(token, padded), part) for target in (high, low)]
 
         def block_integers(block: ir.Value) -> None:
             first = b.mul(block, columns)
             last = smaller(b, k, b.add(first, columns))
-            scale, fits = _scale(b, lanes, row, first, last)
+            # a block of one large number and zeros has the ratio of its columns
+            most = min(MOST_OVER_MEAN, kind.scaled_runs * RUN / 2)
+            scale, fits = _scale(b, lanes, row, first, last, most)
             with b.if_then(b.not_(fits), likely=False):
                 b.store(LONG(1), refused)
             b.store(scale, at(b, scales, b.add(b.mul(token, blocks), block), FLOAT), align=4)
@@ -256,11 +262,12 @@ def as_integers(kind: Packed) -> str:
                 nearest = intrinsic(b, f"llvm.rint.v{LANES}f32", values.type, b.fmul(values, factor))
                 # saturates, since NaN has no integer
                 number = intrinsic(b, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", words, nearest)
-                number = b.add(number, ir.Constant(words, [MIDDLE] * LANES))
-                for target, part in zip(
-                    targets, (b.lshr(number, ir.Constant(words, [8] * LANES)), number), strict=True
-                ):
-                    b.store(b.trunc(part, vector(BYTE, LANES)), at(b, target, column, BYTE), align=1)
+                given = [number]
+                if use.octets:
+                    number = b.add(number, ir.Constant(words, [MIDDLE] * LANES))
+                    given = [b.lshr(number, ir.Constant(words, [8] * LANES)), number]
+                for target, number in zip(targets, given, strict=False):
+                    b.store(b.trunc(number, vector(part, LANES)), at(b, target, column, part), align=1)
 
             lanes(row, first, last, write)
 
@@ -272,7 +279,7 @@ def as_integers(kind: Packed) -> str:
     return str(module)
 
 
-def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, last: ir.Value) -> tuple:
+def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, last: ir.Value, over: float) -> tuple:
     """(scale of the integers of columns [first, last), whether integers are accurate enough for them)."""
     none = zeros(vector(FLOAT, LANES))
     most, total = Variable(b, none), Variable(b, none)
@@ -286,7 +293,7 @@ def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, las
     largest = intrinsic(b, f"llvm.vector.reduce.fmaximum.v{LANES}f32", FLOAT, most.get())
     mean = b.fdiv(horizontal_sum(b, total.get()), b.sitofp(b.sub(last, first), FLOAT))
     # false for NaN
-    near = b.fcmp_ordered("<=", largest, b.fmul(mean, ir.Constant(FLOAT, MOST_OVER_MEAN)))
+    near = b.fcmp_ordered("<=", largest, b.fmul(mean, ir.Constant(FLOAT, over)))
     finite = b.fcmp_ordered("<", largest, ir.Constant(FLOAT, float("inf")))
     scale = b.fdiv(largest, ir.Constant(FLOAT, float(LARGEST)))
     least = torch.tensor(LEAST_SCALE, dtype=torch.float32).item()
@@ -303,43 +310,52 @@ class _OctetProduct(RowProduct):
         super().__init__(kind, use, tokens, biased, pointers=6)
         self.values, self.bits, self.scales, self.high, self.low, self.x_scales = self.pointers
         b, self.kept = self.b, 2 * kind.kept
-        self.in_block = kind.scaled_runs // 2
+        self.octet_bytes, self.in_block = self.kept // kind.in_byte, kind.scaled_runs // 2
         self.row_bytes = divided_up(b, self.k, 8)
         self.whole, self.all = b.sdiv(self.k, LONG(OCTETS)), divided_up(b, self.k, OCTETS)
+        self.sum_type = vector(WORD, LANES if use.octets else LANES // 2)
         self.values_aside, self.bits_aside = buffer(b, BYTE, OCTETS), buffer(b, BYTE, 8)
         b.store(zeros(ir.ArrayType(BYTE, OCTETS)), self.values_aside)
 
     def add_row(self, row: ir.Value) -> None:
-        b = self.b
-        values = at(b, self.values, b.mul(row, self.row_values), BYTE)
+        b, floats = self.b, vector(FLOAT, self.sum_type.count)
+        values = at(b, self.values, b.mul(row, b.sdiv(self.row_values, LONG(self.kind.in_byte))), BYTE)
         bits = at(b, self.bits, b.mul(row, self.row_bytes), BYTE)
-        totals = [Variable(b, zeros(vector(FLOAT, LANES))) for _ in range(self.tokens)]
+        totals = [Variable(b, zeros(floats)) for _ in range(self.tokens)]
 
-        def add_block(block: ir.Value) -> None:
+        def add_block(block: ir.Value, whole: bool) -> None:
             first = b.mul(block, LONG(self.in_block))
-            sums = self._sums(values, bits, first, smaller(b, self.all, b.add(first, LONG(self.in_block))))
+            last = b.add(first, LONG(self.in_block))
+            sums = self._sums(values, bits, first, last if whole else smaller(b, self.all, last), whole)
             scale = self.scale(self.scales, row, block)
             for token, (total, part) in enumerate(zip(totals, sums, strict=True)):
                 index = b.add(b.mul(self.scales_count, LONG(token)), block)
                 own = b.fmul(scale, b.load(at(b, self.x_scales, index, FLOAT), typ=FLOAT, align=4))
-                number = b.sitofp(part, vector(FLOAT, LANES))
-                total.set(fma(b, number, broadcast(b, own, LANES), total.get()))
+                total.set(fma(b, b.sitofp(part, floats), broadcast(b, own, floats.count), total.get()))
 
-        each(b, LONG(0), self.scales_count, add_block)
+        blocks = b.sdiv(self.whole, LONG(self.in_block))
+        each(b, LONG(0), blocks, lambda block: add_block(block, True))
+        each(b, blocks, self.scales_count, lambda block: add_block(block, False))
         for token, total in enumerate(totals):
             self.store(row, token, total.get())
 
-    def _sums(self, values: ir.Value, bits: ir.Value, first: ir.Value, last: ir.Value) -> list[ir.Value]:
-        """int32 [LANES] for each token; each adds up to the product over octets [first, last) of a row."""
-        b, none = self.b, zeros(vector(WORD, LANES))
+    def _sums(self, values: ir.Value, bits: ir.Value, first: ir.Value, last: ir.Value, whole: bool) -> list[ir.Value]:
+        """int32 sums for each token; each adds up to the product over octets [first, last) of a row."""
+        b, none, octets = self.b, zeros(self.sum_type), self.use.octets
         plain = Variable(b, none)
-        parts = [(Variable(b, none), Variable(b, none)) for _ in range(self.tokens)]
+        # of two bytes, or of 16 bits
+        parts = [[Variable(b, none) for _ in range(2 if octets else 1)] for _ in range(self.tokens)]
         ones = ir.Constant(vector(BYTE, OCTETS), [1] * OCTETS)
         padded = b.mul(self.all, LONG(OCTETS))
 
-        def multiply(octet: ir.Value, source: ir.Value, word: ir.Value) -> None:
-            loaded = b.load(source, typ=vector(BYTE, self.kept), align=1)
-            weights = self.use.placed(b, widened(b, loaded, OCTETS), word)
+        def loaded(source: ir.Value) -> ir.Value:
+            if self.kind.in_byte == 2:
+                return nibbles(b, source, self.kept)
+            return b.load(source, typ=vector(BYTE, self.kept), align=1)
+
+        def multiply(octet: ir.Value, source: ir.Value, bits: ir.Value) -> None:
+            word = b.load(bits, typ=LONG, align=1)
+            weights = self.use.placed(b, widened(b, loaded(source), OCTETS), word)
             plain.set(self.use.dot_octets(b, plain.get(), ones, weights))
             for token, own in enumerate(parts):
                 at_token = b.add(b.mul(padded, LONG(token)), b.mul(octet, LONG(OCTETS)))
@@ -347,23 +363,57 @@ class _OctetProduct(RowProduct):
                     given = b.load(at(b, x, at_token, BYTE), typ=vector(BYTE, OCTETS), align=1)
                     total.set(self.use.dot_octets(b, total.get(), given, weights))
 
-        def direct(octet: ir.Value) -> None:
-            source = at(b, values, b.mul(octet, LONG(self.kept)), BYTE)
-            prefetch(b, at(b, source, LONG(AHEAD_BYTES), BYTE))
-            multiply(octet, source, b.load(at(b, bits, octet, LONG), typ=LONG, align=1))
+        def multiply_words(octet: ir.Value, source: ir.Value, bits: ir.Value) -> None:
+            given = loaded(source)
+            for part in range(OCTETS // LANES):
+                start = part * self.kept * LANES // OCTETS
+                lanes = [min(start // LANES * LANES + i, self.kept - 1) for i in range(LANES)]
+                own = b.shuffle_vector(given, given, ir.Constant(vector(WORD, LANES), lanes))
+                own_bits = at(b, bits, LONG(part), HALF)
+                placed = self.use.placed_bytes(b, own, own_bits, start % LANES, self.kind)
+                weights = b.sext(placed, vector(HALF, LANES))
+                for token, (total,) in enumerate(parts):
+                    column = b.add(b.mul(octet, LONG(OCTETS)), LONG(LANES * part))
+                    place = at(b, self.high, b.add(b.mul(padded, LONG(token)), column), HALF)
+                    x = b.load(place, typ=vector(HALF, LANES), align=1)
+                    total.set(self.use.dot_words(b, total.get(), weights, x))
+
+        multiplied = multiply if octets else multiply_words
+
+        def direct(octet: ir.Value, prefetched: bool = True) -> None:
+            source = at(b, values, b.mul(octet, LONG(self.octet_bytes)), BYTE)
+            if prefetched:
+                prefetch(b, at(b, source, LONG(AHEAD_BYTES), BYTE))
+            multiplied(octet, source, at(b, bits, octet, LONG))
 
         def copied(octet: ir.Value) -> None:
             done = b.mul(octet, LONG(OCTETS))
             left = smaller(b, LONG(OCTETS), b.sub(self.k, done))
             kept = b.mul(b.sdiv(left, LONG(self.kind.m)), LONG(self.kind.n))
-            copy(b, at(b, values, b.mul(octet, LONG(self.kept)), BYTE), self.values_aside, kept, BYTE)
+            given = at(b, values, b.mul(octet, LONG(self.octet_bytes)), BYTE)
+            copy(b, given, self.values_aside, b.sdiv(kept, LONG(self.kind.in_byte)), BYTE)
             b.store(LONG(0), self.bits_aside)
             copy(b, at(b, bits, octet, LONG), self.bits_aside, divided_up(b, left, 8), BYTE)
-            multiply(octet, self.values_aside, b.load(self.bits_aside, typ=LONG))
+            multiplied(octet, self.values_aside, self.bits_aside)
 
-        whole = larger(b, first, smaller(b, self.whole, last))
-        each(b, first, whole, direct)
-        each(b, whole, last, copied)
-        eight, middle = (ir.Constant(vector(WORD, LANES), [x] * LANES) for x in (8, MIDDLE))
+        if whole:
+            # without a loop for the few octets of most blocks
+            unrolled, line = min(self.in_block, UNROLLED), LINE_BYTES // self.octet_bytes
+
+            def several(octet: ir.Value) -> None:
+                for i in range(unrolled):
+                    direct(b.add(octet, LONG(i)), i % line == 0)
+
+            if unrolled == self.in_block:
+                several(first)
+            else:
+                each(b, first, last, several, by=unrolled)
+        else:
+            end = larger(b, first, smaller(b, self.whole, last))
+            each(b, first, end, direct)
+            each(b, end, last, copied)
+        if not octets:
+            return [total.get() for (total,) in parts]
+        eight, middle = (ir.Constant(self.sum_type, [x] * LANES) for x in (8, MIDDLE))
         shift = b.mul(plain.get(), middle)
         return [b.sub(b.add(b.shl(high.get(), eight), low.get()), shift) for high, low in parts]

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from llvmlite import ir
 
-from ...reference.groups import SCALED
 from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, smaller, use_whole_registers
 from . import RUN, Packed
 from .instructions import (
@@ -27,6 +25,7 @@ from .instructions import (
     divided_up,
     intrinsic,
     prefetch,
+    scale_at,
     vector,
     zeros,
 )
@@ -132,7 +131,7 @@ class _Product:
         values, bits, self.scales, self.x, self.bias, self.out = pointers
         b = self.b
         self.weight = Weight(b, kind, use, "halves", values, bits, self.k)
-        self.row_scales = divided_up(b, self.weight.row_values, SCALED)
+        self.row_scales = divided_up(b, self.weight.row_values, kind.group)
         # [CHUNK, STRIP, RUN] weights, and sums [tiles of tokens, STRIP, TILE]
         self.placed = buffer(b, HALF, CHUNK * STRIP * RUN)
         self.sums = buffer(b, FLOAT, STRIP * TOKENS)
@@ -189,7 +188,7 @@ class _Product:
                 b.store(vectors[0], at(b, self.placed, at_run, HALF), align=64)
 
             def place_direct(here: ir.Value) -> None:
-                done = b.mul(b.sub(here, run), LONG(self.kind.kept))
+                done = b.mul(b.sub(here, run), LONG(self.kind.kept // self.kind.in_byte))
                 prefetch(b, at(b, ahead, done, weight.element))
                 write(weight.direct(place, here, self._scale(row, here)), here)
 
@@ -199,11 +198,11 @@ class _Product:
         each(b, LONG(0), rows, place_row)
 
     def _scale(self, row: ir.Value, run: ir.Value) -> ir.Value | None:
-        if self.kind.values != torch.int8:
+        if not self.kind.scaled:
             return None
-        b, element = self.b, TYPES[self.kind.x]
+        b = self.b
         index = b.add(b.mul(row, self.row_scales), b.sdiv(run, LONG(self.kind.scaled_runs)))
-        return as_float32(b, b.load(at(b, self.scales, index, element), typ=element, align=1), self.kind.x)
+        return scale_at(b, self.scales, index, self.kind)
 
     def _tile(self, name: str, number: int, pointer: ir.Value) -> None:
         """Load or store a tile with adjacent rows."""

@@ -6,7 +6,6 @@ is read beyond the last value of a row: runs for which that could happen are fir
 
 from __future__ import annotations
 
-import torch
 from llvmlite import ir
 
 from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, larger, smaller
@@ -25,6 +24,9 @@ from .instructions import (
     copy,
     divided_up,
     intrinsic,
+    nibbles,
+    rounded,
+    scale_at,
     vector,
     widened,
     zeros,
@@ -48,15 +50,18 @@ class Weight:
         # whether each vector has equally many values
         self.fixed = kind.m <= self.lanes
         self.row_values = b.mul(b.sdiv(k, LONG(kind.m)), LONG(kind.n))
+        self.row_elements = b.sdiv(self.row_values, LONG(kind.in_byte))
         self.row_bytes = divided_up(b, k, 8)
         self.runs = divided_up(b, k, RUN)
         # runs of a row that can be read directly, for any bitmask
         self.direct_runs = b.sdiv(k, LONG(RUN))
-        if not self.fixed:
+        if not self.fixed and kind.in_byte == 1:
             # the vector of the last lanes may start after as many values as there are other lanes
             beyond = b.sdiv(b.sub(self.row_values, LONG(RUN - kind.kept)), LONG(kind.kept))
             self.direct_runs = smaller(b, self.direct_runs, larger(b, beyond, LONG(0)))
         self.aside = buffer(b, self.element, 2 * RUN)
+        # int4 values of a run as bytes
+        self.bytes = buffer(b, BYTE, 2 * RUN)
         # content of the buffer beyond the copied values
         b.store(zeros(ir.ArrayType(self.element, 2 * RUN)), self.aside)
 
@@ -67,12 +72,12 @@ class Weight:
     def row(self, row: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Pointers to a row's values and bitmask."""
         b = self.b
-        values = at(b, self.values, b.mul(row, self.row_values), self.element)
+        values = at(b, self.values, b.mul(row, self.row_elements), self.element)
         return values, at(b, self.bits, b.mul(row, self.row_bytes), BYTE)
 
     def values_of(self, row: tuple, run: ir.Value) -> ir.Value:
         """Pointer to a run's values."""
-        return at(self.b, row[0], self.b.mul(run, LONG(self.kind.kept)), self.element)
+        return at(self.b, row[0], self.b.mul(run, LONG(self.kind.kept // self.kind.in_byte)), self.element)
 
     def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         """``vectors`` of a direct run."""
@@ -87,7 +92,8 @@ class Weight:
         """``vectors`` of any run, with zeros after the end of the row."""
         b, weights = self.b, self.weights_of(run)
         values = b.mul(b.sdiv(weights, LONG(self.kind.m)), LONG(self.kind.n))
-        copy(b, self.values_of(row, run), self.aside, values, self.element)
+        elements = b.sdiv(values, LONG(self.kind.in_byte))
+        copy(b, self.values_of(row, run), self.aside, elements, self.element)
         word, source = Variable(b, WORD(0)), at(b, row[1], run, WORD)
 
         def add_byte(i: ir.Value) -> None:
@@ -100,6 +106,9 @@ class Weight:
     def vectors(self, values: ir.Value, word: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
         """Weights of a run in order, from a pointer to values and a bitmask, times the float32 scale."""
         b, n, m = self.b, self.kind.n, self.kind.m
+        if self.kind.in_byte == 2:
+            b.store(nibbles(b, values, self.kind.kept), self.bytes)
+            values = self.bytes
         if self.form == "halves":
             return [self.use.placed(b, self._loaded(values, self.kind.kept, scale), word)]
         out, before = [], LONG(0)
@@ -118,7 +127,7 @@ class Weight:
         """Load ``count`` values in the form of vectors, as integers, in a whole vector."""
         b, dtype = self.b, self.kind.values
         given = b.load(pointer, typ=vector(self.element, count), align=1)
-        if dtype == torch.int8:
+        if self.kind.scaled:
             given = b.sitofp(b.sext(given, vector(WORD, count)), vector(FLOAT, count))
             if scale is not None:
                 given = b.fmul(given, broadcast(b, scale, count))
@@ -134,35 +143,44 @@ class Weight:
 
 
 def unpack(kind: Packed, use: Instructions) -> str:
-    """Code of ``loop(start, stop, k, first, count, stride, values, bits, out)``: unpack ``count`` runs from ``first``.
+    """Code of ``loop(start, stop, k, first, count, stride, values, bits, scales, out)``: unpack runs from ``first`` on.
 
-    Row i of the result starts at element i * stride of ``out``. Values are of ``kind.x``, a dtype of 16 or 32 bits.
+    Row i of the result, of ``count`` runs, starts at element i * stride of ``out``, of ``kind.x``. Values are integers,
+    or of ``kind.x``, a dtype of 16 or 32 bits.
     """
     module = ir.Module("maskpro_kernels")
-    function, b = add_function(module, ENTRY, 6, 3)
-    start, stop, k, first, count, stride, values, bits, out = function.args
-    form = "halves" if use.halves and kind.values.itemsize == 2 else "words"
-    weight = Weight(b, kind, use, form, values, bits, k)
-    last, aside = b.add(first, count), buffer(b, weight.element, RUN)
-    direct = weight.within(first, last)
+    function, b = add_function(module, ENTRY, 6, 4)
+    start, stop, k, first, count, stride, values, bits, scales, out = function.args
+    form = "floats" if kind.scaled else "halves" if use.halves and kind.x.itemsize == 2 else "words"
+    weight, element = Weight(b, kind, use, form, values, bits, k), ir.IntType(8 * kind.x.itemsize)
+    last, aside = b.add(first, count), buffer(b, element, RUN)
+    direct, row_scales = weight.within(first, last), divided_up(b, weight.row_values, kind.group)
 
     def write(vectors: list[ir.Value], pointer: ir.Value) -> None:
         for i, given in enumerate(vectors):
-            if form == "words" and kind.values.itemsize == 2:
+            if form == "floats":
+                given = rounded(b, given, kind.x)
+            elif form == "words" and kind.x.itemsize == 2:
                 given = b.trunc(given, vector(HALF, weight.lanes))
-            b.store(given, at(b, pointer, LONG(i * weight.lanes), weight.element), align=1)
+            b.store(given, at(b, pointer, LONG(i * weight.lanes), element), align=1)
 
     def unpack_row(row: ir.Value) -> None:
-        place, target = weight.row(row), at(b, out, b.mul(row, stride), weight.element)
+        place, target = weight.row(row), at(b, out, b.mul(row, stride), element)
 
         def target_of(run: ir.Value) -> ir.Value:
-            return at(b, target, b.mul(b.sub(run, first), LONG(RUN)), weight.element)
+            return at(b, target, b.mul(b.sub(run, first), LONG(RUN)), element)
+
+        def scale_of(run: ir.Value) -> ir.Value | None:
+            if not kind.scaled:
+                return None
+            index = b.add(b.mul(row, row_scales), b.sdiv(run, LONG(kind.scaled_runs)))
+            return scale_at(b, scales, index, kind)
 
         def unpack_copied(run: ir.Value) -> None:
-            write(weight.copied(place, run), aside)
-            copy(b, aside, target_of(run), weight.weights_of(run), weight.element)
+            write(weight.copied(place, run, scale_of(run)), aside)
+            copy(b, aside, target_of(run), weight.weights_of(run), element)
 
-        each(b, first, direct, lambda run: write(weight.direct(place, run), target_of(run)))
+        each(b, first, direct, lambda run: write(weight.direct(place, run, scale_of(run)), target_of(run)))
         each(b, direct, last, unpack_copied)
 
     each(b, start, stop, unpack_row)
