@@ -165,6 +165,20 @@ def test_threads_share_a_product():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+@pytest.mark.parametrize("group", [32, 128])
+def test_other_groups_of_int4_values(group, pattern):
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    codes = reference.top_n_mask(torch.rand(9, 2400 // n * m), n=n, m=m)
+    weight = torch.where(mk.expand_mask(codes, pattern), torch.randn(9, 2400 // n * m), 0).bfloat16()
+    packed = mk.pack_nm(weight, pattern, "int4", group)
+    for tokens in (1, 3, 20):
+        x = torch.randn(tokens, weight.shape[1]).bfloat16()
+        y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, n, m)
+        dense = packed.unpack()
+        assert_within_budget(y, nn.functional.linear(x, dense), x.double() @ dense.double().t())
+
+
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
     # poisoned buffers are kept

@@ -34,7 +34,7 @@ class Packed(NamedTuple):
 
     @property
     def scaled(self) -> bool:
-        """Whether values are integers."""
+        """Return whether values are integers."""
         return self.values in (torch.int8, torch.uint8)
 
     @property
