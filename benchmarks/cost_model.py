@@ -167,17 +167,17 @@ def two_passes(card: Card, tokens: int, rows: int, k: int, gap: float) -> float:
 
 
 @functools.cache
-def _packed(target: str, config: Rows) -> tuple[Built, dict]:
-    built = build_packed("packed_vector", target, N, M, config, bits=8)
+def _packed(target: str, config: Rows, bits: int) -> tuple[Built, dict]:
+    built = build_packed("packed_vector", target, N, M, config, bits=bits)
     weights = config.rows * config.block * chunk_length(N, M) / (32 * config.num_warps)
     return built, counted(built, weights, True, draws=False)[1]
 
 
-def packed(card: Card, rows: int, k: int) -> float:
-    """Seconds of a product of one token with int8 values: 8 bits, a bit of the bitmask and scales of 16 bits."""
+def packed(card: Card, rows: int, k: int, bits: int) -> float:
+    """Seconds of a product of one token with int8 or int4 values, a bitmask and scales of 16 bits."""
     config = rows_for(rows, k // chunk_length(N, M), card.target)
-    built, counts = _packed(card.target, config)
-    moved, programs = (1 / 2 + 1 / 8 + 2 / 256) * rows * k + 2 * (rows + k), -(-rows // config.rows)
+    built, counts = _packed(card.target, config, bits)
+    moved, programs = (bits / 16 + 1 / 8 + 1 / {8: 128, 4: 64}[bits]) * rows * k + 2 * (rows + k), -(-rows // config.rows)
     resident = card.resident(built, config.num_warps)
     return launch(card, counts, rows * k, moved, programs=programs, resident=resident)
 

@@ -38,8 +38,8 @@ class Case:
         self.weight = torch.where(kept, weight, 0)
         self.x = torch.randn(tokens, k, generator=generator, device=DEVICE).bfloat16()
         self.packed = mk.pack_24(self.weight)
-        self.int8 = mk.pack_nm(self.weight, PATTERN, "int8")
-        self.layer, self.int8_layer = mk.Sparse24Linear(self.packed), mk.Sparse24Linear(self.int8)
+        self.int8, self.int4 = (mk.pack_nm(self.weight, PATTERN, values) for values in ("int8", "int4"))
+        self.layer, *self.rounded = (mk.Sparse24Linear(each) for each in (self.packed, self.int8, self.int4))
         self.compiled = torch.compile(nn.functional.linear, dynamic=False)
 
     def dense(self):
@@ -48,7 +48,8 @@ class Case:
     def providers(self) -> dict[str, Callable[[], Tensor]]:
         found = {
             "packed": lambda: self.layer(self.x),
-            "packed, int8": lambda: self.int8_layer(self.x),
+            "packed, int8": lambda: self.rounded[0](self.x),
+            "packed, int4": lambda: self.rounded[1](self.x),
             "unpack, then matmul": lambda: nn.functional.linear(self.x, self.packed.unpack()),
             "dense": self.dense,
         }
@@ -62,7 +63,8 @@ class Case:
     def check(self, providers) -> None:
         """Each within twice the error of torch's dense product in the same dtype."""
         for name, provider in providers.items():
-            weight = self.int8.unpack() if "int8" in name else self.weight
+            rounded = next((stored for stored in (self.int8, self.int4) if stored.kind in name), None)
+            weight = self.weight if rounded is None else rounded.unpack()
             exact = self.x.double() @ weight.double().T
             of_torch = (nn.functional.linear(self.x, weight).double() - exact).abs().max()
             assert (provider().double() - exact).abs().max() <= 2 * of_torch + 1e-6 * exact.abs().max(), name
@@ -148,6 +150,7 @@ def test_packed_decoding(shape, compare):
         providers = {
             "packed": in_turn(layers(case.packed), case.x),
             "packed, int8": in_turn(layers(case.int8), case.x),
+            "packed, int4": in_turn(layers(case.int4), case.x),
             "dense": in_turn(dense(torch.bfloat16), case.x),
             "dense loop": in_turn(loops, case.x),
             "dense, float32": in_turn(dense(torch.float32), case.x.float()),

@@ -229,12 +229,13 @@ def packed(run: Run, tokens: int, stored: str) -> Work:
     layer, tokens = run.layer(GAP), min(tokens, 72) if run.emulator else tokens
     x, parts = run.random(tokens, run.k, seed=5), on_cpu(mk.pack_nm, layer.masked, PATTERN, stored)
     weight = on_cpu(parts.unpack).to(run.device)
-    bitmask = parts.bitmask if stored == "int8" else metadata_of(parts.bitmask)
+    bits = {"int8": 8, "int4": 4}.get(stored)
+    bitmask = parts.bitmask if bits else metadata_of(parts.bitmask)
     tensors = [part if part is None else part.to(run.device) for part in (parts.values, bitmask, parts.scales)]
 
     def model(card: Card) -> float:
         size = run.rows, run.k
-        return cost_model.packed(card, *size) if stored == "int8" else cost_model.sparse(card, tokens, *size)[1]
+        return cost_model.packed(card, *size, bits) if bits else cost_model.sparse(card, tokens, *size)[1]
 
     others = {
         "dense": lambda: partial(linear, x, weight),
@@ -257,6 +258,7 @@ CASES: dict[str, Callable[[Run], Work]] = {
     "masked product, 128 tokens, gap 5.7": partial(masked, tokens=128, gap=5.7),
     "product by codes, 128 tokens": partial(masked, tokens=128, gap=GAP, kind="codes"),
     "packed product, int8, 1 token": partial(packed, tokens=1, stored="int8"),
+    "packed product, int4, 1 token": partial(packed, tokens=1, stored="int4"),
     "2:4 product, 16 tokens": partial(packed, tokens=16, stored="keep"),
     "2:4 product, 1,024 tokens": partial(packed, tokens=1024, stored="keep"),
     "2:4 product, 4,096 tokens": partial(packed, tokens=4096, stored="keep"),

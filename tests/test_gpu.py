@@ -155,7 +155,7 @@ def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern, t
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16", "3:4"])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 64, 65])
-@pytest.mark.parametrize("values", ["keep", "int8"])
+@pytest.mark.parametrize("values", ["keep", "int8", "int4"])
 def test_packed_weights_unpack_and_multiply_as_on_the_cpu(values, tokens, pattern, dtype):
     """Rows and runs that no tile divides; in a captured CUDA graph as well."""
     generator = torch.Generator().manual_seed(tokens)

@@ -13,7 +13,7 @@ from maskpro_kernels.functional.linear import codes_linear
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-KINDS = ("masked", "packed", "int8")
+KINDS = ("masked", "packed", "int8", "int4")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,7 +32,7 @@ def test_a_masked_onnx_graph_gives_the_same():
     torch.testing.assert_close(as_onnx(model, x)[1], model(x).detach())
 
 
-@pytest.mark.parametrize("kind", ["packed", "int8"])
+@pytest.mark.parametrize("kind", ["packed", "int8", "int4"])
 def test_a_packed_onnx_graph_gives_the_same_and_holds_dense_weights(kind):
     model, x = sparse_net(kind), some_x()
     graph, y = as_onnx(model, x)

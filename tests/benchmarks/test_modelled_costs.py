@@ -172,7 +172,7 @@ def test_masked_products_of_lower_gaps_cost_more():
 from cost_model import CARDS, masked, packed, over_groups, two_passes
 size = 11008, 4096
 emit([[masked(card, 128, *size, gap) for gap in (10.0, 8.0, 5.7)]
-      + [masked(card, 128, *size, 10.0, "codes"), two_passes(card, 128, *size, 10.0), packed(card, *size)]
+      + [masked(card, 128, *size, 10.0, "codes"), two_passes(card, 128, *size, 10.0), packed(card, *size, 8)]
       + [over_groups(card, kernel, *size, 10.0) for kernel in ("sample_mask", "mask_score", "score_update")]
       for card in (CARDS["A100"], CARDS["H100"])])
 """)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ecosystem, pytest.mark.usefixtures("eager_reference")]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("pattern", ["1:2", "1:4", "4:8", "8:16"])
-@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8", "int4"])
 def test_graphs_of_every_pattern(kind, pattern, dtype):
     model, x = sparse_net(kind, pattern, dtype), some_x(dtype)
     close = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}

@@ -11,12 +11,12 @@ import maskpro_kernels as mk
 
 
 def sparse_net(kind: str, pattern: str = "2:4", dtype=torch.float32) -> nn.Module:
-    """Two layers in eval mode, "masked", "packed" or "int8"."""
+    """Two layers in eval mode, "masked", "packed", "int8" or "int4"."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8, bias=False)).to(dtype)
     mk.convert(model, pattern)
     if kind != "masked":
-        mk.finalize(model, to="packed", values="int8" if kind == "int8" else "keep")
+        mk.finalize(model, to="packed", values="keep" if kind == "packed" else kind)
     return model.eval()
 
 
