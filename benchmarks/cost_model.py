@@ -20,8 +20,9 @@ import torch
 from aot import Built, build, build_packed, build_product
 from modelled_costs import CHIPS, clocks, counted, expected
 
-from maskpro_kernels.ops.triton.packed import chunk_length
+from maskpro_kernels.ops.triton.packed import chunk_length, wide
 from maskpro_kernels.ops.triton.tiles import (
+    ALIGNED,
     LIBRARY_TOKENS,
     TARGETS,
     Rows,
@@ -169,15 +170,20 @@ def two_passes(card: Card, tokens: int, rows: int, k: int, gap: float) -> float:
 @functools.cache
 def _packed(target: str, config: Rows, bits: int) -> tuple[Built, dict]:
     built = build_packed("packed_vector", target, N, M, config, bits=bits)
-    weights = config.rows * config.block * chunk_length(N, M) / (32 * config.num_warps)
+    chunks = config.block * wide(bits, target.startswith("sm_"), ALIGNED)
+    weights = config.rows * chunks * chunk_length(N, M) / (32 * config.num_warps)
     return built, counted(built, weights, True, draws=False)[1]
 
 
 def packed(card: Card, rows: int, k: int, bits: int) -> float:
     """Seconds of a product of one token with int8 or int4 values, a bitmask and scales of 16 bits."""
-    config = rows_for(rows, k // chunk_length(N, M), card.target)
+    chunks = k // chunk_length(N, M) // wide(bits, card.target.startswith("sm_"), ALIGNED)
+    config = rows_for(rows, chunks, card.target)
     built, counts = _packed(card.target, config, bits)
-    moved, programs = (bits / 16 + 1 / 8 + 1 / {8: 128, 4: 64}[bits]) * rows * k + 2 * (rows + k), -(-rows // config.rows)
+    moved, programs = (
+        (bits / 16 + 1 / 8 + 1 / {8: 128, 4: 64}[bits]) * rows * k + 2 * (rows + k),
+        -(-rows // config.rows),
+    )
     resident = card.resident(built, config.num_warps)
     return launch(card, counts, rows * k, moved, programs=programs, resident=resident)
 

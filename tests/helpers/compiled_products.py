@@ -197,8 +197,10 @@ class PackedProduct:
         """(tokens, rows, chunks)."""
         config = self.config
         if isinstance(config, Rows):
-            rows, chunks = (16, 2 * config.block) if self.aligned else (2 * config.rows + 1, config.block + 5)
-            return 1, rows, chunks
+            if not self.aligned:
+                return 1, 2 * config.rows + 1, config.block + 5
+            # two steps of a thread
+            return 1, 16, 2 * config.block * (4 if self.values == "int4" else 1)
         chunks = config.k // packed.chunk_length(self.n, self.m)
         if self.aligned:
             return config.tokens, -(-config.out // 16) * 16, -(-2 * chunks // 16) * 16

@@ -35,6 +35,12 @@ def chunk_length(n: int, m: int) -> int:
     return VALUES.value * m // n
 
 
+@triton.constexpr_function
+def wide(bits: int, by_bytes: bool, unit: int) -> int:
+    """Number of chunks that a thread of ``packed_vector`` loads at once, in rows of a multiple of ``unit`` chunks."""
+    return 4 if bits == 4 and by_bytes and unit % 4 == 0 else 1
+
+
 @triton.jit
 def low_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
     """Value in the low half of an int32 word, as OUT."""
@@ -196,6 +202,18 @@ def int4_words(word, scale, ELEMENT: tl.constexpr, PAIRED: tl.constexpr):
 
 
 @triton.jit
+def load_scale(scales, place, inside, ELEMENT: tl.constexpr):
+    """Scale of ELEMENT at each place."""
+    if scales.dtype.element_ty == tl.int32:
+        # two a word, since an asynchronous copy has at least 4 bytes
+        word = tl.load(scales + (place >> 1), mask=inside, other=0)
+        scale = low_half(word >> ((place & 1) * 16).to(tl.int32), ELEMENT, ELEMENT)
+    else:
+        scale = tl.load(scales + place, mask=inside, other=0.0)
+    return scale
+
+
+@triton.jit
 def load_chunk(
     values, bitmask, scales, row, chunk, chunks, inside, GROUP: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -209,13 +227,7 @@ def load_chunk(
         words = tl.load(values + at[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
         return d.split_columns(words, WORDS), tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
     else:
-        place = row * tl.cdiv(chunks, GROUP) + chunk // GROUP
-        if scales.dtype.element_ty == tl.int32:
-            # two a word, since an asynchronous copy has at least 4 bytes
-            word = tl.load(scales + (place >> 1), mask=inside, other=0)
-            scale = low_half(word >> ((place & 1) * 16).to(tl.int32), ELEMENT, ELEMENT)
-        else:
-            scale = tl.load(scales + place, mask=inside, other=0.0)
+        scale = load_scale(scales, row * tl.cdiv(chunks, GROUP) + chunk // GROUP, inside, ELEMENT)
         code = tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
         if BITS == 8:
             words = tl.load(values + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0)
@@ -264,7 +276,10 @@ def packed_vector_kernel(
     With ``BY_BYTES`` values are not moved; for each one the kernel selects its activation.
     """
     CHUNK: tl.constexpr = VALUES * M // N
+    # int4 values of as many chunks fill 16 bytes, one load
+    WIDE: tl.constexpr = wide(BITS, BY_BYTES, UNIT)
     chunks = units * UNIT
+    parts = units * (UNIT // WIDE)
     first_row = tl.program_id(0) * ROWS
     totals = ()
     biases = ()
@@ -272,19 +287,35 @@ def packed_vector_kernel(
         totals = totals + (tl.zeros((BLOCK,), tl.float32),)
         if bias is not None:
             biases = biases + (tl.load(bias + tl.minimum(first_row + r, rows - 1)).to(tl.float32),)
-    for first in range(0, chunks, BLOCK):
+    for first in range(0, parts, BLOCK):
         chunk = first + tl.arange(0, BLOCK)
-        inside = chunk < chunks
-        activations = load_activations(x, chunk, inside, CHUNK)
+        inside = chunk < parts
+        activations = ()
+        for i in tl.static_range(WIDE):
+            activations = activations + (load_activations(x, chunk * WIDE + i, inside, CHUNK),)
         if not BY_BYTES:
-            activations = unpacked_columns(activations, CHUNK // 2, ELEMENT)
+            activations = unpacked_columns(activations[0], CHUNK // 2, ELEMENT)
         new = ()
         for r in tl.static_range(ROWS):
             # beyond the end repeat the last row, which needs no mask
             row = tl.minimum(first_row + r, rows - 1).to(tl.int64)
-            words, code = load_chunk(values, bitmask, scales, row, chunk, chunks, inside, GROUP, BITS, PAIRED, ELEMENT)
-            if BY_BYTES:
-                chosen = unpacked_columns(d.chosen_pairs(activations, code), WORDS, ELEMENT)
+            if WIDE == 1:
+                words, code = load_chunk(
+                    values, bitmask, scales, row, chunk, chunks, inside, GROUP, BITS, PAIRED, ELEMENT
+                )
+            if WIDE > 1:
+                at = ((row * parts + chunk) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
+                given = d.split_columns(tl.load(values + at, mask=inside[:, None], other=0), WIDE)
+                codes = d.split_columns(tl.load(bitmask + at, mask=inside[:, None], other=0), WIDE)
+                place = row * tl.cdiv(chunks, GROUP) + chunk // (GROUP // WIDE)
+                scale = load_scale(scales, place, inside, ELEMENT)
+                total = totals[r]
+                for i in tl.static_range(WIDE):
+                    words = int4_words(given[i], scale, ELEMENT, PAIRED)
+                    chosen = unpacked_columns(d.chosen_pairs(activations[i], codes[i].to(tl.int32)), WORDS, ELEMENT)
+                    total = added_products(total, unpacked_columns(words, WORDS, ELEMENT), chosen, VALUES)
+            elif BY_BYTES:
+                chosen = unpacked_columns(d.chosen_pairs(activations[0], code), WORDS, ELEMENT)
                 total = added_products(totals[r], unpacked_columns(words, WORDS, ELEMENT), chosen, VALUES)
             else:
                 columns = placed(words, code, N, M, False, ELEMENT, tl.float32)
@@ -459,7 +490,8 @@ def _vector(x, values, bitmask, scales, bias, n, m):
     if x.data_ptr() % 4 or x.storage_offset() % 2:
         x = x.flatten().clone()
     out = torch.empty(1, rows, dtype=result_dtype(x.dtype), device=x.device)
-    config = rows_for(rows, k // chunk_length(n, m), target)
+    parts = units * constants["UNIT"] // wide(constants["BITS"], constants["BY_BYTES"], constants["UNIT"])
+    config = rows_for(rows, parts, target)
     launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
                 x.flatten().view(torch.int32), *words, bias, out, rows, units, **constants)  # fmt: skip
     return out.to(x.dtype)
