@@ -14,13 +14,15 @@ import torch
 from helpers.allocated import allocated
 from helpers.bits import assert_same_bits
 from helpers.cases import cases
+from llvmlite import ir
 from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import cache, kernels, machine
+from maskpro_kernels.ops.cpu.codegen import LONG, WORD
 from maskpro_kernels.ops.cpu.packed import Packed, products
-from maskpro_kernels.ops.cpu.packed.instructions import chosen
+from maskpro_kernels.ops.cpu.packed.instructions import BYTE, chosen, intrinsic, vector, zeros
 from maskpro_kernels.ops.pattern import NMPattern, bitmask_of
 from maskpro_kernels.packed import VALUE_KINDS, quantized
 
@@ -163,6 +165,38 @@ def test_threads_share_a_product():
         assert_multiplies("2:4", torch.bfloat16, "keep", 70, 1100, 300)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_products_of_octets_are_right_on_any_cpu(values, cpu, monkeypatch):
+    """With the two instructions of AVX-512 in plain operations."""
+
+    class Plain(type(products.available())):
+        octets = True
+
+        def placed(self, b, values, bits):
+            if values.type.count != 64:
+                return super().placed(b, values, bits)
+            out, one = zeros(values.type), LONG(1)
+            for lane in range(64):
+                below = intrinsic(b, "llvm.ctpop.i64", LONG, b.and_(bits, LONG((1 << lane) - 1)))
+                kept = b.trunc(b.and_(b.lshr(bits, LONG(lane)), one), ir.IntType(1))
+                value = b.select(kept, b.extract_element(values, below), BYTE(0))
+                out = b.insert_element(out, value, LONG(lane))
+            return out
+
+        def dot_octets(self, b, total, unsigned, signed):
+            for first in range(4):
+                lanes = ir.Constant(vector(WORD, 16), list(range(first, 64, 4)))
+                one, other = (b.shuffle_vector(x, x, lanes) for x in (unsigned, signed))
+                total = b.add(total, b.mul(b.zext(one, total.type), b.sext(other, total.type)))
+            return total
+
+    use = Plain(machine.features())
+    use.octets, use.tiles = True, False
+    monkeypatch.setattr(products, "available", lambda: use)
+    for pattern, tokens in (("2:4", 1), ("1:8", 9)):
+        assert_multiplies(pattern, torch.bfloat16, values, 5, 1100 // NMPattern(pattern).m + 1, tokens)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
