@@ -89,7 +89,8 @@ class PackedNM:
         expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)]}
         if scales is not None:
             # where no size of a group fits, name the default
-            expected["scales"] = [rows, -(-kept // (self.group or INT4_GROUPS[0]))]
+            default = SCALED if self.kind == INT8 else INT4_GROUPS[0]
+            expected["scales"] = [rows, -(-kept // (self.group or default))]
         if metadata:
             expected["bitmask"] = [-(-rows // METADATA_BLOCK) * METADATA_BLOCK, -(-kept // 16) * 2]
         for name, tensor, _ in parts[1:]:

@@ -106,6 +106,12 @@ def test_what_int4_cannot_store_is_refused():
         r"scales: expected \[4, 1\] on cpu beside 2:4 values \[4, 16\], got .*\[4, 3\]": (
             lambda: mk.PackedNM(numbers, bitmask, "2:4", torch.ones(4, 3))
         ),
+        # as of int4: of int8 each 128 share a scale
+        r"scales: expected \[4, 2\] on cpu beside 2:4 values \[4, 256\], got .*\[4, 4\]": (
+            lambda: mk.PackedNM(
+                torch.zeros(4, 256, dtype=torch.int8), mk.pack_24(sparse(4, 512)).bitmask, "2:4", torch.ones(4, 4)
+            )
+        ),
         "scales: expected finite numbers": (
             lambda: mk.PackedNM(numbers, bitmask, "2:4", torch.full((4, 1), torch.nan)).check()
         ),
