@@ -54,7 +54,8 @@ def gptq(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, 
 
     def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
         upper = inverse_factor(gram)
-        gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+        # without any input each error counts the same
+        gram.diagonal().add_(DAMPING * gram.diagonal().mean() or 1.0)
         for name in names:
             weight, pattern = layers[name].weight.detach(), patterns[name]
             kept = expand_mask(codes[name], pattern)

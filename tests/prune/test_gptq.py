@@ -100,3 +100,11 @@ def test_batches_are_for_int4_alone_and_after_an_error_the_model_is_unchanged():
         with pytest.raises(ValueError, match=f"^{reported}"):
             mk.finalize(model, "packed", values, calibration=batches)
         assert isinstance(model[0], mk.MaskedLinear)
+
+
+def test_a_layer_whose_inputs_are_all_zero_keeps_its_weights():
+    model = nn.Sequential(nn.Linear(64, 8))
+    mk.convert(model, "2:4")
+    nearest = mk.finalize(copy.deepcopy(model), "packed", "int4", 32)[0].weight
+    weight = mk.finalize(model, "packed", "int4", 32, calibration=[torch.zeros(3, 64)])[0].weight
+    torch.testing.assert_close(weight, nearest, rtol=0.0, atol=0.05)
