@@ -163,6 +163,27 @@ def test_layers_of_a_head_that_the_class_has_not_are_left_out(tmp_path):
     assert_same_bits(logits_of(classifier), logits_of(bert.bert))
 
 
+class OneModuleTwice(LlamaForCausalLM):
+    _tied_weights_keys = {"model.layers.1.mlp.up_proj": "model.layers.0.mlp.up_proj"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp.up_proj = self.model.layers[0].mlp.up_proj
+        self.post_init()
+
+
+@pytest.mark.parametrize("to", ["masked", "packed"])
+def test_a_model_that_puts_one_module_in_two_places_comes_back(to, tmp_path):
+    model = OneModuleTwice(tiny_model().config).eval()
+    mk.convert(model, "2:4")
+    if to == "packed":
+        mk.finalize(model, to)
+    model.save_pretrained(tmp_path)
+    loaded = OneModuleTwice.from_pretrained(tmp_path)
+    assert loaded.model.layers[1].mlp.up_proj is loaded.model.layers[0].mlp.up_proj
+    assert_same_bits(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_sharded_checkpoints(form, tmp_path):
     model = made(form)
@@ -343,6 +364,9 @@ DAMAGES = [
     ("masked", "expected the extra state of a whole 1:4 layer", layer_is(pattern="1:4", layer=6)),
     ("masked", "expected the pattern, and layer or values, of", layer_is(pattern="2:4")),
     ("masked", "expected names in layers of each in shared", reconfigure(lambda c: c.update(shared={LAYER: "a"}))),
+    ("masked", "expected names in layers of each in", reconfigure(lambda c: c.update(shared=[LAYER]))),
+    ("masked", "expected names in layers of each", reconfigure(lambda c: c.update(shared={LAYER: [1]}))),
+    ("masked", "expected the pattern, and layer or values, of", layer_is(layer=6)),
     ("masked", "shared: expected names of nn.Linear", reconfigure(lambda c: c["shared"].update(a=LAYER))),
     ("masked", "pattern: expected N:M", layer_is(pattern="2:5", layer=6)),
     ("masked", "expected version 1 .*got version 2", reconfigure(lambda config: config.update(version=2))),

@@ -59,17 +59,17 @@ class SparseConfig(QuantizationConfigMixin):
             given = layer if isinstance(layer, Mapping) else {}
             own = {"layer"} if "layer" in given else {"values", "group"} if given.get("values") == INT4 else {"values"}
             values, group = given.get("values", INT8), given.get("group", SCALED)
-            if set(given) - {"pattern"} != own or values not in VALUE_KINDS or group not in INT4_GROUPS:
+            if set(given) != own | {"pattern"} or values not in VALUE_KINDS or group not in INT4_GROUPS:
                 raise ValueError(
                     f"quantization_config: expected the pattern, and layer or values, of {name}, got {layer!r}"
                 )
             NMPattern(layer["pattern"])
-        if not {*(shared or {}).values()} <= layers.keys():
+        shared = {} if shared is None else shared
+        if not isinstance(shared, Mapping) or not set(map(str, shared.values())) <= layers.keys():
             raise ValueError(f"quantization_config: expected names in layers of each in shared, got {shared!r}")
         self.quant_method = METHOD
         self.layers = {name: dict(layer) for name, layer in layers.items()}
-        self.taken_apart, self.version, self.loading = list(taken_apart), version, loading
-        self.shared = dict(shared or {})
+        self.taken_apart, self.shared, self.version, self.loading = list(taken_apart), dict(shared), version, loading
 
     @classmethod
     def of(cls, model: nn.Module) -> SparseConfig | None:
@@ -183,10 +183,12 @@ class SparseQuantizer(HfQuantizer):
                 raise ValueError(f"checkpoint: expected logits of {' or '.join(FLOATS)}, got others")
             logits_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             put_empty_layers(model, layers, logits_dtype)
-        shared, modules = self.quantization_config.shared, dict(model.named_modules())
-        self._shared = {own: shared[name] for name, own in _own_names(model, shared).items()}
-        for own in self._shared:
-            if not isinstance(modules.get(own), nn.Linear):
+        shared, modules = self.quantization_config.shared, dict(model.named_modules(remove_duplicate=False))
+        first = _own_names(model, shared.values())
+        self._shared = {own: first[shared[name]] for name, own in _own_names(model, shared).items()}
+        for own, name in self._shared.items():
+            # some models put one module in both places themselves
+            if not isinstance(modules.get(own), nn.Linear) and modules.get(own) is not modules[name]:
                 raise ValueError(f"quantization_config: shared: expected names of nn.Linear modules, got {own!r}")
             # no parameters while weights are loaded: the checkpoint has each tensor under one name
             model.set_submodule(own, nn.Identity())
@@ -205,9 +207,8 @@ class SparseQuantizer(HfQuantizer):
                     )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        first = _own_names(model, self._shared.values())
         for own, name in self._shared.items():
-            model.set_submodule(own, model.get_submodule(first[name]))
+            model.set_submodule(own, model.get_submodule(name))
         states: dict[torch.device, CounterState] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, NMLinear):
