@@ -290,7 +290,7 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 class _TransformedMaskedLinear(_MaskedLinear):
-    """``_MaskedLinear`` for transforms and compilers: with ``setup_context`` torch inspects signatures: slow."""
+    """``_MaskedLinear`` for transforms and compilers, which need ``setup_context``; torch calls it more slowly."""
 
     setup_context = staticmethod(_save)
 

@@ -134,13 +134,14 @@ def update_layers_(
             above, the score needs the noise of the draw.
     """
     by_codes = by_codes and len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
-    inverse = None if uses_kernels(seed) else scalar(inv_temperature, seed)
     if uses_kernels(seed):
         kernels("grouped").update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
     elif not (uses_machine_code(seed) and _update_compiled_(group, coef, inv_temperature, seed, step, draws, by_codes)):
         for layer in group.layers:
             where = group.counter_of(layer, seed, step, draws)
-            run_reference("score_update_", layer.logits, coef, where, inverse, n=group.n, m=group.m)
+            run_reference(
+                "score_update_", layer.logits, coef, where, scalar(inv_temperature, seed), n=group.n, m=group.m
+            )
     for layer in group.layers:
         if not layer.logits.is_inference():
             # invalidates logits that autograd has saved

@@ -206,16 +206,15 @@ class RegisterProduct(RowProduct):
                     total.set(fma(b, weight, own, total.get()))
 
 
-# Products of int8 values in integers
+# Products of integers
 
 
 def as_integers(kind: Packed, use: Instructions) -> str:
     """Code of ``loop(start, stop, k, x, high, low, scales, refused)``: quantize tokens start to stop of x [tokens, k].
 
     x is of ``kind.x``, high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks].
-    Without ``use.octets`` high are 16-bit integers, and low is not used. An
-    int64 at ``refused`` is set to 1 if integers are too coarse for a block: its largest number is too far above the
-    others, or NaN.
+    Without ``use.octets`` high are 16-bit integers, and low is not used. An int64 at ``refused`` is set to 1 if
+    integers are too coarse for a block: its largest number is too far above the others, or NaN.
     """
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 3, 5)
