@@ -200,7 +200,7 @@ class PackedNM:
 def check_values(values: str, group: int) -> None:
     """Raise ValueError unless these are settings of ``pack_nm``."""
     check_one_of("values", values, VALUE_KINDS)
-    if group not in INT4_GROUPS:
+    if not isinstance(group, int) or group not in INT4_GROUPS:
         raise ValueError(f"group: expected one of {', '.join(map(str, sorted(INT4_GROUPS)))}, got {group!r}")
 
 
@@ -230,11 +230,11 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP, group:
     counts = (weight != 0).view(rows, k // pattern.m, pattern.m).sum(-1)
     if (counts > pattern.n).any():
         wrong = (counts > pattern.n).nonzero()
-        row, group = wrong[0].tolist()
-        first = group * pattern.m
+        row, place = wrong[0].tolist()
+        first = place * pattern.m
         raise ValueError(
             f"weight: expected at most {pattern.n} nonzero of every {pattern.m} values, got "
-            f"{int(counts[row, group])} in row {row}, columns {first} to {first + pattern.m - 1} ({len(wrong)} groups "
+            f"{int(counts[row, place])} in row {row}, columns {first} to {first + pattern.m - 1} ({len(wrong)} groups "
             "have too many)"
         )
     # keep nonzero values first, then -0.0, then +0.0

@@ -102,6 +102,7 @@ def test_what_int4_cannot_store_is_refused():
             lambda: mk.pack_nm(torch.zeros(2, 12), "3:4", "int4")
         ),
         "group: expected one of 32, 64, 128, got 48": lambda: mk.pack_nm(weight, "2:4", "int4", 48),
+        "group: expected one of 32, 64, 128, got 64.0": lambda: mk.pack_nm(weight, "2:4", "int4", 64.0),
         "values: expected one of keep, int8, int4": lambda: mk.pack_nm(weight, "2:4", "int2"),
         r"scales: expected \[4, 1\] on cpu beside 2:4 values \[4, 16\], got .*\[4, 3\]": (
             lambda: mk.PackedNM(numbers, bitmask, "2:4", torch.ones(4, 3))
