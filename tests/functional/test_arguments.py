@@ -57,7 +57,7 @@ BAD = [
     *(("masked_linear", "bias", value, {}) for value in ("b", torch.zeros(3), torch.zeros(2).bfloat16())),
     ("codes_linear", "codes", some_codes(2, 3), {}),
     ("pack_nm", "weight", torch.ones(2, 8), {"pattern": "2:4"}),
-    ("pack_nm", "values", "int4", {"weight": torch.zeros(2, 8), "pattern": "2:4"}),
+    ("pack_nm", "values", "int2", {"weight": torch.zeros(2, 8), "pattern": "2:4"}),
     ("MaskedLinear", "weight", torch.zeros(8), layer()),
     ("MaskedLinear", "logits", torch.zeros(2, 4), layer()),
     ("MaskedLinear", "bias", torch.zeros(3), layer()),
