@@ -2,7 +2,7 @@
 
     python benchmarks/cost_model.py --card H100
 
-prints products under drawn masks by gap and tokens, in one pass and in two.
+prints products under drawn masks by gap and tokens, in one pass and in two, and packed products of one token.
 
 A launch takes as long as the slowest of its bytes from memory, its bytes from the L2 cache, the instructions of its
 busiest pipe (see ``modelled_costs``) and its multiply-adds. Where a processor has one program at a time, its warps draw
@@ -225,6 +225,8 @@ def main() -> None:
             others = masked(card, tokens, *size, 10.0, "codes"), dense(card, tokens, *size)
             cells += [f"{1e6 * other:.0f}" for other in others]
             print(f"| {size[0]} x {size[1]} | {tokens} | {' | '.join(cells)} |", flush=True)
+    one = {f"int{bits}": packed(card, *size, bits) for bits in (4, 8)} | {"bfloat16": sparse(card, 1, *size)[1]}
+    print("One token, 2:4, last weight:", ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in one.items()))
 
 
 if __name__ == "__main__":
