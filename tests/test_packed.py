@@ -209,6 +209,22 @@ def test_kernels_place_integers_times_the_scale_of_their_block(values, group, dt
         assert_same_bits(mk.nm_linear(x, packed) + 0.0, packed.unpack()[:, columns].t().contiguous() + 0.0)
 
 
+def in_wider_rows(part):
+    """Copy a row into a matrix with another column."""
+    return part if part is None else torch.cat([part, part[:, :1]], 1).repeat(2, 1)[:1, :-1]
+
+
+@pytest.mark.parametrize("values", ["keep", "int8", "int4"])
+def test_a_single_row_may_have_any_stride(values):
+    packed, x = mk.pack_nm(sparse(1, 128, "2:4", torch.bfloat16), "2:4", values), torch.randn(3, 128).bfloat16()
+    own = mk.PackedNM(*map(in_wider_rows, (packed.values, packed.bitmask)), "2:4", in_wider_rows(packed.scales))
+    for tokens in (1, 3):
+        assert_same_bits(mk.nm_linear(x[:tokens], own), mk.nm_linear(x[:tokens], packed))
+    codes = mk.top_n_mask(torch.randn(1, 128), "2:4")
+    products = [mk.codes_linear(x, packed.unpack(), each, pattern="2:4") for each in (codes, in_wider_rows(codes))]
+    assert_same_bits(*products)
+
+
 def test_what_no_kernel_multiplies_is_unpacked(launched):
     for pattern, dtype, k in (("2:4", torch.float32, 64), ("3:4", torch.bfloat16, 64), ("2:4", torch.bfloat16, 72)):
         weight = sparse(8, k, pattern, dtype)

@@ -297,7 +297,8 @@ def loaded_source(mask: MaskSource, tile: Tiles) -> torch.Tensor:
     """Logits, or codes; as words of four if a thread loads fewer: an asynchronous copy has at least 4 bytes."""
     codes = mask.tensor
     fits = mask.kind == "codes" and codes.dtype == torch.uint8 and tile.few_codes(mask.m) and codes.shape[1] % 4 == 0
-    return codes.view(torch.int32) if fits and (codes.data_ptr() | codes.storage_offset()) % 4 == 0 else codes
+    # flat: a single row may have any stride
+    return codes.view(-1).view(torch.int32) if fits and (codes.data_ptr() | codes.storage_offset()) % 4 == 0 else codes
 
 
 def mask_arguments(mask, tokens, matrix):

@@ -467,7 +467,8 @@ def kernel_arguments(values, bitmask, scales, k, n, m, dtype, target):
     constants = kernel_constants(n, m, dtype, target, values.dtype, group)
     chunks = k // chunk_length(n, m)
     unit = math.gcd(chunks, ALIGNED)
-    words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk_length(n, m)])
+    word = {16: torch.int16, 32: torch.int32}[chunk_length(n, m)]
+    words = values.view(-1).view(torch.int32), bitmask.view(-1).view(word)
     if scales is not None and scales.numel() % 2 == scales.storage_offset() % 2 == scales.data_ptr() % 4 == 0:
         scales = scales.view(-1).view(torch.int32)
     return (*words, scales), chunks // unit, constants | {"UNIT": unit}

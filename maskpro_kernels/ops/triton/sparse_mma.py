@@ -174,6 +174,6 @@ def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: 
     tile = tiles_for("sparse_mma", 4, x.dtype, tokens, rows, k, architecture(x.device))
     split = SplitResult("sparse_mma", tile, (tokens, rows), k, x, bias, values, metadata)
     launch_tiles(sparse_mma_kernel, "sparse_mma", 4, split.grid, tile, x.device,
-                 *(part.view(torch.int32) for part in (x, values, metadata)), split.bias, split.out, tokens, rows,
-                 k // 4 // unit, UNIT=unit, ELEMENT=ELEMENTS[x.dtype], STAGES=tile.num_stages)  # fmt: skip
+                 *(part.view(-1).view(torch.int32) for part in (x, values, metadata)), split.bias, split.out, tokens,
+                 rows, k // 4 // unit, UNIT=unit, ELEMENT=ELEMENTS[x.dtype], STAGES=tile.num_stages)  # fmt: skip
     return split.sum()
