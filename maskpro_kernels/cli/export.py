@@ -42,6 +42,8 @@ def export(options: Export, source: str, output: str) -> None:
     """Write the result of a run from its base model, its logits, and its weights if they have changed."""
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
+    if options.data != Export.data and options.values != INT4:
+        raise ValueError(f"data: expected none without --values int4, got {options.data!r}")
     check_new_file(output) if options.to == "mask" else check_output(output)
     if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
