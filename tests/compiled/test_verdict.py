@@ -75,3 +75,14 @@ def test_a_slow_case_fails(monkeypatch):
     report = {"verdict": "FAIL", "emulated": False, "environment": {}, "tests": [], "cases": rows, "host": {"a": 2e-5}}
     assert rows_of(verdict.page(report))["a"] == ["20.0"]
     assert rows_of(verdict.page(report))["fast"][1:5] == ["1400000.0", "1000000.0", "1.40", "1000000.0 (0.71)"]
+
+
+@pytest.mark.parametrize(("cut_off", "expected"), [(False, "PASS"), (True, "PASS, but tests were cut off")])
+def test_tests_that_did_not_end_are_in_the_verdict(cut_off, expected, monkeypatch):
+    run = verdict.Run.__new__(verdict.Run)
+    run.emulator = None
+    monkeypatch.setattr(verdict, "CASES", {})
+    for name in ("environment", "host_times"):
+        monkeypatch.setattr(verdict, name, lambda run: {})
+    monkeypatch.setattr(verdict, "test_row", lambda *_: {"verdict": "PASS", "cut off": cut_off})
+    assert verdict.report_of(run)["verdict"] == expected
