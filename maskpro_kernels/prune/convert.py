@@ -124,7 +124,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     check_no_flat_parameters("model", model)
     check_replaceable(model)
     call, calibration = first_call(_agreed_calibration(calibration) if cut else calibration)
-    with _one_layer_a_weight(model), in_linear_form(model) as left_out:
+    with one_layer_a_weight(model), in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
         # FSDP2 may have kept the last layers gathered
         resharded(model)
@@ -165,7 +165,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
 
 
 @contextmanager
-def _one_layer_a_weight(model: nn.Module) -> Iterator[None]:
+def one_layer_a_weight(model: nn.Module) -> Iterator[None]:
     """Put one nn.Linear in all places that share weight and bias, as in Zamba2, so that these have one mask.
 
     Places that are not converted get their own layer back.

@@ -15,7 +15,7 @@ from ..modules import masked_layers
 from ..ops.pattern import NMPattern
 from ..packed import INT4, KEEP, NMLinear, check_values, dense_layer, hold_in_huge_pages, packed_class
 from ..unfuse import in_linear_form, unfused_modules
-from .convert import Conversion, check_replaceable, replace_layers
+from .convert import Conversion, check_replaceable, one_layer_a_weight, replace_layers
 from .gptq import gptq
 from .initial_masks import Progress
 from .selection import coverage, reasons_by_name, select_layers
@@ -90,7 +90,7 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
 def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP, group: int = 64) -> Conversion:
     """Replace every nn.Linear whose weight follows the pattern by an NMLinear, at 2:4 a Sparse24Linear, in place.
 
-    The output head and layers whose weight is shared stay unchanged, as in ``convert``.
+    The output head and layers that share a weight but not the bias stay unchanged, as in ``convert``.
 
     Args:
         model: with exact zeros.
@@ -105,7 +105,7 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP, group: 
     check_values(values, group)
     check_replaceable(model)
     replacements, packed = {}, []
-    with in_linear_form(model) as left_out:
+    with one_layer_a_weight(model), in_linear_form(model) as left_out:
         layers, skipped = select_layers(model, pattern)
         for name, layer in layers.items():
             check_in_memory("model", layer, name)

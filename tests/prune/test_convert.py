@@ -14,6 +14,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.prune.convert import flip_rate, gap_for_flip_rate
+from maskpro_kernels.prune.finalize import pack
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -90,6 +91,11 @@ def test_layers_that_share_weight_and_bias_get_one_mask():
     conversion = mk.convert(model, "2:4", init="wanda", calibration=[x])
     assert conversion.converted == ["0"] and conversion.masked_share == 1 and model[0] is model[2]
     torch.testing.assert_close(model[0].logits, calls[0].logits)
+    mk.finalize(model)
+    dense = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    dense[0].weight = dense[1].weight = model[0].weight
+    last = dense[2]
+    assert pack(dense, "2:4").converted == ["0"] and dense[0] is dense[1] and dense[2] is last
 
 
 @pytest.mark.parametrize(
