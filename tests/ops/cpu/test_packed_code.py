@@ -84,8 +84,7 @@ def test_the_code_asks_for_nothing_that_a_process_may_lack():
     for kind in (BFLOAT16, FLOAT32, half, INT8, INT4):
         for use, features in ((ALL_AVX512, FULL), (AVX512, BASIC), (AVX2_ALONE, AVX2)):
             assert not calls_of(rows.product(kind, use, 3, True), features)
-            if not kind.scaled:
-                assert not calls_of(weight.unpack(kind, use), features)
+            assert not calls_of(weight.unpack(kind, use), features)
     for kind in (INT8, INT4):
         for assembly in (rows.octet_product(kind, AVX2_ALONE, 2, True), rows.as_integers(kind, AVX2_ALONE)):
             assert not calls_of(assembly, AVX2)
