@@ -151,7 +151,7 @@ def masked(card: Card, tokens: int, rows: int, k: int, gap: float, kind: str = "
     built, *counts = _masked(card.target, tile, kind)
     blocks, again = -(-rows // tile.out), -(-tokens // tile.tokens)
     weight = (6 if kind == "drawn" else 2.25) * rows * k
-    parts = parts_for(tile, blocks * again, -(-k // tile.k), card.target, weight, tokens * rows)
+    parts = parts_for(tile, blocks * again, -(-k // tile.k), card.target, 2 * rows * k, tokens * rows)
     # each program reads its part of the weight and all of its tokens; parts are written, and read again
     cached = weight * again + 2 * tokens * k * blocks + (8 * parts * tokens * rows if parts > 1 else 0)
     rate = card.operations * (1 if tile.out >= WGMMA_ROWS else card.warp)

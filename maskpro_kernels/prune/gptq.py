@@ -109,7 +109,8 @@ def _round(weight: Tensor, kept: Tensor, pattern: NMPattern, gram: Tensor, upper
     integers = torch.where(kept, nearest(product, scales.gather(1, block)), 0.0)
     target = weight @ gram
     for at in range(ROUNDS + 1):
-        scales = _fit_scales(target, integers, block, spans, gram).to(dtype).float()
+        fitted = _fit_scales(target, integers, block, spans, gram).to(dtype).float()
+        scales = torch.where(fitted.isfinite(), fitted, scales)
         if at < ROUNDS:
             integers = _descend(weight, integers, scales.gather(1, block), kept, gram, nearest)
     return integers, scales, integers * scales.gather(1, block)

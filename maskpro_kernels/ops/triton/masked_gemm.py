@@ -251,7 +251,7 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 class SplitResult:
     """Result [tokens, columns] of a product, in the dtype and on the device of its operand x.
 
-    ``weight`` are the weight and its mask, whose bytes limit the parts.
+    The bytes of ``weight`` limit the parts. Those of a mask do not count: a drawn one and its codes give the same bits.
 
     Attributes:
         grid: of the product's kernel: blocks of columns, blocks of tokens, parts of the inner dimension.
@@ -321,7 +321,7 @@ def masked_linear(x, weight, bias, mask, log_prob):
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias), total
     tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
-    split = SplitResult("masked_linear", tile, (tokens, rows), weight.shape[1], x, bias, weight, mask.tensor)
+    split = SplitResult("masked_linear", tile, (tokens, rows), weight.shape[1], x, bias, weight)
     # for larger N the log-probability is a quadrature, too large for the registers of a product
     inside = log_prob and mask.n <= EXACT_SCORE_MAX_N
     sums = (split.parts, split.grid[0])
@@ -352,7 +352,7 @@ def masked_linear_input_grad(grad, weight, mask):
     if rows == 0 or rows % ALIGNED or not one_pass(grad, mask):
         return grad @ sampling.masked_weight(weight, mask, grad.dtype)
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
-    split = SplitResult("masked_linear_input_grad", tile, (tokens, k), rows, grad, None, weight, mask.tensor)
+    split = SplitResult("masked_linear_input_grad", tile, (tokens, k), rows, grad, None, weight)
     launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, split.grid, tile, grad.device,
                  grad, weight, loaded_source(mask, tile), split.out, *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip

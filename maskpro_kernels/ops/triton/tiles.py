@@ -231,7 +231,7 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
 ACROSS_COLUMNS = ("masked_linear_input_grad",)
 
 # Limits of a split product. Steps of a part, so that loads run ahead of their use. Number of parts. Bytes of their
-# sums, written and read again, for each byte of the weight and its mask.
+# sums, written and read again, for each byte of the weight.
 LEAST_STEPS, MOST_PARTS, MOST_SUMS = 2, 16, 0.5
 
 # The interpreter runs one program at a time by numpy, with costs by call and not by element
@@ -300,7 +300,7 @@ def configuration(kernel: str, m: int, count: int, target: str) -> Configuration
 def parts_for(tile: Tiles, blocks: int, steps: int, target: str, weight_bytes: int, results: int) -> int:
     """Number of parts into which a product of ``blocks`` blocks splits the ``steps`` of its sums.
 
-    ``weight_bytes`` are those of the weight and its mask, ``results`` the number of sums of a part.
+    ``weight_bytes`` are those of the weight, ``results`` the number of sums of a part.
     """
     parts, enough = 1, tile.least_warps * TARGETS[target].processors
     most = min(MOST_PARTS, steps // LEAST_STEPS, MOST_SUMS * weight_bytes / (2 * 4 * max(results, 1)))
