@@ -229,6 +229,7 @@ def test_mask_callback_counts_the_labels_of_all_batches_of_a_step(tmp_path):
     torch.testing.assert_close(logits(ours.model), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_the_trainer_compiles_stays_one_graph_with_mask_callback(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -130,6 +130,7 @@ def test_rows_and_their_comparison(run, tmp_path):
     assert done.returncode == 0 and "times as fast" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_interpreter_is_not_timed(tmp_path):
     # which is asked for before triton is imported
     around = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, ROOT)))}

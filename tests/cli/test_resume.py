@@ -70,7 +70,7 @@ def assert_ends_as(run, whole):
 @pytest.mark.parametrize(("way", "step", "how"), [
     ("reinforce", 3, kill),
     ("straight-through", 3, interrupt),
-    ("weights that change", 4, interrupt),
+    slow("weights that change", 4, interrupt),
     slow("scales", 1, kill),
 ])  # fmt: skip
 def test_a_run_that_was_interrupted_ends_as_a_whole_one(inputs, wholes, tmp_path, monkeypatch, capsys, way, step, how):

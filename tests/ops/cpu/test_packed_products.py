@@ -159,7 +159,7 @@ def test_threads_share_a_product():
     torch.set_num_threads(2)
     try:
         for values in VALUE_KINDS:
-            for tokens in (1, 8, 300):
+            for tokens in (1, 300):
                 assert_multiplies("2:4", torch.bfloat16, values, 291, 144, tokens)
         # more than the cache holds at a time
         assert_multiplies("2:4", torch.bfloat16, "keep", 70, 1100, 300)

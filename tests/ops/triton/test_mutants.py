@@ -140,7 +140,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
 
 @pytest.mark.parametrize(
     "mutation",
-    cases(((name,) for name in PACKED_MUTANTS), slow=lambda name: name not in ("nothing", *list(PACKED_MUTANTS)[1::6])),
+    cases(((name,) for name in PACKED_MUTANTS), slow=lambda name: name not in ("nothing", *list(PACKED_MUTANTS)[1::8])),
 )
 def test_packed_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     """Rows, tokens and groups fill no tile; what lies after an output is looked at as well."""
