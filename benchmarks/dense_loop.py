@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskpro_kernels.ops.cpu import machine
 from maskpro_kernels.ops.cpu.packed import RUN, Packed, rows
+from maskpro_kernels.ops.cpu.packed.instructions import FLOAT, vector
 from maskpro_kernels.ops.cpu.packed.products import available, threads
 from maskpro_kernels.ops.cpu.packed.weight import Weight
 
@@ -19,7 +20,8 @@ class _Dense(Weight):
 
     def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         source = self.values_of(row, run)
-        return [self._loaded(self._after(source, lane), self.lanes, scale) for lane in range(0, RUN, self.lanes)]
+        out = [self._loaded(self._after(source, lane), self.lanes, scale) for lane in range(0, RUN, self.lanes)]
+        return [self.b.bitcast(x, vector(FLOAT, self.lanes)) for x in out] if self.form == "floats" else out
 
     def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         # K is a multiple of RUN, so that there are none

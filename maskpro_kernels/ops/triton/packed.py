@@ -426,7 +426,7 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
     tokens, k = x.shape
     # words must be aligned, but a slice may start anywhere
     aligned = values.data_ptr() % 16 == 0 and bitmask.data_ptr() % 16 == 0
-    if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2 or not aligned:
+    if not (x.is_cuda or tiles.ON_CPU) or not tokens or not values.shape[0] or x.itemsize != 2 or not aligned:
         return "unpack"
     if bitmask.dtype == torch.int16:
         if tokens > LIBRARY_TOKENS and sparse_available(x.device) and sparse_fits(x, values):
@@ -499,7 +499,7 @@ def _vector(x, values, bitmask, scales, bias, n, m):
 
 
 def _tiles(x, values, bitmask, scales, bias, n, m):
-    (tokens, k), rows, target = x.shape, len(values), architecture(x.device)
+    (tokens, k), rows, target = x.shape, values.shape[0], architecture(x.device)
     words, units, constants = kernel_arguments(values, bitmask, scales, k, n, m, x.dtype, target)
     tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
     split = SplitResult("packed_linear", tile, (tokens, rows), k, x, bias, values, bitmask)
