@@ -189,21 +189,21 @@ def test_products_stay_within_the_error_budget(pattern, dtype, tokens_and_rows, 
 def test_the_route_goes_by_tokens(tokens, kernel, pattern, launched):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     for values in mk.packed.VALUE_KINDS:
-        packed, x = mk.pack_nm(sparse(24, 128, pattern, torch.bfloat16), pattern, values), torch.randn(tokens, 128)
+        packed, x = mk.pack_nm(sparse(4, 128, pattern, torch.bfloat16), pattern, values), torch.randn(tokens, 128)
         launched.clear()
         mk.nm_linear(x.bfloat16(), packed)
         assert {name for name in KERNEL_OF.values() if launched[name]} == {kernel}
         assert KERNEL_OF[kernels_file.route(x.bfloat16(), packed.values, packed.bitmask, n, m)] == kernel
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("values", "group"), [("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
+@pytest.mark.parametrize(("values", "group"), [("int8", 128), slow("int4", 32), ("int4", 64), slow("int4", 128)])
 def test_kernels_place_integers_times_the_scale_of_their_block(values, group, dtype):
     """Unit vectors read the weight out: more than a block in a row, and scales that differ from block to block."""
     weight = sparse(5, 576, "2:4", dtype) * torch.logspace(-2, 2, 576).to(dtype)
     packed = mk.pack_nm(weight, "2:4", values, group)
     assert packed.scales.shape == (5, -(-288 // group)) and packed.scales.unique().numel() >= 14
-    for columns in (torch.arange(0, 576, 12), torch.tensor([511])):
+    for columns in (torch.arange(0, 576, 36), torch.tensor([511])):
         x = torch.eye(576)[columns].to(dtype)
         # without the sign of zeros times a negative scale
         assert_same_bits(mk.nm_linear(x, packed) + 0.0, packed.unpack()[:, columns].t().contiguous() + 0.0)

@@ -51,7 +51,7 @@ def test_dense_checkpoints_are_those_of_the_run(learned, tmp_path, capsys):
     assert f"{report(learned)['table'][-1]['perplexity']:.2f}" in card and "2:4" in card
 
 
-def test_int4_values_are_rounded_by_a_text(learned, inputs, tmp_path, capsys, monkeypatch):
+def test_int4_values_are_rounded_by_a_text(run, inputs, tmp_path, capsys, monkeypatch):
     rounded, finalize = [], export.finalize
 
     def noting(model, *how, calibration, **others):
@@ -59,11 +59,17 @@ def test_int4_values_are_rounded_by_a_text(learned, inputs, tmp_path, capsys, mo
         return finalize(model, *how, calibration=calibration, **others)
 
     monkeypatch.setattr(export, "finalize", noting)
-    arguments = ["export", str(learned), "--to", "packed", "--values", "int4", "--data", str(inputs / "text.txt")]
+    monkeypatch.setattr(export, "BATCHES", 1)
+    arguments = ["export", str(run), "--to", "packed", "--values", "int4", "--data", str(inputs / "text.txt")]
     assert main.main([*arguments, str(tmp_path / "int4")]) == 0
     assert {layer.kind for layer in packed_layers(tmp_path / "int4")} == {"int4"}
     assert rounded[0][0].shape[1] == 128
-    refuses(capsys, tmp_path / "int4", [*arguments[:-1], "nothing", str(tmp_path / "other")], "data: expected")
+    refuses(
+        capsys,
+        tmp_path / "int4",
+        [*arguments[:-1], str(tmp_path / "none.txt"), str(tmp_path / "other")],
+        "data: expected",
+    )
 
 
 def packed_layers(folder):

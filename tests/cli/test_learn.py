@@ -120,12 +120,13 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
 
 
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch):
-    looked_at(monkeypatch, float("inf"))
-    assert main.main(learn(inputs, tmp_path / "run")) == 2
+    # undoing all would undo the route as well
+    with monkeypatch.context() as patch:
+        looked_at(patch, float("inf"))
+        assert main.main(learn(inputs, tmp_path / "run")) == 2
     reported = "validation perplexity at step 0: expected a finite number, got inf; use another --dtype"
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {reported}")
     # the folder may be given again
-    monkeypatch.undo()
     assert main.main(learn(inputs, tmp_path / "run")) == 0
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from helpers.cases import slow
 from llvmlite import binding
 
 from maskpro_kernels.ops.cpu.packed import Packed, rows, tiles, weight
@@ -78,13 +79,19 @@ def test_each_kind_of_cpu_gets_its_instructions(assembly, target, expected):
     assert max(counted, key=lambda counts: sum(counts.values())) == expected
 
 
-def test_the_code_asks_for_nothing_that_a_process_may_lack():
+HALF = Packed(2, 4, torch.float16, torch.float16)
+
+
+@pytest.mark.parametrize("kind", [BFLOAT16, slow(FLOAT32), HALF, slow(INT8), INT4], ids=str)
+def test_the_code_asks_for_nothing_that_a_process_may_lack(kind):
     """No helpers of a compiler's run-time library, such as conversions of bfloat16: nobody would link them."""
-    half = Packed(2, 4, torch.float16, torch.float16)
-    for kind in (BFLOAT16, FLOAT32, half, INT8, INT4):
-        for use, features in ((ALL_AVX512, FULL), (AVX512, BASIC), (AVX2_ALONE, AVX2)):
-            assert not calls_of(rows.product(kind, use, 3, True), features)
-            assert not calls_of(weight.unpack(kind, use), features)
+    for use, features in ((ALL_AVX512, FULL), (AVX512, BASIC), (AVX2_ALONE, AVX2)):
+        assert not calls_of(rows.product(kind, use, 3, True), features)
+        assert not calls_of(weight.unpack(kind, use), features)
+
+
+@pytest.mark.slow
+def test_the_code_of_integers_and_tiles_asks_for_nothing_either():
     for kind in (INT8, INT4):
         for assembly in (rows.octet_product(kind, AVX2_ALONE, 2, True), rows.as_integers(kind, AVX2_ALONE)):
             assert not calls_of(assembly, AVX2)
