@@ -44,6 +44,9 @@ def export(options: Export, source: str, output: str) -> None:
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
     if options.data != Export.data and options.values != INT4:
         raise ValueError(f"data: expected none without --values int4, got {options.data!r}")
+    if options.values == INT4:
+        with naming("data"):
+            text = load_text(options.data)["calibration"]
     check_new_file(output) if options.to == "mask" else check_output(output)
     if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
@@ -85,8 +88,6 @@ def export(options: Export, source: str, output: str) -> None:
         return
     calibration = None
     if options.values == INT4:
-        with naming("data"):
-            text = load_text(options.data)["calibration"]
         text = windows_of(text, model, tokenizer, ROUNDED_BY, "data")
         calibration = batches(text, min(BATCH_SIZE, len(text)), seed=0)[:BATCHES]
     finalize(model, options.to, options.values, calibration=calibration, progress=Progress("rounding", "layer"))
