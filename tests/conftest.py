@@ -27,9 +27,10 @@ def pytest_configure(config):
 
     target = config.getoption("compiled")
     if tiles.INTERPRETED:
-        from helpers.interpreter import widen_bfloat16_exactly
+        from helpers.interpreter import patch_the_language_once, widen_bfloat16_exactly
 
         widen_bfloat16_exactly()
+        patch_the_language_once()
     if target is not None:
         tiles.ON_CPU = tiles.TARGET_OF[target]
 

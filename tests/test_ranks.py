@@ -342,6 +342,7 @@ with under_torchrun():
 """
 
 
+@pytest.mark.slow
 def test_torchrun_starts_ranks(eager_reference):
     logits, _ = learn_on_rank(0, "reinforce", 3, accumulate=2)
     options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

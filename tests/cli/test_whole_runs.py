@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cases import slow
 from helpers.children import environment
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,7 +137,8 @@ def test_learned_masks_and_logits(way, runs):
     compare(f"{way}: greedy tokens", greedy(runs / way))
 
 
-@pytest.mark.parametrize("way", ["straight-through", slow("reinforce")])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_killed_run_continues_to_the_same_bits(way, sources, runs, tmp_path):
     arguments = [sys.executable, "-c", KILLED_BEFORE_STEP_2, *command(sources, way, tmp_path / "run")]
     assert subprocess.run(arguments, env=environment(), capture_output=True).returncode == 9

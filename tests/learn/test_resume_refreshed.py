@@ -55,12 +55,12 @@ def interrupted(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("where", "steps"),
     [
-        ("before its record", 4),
+        pytest.param("before its record", 4, marks=pytest.mark.slow),
         pytest.param("before its update", 5, marks=pytest.mark.slow),
         ("in its update", 5),
         pytest.param("in a forward of the new masks", 5, marks=pytest.mark.slow),
         pytest.param("in the forward of the next step", 5, marks=pytest.mark.slow),
-        ("before the next record", 5),
+        pytest.param("before the next record", 5, marks=pytest.mark.slow),
         ("steps later", 8),
     ],
 )

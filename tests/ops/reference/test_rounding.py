@@ -225,7 +225,7 @@ def test_a_16_bit_update_rounds_the_float32_update_once(update, dtype, n, m):
 @UPDATES
 @BOTH
 @pytest.mark.parametrize("coef", [1.0, 1e-4], ids=["large", "below the grid"])
-@pytest.mark.parametrize("n, m", [(2, 4), (5, 8)])
+@pytest.mark.parametrize("n, m", [(2, 4), pytest.param(5, 8, marks=pytest.mark.slow)])
 def test_a_16_bit_update_is_the_float32_update_in_the_mean(update, dtype, coef, n, m):
     """Many groups with the same logits: the difference from the float32 update averages out."""
     group = torch.linspace(1.7, -1.3, m).to(dtype)
