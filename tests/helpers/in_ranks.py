@@ -44,7 +44,7 @@ def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> No
 def forking():
     """Return a context of processes: one imports torch and late modules, and forks into the others."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.small_trainer", "torch._dynamo"])
+    context.set_forkserver_preload(["helpers.small_trainer", "helpers.tiny_llama", "torch._dynamo"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = search_path()
     try:

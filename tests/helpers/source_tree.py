@@ -30,10 +30,13 @@ def statements(tree: ast.AST, inside_functions: bool = True) -> Iterator[ast.AST
         inside_functions: whether those that only a call runs are among them.
     """
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    if inside_functions:
+        yield from (node for node in ast.walk(tree) if node is not tree)
+        return
     for node in ast.iter_child_nodes(tree):
         yield node
-        if inside_functions or not isinstance(node, functions):
-            yield from statements(node, inside_functions)
+        if not isinstance(node, functions):
+            yield from statements(node, inside_functions=False)
 
 
 def holder(base: str, name: str, modules: Mapping[str, Path]) -> str:

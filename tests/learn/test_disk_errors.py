@@ -31,7 +31,7 @@ FAILURES = [
 @pytest.mark.parametrize(
     ("how", "every"),
     [
-        ("reinforce", 17),
+        ("reinforce", 31),
         pytest.param("straight-through", 23, marks=pytest.mark.slow),
         *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("reinforce", "straight-through", "refreshed")),
     ],

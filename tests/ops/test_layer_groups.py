@@ -23,9 +23,7 @@ KERNELS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers")
 
 
 def in_the_ordinary_suite(route, pattern, dtype, shard):
-    if pattern == (2, 4):
-        return dtype == torch.float32 or (dtype == torch.bfloat16 and not shard)
-    return route == "kernels" and dtype == torch.float32 and not shard and pattern[1] < 8
+    return pattern == (2, 4) and (dtype, shard) in ((torch.float32, True), (torch.bfloat16, False))
 
 
 @pytest.fixture(params=ROUTES)
