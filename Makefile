@@ -41,8 +41,8 @@ demo: $(INSTALLED)
 	$(VENV)/bin/$(LEARN) --data pydoc:0.5,self:0.5 --init reconstruction --estimator straight-through --steps 30 \
 		--output runs/demo/straight-through
 	$(VENV)/bin/maskpro eval runs/demo/reinforce runs/demo/straight-through
-	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed
-	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8
+	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed --dtype bfloat16
+	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8 --dtype bfloat16
 	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 2 --output runs/demo/speed.json
 
 test: $(INSTALLED)

@@ -96,7 +96,9 @@ class Learn:
         False, "compute activations again in backward: less memory, more time, the same bits"
     )
     seed: int = _option(0, "seed of the batches and of all draws", "S")
-    dtype: Dtype = _option(DTYPE, "dtype of the weights and activations")
+    dtype: Dtype | None = _option(
+        None, f"dtype of the weights and activations (default: {DTYPE}; float32 on a CPU without {DTYPE} products)"
+    )
     device: str | None = _option(
         None, f"{DEVICE}; auto distributes the model over several, by transformers and accelerate"
     )
@@ -133,7 +135,7 @@ class Evaluate:
     )
     device: str | None = _option(None, DEVICE)
     dtype: Dtype | None = _option(
-        None, f"dtype of the weights and activations (default: that of the first run, else {DTYPE})"
+        None, "dtype of the weights and activations (default: that of the first run, else as for `maskpro learn`)"
     )
     output: str | None = _option(None, "JSON file to write, with all figures; must not exist", "FILE")
 

@@ -12,11 +12,12 @@ from ..files import write_whole
 from ..text.batches import parse_sources, texts_of
 from ..text.perplexity import perplexity, word_perplexity
 from ..text.sources import load_documents, load_text
-from .config import DTYPE, EVAL_LENGTH, EVAL_WINDOWS, Evaluate
+from .config import EVAL_LENGTH, EVAL_WINDOWS, Evaluate
 from .inputs import (
     REPORT,
     check_least,
     check_new_file,
+    default_dtype,
     device_of,
     load,
     naming,
@@ -38,7 +39,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
         check_new_file(options.output)
     runs = {name: read_report(Path(name)) for name in models if (Path(name) / REPORT).is_file()}
     settings = next(iter(runs.values()))["settings"] if runs else {}
-    dtype = options.dtype or settings.get("dtype", DTYPE)
+    dtype = options.dtype or settings.get("dtype") or default_dtype(options.device)
     data = options.data or settings.get("data")
     if data is None:
         if absent := [name for name in models if not Path(name).exists()]:

@@ -75,6 +75,7 @@ from .inputs import (
     SETTINGS,
     Progress,
     check_least,
+    default_dtype,
     device_of,
     digest_of_weights,
     load,
@@ -122,6 +123,9 @@ def learn(options: Learn) -> None:
     resuming = options.resume is not None
     if resuming:
         options = ranks.first(lambda: read_options(options))
+    elif options.dtype is None:
+        # a run that resumes on another CPU keeps it
+        options = dataclasses.replace(options, dtype=ranks.first(lambda: default_dtype(options.device)))
     given, options = options, ranks.all_of(lambda: complete(options, ranks.world, resuming))
     output, progress = Path(options.output), Path(options.output) / PROGRESS
     begun = ranks.first(lambda: (progress / START).is_file())
