@@ -10,7 +10,7 @@ LONGEST := $(wildcard $(patsubst %,tests/%.py,cli/test_ranks_command ops/test_la
 	cli/test_resume ops/triton/test_masked_gemm ops/reference/test_score test_hf_trainer ops/test_bits \
 	ops/triton/test_mutants ops/triton/test_straight_through cli/test_whole_runs ops/reference/test_distribution \
 	docs/test_documents docs/test_one_kernel benchmarks/test_benchmarks))
-FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
+FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*' -not -path 'tests/compiled/*'))
 TESTS := -n 4 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
 # run apart

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.onnx_models import as_onnx, matrices, some_x, sparse_net
 from torch import nn
 
@@ -32,7 +33,7 @@ def test_a_masked_onnx_graph_gives_the_same():
     torch.testing.assert_close(as_onnx(model, x)[1], model(x).detach())
 
 
-@pytest.mark.parametrize("kind", ["packed", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["packed", slow("int8"), "int4"])
 def test_a_packed_onnx_graph_gives_the_same_and_holds_dense_weights(kind):
     model, x = sparse_net(kind), some_x()
     graph, y = as_onnx(model, x)

@@ -56,8 +56,7 @@ class Progress:
     """Progress of work: a bar, or a line for each fiftieth part."""
 
     def __init__(self, work: str, unit: str):
-        self.work, self.unit, self.bar = work, unit, None
-        self.began = time.perf_counter()
+        self.work, self.unit, self.bar, self.began = work, unit, None, time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units are done."""
@@ -77,9 +76,8 @@ def naming(argument: str, cure: str | None = None) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        message = str(error)
-        if not message.startswith(f"{argument}: "):
-            message = f"{argument}: {message.removeprefix('source: ').removeprefix('text: ')}"
+        bare = str(error).removeprefix("source: ").removeprefix("text: ").removeprefix(f"{argument}: ")
+        message = f"{argument}: {bare}"
         message += f"; {cure}" if cure else ""
         raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
 
@@ -118,21 +116,14 @@ def device_of(name: str | None) -> torch.device:
 
 
 def default_dtype(device: str | None) -> str:
-    """Name of the dtype in which a device of this name computes fast, see ``device_of``.
-
-    torch multiplies in bfloat16 some ten times as slowly as in float32 on a CPU for which oneDNN has no such code.
-    """
+    """bfloat16, or float32 on a CPU for which oneDNN has no bfloat16 products: others are ten times as slow."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
     fast = on_gpu or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return DTYPE if fast else "float32"
 
 
 def load(name: str, dtype: str | None, device: torch.device | str):
-    """Load (model, tokenizer) on a device, or with "auto" on several; errors as in ``hf.load_model``.
-
-    Args:
-        dtype: None: that of the checkpoint.
-    """
+    """Load (model, tokenizer) on a device, or with "auto" on several; arguments and errors as for ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
     if (Path(name) / SETTINGS).is_file() and not (Path(name) / REPORT).is_file():
@@ -199,12 +190,11 @@ def packed_size(model: nn.Module) -> str:
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     weights, bits = sum(layer.packed.shape.numel() for layer in layers), bits_a_weight(layers)
     dtype = layers[0].packed.dtype
-    dense = 8 * dtype.itemsize
     kinds = sorted({layer.kind for layer in layers} - {KEEP})
     integers = sum(layer.kind != KEEP for layer in layers)
     return (
         f"{len(layers)} packed layers take {bits:.2f} bits a weight, {bits * weights / 8e6:.2f} MB, where dense "
-        f"{str(dtype).removeprefix('torch.')} takes {dense} bits, {dense * weights / 8e6:.2f} MB"
+        f"{str(dtype).removeprefix('torch.')} takes {8 * dtype.itemsize} bits, {dtype.itemsize * weights / 1e6:.2f} MB"
         + (f", values of {integers} rounded to {' and '.join(kinds)}" if integers else "")
     )
 

@@ -123,8 +123,7 @@ def learn(options: Learn) -> None:
     resuming = options.resume is not None
     if resuming:
         options = ranks.first(lambda: read_options(options))
-    elif options.dtype is None:
-        # a run that resumes on another CPU keeps it
+    elif options.dtype is None:  # a run that resumes on another CPU keeps it
         options = dataclasses.replace(options, dtype=ranks.first(lambda: default_dtype(options.device)))
     given, options = options, ranks.all_of(lambda: complete(options, ranks.world, resuming))
     output, progress = Path(options.output), Path(options.output) / PROGRESS

@@ -1,13 +1,14 @@
-"""A tiny model and two texts, as the comparisons of methods take them."""
+"""A tiny model and two texts, as the comparisons of methods take them; imported late as by those of checkpoints."""
 
 from __future__ import annotations
 
 import pytest
-from helpers.tiny_llama import tiny_text, write_inputs
 
 
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
+    from helpers.tiny_llama import tiny_text, write_inputs
+
     folder = write_inputs(tmp_path / "inputs")
     (folder / "text.txt").write_text(tiny_text(paragraphs=200), encoding="utf-8")
     (folder / "other.txt").write_text(tiny_text(paragraphs=60, seed=1), encoding="utf-8")

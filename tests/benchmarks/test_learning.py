@@ -12,7 +12,7 @@ import pytest
 import relaxed
 import torch
 from helpers.bits import assert_same_bits
-from helpers.cases import cases
+from helpers.cases import cases, slow
 from helpers.children import BENCHMARKS
 from helpers.in_ranks import all_in_ranks
 from helpers.mask_toy import best_mask, inputs, learned_mask, toy
@@ -291,7 +291,7 @@ def numerically(v: torch.Tensor, strength: float, n: int, starts: int = 30) -> t
     return value(x).amin(0)
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8)])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), slow(4, 8)])
 @pytest.mark.parametrize("strength", [0.05, 0.5, 3.0])
 def test_the_proximal_operator_minimizes(n, m, strength):
     v = torch.randn(60, m, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,13 +1,8 @@
-"""Fixtures of tests of the command."""
+"""Fixtures of tests of the command, which import late as those of checkpoints do."""
 
 from __future__ import annotations
 
 import pytest
-from helpers.command import learn
-from helpers.routes import route_to_the_eager_reference
-from helpers.tiny_llama import write_inputs
-
-from maskpro_kernels.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +15,19 @@ def blank_pictures(request, monkeypatch):
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """Folder with a tiny model, `model`, and a text, `text.txt`."""
+    from helpers.tiny_llama import write_inputs
+
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")
 def run(inputs):
     """Folder of a finished run."""
+    from helpers.command import learn
+    from helpers.routes import route_to_the_eager_reference
+
+    from maskpro_kernels.cli import main
+
     output = inputs / "runs" / "one"
     with pytest.MonkeyPatch.context() as monkeypatch:
         route_to_the_eager_reference(monkeypatch)

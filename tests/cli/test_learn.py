@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -225,6 +226,16 @@ def test_weights_that_change_are_named_and_kept_with_the_logits(inputs, tmp_path
         changed += int(not torch.equal(weight, dense.get_submodule(name).weight))
     assert changed == 14
     assert not (tmp_path / "run" / "progress" / "teacher").exists()
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_run_keeps_the_dtype_that_its_first_cpu_multiplies(inputs, tmp_path, monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    arguments = learn(inputs, tmp_path / "run", "--steps", "1")
+    del arguments[arguments.index("--dtype") : arguments.index("--dtype") + 2]
+    assert main.main(arguments) == 0
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["options"]["dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").dtype == getattr(torch, dtype)
 
 
 def test_what_only_saves_memory_changes_no_bit(inputs, tmp_path):

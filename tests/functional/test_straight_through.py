@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import COUNTER, normal
 from helpers.slopes import slope_operands, source_of
@@ -42,7 +43,7 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(first.sum() + logits.square().sum(), logits)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [slow(None), True])
 def test_gradients_arrive_for_any_optimizer_also_under_compile(dynamic):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).to(KERNEL_DEVICE)

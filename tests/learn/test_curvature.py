@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.cases import slow
 from helpers.straight_through import logits_by_name
 from helpers.tiny_llama import tiny_model
 from torch import nn
@@ -200,7 +201,7 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [DrawnLabels, Divergence])
-@pytest.mark.parametrize("share", [1 / 2, 1 / 16])
+@pytest.mark.parametrize("share", [slow(1 / 2), 1 / 16])
 def test_of_experts(share, kind, factors):
     model = Experts(share)
     mk.convert(model, "2:4", targets=["experts.*", "head"], gap=60.0)

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.small_trainer import a_trainer_in, logits_of
 from torch import nn
 
@@ -42,7 +43,7 @@ FLIPS = {
 }
 
 
-@pytest.mark.parametrize(("how", "name"), FLIPS)
+@pytest.mark.parametrize(("how", "name"), [case if case[0] == "reinforce" else slow(*case) for case in FLIPS])
 def test_a_flip_in_a_run_is_refused_or_changes_nothing(tmp_path, monkeypatch, how, name):
     monkeypatch.setattr(os, "fsync", lambda _: None)
     first = a_trainer_in(tmp_path / "run", how)

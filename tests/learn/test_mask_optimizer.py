@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.in_ranks import all_in_ranks
 from helpers.small_trainer import a_model, logits_of, loss_fn, some_batches
 from torch import nn
@@ -187,7 +188,7 @@ def test_who_learns_otherwise_is_not_reported():
     loss_fn(model, batch).backward()
 
 
-@pytest.mark.parametrize("loss_scale", [0.5, lambda: 0.5])
+@pytest.mark.parametrize("loss_scale", [0.5, slow(lambda: 0.5)])
 def test_a_model_compiled_for_dynamic_sizes_learns_the_same_bits(loss_scale):
     learned = []
     for compiled in (False, True):

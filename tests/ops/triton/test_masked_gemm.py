@@ -393,7 +393,7 @@ def test_weights_of_any_layout():
 
 # The graphs are the same whoever compiles them
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("training", [True, False], ids=["drawn", "top-N"])
+@pytest.mark.parametrize("training", [True, slow(False)], ids=["drawn", "top-N"])
 def test_a_compiled_model_is_one_graph_for_all_steps_and_numbers_of_tokens(training, backend):
     counter = CompileCounterWithBackend(backend)
     torch.manual_seed(0)
