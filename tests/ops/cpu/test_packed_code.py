@@ -9,7 +9,7 @@ import torch
 from helpers.cases import slow
 from llvmlite import binding
 
-from maskpro_kernels.ops.cpu.packed import Packed, rows, tiles, weight
+from maskpro_kernels.ops.cpu.packed import Packed, gathered, rows, tiles, weight
 from maskpro_kernels.ops.cpu.packed.instructions import Avx2, Avx512, Neon
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -66,7 +66,11 @@ ON_NEON = ARM, "+neon"
         (lambda: rows.octet_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 4 vpdpbusd 12 vpshufb 0"),
         (lambda: rows.octet_product(INT4, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 2 vpdpbusd 6 vpmovzx 2"),
         (lambda: rows.octet_product(INT8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 16 vpmaddwd 16"),
-        (lambda: rows.octet_product(INT4, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8 vpmovzx 2"),
+        (
+            lambda: gathered.gathered_product(INT4, AVX2_ALONE, 1, False),
+            (X86, AVX2),
+            "vpshufb 16 vpmaddubsw 9 vpmaddwd 3",
+        ),
         (lambda: tiles.product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
     ],
 )

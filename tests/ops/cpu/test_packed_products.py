@@ -375,6 +375,19 @@ def test_a_large_column_that_is_dropped_does_not_blur_the_others(values, size, t
     assert_within_budget(*rows)
 
 
+@pytest.mark.parametrize("number", [-8, 7])
+def test_sums_of_the_largest_integers_are_exact(number):
+    """Of bytes in 16 bits: four pairs of 8 * 255 at most."""
+    values, bitmask = (
+        torch.full((3, 64), (number & 15) * 17, dtype=torch.uint8),
+        torch.full((3, 32), 0x33, dtype=torch.uint8),
+    )
+    for sign in (torch.ones(256), -torch.ones(256), torch.tensor([1.0, -1.0] * 128)):
+        x = sign[None].bfloat16()
+        y = products.nm_linear(x, (values, bitmask, torch.ones(3, 2).bfloat16()), None, 2, 4)
+        assert y.tolist() == [[number * float(sign.view(-1, 4)[:, :2].sum())] * 3]
+
+
 def test_integers_hold_tokens_of_any_size():
     """Tokens so small that a scale of theirs would vanish, and one of zeros."""
     packed, weight, exact = packed_case("2:4", torch.bfloat16, "int8", 16, 256)

@@ -285,23 +285,24 @@ def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
 
 
 def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
+    from . import gathered
     from . import rows as code
 
     use = available()
+    gathers = code.gathers(kind, use)
+    build = gathered.gathered_product if gathers else code.octet_product
     as_integers = compiled("packed_integers", 6, code.as_integers, kind, use)
     pieces = _pieces(
-        tokens,
-        code.OCTET_TOKENS,
-        lambda count: compiled("packed_octets", 10, code.octet_product, kind, use, count, biased),
+        tokens, code.OCTET_TOKENS, lambda count: compiled("packed_octets", 10, build, kind, use, count, biased)
     )
     in_registers = _registers(kind, tokens, biased)
     # of the first part of integers
-    part_bytes = 1 if use.octets else 2
+    part_bytes = 1 if use.octets or gathers else 2
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
         rows, k, blocks = values.shape[0], x.shape[-1], scales.shape[1]
-        size = -(-k // code.OCTETS) * code.OCTETS
+        size = -(-k // code.STEP) * code.STEP
         # integers of two bytes, then scales: one tensor takes less time than two
         aside = torch.empty(tokens * (2 * size + 4 * blocks), dtype=torch.uint8, device="cpu")
         refused = ctypes.c_int64(0)
@@ -315,7 +316,7 @@ def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
         out_place, bias_place = out.data_ptr(), _pointer(bias)
         for first, loop in pieces:
             own = high + first * size * part_bytes, low + first * size, x_scales_place + 4 * first * blocks
-            loop(rows, *fixed, *own, bias_place, out_place + first * rows * out.itemsize)
+            loop(-(-rows // 2) if gathers else rows, *fixed, *own, bias_place, out_place + first * rows * out.itemsize)
         return out
 
     return run

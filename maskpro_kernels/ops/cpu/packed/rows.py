@@ -48,6 +48,9 @@ AHEAD_BYTES = 4096
 OCTETS = 2 * RUN
 LANES = 16
 
+# Columns that activations are padded to
+STEP = 128
+
 # Octets of a block without a loop
 UNROLLED = 4
 
@@ -209,11 +212,23 @@ class RegisterProduct(RowProduct):
 # Products of integers
 
 
+def gathers(kind: Packed, use: Instructions) -> bool:
+    """Return whether activations move to the kept values, see ``gathered``."""
+    return use.words and not use.octets and (kind.n, kind.m, kind.values) == (2, 4, torch.uint8)
+
+
+def gathered_column(b: ir.IRBuilder, column: ir.Value) -> ir.Value:
+    """Place of a column among the bytes of ``gathered``: a vector has 16 columns of each half of a step."""
+    chunk = b.and_(b.lshr(column, LONG(4)), LONG(7))
+    place = b.or_(b.shl(b.and_(chunk, LONG(3)), LONG(1)), b.lshr(chunk, LONG(2)))
+    return b.or_(b.and_(column, LONG(-STEP)), b.shl(place, LONG(4)))
+
+
 def as_integers(kind: Packed, use: Instructions) -> str:
     """Code of ``loop(start, stop, k, x, high, low, scales, refused)``: quantize tokens start to stop of x [tokens, k].
 
-    x is of ``kind.x``, high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks].
-    Without ``use.octets`` high are 16-bit integers, and low is not used. An int64 at ``refused`` is set to 1 if
+    x is of ``kind.x``, high and low are bytes [tokens, k rounded up to STEP], scales float32 [tokens, blocks]. Unless
+    ``use.octets`` or ``gathers``, high are 16-bit integers, and low is not used. An int64 at ``refused`` is set to 1 if
     integers are too coarse for a block: its largest number is too far above the others, or NaN.
     """
     module = ir.Module("maskpro_kernels")
@@ -221,7 +236,7 @@ def as_integers(kind: Packed, use: Instructions) -> str:
     use_whole_registers(function)
     start, stop, k, x, high, low, scales, refused = function.args
     columns = LONG(kind.scaled_runs * RUN)
-    padded = b.mul(divided_up(b, k, OCTETS), LONG(OCTETS))
+    padded, gathered = b.mul(divided_up(b, k, STEP), LONG(STEP)), gathers(kind, use)
     blocks = divided_up(b, k, kind.scaled_runs * RUN)
     element, aside = TYPES[kind.x], buffer(b, TYPES[kind.x], LANES)
 
@@ -242,7 +257,7 @@ def as_integers(kind: Packed, use: Instructions) -> str:
 
     def token_integers(token: ir.Value) -> None:
         row = at(b, x, b.mul(token, k), element)
-        part = BYTE if use.octets else HALF
+        part = BYTE if use.octets or gathered else HALF
         targets = [at(b, target, b.mul(token, padded), part) for target in (high, low)]
 
         def block_integers(block: ir.Value) -> None:
@@ -262,9 +277,10 @@ def as_integers(kind: Packed, use: Instructions) -> str:
                 # saturates, since NaN has no integer
                 number = intrinsic(b, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", words, nearest)
                 given = [number]
-                if use.octets:
+                if part is BYTE:
                     number = b.add(number, ir.Constant(words, [MIDDLE] * LANES))
                     given = [b.lshr(number, ir.Constant(words, [8] * LANES)), number]
+                column = gathered_column(b, column) if gathered else column
                 for target, number in zip(targets, given, strict=False):
                     b.store(b.trunc(number, vector(part, LANES)), at(b, target, column, part), align=1)
 
@@ -345,7 +361,7 @@ class _OctetProduct(RowProduct):
         # of two bytes, or of 16 bits
         parts = [[Variable(b, none) for _ in range(2 if octets else 1)] for _ in range(self.tokens)]
         ones = ir.Constant(vector(BYTE, OCTETS), [1] * OCTETS)
-        padded = b.mul(self.all, LONG(OCTETS))
+        padded = b.mul(divided_up(b, self.k, STEP), LONG(STEP))
 
         def loaded(source: ir.Value) -> ir.Value:
             if self.kind.in_byte == 2:
