@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import reference
+from ...dispatch import cpu_multiplies
 from ...pattern import bitmask_of, codes_of
 from .. import cache
 from ..loops import run, warn_of_failure
@@ -351,15 +352,17 @@ def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
     unpacked = unpacker(kind)
     if unpacked is None:
         raise RuntimeError("code to unpack blocks did not compile")
+    dtype = kind.x if cpu_multiplies(kind.x) else torch.float32
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-        rows, k = parts[0].shape[0], x.shape[-1]
+        rows, k, given = parts[0].shape[0], x.shape[-1], x.to(dtype)
         out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
         at_once = max(RUN, CACHED_BYTES // (k * x.itemsize))
         for first in range(0, rows, at_once):
             which = slice(first, min(rows, first + at_once))
             weight = unpacked(tuple(part if part is None else part[which] for part in parts), 0, -(-k // RUN))
-            out[..., which] = linear(x, weight, None if bias is None else bias[which])
+            own = None if bias is None else bias[which].to(dtype)
+            out[..., which] = linear(given, weight.to(dtype), own)
         return out
 
     return run
