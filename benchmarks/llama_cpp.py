@@ -4,9 +4,10 @@
     python benchmarks/llama_cpp.py smollm2-135m
     python benchmarks/llama_cpp.py random-1b
 
-SmolLM2 is read from the Q4_1 file that it comes in, with masks by magnitude. The other model has random weights in
-TinyLlama's shapes, and llama.cpp's Q4_0. Each round runs all, each time in another order. The row "no products" has the
-same model with linear layers that return zeros at once: no faster products can make transformers' loop faster.
+SmolLM2 is read from the Q4_1 file that it comes in. The other model has TinyLlama's shapes, and Q4_0 in llama.cpp.
+Packed weights are random: they take the same time. Each round runs all, each time in another order. The row "no
+products" has the same model with linear layers that return zeros at once: no faster products can make transformers'
+loop faster.
 """
 
 from __future__ import annotations
@@ -112,14 +113,14 @@ def models_of(name: str) -> dict[str, LlamaForCausalLM]:
         dense = LlamaForCausalLM(LlamaConfig(**SHAPES, dtype="bfloat16")).bfloat16()
     dense.eval().generation_config = GenerationConfig(do_sample=False)
     linears = {id(x): x for n, x in dense.named_modules() if type(x) is nn.Linear and n != "lm_head"}
-    models, memo = {"dense": dense}, {id(x): x for x in (dense.lm_head.weight, dense.model.embed_tokens.weight)}
+    # copies share the embedding, and the layers that are replaced
+    shared = linears | {id(x): x for x in (dense.lm_head.weight, dense.model.embed_tokens.weight)}
+    models = {"dense": dense}
     for kind in KINDS:
-        models[f"packed 2:4, {kind}"] = packed = copy.deepcopy(
-            dense, dict(memo) | {key: linears[key] for key in linears}
-        )
+        models[f"packed 2:4, {kind}"] = packed = copy.deepcopy(dense, dict(shared))
         replace_modules(packed, {key: random_layer(linear, kind) for key, linear in linears.items()})
         hold_in_huge_pages(packed)
-    models["no products"] = idle = copy.deepcopy(dense, dict(memo) | {key: linears[key] for key in linears})
+    models["no products"] = idle = copy.deepcopy(dense, dict(shared))
     layers = {key: NoProduct(linear.out_features) for key, linear in linears.items()}
     replace_modules(idle, layers | {id(idle.lm_head): NoProduct(idle.lm_head.out_features)})
     return models

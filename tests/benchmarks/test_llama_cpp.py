@@ -1,0 +1,49 @@
+"""The comparison with llama.cpp, without it, on a tiny model."""
+
+from __future__ import annotations
+
+import llama_cpp
+import pytest
+from gguf import GGUFReader
+
+SHAPES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "num_key_value_heads": 1, "vocab_size": 512, "max_position_embeddings": 64}  # fmt: skip
+
+
+class Peer:
+    """A pool of processes whose jobs return rates of llama.cpp."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, job, path, prompt, new_tokens, threads):
+        assert job is llama_cpp.served and (len(prompt), new_tokens) == (4, 3)
+        tensors = {tensor.name: (*map(int, tensor.shape),) for tensor in GGUFReader(path).tensors}
+        assert len(tensors) == 3 + 2 * 9 and tensors["blk.1.attn_k.weight"] == (128, 64)
+        return self
+
+    def result(self):
+        return 7.0, 5.0
+
+
+@pytest.mark.usefixtures("compiled_reference")
+def test_it_prints_a_row_a_model(monkeypatch, capsys):
+    monkeypatch.setattr(llama_cpp, "SHAPES", SHAPES)
+    monkeypatch.setattr(llama_cpp, "ProcessPoolExecutor", Peer)
+    monkeypatch.setattr("sys.argv", "llama_cpp random-1b --prompt-tokens 4 --new-tokens 3 --rounds 1".split())
+    llama_cpp.main()
+    _, *rows = capsys.readouterr().out.splitlines()
+    names = [row[:20].strip() for row in rows]
+    assert names == ["dense", *(f"packed 2:4, {kind}" for kind in llama_cpp.KINDS), "no products", "llama.cpp, Q4_0"]
+    assert rows[-1].split()[-3:] == ["7.0", "decode", "5.0"]
+    decoded = {name: float(row.split()[-1]) for name, row in zip(names, rows, strict=True)}
+    assert all(rate > 0 for rate in decoded.values())
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr("sys.argv", ["llama_cpp", "another"])
+        llama_cpp.main()
