@@ -35,8 +35,8 @@ from .ops.reference import INT4_GROUPS, INTEGERS, SCALED, dequantized, kept_valu
 # How values are stored: unchanged, or as integers with scales
 KEEP, INT8, INT4 = VALUE_KINDS = ("keep", "int8", "int4")
 INTEGER_KINDS = {torch.int8: INT8, torch.uint8: INT4}
-# Divisors of a block's largest value for the scales of int4 to choose from: others round more, or clip more
-INT4_DIVISORS = [-8 / (1 - step / 50) for step in range(17)]
+# Divisors of a block's largest value for the scales of int4: they put it at either end, or beyond, where it is clipped
+INT4_DIVISORS = [end * 20 / (12 + step) for step in range(10) for end in (-8, 7)]
 # Asks Linux to move memory into huge pages at once; Linux before 6.1 refuses
 MADV_COLLAPSE = 25
 HUGE_PAGE = 2 << 20
@@ -215,7 +215,7 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP, group:
         values: "keep" stores them unchanged. "int8" rounds them to integers from -127 to 127 times a scale for each
             block of 128 values of a row. The scale is the smallest number of the weight's dtype with which the block's
             largest value fits. "int4" rounds them to integers from -8 to 7 times a scale for each ``group`` values. Of
-            17 scales, which make the largest value -8 to -11.8, that with the least squared error is chosen.
+            20 scales, which put the largest value near -8 or 7 or beyond, that of the least squared error is chosen.
         group: 32, 64 or 128 int4 values.
 
     Raises:

@@ -274,9 +274,9 @@ def first_difference(model: nn.Module, other: nn.Module, rounded: bool = False) 
     with torch.no_grad(), in_linear_form(model), in_linear_form(other):
         own, others = _tensors(model), _tensors(other)
         named = (*model.named_modules(), *other.named_modules()) if rounded else ()
-        # integers are near where the largest scale of their row sets them apart; int4 clips by up to 5 of its scales
+        # integers are near where the largest scale of their row sets them apart; int4 clips by up to 6 of its scales
         near = {
-            f"{name}.weight": x.scales.abs() * (5 if x.kind == INT4 else 1)
+            f"{name}.weight": x.scales.abs() * (6 if x.kind == INT4 else 1)
             for name, x in named
             if isinstance(x, NMLinear) and x.kind != KEEP
         }
