@@ -96,7 +96,7 @@ class Learn:
         False, "compute activations again in backward: less memory, more time, the same bits"
     )
     seed: int = _option(0, "seed of the batches and of all draws", "S")
-    dtype: Dtype | None = _option(None, f"dtype to compute in (default: {DTYPE}, or float32 on a CPU without it)")
+    dtype: Dtype | None = _option(None, f"dtype of weights and files (default: {DTYPE}; float32 on CPUs without it)")
     device: str | None = _option(
         None, f"{DEVICE}; auto distributes the model over several, by transformers and accelerate"
     )

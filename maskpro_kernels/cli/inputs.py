@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoints.logits import REPORT
 from ..files import check_takes_files, digest
 from ..modules import masked_layers
-from ..ops.dispatch import cpu_multiplies
+from ..ops.cpu import cpu_multiplies
 from ..packed import KEEP, NMLinear, bits_a_weight
 from ..ranks import rank_of_torchrun
 from ..text.batches import check_vocabulary, windows
@@ -118,8 +118,8 @@ def device_of(name: str | None) -> torch.device:
 
 def default_dtype(device: str | None) -> str:
     """bfloat16, or float32 on a CPU on which that is faster."""
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    return DTYPE if on_gpu or cpu_multiplies(DTYPES[DTYPE]) else "float32"
+    on_cpu = not torch.cuda.is_available() if device in (None, "auto") else device.startswith("cpu")
+    return "float32" if on_cpu and not cpu_multiplies(DTYPES[DTYPE]) else DTYPE
 
 
 def load(name: str, dtype: str | None, device: torch.device | str):

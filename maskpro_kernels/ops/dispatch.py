@@ -64,13 +64,6 @@ def machine_code(file: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.cpu.{file}")
 
 
-def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Return whether torch has fast products of a dtype on this CPU; of 16 bits others take some ten times as long."""
-    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    onednn = torch.backends.mkldnn.is_available()
-    return short is None or (onednn and getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported")())
-
-
 def uses_kernels(tensor: Tensor) -> bool:
     """Return whether operations on a tensor use the Triton kernels."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())

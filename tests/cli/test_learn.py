@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
@@ -228,13 +227,21 @@ def test_weights_that_change_are_named_and_kept_with_the_logits(inputs, tmp_path
     assert not (tmp_path / "run" / "progress" / "teacher").exists()
 
 
-@pytest.mark.parametrize(("supported", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_a_run_keeps_the_dtype_that_its_first_cpu_multiplies(inputs, tmp_path, monkeypatch, supported, dtype):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    arguments = learn(inputs, tmp_path / "run", "--steps", "1")
-    del arguments[arguments.index("--dtype") : arguments.index("--dtype") + 2]
-    assert main.main(arguments) == 0
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["options"]["dtype"] == dtype
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_run_keeps_the_dtype_that_its_first_cpu_multiplies(inputs, tmp_path, monkeypatch, fast, dtype):
+    def without_dtype(*given):
+        arguments = learn(*given)
+        place = arguments.index("--dtype")
+        return arguments[:place] + arguments[place + 2 :]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helpers.command.learn", without_dtype)
+    monkeypatch.setattr("maskpro_kernels.cli.inputs.cpu_multiplies", lambda _: fast)
+    assert interrupted(inputs, tmp_path / "run", monkeypatch, 1, ["--steps", "2"], interrupt) == 130
+    monkeypatch.setattr("maskpro_kernels.cli.inputs.cpu_multiplies", lambda _: not fast)
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").dtype == getattr(torch, dtype)
 
 

@@ -14,6 +14,7 @@ from maskpro_kernels.ops.cpu.packed.instructions import Avx2, Avx512, Neon
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
 INT8, INT4 = Packed(2, 4, torch.int8, torch.bfloat16), Packed(2, 4, torch.uint8, torch.bfloat16, 64)
+FOUR_OF_8, GATHERED = INT4._replace(n=4, m=8), "vpshufb 16 vpmaddubsw 9 vpmaddwd 3"
 ALL = dict.fromkeys("avx512vbmi2 avx512bf16 avx512vnni amx-tile amx-bf16".split(), True)
 
 BASIC = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx2,+fma,+f16c"
@@ -66,11 +67,8 @@ ON_NEON = ARM, "+neon"
         (lambda: rows.octet_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 4 vpdpbusd 12 vpshufb 0"),
         (lambda: rows.octet_product(INT4, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 2 vpdpbusd 6 vpmovzx 2"),
         (lambda: rows.octet_product(INT8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 16 vpmaddwd 16"),
-        (
-            lambda: gathered.gathered_product(INT4, AVX2_ALONE, 1, False),
-            (X86, AVX2),
-            "vpshufb 16 vpmaddubsw 9 vpmaddwd 3",
-        ),
+        (lambda: rows.octet_product(FOUR_OF_8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8"),
+        (lambda: gathered.gathered_product(INT4, AVX2_ALONE, 1, False), (X86, AVX2), GATHERED),
         (lambda: tiles.product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
     ],
 )
@@ -96,9 +94,12 @@ def test_the_code_asks_for_nothing_that_a_process_may_lack(kind):
 
 @pytest.mark.slow
 def test_the_code_of_integers_and_tiles_asks_for_nothing_either():
-    for kind in (INT8, INT4):
-        for assembly in (rows.octet_product(kind, AVX2_ALONE, 2, True), rows.as_integers(kind, AVX2_ALONE)):
-            assert not calls_of(assembly, AVX2)
+    for kind in (INT8, INT4, FOUR_OF_8):
+        assert not calls_of(rows.as_integers(kind, AVX2_ALONE), AVX2)
+    for kind in (INT8, FOUR_OF_8):
+        assert not calls_of(rows.octet_product(kind, AVX2_ALONE, 2, True), AVX2)
+    for kind in (INT4, INT4._replace(x=torch.float16)):
+        assert not calls_of(gathered.gathered_product(kind, AVX2_ALONE, 2, True), AVX2)
     for assembly in (
         rows.octet_product(INT8, ALL_AVX512, 2, True),
         rows.octet_product(INT4, ALL_AVX512, 2, True),

@@ -304,7 +304,7 @@ def test_nothing_beyond_the_last_value_is_read(pattern, values, kind, cpu):
     guarded = Guarded()
     for dtype in (torch.bfloat16, torch.float32):
         # whole runs, a part of one, and blocks of scales
-        for groups in (64 // m, 64 // m + 1, 544 // m):
+        for groups in (128 // m, 64 // m + 1, 544 // m):
             packed, _, _ = packed_case(pattern, dtype, values, 3, groups)
             for bitmask in (packed.bitmask, torch.full_like(packed.bitmask, 255)):
                 parts = [None if x is None else guarded.at_the_end(x) for x in (packed.values, bitmask, packed.scales)]
@@ -344,11 +344,10 @@ def test_what_does_not_compile_is_unpacked(cpu, monkeypatch):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         y = products.nm_linear(x, (packed.values, packed.bitmask, None), None, 2, 4)
-    # then a loop of the reference, unless an earlier test has loaded it
-    assert [str(each.message).rpartition("; ")[2] for each in warned[:2]] == [
-        "packed weights are unpacked for each product",
-        "maskpro_kernels unpacks more slowly",
-    ]
+    expected = ["packed weights are unpacked for each product", "maskpro_kernels unpacks more slowly"]
+    # the loop of the reference, unless an earlier test has loaded it
+    rest = ["maskpro_kernels runs eagerly on CPU"][: len(warned) - 2]
+    assert [str(each.message).rpartition("; ")[2] for each in warned] == expected + rest
     assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
 
 

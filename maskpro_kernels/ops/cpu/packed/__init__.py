@@ -1,7 +1,7 @@
 """Packed weights on a CPU: compiled code that places their values in columns, and multiplies with them.
 
-Other modules call ``products``. By the CPU's ``instructions`` it uses ``rows`` for a few tokens, ``tiles`` for many
-tokens with AMX, and otherwise blocks of rows that code of ``weight`` unpacks.
+Other modules call ``products``. By the CPU's ``instructions`` it uses ``rows`` or ``gathered`` for a few tokens,
+``tiles`` for many tokens with AMX, and otherwise blocks of rows that code of ``weight`` unpacks.
 """
 
 from __future__ import annotations

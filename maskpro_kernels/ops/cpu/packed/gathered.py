@@ -32,7 +32,7 @@ from .rows import AHEAD_BYTES, MIDDLE, STEP, RowProduct
 
 OCTETS, WORDS = vector(BYTE, 32), vector(HALF, 16)
 
-# Places of the first and of the second set bit among four; codes of other numbers of bits have zeros for weights
+# Places of the first and of the second set bit among four; code 0, after the last column, has zeros for weights
 PLACES = [[place for place in range(4) if code >> place & 1] + [0, 0] for code in range(16)]
 FIRST, SECOND = ([places[i] for places in PLACES] for i in range(2))
 
@@ -70,16 +70,16 @@ class _GatheredProduct(RowProduct):
             self._multiply(step, rows, own, [at(b, mask, b.mul(step, LONG(STEP // 8)), BYTE) for mask in masks], totals)
 
         def copied(step: ir.Value) -> None:
-            for given, own, length in ((sources, 0, 4), (masks, 1, 8)):
-                start = b.mul(step, LONG(STEP // length))
+            for part, given, columns, end in ((0, sources, 4, row_bytes), (1, masks, 8, mask_bytes)):
+                start = b.mul(step, LONG(STEP // columns))
                 for pointer, aside in zip(given, asides, strict=True):
-                    b.store(zeros(ir.ArrayType(BYTE, STEP // length)), aside[own])
-                    end = row_bytes if length == 4 else mask_bytes
-                    copy(b, at(b, pointer, start, BYTE), aside[own], b.sub(end, start), BYTE)
+                    b.store(zeros(ir.ArrayType(BYTE, STEP // columns)), aside[part])
+                    copy(b, at(b, pointer, start, BYTE), aside[part], b.sub(end, start), BYTE)
             self._multiply(step, rows, *zip(*asides, strict=True), totals)
 
         whole = b.sdiv(self.k, LONG(STEP))
         each(b, LONG(0), whole, direct)
+        # none or one
         each(b, whole, divided_up(b, self.k, STEP), copied)
         for token, total in enumerate(totals):
             for i, row in enumerate(rows):
@@ -91,11 +91,12 @@ class _GatheredProduct(RowProduct):
         b, orders, weights = self.b, self._orders(masks), self._weights(sources)
         *_, high, low, x_scales = self.pointers
         padded = b.mul(divided_up(b, self.k, STEP), LONG(STEP))
-        # of the sixteen bits of the integers' middle
+        # MIDDLE was added to each integer
         plain = self._wide(self._dot(_bytes([1]), b.add(b.add(*weights[:2]), b.add(*weights[2:]))), -MIDDLE)
-        half = self.kind.group // 32
+        # half a step has 32 values of a row
+        halves = self.kind.group // 32
         last = b.sub(self.scales_count, LONG(1))
-        blocks = [smaller(b, b.sdiv(b.add(b.mul(step, LONG(2)), LONG(i)), LONG(half)), last) for i in range(2)]
+        blocks = [smaller(b, b.sdiv(b.add(b.mul(step, LONG(2)), LONG(i)), LONG(halves)), last) for i in range(2)]
         scales = self._lanes([self._row_scale(row, block) for block in blocks for row in rows], 2)
         for token, total in enumerate(totals):
             sums = []
@@ -106,6 +107,7 @@ class _GatheredProduct(RowProduct):
                     x = b.load(at(b, place, LONG(32 * i), BYTE), typ=OCTETS, align=1)
                     products.append(self._dot(self._shuffled(x, order), weight))
                 sums.append(b.add(b.add(*products[:2]), b.add(*products[2:])))
+            # a high byte counts 256
             integers = b.add(b.add(self._wide(sums[0], 256), self._wide(sums[1], 1)), plain)
             at_token = b.mul(self.scales_count, LONG(token))
             own = [b.load(at(b, x_scales, b.add(at_token, block), FLOAT), typ=FLOAT, align=4) for block in blocks]

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import reference
-from ...dispatch import cpu_multiplies
 from ...pattern import bitmask_of, codes_of
-from .. import cache
+from .. import cache, cpu_multiplies
 from ..loops import run, warn_of_failure
 from . import RUN, Packed
 
@@ -146,8 +145,9 @@ def unpack_nm(values, bitmask, *, n, m):
 def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     """Way in which a CPU with these instructions computes a product.
 
-    "registers" and "octets": row by row, see ``rows``, in floats or in integers. "tiles": by AMX. "blocks" and
-    "unpack": by torch, with unpacked blocks of rows, or without such instructions with the whole unpacked weight.
+    "registers" and "octets": a few rows at a time, in floats or in integers, see ``rows`` and ``gathered``. "tiles": by
+    AMX. "blocks" and "unpack": by torch, with unpacked blocks of rows, or without such instructions with the whole
+    unpacked weight.
     """
     if use is None:
         return "unpack"
@@ -191,10 +191,11 @@ def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
     if unpacked is None or not rows:
         return grad @ unpack_nm(values, bitmask, n=n, m=m)
     out, runs = torch.empty((grad.shape[0], k), dtype=grad.dtype, device="cpu"), -(-k // RUN)
-    at_once = max(1, CACHED_BYTES // (rows * RUN * values.itemsize))
+    dtype = grad.dtype if cpu_multiplies(grad.dtype) else torch.float32
+    at_once, grad = max(1, CACHED_BYTES // (rows * RUN * dtype.itemsize)), grad.to(dtype)
     for first in range(0, runs, at_once):
         columns = slice(RUN * first, min(k, RUN * (first + at_once)))
-        out[:, columns] = grad @ unpacked((values, bitmask, None), first, min(at_once, runs - first))
+        out[:, columns] = grad @ unpacked((values, bitmask, None), first, min(at_once, runs - first)).to(dtype)
     return out
 
 
@@ -227,8 +228,8 @@ def _by_unpacking(kind: Packed, x: Tensor, parts: Parts, bias: Tensor | None) ->
 def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None:
     """Raise unless a small product is as close to float64 as torch's: compilers may have bugs."""
     generator = torch.Generator("cpu").manual_seed(0)
-    # more rows than are placed at once, and an incomplete last run
-    rows, groups = 35, 3 * RUN // kind.m + kind.in_byte
+    # more rows than are placed at once; whole steps and scales of each code, and an incomplete last run
+    rows, groups = 35, 9 * RUN // kind.m + kind.in_byte
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(kind.x)
@@ -357,7 +358,7 @@ def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         rows, k, given = parts[0].shape[0], x.shape[-1], x.to(dtype)
         out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
-        at_once = max(RUN, CACHED_BYTES // (k * x.itemsize))
+        at_once = max(RUN, CACHED_BYTES // (k * dtype.itemsize))
         for first in range(0, rows, at_once):
             which = slice(first, min(rows, first + at_once))
             weight = unpacked(tuple(part if part is None else part[which] for part in parts), 0, -(-k // RUN))

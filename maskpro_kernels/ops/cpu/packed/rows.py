@@ -1,9 +1,9 @@
 """Products with a few tokens, row by row: each run of weights is placed in registers once, and multiplied with all.
 
-int8 and int4 values are multiplied as integers: 64 are placed at once, or on x86 without VBMI2 16. The activations are
-then quantized to 16-bit integers, with one scale for each block of columns whose weights share a scale. Their error is
-2^-16 of the largest number of the block. For outliers, which would make it too large, the product uses floats. With
-VBMI2 the two bytes of an integer are multiplied separately.
+int8 and int4 values are multiplied as integers: 64 are placed at once, or on x86 without VBMI2 16, where ``gathered``
+multiplies 2:4 int4. The activations are then quantized to 16-bit integers, with one scale for each block of columns
+whose weights share a scale. Their error is 2^-16 of the largest number of the block. For outliers, which would make it
+too large, the product uses floats. With VBMI2 the two bytes of an integer are multiplied separately.
 """
 
 from __future__ import annotations

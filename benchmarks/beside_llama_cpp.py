@@ -1,13 +1,13 @@
 """Decoding and prefill of packed models beside llama.cpp's, on a CPU, and what transformers takes without a product.
 
     pip install xllamacpp
-    python benchmarks/llama_cpp.py smollm2-135m
-    python benchmarks/llama_cpp.py random-1b
+    python benchmarks/beside_llama_cpp.py smollm2-135m
+    python benchmarks/beside_llama_cpp.py random-1b
 
-SmolLM2 is read from the Q4_1 file that it comes in. The other model has TinyLlama's shapes, and Q4_0 in llama.cpp.
-Packed weights are random: they take the same time. Each round runs all, each time in another order. The row "no
-products" has the same model with linear layers that return zeros at once: no faster products can make transformers'
-loop faster.
+SmolLM2 is read from the Q4_1 file that it comes in. The other model has TinyLlama's shapes, in llama.cpp Q4_0. Packed
+weights are random, since they take the same time. Of packed models the output layer is dense bfloat16, of llama.cpp's
+as the rest. Each round runs all, each time in another order. The row "no products" has the same model with linear
+layers that return zeros at once: no faster products can make transformers' loop faster.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import maskpro_kernels as mk
 from maskpro_kernels.hf import load_model
-from maskpro_kernels.packed import hold_in_huge_pages
+from maskpro_kernels.packed import VALUE_KINDS, hold_in_huge_pages
 from maskpro_kernels.unfuse import replace_modules
 
-KINDS = ("keep", "int8", "int4")
 SHAPES = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
           "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048}  # fmt: skip
 # Rates of one round: tokens a second of prefill and of decoding
@@ -70,6 +69,7 @@ class Times(BaseStreamer):
 
 @torch.no_grad()
 def rates(model: LlamaForCausalLM, prompt: Tensor, new_tokens: int) -> Rates:
+    """Rates of transformers; the first new token counts as prefill."""
     began, times = time.perf_counter(), Times()
     model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, streamer=times)
     _, first, *_, end = times.times
@@ -116,7 +116,7 @@ def models_of(name: str) -> dict[str, LlamaForCausalLM]:
     # copies share the embedding, and the layers that are replaced
     shared = linears | {id(x): x for x in (dense.lm_head.weight, dense.model.embed_tokens.weight)}
     models = {"dense": dense}
-    for kind in KINDS:
+    for kind in VALUE_KINDS:
         models[f"packed 2:4, {kind}"] = packed = copy.deepcopy(dense, dict(shared))
         replace_modules(packed, {key: random_layer(linear, kind) for key, linear in linears.items()})
         hold_in_huge_pages(packed)

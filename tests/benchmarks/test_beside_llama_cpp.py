@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import llama_cpp
 import pytest
-from gguf import GGUFReader
+
+llama_cpp = pytest.importorskip("beside_llama_cpp")
+gguf = pytest.importorskip("gguf")
 
 SHAPES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,
           "num_key_value_heads": 1, "vocab_size": 512, "max_position_embeddings": 64}  # fmt: skip
@@ -24,7 +25,7 @@ class Peer:
 
     def submit(self, job, path, prompt, new_tokens, threads):
         assert job is llama_cpp.served and (len(prompt), new_tokens) == (4, 3)
-        tensors = {tensor.name: (*map(int, tensor.shape),) for tensor in GGUFReader(path).tensors}
+        tensors = {tensor.name: (*map(int, tensor.shape),) for tensor in gguf.GGUFReader(path).tensors}
         assert len(tensors) == 3 + 2 * 9 and tensors["blk.1.attn_k.weight"] == (128, 64)
         return self
 
@@ -36,14 +37,19 @@ class Peer:
 def test_it_prints_a_row_a_model(monkeypatch, capsys):
     monkeypatch.setattr(llama_cpp, "SHAPES", SHAPES)
     monkeypatch.setattr(llama_cpp, "ProcessPoolExecutor", Peer)
-    monkeypatch.setattr("sys.argv", "llama_cpp random-1b --prompt-tokens 4 --new-tokens 3 --rounds 1".split())
+    monkeypatch.setattr("sys.argv", "beside_llama_cpp random-1b --prompt-tokens 4 --new-tokens 3 --rounds 1".split())
     llama_cpp.main()
     _, *rows = capsys.readouterr().out.splitlines()
     names = [row[:20].strip() for row in rows]
-    assert names == ["dense", *(f"packed 2:4, {kind}" for kind in llama_cpp.KINDS), "no products", "llama.cpp, Q4_0"]
+    assert names == [
+        "dense",
+        *(f"packed 2:4, {kind}" for kind in llama_cpp.VALUE_KINDS),
+        "no products",
+        "llama.cpp, Q4_0",
+    ]
     assert rows[-1].split()[-3:] == ["7.0", "decode", "5.0"]
     decoded = {name: float(row.split()[-1]) for name, row in zip(names, rows, strict=True)}
     assert all(rate > 0 for rate in decoded.values())
     with pytest.raises(SystemExit):
-        monkeypatch.setattr("sys.argv", ["llama_cpp", "another"])
+        monkeypatch.setattr("sys.argv", ["beside_llama_cpp", "another"])
         llama_cpp.main()
