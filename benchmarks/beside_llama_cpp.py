@@ -115,7 +115,7 @@ def models_of(name: str) -> dict[str, LlamaForCausalLM]:
     linears = {id(x): x for n, x in dense.named_modules() if type(x) is nn.Linear and n != "lm_head"}
     # copies share the embedding, and the layers that are replaced
     shared = linears | {id(x): x for x in (dense.lm_head.weight, dense.model.embed_tokens.weight)}
-    models = {"dense": dense}
+    models = {"dense": dense, "dense, float32": copy.deepcopy(dense).float()}
     for kind in VALUE_KINDS:
         models[f"packed 2:4, {kind}"] = packed = copy.deepcopy(dense, dict(shared))
         replace_modules(packed, {key: random_layer(linear, kind) for key, linear in linears.items()})

@@ -43,6 +43,7 @@ def test_it_prints_a_row_a_model(monkeypatch, capsys):
     names = [row[:20].strip() for row in rows]
     assert names == [
         "dense",
+        "dense, float32",
         *(f"packed 2:4, {kind}" for kind in llama_cpp.VALUE_KINDS),
         "no products",
         "llama.cpp, Q4_0",
