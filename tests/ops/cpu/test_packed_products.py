@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.allocated import allocated
 from helpers.bits import assert_same_bits
-from helpers.cases import cases
+from helpers.cases import cases, slow
 from llvmlite import ir
 from torch import nn
 
@@ -167,7 +167,7 @@ def test_threads_share_a_product():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", [slow("int8"), "int4"])
 def test_products_of_octets_are_right_on_any_cpu(values, cpu, monkeypatch):
     """With the two instructions of AVX-512 in plain operations."""
 
