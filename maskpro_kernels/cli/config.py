@@ -96,7 +96,7 @@ class Learn:
         False, "compute activations again in backward: less memory, more time, the same bits"
     )
     seed: int = _option(0, "seed of the batches and of all draws", "S")
-    dtype: Dtype | None = _option(None, f"dtype of weights and files (default: {DTYPE}; float32 where a CPU lacks it)")
+    dtype: Dtype | None = _option(None, f"dtype of weights and files (default: {DTYPE}, or float32 if that is faster)")
     device: str | None = _option(
         None, f"{DEVICE}; auto distributes the model over several, by transformers and accelerate"
     )

@@ -22,8 +22,8 @@ PATTERNS = [(1, 2), (2, 4), (4, 8), (8, 16)]
 KERNELS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers")
 
 
-def in_the_ordinary_suite(route, pattern, dtype, shard):
-    return pattern == (2, 4) and (dtype, shard) in ((torch.float32, True), (torch.bfloat16, False))
+# Of 2:4, in the ordinary suite
+DTYPES_AND_SHARDS = [(torch.float32, True), (torch.bfloat16, False)]
 
 
 @pytest.fixture(params=ROUTES)
@@ -34,7 +34,10 @@ def route(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("on", "pattern", "dtype", "shard"),
-    cases(itertools.product(ROUTES, PATTERNS, DTYPES, (False, True)), slow=lambda *c: not in_the_ordinary_suite(*c)),
+    cases(
+        itertools.product(ROUTES, PATTERNS, DTYPES, (False, True)),
+        slow=lambda on, pattern, *of: pattern != (2, 4) or of not in DTYPES_AND_SHARDS,
+    ),
     ids=str,
 )
 def test_bits_are_those_of_each_layer(on, pattern, dtype, shard, monkeypatch, launched):

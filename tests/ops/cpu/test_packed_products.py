@@ -398,10 +398,8 @@ def test_a_large_column_that_is_dropped_does_not_blur_the_others(values, size, t
 @pytest.mark.parametrize("number", [-8, 7])
 def test_sums_of_the_largest_integers_are_exact(number):
     """Of bytes in 16 bits: four pairs of 8 * 255 at most."""
-    values, bitmask = (
-        torch.full((3, 64), (number & 15) * 17, dtype=torch.uint8),
-        torch.full((3, 32), 0x33, dtype=torch.uint8),
-    )
+    values = torch.full((3, 64), (number & 15) * 17, dtype=torch.uint8)
+    bitmask = torch.full((3, 32), 0x33, dtype=torch.uint8)
     for sign in (torch.ones(256), -torch.ones(256), torch.tensor([1.0, -1.0] * 128)):
         x = sign[None].bfloat16()
         y = products.nm_linear(x, (values, bitmask, torch.ones(3, 2).bfloat16()), None, 2, 4)
