@@ -7,7 +7,8 @@
 SmolLM2 is read from the Q4_1 file that it comes in. The other model has TinyLlama's shapes, in llama.cpp Q4_0. Packed
 weights are random, since they take the same time. Of packed models the output layer is dense bfloat16, of llama.cpp's
 as the rest. Each round runs all, each time in another order. The row "no products" has the same model with linear
-layers that return zeros at once: no faster products can make transformers' loop faster.
+layers that return zeros at once: no faster products can make transformers' loop faster. The last row adds the time in
+which memory gives the weights of the int4 model's linear layers: no product that reads each of them once is faster.
 """
 
 from __future__ import annotations
@@ -74,6 +75,16 @@ def rates(model: LlamaForCausalLM, prompt: Tensor, new_tokens: int) -> Rates:
     model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, streamer=times)
     _, first, *_, end = times.times
     return prompt.shape[1] / (first - began), (new_tokens - 1) / (end - first)
+
+
+def memory_rate(rounds: int = 9) -> float:
+    """Bytes a second that a sum over 512 MiB reads, the fastest of all rounds."""
+    numbers, seconds = torch.ones(1 << 26, dtype=torch.int64), []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - began)
+    return numbers.nbytes / min(seconds)
 
 
 def served(path: str, prompt: list[int], new_tokens: int, threads: int) -> Rates:
@@ -198,11 +209,18 @@ def main() -> None:
         for done in range(1 + options.rounds):
             for name in names[done % len(names) :] + names[: done % len(names)]:
                 measured[name].append(of_peer() if name == peer else runs[name]())
+    packed = models["packed 2:4, int4"]
+    linears = [layer for layer in packed.modules() if isinstance(layer, (mk.NMLinear, nn.Linear))]
+    size, rate = sum(part.nbytes for layer in linears for part in layer.state_dict().values()), memory_rate()
     print(f"{options.model}, threads: {threads}; tokens a second, medians of {options.rounds} rounds")
     for name, rounds in measured.items():
         # the first round warms up
         prefill, decode = (statistics.median(pair) for pair in zip(*rounds[1:], strict=True))
         print(f"{name:20}  prefill {prefill:8.1f}  decode {decode:7.1f}")
+        if name == "no products":
+            most = 1 / (1 / decode + size / rate)
+    read = f"{size / 1e6:.1f} MB of int4 weights at {rate / 1e9:.1f} GB a second"
+    print(f"{'at most':20}  {'':16}  decode {most:7.1f}, with {read}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import save_masks
@@ -14,17 +15,20 @@ from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
 from ..packed import INT4, KEEP
-from ..prune.convert import convert
+from ..prune.convert import convert, replace_layers
 from ..prune.finalize import finalize
 from ..prune.refit import put_weights
-from ..text.batches import batches
-from ..text.sources import load_text
-from .config import DTYPES, Export
+from ..text.batches import MixedBatches, parse_sources
+from ..text.sources import BUILT_IN, SELF, load_text
+from .config import DTYPE, DTYPES, Export
 from .inputs import (
+    PROGRESS,
     REPORT,
+    SAMPLES,
     Progress,
     base_name,
     check_new_file,
+    default_dtype,
     digest_of_weights,
     load,
     naming,
@@ -34,24 +38,31 @@ from .inputs import (
     windows_of,
 )
 
-# Tokens of a window, windows of a batch, and batches by which int4 values are rounded
-ROUNDED_BY, BATCH_SIZE, BATCHES = 128, 16, 8
+# Windows by which int4 values are rounded, most tokens of each, and windows of a batch
+WINDOWS, LENGTH, BATCH_SIZE = 128, 128, 16
 
 
 def export(options: Export, source: str, output: str) -> None:
     """Write the result of a run from its base model, its logits, and its weights if they have changed."""
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
-    if options.data != Export.data and options.values != INT4:
+    if options.data is not None and options.values != INT4:
         raise ValueError(f"data: expected none without --values int4, got {options.data!r}")
-    if options.values == INT4:
-        with naming("data"):
-            text = load_text(options.data)["calibration"]
     check_new_file(output) if options.to == "mask" else check_output(output)
     if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
         raise ValueError(f"run: expected {LOGITS_FILE} in {source!r}, got none; restore it from a copy")
-    table = read_report(Path(source))["table"] if (Path(source) / REPORT).is_file() else ()
+    run = read_report(Path(source)) if (Path(source) / REPORT).is_file() else {"table": (), "settings": {}}
+    texts = {}
+    if options.values == INT4:
+        sources = parse_sources(options.data or run["settings"].get("data", BUILT_IN[0]))
+        documents = run["settings"].get("documents") if options.data is None else None
+        for place, _ in sources:
+            with naming("data", "name texts by --data"):
+                if place == SELF:
+                    texts[SELF] = load_file(Path(source) / PROGRESS / SAMPLES)["tokens"]
+                else:
+                    texts[place] = load_text(place, documents=documents)["calibration"]
     with naming("run"):
         learned = logits_of_run(Path(source))
         metadata = learned.metadata
@@ -74,10 +85,13 @@ def export(options: Export, source: str, output: str) -> None:
     put_weights(masked_layers(model), learned.weights)
     if metadata["weights"] != digest_of_weights(model):
         raise ValueError("run: expected the weights that its masks were learned on, got others")
-    if options.dtype not in (None, metadata["dtype"]):
+    dtype = options.dtype or metadata["dtype"]
+    # rounding runs the model: in float32, where that is faster
+    computed = default_dtype("cpu") if options.values == INT4 and dtype == DTYPE else dtype
+    if computed != metadata["dtype"]:
         # load again: the files may have more digits than the dtype of the run
         del model
-        model, tokenizer = _with_masks(name, options.dtype, codes, pattern)
+        model, tokenizer = _with_masks(name, computed, codes, pattern)
         put_weights(masked_layers(model), learned.weights)
     if options.to == "mask":
         weights = {key: layer.weight.detach() for key, layer in masked_layers(model).items()}
@@ -88,10 +102,19 @@ def export(options: Export, source: str, output: str) -> None:
         return
     calibration = None
     if options.values == INT4:
-        text = windows_of(text, model, tokenizer, ROUNDED_BY, "data")
-        calibration = batches(text, min(BATCH_SIZE, len(text)), seed=0)[:BATCHES]
+        windows = {}
+        if SELF in texts:
+            # the first samples may be those that the run is evaluated on
+            windows[SELF] = texts.pop(SELF)[-WINDOWS:, :LENGTH]
+        length = windows[SELF].shape[1] if windows else LENGTH
+        windows |= {place: windows_of(text, model, tokenizer, length, "data") for place, text in texts.items()}
+        calibration = torch.cat(list(MixedBatches(windows, sources, 1, WINDOWS, seed=0))).split(BATCH_SIZE)
     finalize(model, options.to, options.values, calibration=calibration, progress=Progress("rounding", "layer"))
-    save(model, tokenizer, output, name, str(pattern), table)
+    if computed != dtype:
+        rounded, (model, tokenizer) = model, _with_masks(name, dtype, codes, pattern)
+        layers = {id(layer): rounded.get_submodule(key) for key, layer in masked_layers(model).items()}
+        replace_layers(model, {key: layer.to(DTYPES[dtype]) for key, layer in layers.items()})
+    save(model, tokenizer, output, name, str(pattern), run["table"])
     print(f"{options.to} {pattern} checkpoint of {name} written to {output}")
     if options.to == "packed":
         print(packed_size(model))

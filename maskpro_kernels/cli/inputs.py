@@ -27,6 +27,8 @@ from .config import DTYPE, DTYPES
 LINES = 50
 # Files of a run's folder
 SETTINGS, PROGRESS = "settings.json", "progress"
+# In the folder of progress
+SAMPLES = "samples.safetensors"
 # Format of these files; earlier versions have none
 FORMAT = "maskpro-run 2"
 # Columns of a run's table: titles, and digits of the figures

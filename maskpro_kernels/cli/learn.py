@@ -72,6 +72,7 @@ from .inputs import (
     LINES,
     PROGRESS,
     REPORT,
+    SAMPLES,
     SETTINGS,
     Progress,
     check_least,
@@ -91,7 +92,7 @@ from .inputs import (
     windows_of,
 )
 
-START, VALIDATION, SAMPLES, TEACHER = "start.json", "validation.json", "samples.safetensors", "teacher"
+START, VALIDATION, TEACHER = "start.json", "validation.json", "teacher"
 # Refitted weights with which a run begins
 START_WEIGHTS = "start-weights.safetensors"
 # Options that may change when a run resumes

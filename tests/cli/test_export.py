@@ -51,25 +51,59 @@ def test_dense_checkpoints_are_those_of_the_run(learned, tmp_path, capsys):
     assert f"{report(learned)['table'][-1]['perplexity']:.2f}" in card and "2:4" in card
 
 
-def test_int4_values_are_rounded_by_a_text(run, inputs, tmp_path, capsys, monkeypatch):
-    rounded, finalize = [], export.finalize
+@pytest.fixture
+def rounded(monkeypatch):
+    """Windows, of each export, by which the command rounds values."""
+    seen, finalize = [], export.finalize
 
     def noting(model, *how, calibration, **others):
-        rounded.append(calibration)
+        seen.append(torch.cat(calibration))
         return finalize(model, *how, calibration=calibration, **others)
 
     monkeypatch.setattr(export, "finalize", noting)
-    monkeypatch.setattr(export, "BATCHES", 1)
-    arguments = ["export", str(run), "--to", "packed", "--values", "int4", "--data", str(inputs / "text.txt")]
+    monkeypatch.setattr(export, "WINDOWS", 16)
+    return seen
+
+
+INT4 = ["--to", "packed", "--values", "int4"]
+
+
+def test_int4_values_are_rounded_by_the_data_of_the_run(inputs, tmp_path, capsys, rounded):
+    from_both = str(tmp_path / "run")
+    assert main.main(learn(inputs, from_both, "--data", f"{inputs / 'text.txt'}:1,self:3", "--batch-size", "8")) == 0
+    assert main.main(["export", from_both, str(tmp_path / "int4"), *INT4]) == 0
+    assert {layer.kind for layer in packed_layers(tmp_path / "int4")} == {"int4"}
+    samples = load_file(tmp_path / "run" / "progress" / "samples.safetensors")["tokens"]
+    (batch,) = rounded
+    assert batch.shape == (16, 16)
+    assert sum(bool((row == samples).all(1).any()) for row in batch) == 12
+    (tmp_path / "run" / "progress" / "samples.safetensors").unlink()
+    arguments = ["export", from_both, str(tmp_path / "other"), *INT4]
+    refuses(capsys, tmp_path, arguments, "data: ", "samples.safetensors", "; name texts by --data")
+
+
+def test_int4_values_are_rounded_by_a_text(run, inputs, tmp_path, capsys, rounded):
+    arguments = ["export", str(run), *INT4, "--data", str(inputs / "text.txt")]
     assert main.main([*arguments, str(tmp_path / "int4")]) == 0
     assert {layer.kind for layer in packed_layers(tmp_path / "int4")} == {"int4"}
-    assert rounded[0][0].shape[1] == 128
+    assert rounded[0].shape == (16, 128)
     refuses(
         capsys,
         tmp_path / "int4",
         [*arguments[:-1], str(tmp_path / "none.txt"), str(tmp_path / "other")],
         "data: expected",
     )
+
+
+def test_int4_values_in_bfloat16_are_rounded_in_float32_where_that_is_faster(refitted, tmp_path, rounded, monkeypatch):
+    monkeypatch.setattr(export, "default_dtype", lambda device: "float32")
+    stored = {}
+    for dtype in ("float32", "bfloat16"):
+        assert main.main(["export", str(refitted), str(tmp_path / dtype), *INT4, "--dtype", dtype]) == 0
+        stored[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+    assert stored["float32"].keys() == stored["bfloat16"].keys()
+    for name, tensor in stored["float32"].items():
+        assert_same_bits(stored["bfloat16"][name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
 
 
 def packed_layers(folder):
