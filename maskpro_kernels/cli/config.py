@@ -149,9 +149,6 @@ class Export:
         "dense", "exact zeros, packed weights, or the mask alone, which `maskpro import` applies to its base model"
     )
     values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8 or int4")
-    data: str | None = _option(
-        None, "with --values int4: texts by which to round, as for `maskpro learn` (default: those of the run)"
-    )
     model: str | None = _option(None, f"base model, if it has moved: {MODEL} (default: that of the run)")
     dtype: Dtype | None = _option(None, "dtype of the weights (default: that of the run)")
 

@@ -19,12 +19,13 @@ from ..prune.convert import convert, replace_layers
 from ..prune.finalize import finalize
 from ..prune.refit import put_weights
 from ..text.batches import MixedBatches, parse_sources
-from ..text.sources import BUILT_IN, SELF, load_text
+from ..text.sources import SELF, load_text
 from .config import DTYPE, DTYPES, Export
 from .inputs import (
     PROGRESS,
     REPORT,
     SAMPLES,
+    SETTINGS,
     Progress,
     base_name,
     check_new_file,
@@ -33,6 +34,7 @@ from .inputs import (
     load,
     naming,
     packed_size,
+    read_json,
     read_report,
     save,
     windows_of,
@@ -46,23 +48,17 @@ def export(options: Export, source: str, output: str) -> None:
     """Write the result of a run from its base model, its logits, and its weights if they have changed."""
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
-    if options.data is not None and options.values != INT4:
-        raise ValueError(f"data: expected none without --values int4, got {options.data!r}")
     check_new_file(output) if options.to == "mask" else check_output(output)
     if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
         raise ValueError(f"run: expected {LOGITS_FILE} in {source!r}, got none; restore it from a copy")
-    run = read_report(Path(source)) if (Path(source) / REPORT).is_file() else {"table": (), "settings": {}}
-    texts = {}
+    table = read_report(Path(source))["table"] if (Path(source) / REPORT).is_file() else ()
     if options.values == INT4:
-        sources = parse_sources(options.data or run["settings"].get("data", BUILT_IN[0]))
-        documents = run["settings"].get("documents") if options.data is None else None
-        for place, _ in sources:
-            with naming("data", "name texts by --data"):
-                if place == SELF:
-                    texts[SELF] = load_file(Path(source) / PROGRESS / SAMPLES)["tokens"]
-                else:
-                    texts[place] = load_text(place, documents=documents)["calibration"]
+        with naming("run", "int4 values are rounded by the data of the run, restore it"):
+            settings = read_json(Path(source) / SETTINGS)["options"]
+            sources, documents = parse_sources(settings["data"]), settings["documents"]
+            texts = {name: load_text(name, documents=documents)["calibration"] for name, _ in sources if name != SELF}
+            samples = load_file(Path(source) / PROGRESS / SAMPLES)["tokens"] if SELF in dict(sources) else None
     with naming("run"):
         learned = logits_of_run(Path(source))
         metadata = learned.metadata
@@ -102,19 +98,18 @@ def export(options: Export, source: str, output: str) -> None:
         return
     calibration = None
     if options.values == INT4:
-        windows = {}
-        if SELF in texts:
+        length = LENGTH if samples is None else min(LENGTH, samples.shape[1])
+        windows = {place: windows_of(text, model, tokenizer, length, "run") for place, text in texts.items()}
+        if samples is not None:
             # the first samples may be those that the run is evaluated on
-            windows[SELF] = texts.pop(SELF)[-WINDOWS:, :LENGTH]
-        length = windows[SELF].shape[1] if windows else LENGTH
-        windows |= {place: windows_of(text, model, tokenizer, length, "data") for place, text in texts.items()}
+            windows[SELF] = samples[-WINDOWS:, :length]
         calibration = torch.cat(list(MixedBatches(windows, sources, 1, WINDOWS, seed=0))).split(BATCH_SIZE)
     finalize(model, options.to, options.values, calibration=calibration, progress=Progress("rounding", "layer"))
     if computed != dtype:
         rounded, (model, tokenizer) = model, _with_masks(name, dtype, codes, pattern)
         layers = {id(layer): rounded.get_submodule(key) for key, layer in masked_layers(model).items()}
         replace_layers(model, {key: layer.to(DTYPES[dtype]) for key, layer in layers.items()})
-    save(model, tokenizer, output, name, str(pattern), run["table"])
+    save(model, tokenizer, output, name, str(pattern), table)
     print(f"{options.to} {pattern} checkpoint of {name} written to {output}")
     if options.to == "packed":
         print(packed_size(model))

@@ -105,11 +105,6 @@ CASES = {
         None,
         ["values: expected none without --to packed"],
     ),
-    "a text for values that are not rounded by it": (
-        "export run out --to packed --values int8 --data text.txt",
-        None,
-        ["data: expected none without --values int4, got 'text.txt'"],
-    ),
     "no run": ("export model out", None, ["run: expected a folder written by `maskpro learn`, got 'model'"]),
     "import of nothing": ("import model", None, ["output: expected --output"]),
     "masks without a model": ("import text.txt --output out", None, ["model: expected the model of the masks in"]),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import learn, nonzeros, refuses, report
-from helpers.tiny_llama import tiny_model
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +16,8 @@ from maskpro_kernels.checkpoints.logits import load_logits, write_logits
 from maskpro_kernels.checkpoints.mask_file import load_masks
 from maskpro_kernels.cli import export, main
 from maskpro_kernels.packed import NMLinear
+from maskpro_kernels.text.batches import windows
+from maskpro_kernels.text.sources import load_text
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -68,31 +70,20 @@ def rounded(monkeypatch):
 INT4 = ["--to", "packed", "--values", "int4"]
 
 
-def test_int4_values_are_rounded_by_the_data_of_the_run(inputs, tmp_path, capsys, rounded):
-    from_both = str(tmp_path / "run")
-    assert main.main(learn(inputs, from_both, "--data", f"{inputs / 'text.txt'}:1,self:3", "--batch-size", "8")) == 0
-    assert main.main(["export", from_both, str(tmp_path / "int4"), *INT4]) == 0
+def test_int4_values_are_rounded_by_the_data_of_the_run(run, inputs, tmp_path, capsys, rounded):
+    of_both = tmp_path / "run"
+    assert main.main(learn(inputs, of_both, "--data", f"{inputs / 'text.txt'}:1,self:3", "--batch-size", "8")) == 0
+    assert main.main(["export", str(of_both), str(tmp_path / "int4"), *INT4]) == 0
     assert {layer.kind for layer in packed_layers(tmp_path / "int4")} == {"int4"}
-    samples = load_file(tmp_path / "run" / "progress" / "samples.safetensors")["tokens"]
-    (batch,) = rounded
-    assert batch.shape == (16, 16)
-    assert sum(bool((row == samples).all(1).any()) for row in batch) == 12
-    (tmp_path / "run" / "progress" / "samples.safetensors").unlink()
-    arguments = ["export", from_both, str(tmp_path / "other"), *INT4]
-    refuses(capsys, tmp_path, arguments, "data: ", "samples.safetensors", "; name texts by --data")
-
-
-def test_int4_values_are_rounded_by_a_text(run, inputs, tmp_path, capsys, rounded):
-    arguments = ["export", str(run), *INT4, "--data", str(inputs / "text.txt")]
-    assert main.main([*arguments, str(tmp_path / "int4")]) == 0
-    assert {layer.kind for layer in packed_layers(tmp_path / "int4")} == {"int4"}
-    assert rounded[0].shape == (16, 128)
-    refuses(
-        capsys,
-        tmp_path / "int4",
-        [*arguments[:-1], str(tmp_path / "none.txt"), str(tmp_path / "other")],
-        "data: expected",
-    )
+    assert main.main(["export", str(run), str(tmp_path / "by text"), *INT4]) == 0
+    samples = load_file(of_both / "progress" / "samples.safetensors")["tokens"]
+    text = windows(load_text(str(inputs / "text.txt"))["calibration"], tiny_tokenizer(), 128)
+    assert [batch.shape for batch in rounded] == [(16, 16), (16, 128)]
+    assert sum(bool((row == samples).all(1).any()) for row in rounded[0]) == 12
+    assert all((row == text).all(1).any() for row in rounded[1])
+    (of_both / "progress" / "samples.safetensors").unlink()
+    cure = "int4 values are rounded by the data of the run, restore it"
+    refuses(capsys, tmp_path, ["export", str(of_both), str(tmp_path / "other"), *INT4], "samples.safetensors", cure)
 
 
 def test_int4_values_in_bfloat16_are_rounded_in_float32_where_that_is_faster(refitted, tmp_path, rounded, monkeypatch):
