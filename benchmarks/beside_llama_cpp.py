@@ -8,7 +8,8 @@ SmolLM2 is read from the Q4_1 file that it comes in. The other model has TinyLla
 weights are random, since they take the same time. Of packed models the output layer is dense bfloat16, of llama.cpp's
 as the rest. Each round runs all, each time in another order. The row "no products" has the same model with linear
 layers that return zeros at once: no faster products can make transformers' loop faster. The last row adds the time in
-which memory gives the weights of the int4 model's linear layers: no product that reads each of them once is faster.
+which a sum reads as many bytes of memory as the linear layers of the int4 model have, the output layer included. Only
+with weights in caches can products be faster.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import maskpro_kernels as mk
 from maskpro_kernels.hf import load_model
-from maskpro_kernels.packed import VALUE_KINDS, hold_in_huge_pages
+from maskpro_kernels.packed import VALUE_KINDS, hold_in_huge_pages, move_into_huge_pages
 from maskpro_kernels.unfuse import replace_modules
 
 SHAPES = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -77,10 +78,11 @@ def rates(model: LlamaForCausalLM, prompt: Tensor, new_tokens: int) -> Rates:
     return prompt.shape[1] / (first - began), (new_tokens - 1) / (end - first)
 
 
-def memory_rate(rounds: int = 9) -> float:
-    """Bytes a second that a sum over 512 MiB reads, the fastest of all rounds."""
-    numbers, seconds = torch.ones(1 << 26, dtype=torch.int64), []
-    for _ in range(rounds):
+def memory_rate(size: int = 1 << 29) -> float:
+    """Bytes a second at which a sum reads memory, the fastest of nine."""
+    numbers, seconds = torch.ones(size // 8, dtype=torch.int64), []
+    move_into_huge_pages([numbers])
+    for _ in range(9):
         began = time.perf_counter()
         numbers.sum()
         seconds.append(time.perf_counter() - began)
@@ -209,18 +211,15 @@ def main() -> None:
         for done in range(1 + options.rounds):
             for name in names[done % len(names) :] + names[: done % len(names)]:
                 measured[name].append(of_peer() if name == peer else runs[name]())
-    packed = models["packed 2:4, int4"]
-    linears = [layer for layer in packed.modules() if isinstance(layer, (mk.NMLinear, nn.Linear))]
-    size, rate = sum(part.nbytes for layer in linears for part in layer.state_dict().values()), memory_rate()
     print(f"{options.model}, threads: {threads}; tokens a second, medians of {options.rounds} rounds")
-    for name, rounds in measured.items():
-        # the first round warms up
-        prefill, decode = (statistics.median(pair) for pair in zip(*rounds[1:], strict=True))
+    # the first round warms up
+    medians = {name: tuple(map(statistics.median, zip(*rounds[1:], strict=True))) for name, rounds in measured.items()}
+    for name, (prefill, decode) in medians.items():
         print(f"{name:20}  prefill {prefill:8.1f}  decode {decode:7.1f}")
-        if name == "no products":
-            most = 1 / (1 / decode + size / rate)
-    read = f"{size / 1e6:.1f} MB of int4 weights at {rate / 1e9:.1f} GB a second"
-    print(f"{'at most':20}  {'':16}  decode {most:7.1f}, with {read}")
+    linears = (x for x in models["packed 2:4, int4"].modules() if isinstance(x, (mk.NMLinear, nn.Linear)))
+    size, rate = sum(part.nbytes for layer in linears for part in layer.state_dict().values()), memory_rate()
+    most = 1 / (1 / medians["no products"][1] + size / rate)
+    print(f"{'int4, at most':20}  {'':16}  decode {most:7.1f}, for {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB a second")
 
 
 if __name__ == "__main__":

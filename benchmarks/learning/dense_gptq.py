@@ -1,34 +1,34 @@
-"""A dense model in three bits, by GPTQ without a mask: the peer of packed 2:4 with int4 values, at as many bits.
+"""A dense model in three bits, by GPTQ without a mask: the peer of packed 2:4 with int4 values.
 
     maskpro learn --model smollm2-135m --output runs/mine --batch-size 8 --refit weights --train-weights 1e-4
     maskpro export runs/mine int4 --to packed --values int4 --dtype bfloat16
     python benchmarks/learning/dense_gptq.py runs/mine dense-3-bits
     maskpro eval runs/mine int4 dense-3-bits --data stdlib,pydoc
 
-Values are 0 to 7 scales above a lower end. Each 64 of a row have their own pair of these, in bfloat16, which makes 3.5
-bits a weight. It is that of 20 pairs with the least squared error. Layers are rounded in turn by the inputs of
-the rounded model, by the windows that the export takes: of the run's default data and its samples of the dense model.
+Values are 0 to 7 scales above a lower end. Each 64 of a row have their own scale and end in bfloat16, of 20 such pairs
+the one with the least squared error. This makes 3.5 bits a weight, where the export has 3.13. Layers are rounded in
+turn, by the inputs of the rounded model on the windows that the export takes. The export then fits scales and integers
+once more, and its weights have learned under the mask; the dense weights have done neither.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from maskpro_kernels.cli.export import BATCH_SIZE, LENGTH, WINDOWS
+from maskpro_kernels.cli.export import calibration_of
+from maskpro_kernels.cli.inputs import SETTINGS, read_json
 from maskpro_kernels.hf import load_model
 from maskpro_kernels.prune.calibration import calls_of, layer_by_layer
 from maskpro_kernels.prune.selection import layers_to_convert
 from maskpro_kernels.prune.sparsegpt import WeightsOfBlock, column_by_column, inverse_factor
-from maskpro_kernels.text.batches import MixedBatches, parse_sources, windows
-from maskpro_kernels.text.sources import SELF, load_text
 
 LARGEST, CLIPS = 7, [1 - 0.03 * at for at in range(20)]
+# Values with one scale; divides the columns that ``column_by_column`` updates together
+GROUP = 64
 
 
 def nearest(w: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -48,7 +48,8 @@ def range_of(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def round_model(model: torch.nn.Module, calibration, group: int) -> None:
+def round_model(model: torch.nn.Module, calibration) -> None:
+    """Round the layers that a mask would get."""
     layers, _ = layers_to_convert(model, "2:4")
     masks, rounded = WeightsOfBlock(layers, {}, {}), {}
 
@@ -59,33 +60,26 @@ def round_model(model: torch.nn.Module, calibration, group: int) -> None:
 
             def choose(i: int, w: Tensor) -> Tensor:
                 nonlocal pair
-                if i % group == 0:
-                    pair = range_of(w[:, i : i + group])
+                if i % GROUP == 0:
+                    pair = range_of(w[:, i : i + GROUP])
                 return nearest(w[:, i : i + 1], *pair)[:, 0]
 
             weight = layers[name].weight
             rounded[name] = masks.weights[name] = column_by_column(weight.float().clone(), upper, choose)
             yield
 
-    layer_by_layer(model, layers, calls_of(calibration), masks, visit, "are left as they are", print)
+    layer_by_layer(model, layers, calls_of(calibration), masks, visit, "stay as they are", None)
     for name, weight in rounded.items():
         layers[name].weight.copy_(weight)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run of `maskpro learn` with samples")
+    parser.add_argument("run", type=Path, help="folder of a run of `maskpro learn`")
     parser.add_argument("output", help="folder to write")
-    parser.add_argument("--group", type=int, default=64)
     options = parser.parse_args()
-    settings = json.loads((options.run / "report.json").read_bytes())["settings"]
-    model, tokenizer = load_model(settings["model"], torch.float32)
-    sources = parse_sources(settings["data"])
-    own = load_file(options.run / "progress" / "samples.safetensors")["tokens"][-WINDOWS:, :LENGTH]
-    texts = {name: load_text(name)["calibration"] for name, _ in sources if name != SELF}
-    every = {SELF: own} | {name: windows(text, tokenizer, own.shape[1]) for name, text in texts.items()}
-    mixed = torch.cat(list(MixedBatches(every, sources, 1, WINDOWS, seed=0)))
-    round_model(model, mixed.split(BATCH_SIZE), options.group)
+    model, tokenizer = load_model(read_json(options.run / SETTINGS)["options"]["model"], torch.float32)
+    round_model(model, calibration_of(options.run, model, tokenizer))
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
 

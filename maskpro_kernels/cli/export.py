@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import save_masks
 from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
+from ..ops.cpu import cpu_multiplies
 from ..ops.pattern import NMPattern
 from ..packed import INT4, KEEP
 from ..prune.convert import convert, replace_layers
@@ -20,22 +21,21 @@ from ..prune.finalize import finalize
 from ..prune.refit import put_weights
 from ..text.batches import MixedBatches, parse_sources
 from ..text.sources import SELF, load_text
-from .config import DTYPE, DTYPES, Export
+from .config import DTYPES, Export
 from .inputs import (
     PROGRESS,
     REPORT,
-    SAMPLES,
     SETTINGS,
     Progress,
     base_name,
     check_new_file,
-    default_dtype,
     digest_of_weights,
     load,
     naming,
     packed_size,
     read_json,
     read_report,
+    read_samples,
     save,
     windows_of,
 )
@@ -53,12 +53,6 @@ def export(options: Export, source: str, output: str) -> None:
         read_report(Path(source))
         raise ValueError(f"run: expected {LOGITS_FILE} in {source!r}, got none; restore it from a copy")
     table = read_report(Path(source))["table"] if (Path(source) / REPORT).is_file() else ()
-    if options.values == INT4:
-        with naming("run", "int4 values are rounded by the data of the run, restore it"):
-            settings = read_json(Path(source) / SETTINGS)["options"]
-            sources, documents = parse_sources(settings["data"]), settings["documents"]
-            texts = {name: load_text(name, documents=documents)["calibration"] for name, _ in sources if name != SELF}
-            samples = load_file(Path(source) / PROGRESS / SAMPLES)["tokens"] if SELF in dict(sources) else None
     with naming("run"):
         learned = logits_of_run(Path(source))
         metadata = learned.metadata
@@ -82,8 +76,8 @@ def export(options: Export, source: str, output: str) -> None:
     if metadata["weights"] != digest_of_weights(model):
         raise ValueError("run: expected the weights that its masks were learned on, got others")
     dtype = options.dtype or metadata["dtype"]
-    # rounding runs the model: in float32, where that is faster
-    computed = default_dtype("cpu") if options.values == INT4 and dtype == DTYPE else dtype
+    # rounding runs the model
+    computed = "float32" if options.values == INT4 and not cpu_multiplies(DTYPES[dtype]) else dtype
     if computed != metadata["dtype"]:
         # load again: the files may have more digits than the dtype of the run
         del model
@@ -96,19 +90,14 @@ def export(options: Export, source: str, output: str) -> None:
             save_masks(output, layers, pattern, model=base_name(name), provenance={"run": metadata.get("run")})
         print(f"{pattern} mask of {name} written to {output}, {Path(output).stat().st_size / 1e6:.2f} MB")
         return
-    calibration = None
-    if options.values == INT4:
-        length = LENGTH if samples is None else min(LENGTH, samples.shape[1])
-        windows = {place: windows_of(text, model, tokenizer, length, "run") for place, text in texts.items()}
-        if samples is not None:
-            # the first samples may be those that the run is evaluated on
-            windows[SELF] = samples[-WINDOWS:, :length]
-        calibration = torch.cat(list(MixedBatches(windows, sources, 1, WINDOWS, seed=0))).split(BATCH_SIZE)
+    calibration = calibration_of(Path(source), model, tokenizer) if options.values == INT4 else None
     finalize(model, options.to, options.values, calibration=calibration, progress=Progress("rounding", "layer"))
     if computed != dtype:
-        rounded, (model, tokenizer) = model, _with_masks(name, dtype, codes, pattern)
-        layers = {id(layer): rounded.get_submodule(key) for key, layer in masked_layers(model).items()}
-        replace_layers(model, {key: layer.to(DTYPES[dtype]) for key, layer in layers.items()})
+        rounded = model
+        # other weights have the digits of the files, and some models keep float32 for a few
+        model, tokenizer = _with_masks(name, dtype, codes, pattern)
+        layers = masked_layers(model).items()
+        replace_layers(model, {id(old): rounded.get_submodule(key).to(DTYPES[dtype]) for key, old in layers})
     save(model, tokenizer, output, name, str(pattern), table)
     print(f"{options.to} {pattern} checkpoint of {name} written to {output}")
     if options.to == "packed":
@@ -116,9 +105,33 @@ def export(options: Export, source: str, output: str) -> None:
         print("transformers loads it after `import maskpro_kernels.hf`")
 
 
-def _with_masks(name: str, dtype: str, codes: Mapping[str, torch.Tensor], pattern: NMPattern):
+def _with_masks(name: str, dtype: str, codes: Mapping[str, Tensor], pattern: NMPattern):
     """Load (base model of a run with its masks, tokenizer)."""
     with naming("run", "restore the base model of the run, or name its new place by --model"):
         model, tokenizer = load(name, dtype, "cpu")
         convert(model, pattern, targets=list(codes), init=codes)
     return model, tokenizer
+
+
+def calibration_of(run: Path, model: nn.Module, tokenizer) -> Sequence[Tensor]:
+    """Make the batches by which int4 values of a run are rounded: of the windows that it learns from, by their shares.
+
+    Windows are int64 [BATCH_SIZE, at most LENGTH]; those of short texts come several times.
+
+    Raises:
+        ValueError, OSError: if a text or the samples of the run cannot be read.
+    """
+    with naming("run", "restore the data of the run, or round without it: maskpro import --values int4"):
+        settings, windows = read_json(run / SETTINGS)["options"], {}
+        sources, length = parse_sources(settings["data"]), min(LENGTH, settings["seq_len"])
+        for name, _ in sources:
+            if name != SELF:
+                text = load_text(name, documents=settings["documents"])["calibration"]
+                windows[name] = windows_of(text, model, tokenizer, length, "run")
+            elif (samples := read_samples(run / PROGRESS)) is None:
+                raise ValueError(f"expected samples of the dense model in {str(run / PROGRESS)!r}, got none")
+            else:
+                # without a text the first ones are for evaluation
+                held_out = 2 * settings["eval_windows"] if len(sources) == 1 else 0
+                windows[name] = samples[held_out:][-WINDOWS:, :length]
+        return torch.cat(list(MixedBatches(windows, sources, 1, WINDOWS, seed=0))).split(BATCH_SIZE)

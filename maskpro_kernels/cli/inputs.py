@@ -7,10 +7,11 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from .config import DTYPE, DTYPES
 LINES = 50
 # Files of a run's folder
 SETTINGS, PROGRESS = "settings.json", "progress"
-# In the folder of progress
+# File of the samples in the folder of progress
 SAMPLES = "samples.safetensors"
 # Format of these files; earlier versions have none
 FORMAT = "maskpro-run 2"
@@ -185,6 +186,15 @@ def read_report(run: Path) -> dict:
         ended = f"its run has not ended, {resume_command(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
         raise ValueError(f"run: expected a folder written by `maskpro learn`, got {str(run)!r}; {ended}")
     return read_json(run / REPORT)
+
+
+def read_samples(progress: Path, settings: str | None = None) -> Tensor | None:
+    """Read samples of the dense model; None if there are none of these settings, or the file is damaged."""
+    with suppress(SafetensorError, FileNotFoundError), safe_open(progress / SAMPLES, framework="pt") as file:
+        tokens, metadata = file.get_tensor("tokens"), file.metadata() or {}
+        if metadata == {"settings": settings or metadata.get("settings"), "digest": digest([tokens])}:
+            return tokens
+    return None
 
 
 def packed_size(model: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 The folder of a run has:
 
-- ``settings.json``: the given options, for ``--resume``;
+- ``settings.json``: the given options, for ``--resume`` and exports in int4;
 - ``progress/``: snapshots, metrics and journal of the trainer (``learn/run.py``); ``start.json``, results before the
   first step; ``validation.json``; and if the run uses them, samples of the dense model and a cache of its predictions;
 - at the end ``logits.safetensors``, the checkpoint with its model card, ``report.json`` and ``perplexity.png``.
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,6 +83,7 @@ from .inputs import (
     positions_of,
     print_table,
     read_json,
+    read_samples,
     report,
     report_as,
     resume_command,
@@ -374,18 +374,15 @@ def _learned_from(options: Learn) -> int:
 
 def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: Learn) -> Tensor:
     """Sample int64 [windows, seq_len] from the dense model, or load those of the same settings from the folder."""
-    path, start = progress / SAMPLES, start_token(tokenizer)
+    start = start_token(tokenizer)
     weights = digest(parameter for _, parameter in sorted(model.named_parameters()))
     settings = json.dumps([start, count, options.seq_len, options.seed, weights])
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            tokens, metadata = file.get_tensor("tokens"), file.metadata()
-        if metadata == {"settings": settings, "digest": digest([tokens])}:
-            return tokens
-    report(f"sampling {count} windows of {options.seq_len} tokens from the dense model, to store in {path}")
+    if (stored := read_samples(progress, settings)) is not None:
+        return stored
+    report(f"sampling {count} windows of {options.seq_len} tokens from the dense model, to store in {progress}")
     bar = Progress("samples", "step")
     tokens = sample_windows(model, start, count, options.seq_len, seed=options.seed, progress=bar)
-    write_tensors({"tokens": tokens}, path, {"settings": settings, "digest": digest([tokens])})
+    write_tensors({"tokens": tokens}, progress / SAMPLES, {"settings": settings, "digest": digest([tokens])})
     return tokens
 
 

@@ -37,8 +37,8 @@ class Peer:
 def test_it_prints_a_row_a_model(monkeypatch, capsys):
     monkeypatch.setattr(llama_cpp, "SHAPES", SHAPES)
     monkeypatch.setattr(llama_cpp, "ProcessPoolExecutor", Peer)
-    assert llama_cpp.memory_rate(rounds=1) > 1e8
-    monkeypatch.setattr(llama_cpp, "memory_rate", lambda: 1e6)
+    assert 1e8 < llama_cpp.memory_rate(size=1 << 20) < 1e13
+    monkeypatch.setattr(llama_cpp, "memory_rate", lambda: 1e8)
     monkeypatch.setattr("sys.argv", "beside_llama_cpp random-1b --prompt-tokens 4 --new-tokens 3 --rounds 1".split())
     llama_cpp.main()
     _, *rows, bound = capsys.readouterr().out.splitlines()
@@ -54,9 +54,9 @@ def test_it_prints_a_row_a_model(monkeypatch, capsys):
     decoded = {name: float(row.split()[-1]) for name, row in zip(names, rows, strict=True)}
     assert all(rate > 0 for rate in decoded.values())
     # 96 KB of 245,760 weights, and the output layer's 131
-    assert bound.startswith("at most") and "with 0.2 MB of int4 weights at 0.0 GB a second" in bound
-    bound = float(bound.split()[3].rstrip(","))
-    assert bound == pytest.approx(1 / (1 / decoded["no products"] + 0.227), abs=0.1)
+    assert bound.startswith("int4, at most") and bound.endswith("for 0.2 MB at 0.1 GB a second")
+    most = float(bound.split()[4].rstrip(","))
+    assert most == pytest.approx(1 / (1 / decoded["no products"] + 2.27e-3), rel=0.02)
     with pytest.raises(SystemExit):
         monkeypatch.setattr("sys.argv", ["beside_llama_cpp", "another"])
         llama_cpp.main()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import learn, nonzeros, refuses, report
-from helpers.tiny_llama import tiny_model, tiny_tokenizer
+from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def test_dense_checkpoints_are_those_of_the_run(learned, tmp_path, capsys):
 
 @pytest.fixture
 def rounded(monkeypatch):
-    """Windows, of each export, by which the command rounds values."""
+    """Windows by which the command rounds values, of each export."""
     seen, finalize = [], export.finalize
 
     def noting(model, *how, calibration, **others):
@@ -70,31 +70,73 @@ def rounded(monkeypatch):
 INT4 = ["--to", "packed", "--values", "int4"]
 
 
-def test_int4_values_are_rounded_by_the_data_of_the_run(run, inputs, tmp_path, capsys, rounded):
-    of_both = tmp_path / "run"
-    assert main.main(learn(inputs, of_both, "--data", f"{inputs / 'text.txt'}:1,self:3", "--batch-size", "8")) == 0
-    assert main.main(["export", str(of_both), str(tmp_path / "int4"), *INT4]) == 0
+def samples_of(run):
+    return load_file(run / "progress" / "samples.safetensors")["tokens"]
+
+
+def number_in(rows, windows):
+    return sum(bool((row == windows).all(1).any()) for row in rows)
+
+
+def test_int4_values_are_rounded_by_the_data_of_the_run(inputs, tmp_path, rounded, monkeypatch):
+    folder, data = tmp_path / "run", f"{inputs / 'text.txt'}:1,self:3"
+    assert main.main(learn(inputs, folder, "--data", data, "--batch-size", "8")) == 0
+    assert main.main(["export", str(folder), str(tmp_path / "int4"), *INT4]) == 0
     assert {layer.kind for layer in packed_layers(tmp_path / "int4")} == {"int4"}
-    assert main.main(["export", str(run), str(tmp_path / "by text"), *INT4]) == 0
-    samples = load_file(of_both / "progress" / "samples.safetensors")["tokens"]
-    text = windows(load_text(str(inputs / "text.txt"))["calibration"], tiny_tokenizer(), 128)
-    assert [batch.shape for batch in rounded] == [(16, 16), (16, 128)]
-    assert sum(bool((row == samples).all(1).any()) for row in rounded[0]) == 12
-    assert all((row == text).all(1).any() for row in rounded[1])
-    (of_both / "progress" / "samples.safetensors").unlink()
-    cure = "int4 values are rounded by the data of the run, restore it"
-    refuses(capsys, tmp_path, ["export", str(of_both), str(tmp_path / "other"), *INT4], "samples.safetensors", cure)
+    assert rounded[0].shape == (16, 16) and number_in(rounded[0], samples_of(folder)) == 12
+    text = windows(load_text(str(inputs / "text.txt"))["calibration"], tiny_tokenizer(), 16)
+    assert number_in(rounded[0], text) == 4
+    # longer windows than needed are cut
+    monkeypatch.setattr(export, "LENGTH", 8)
+    assert main.main(["export", str(folder), str(tmp_path / "short"), *INT4]) == 0
+    assert rounded[1].shape == (16, 8) and number_in(rounded[1], samples_of(folder)[:, :8]) == 12
 
 
-def test_int4_values_in_bfloat16_are_rounded_in_float32_where_that_is_faster(refitted, tmp_path, rounded, monkeypatch):
-    monkeypatch.setattr(export, "default_dtype", lambda device: "float32")
-    stored = {}
-    for dtype in ("float32", "bfloat16"):
-        assert main.main(["export", str(refitted), str(tmp_path / dtype), *INT4, "--dtype", dtype]) == 0
-        stored[dtype] = load_file(tmp_path / dtype / "model.safetensors")
-    assert stored["float32"].keys() == stored["bfloat16"].keys()
-    for name, tensor in stored["float32"].items():
-        assert_same_bits(stored["bfloat16"][name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
+def test_samples_for_evaluation_do_not_round(inputs, tmp_path, rounded, monkeypatch):
+    folder = tmp_path / "run"
+    assert main.main(learn(inputs, folder, "--data", "self")) == 0
+    assert main.main(["export", str(folder), str(tmp_path / "int4"), *INT4]) == 0
+    # five windows for the test and as many for validation
+    samples = samples_of(folder)
+    assert number_in(rounded[0], samples[10:]) == 16 and number_in(rounded[0], samples[:10]) == 0
+
+
+def test_a_run_without_its_data_is_not_rounded(inputs, tmp_path, capsys, datasets_cache, rounded):
+    rows = "".join(f'{{"text": "{paragraph}"}}\n' for paragraph in tiny_text().split("\n\n"))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    folder, data = tmp_path / "run", f"{tmp_path / 'rows.jsonl'},self"
+    assert main.main(learn(inputs, folder, "--data", data, "--documents", "40")) == 0
+    assert main.main(["export", str(folder), str(tmp_path / "int4"), *INT4]) == 0
+    read = load_text(str(tmp_path / "rows.jsonl"), documents=40)["calibration"]
+    assert number_in(rounded[0], windows(read, tiny_tokenizer(), 16)) == 8
+    cure = "restore the data of the run, or round without it: maskpro import --values int4"
+    again = ["export", str(folder), str(tmp_path / "other"), *INT4]
+    path = folder / "progress" / "samples.safetensors"
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], whole[:-1] + b"\x01", None):
+        path.unlink() if damage is None else path.write_bytes(damage)
+        refuses(capsys, tmp_path, again, f"run: expected samples of the dense model in '{folder / 'progress'}'", cure)
+    path.write_bytes(whole)
+    (tmp_path / "rows.jsonl").unlink()
+    refuses(capsys, tmp_path, again, "rows.jsonl", cure)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_values_in_bfloat16_are_rounded_in_float32_where_that_is_faster(inputs, tmp_path, rounded, monkeypatch, fast):
+    monkeypatch.setattr(export, "cpu_multiplies", lambda dtype: fast or dtype is torch.float32)
+    folder, used = tmp_path / "run", []
+    load = export.load
+    monkeypatch.setattr(export, "load", lambda name, dtype, device: (used.append(dtype), load(name, dtype, device))[1])
+    assert main.main(learn(inputs, folder, "--refit", "weights", "--dtype", "bfloat16")) == 0
+    for dtype in ("bfloat16", "float32"):
+        assert main.main(["export", str(folder), str(tmp_path / dtype), *INT4, "--dtype", dtype]) == 0
+    # the run's dtype, that of rounding, and that of the result
+    assert used == (["bfloat16"] if fast else ["bfloat16", "float32", "bfloat16"]) + ["bfloat16", "float32"]
+    short, long = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("bfloat16", "float32"))
+    assert short.keys() == long.keys()
+    for name, tensor in long.items():
+        if not fast or not name.endswith(("values", "scales")):
+            assert_same_bits(short[name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
 
 
 def packed_layers(folder):
