@@ -19,8 +19,7 @@ GROUP = 16
 def test_each_group_has_eight_numbers_that_fit_the_inputs(tmp_path, monkeypatch):
     inputs, run, output = write_inputs(tmp_path / "inputs"), tmp_path / "run", tmp_path / "rounded"
     assert main.main(learn(inputs, run, "--data", f"{inputs / 'text.txt'},self")) == 0
-    monkeypatch.setattr("sys.argv", ["dense_gptq", str(run), str(output)])
-    monkeypatch.setattr(dense_gptq, "GROUP", GROUP)
+    monkeypatch.setattr("sys.argv", ["dense_gptq", str(run), str(output), "--group", str(GROUP)])
     dense_gptq.main()
     dense, rounded = (AutoModelForCausalLM.from_pretrained(folder) for folder in (inputs / "model", output))
     names = [name for name, module in dense.named_modules() if type(module) is torch.nn.Linear and name != "lm_head"]
