@@ -115,7 +115,9 @@ class Evaluate:
     The row of a run is below that of its dense model. Texts are those of the first run unless --data names others.
     """
 
-    data: str | None = _option(None, f"texts to evaluate on: {SOURCES} (default: those of the first run)")
+    data: str | None = _option(
+        None, f"texts to evaluate on: {SOURCES} (default: those of the first run, if there is one)"
+    )
     protocol: Literal["held-out", "tokens", "word"] = _option(
         "held-out",
         "held-out: windows of the part of a text that runs do not learn from; tokens: windows of the whole text, as "
@@ -148,7 +150,9 @@ class Export:
     to: Literal["dense", "packed", "mask"] = _option(
         "dense", "exact zeros, packed weights, or the mask alone, which `maskpro import` applies to its base model"
     )
-    values: Literal[*VALUE_KINDS] = _option(KEEP, "with --to packed: keep the values, or round them to int8 or int4")
+    values: Literal[*VALUE_KINDS] = _option(
+        KEEP, "with --to packed: keep the values, or round them to int8, or by the data of the run to int4"
+    )
     model: str | None = _option(None, f"base model, if it has moved: {MODEL} (default: that of the run)")
     dtype: Dtype | None = _option(None, "dtype of the weights (default: that of the run)")
 

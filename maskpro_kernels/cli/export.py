@@ -98,6 +98,8 @@ def export(options: Export, source: str, output: str) -> None:
         model, tokenizer = _with_masks(name, dtype, codes, pattern)
         layers = masked_layers(model).items()
         replace_layers(model, {id(old): rounded.get_submodule(key).to(DTYPES[dtype]) for key, old in layers})
+    if options.values != KEEP:
+        table = [{**row, "method": f"{row['method']}, before rounding"} for row in table]
     save(model, tokenizer, output, name, str(pattern), table)
     print(f"{options.to} {pattern} checkpoint of {name} written to {output}")
     if options.to == "packed":

@@ -154,6 +154,9 @@ def test_packed_checkpoints_give_the_logits_of_the_run(learned, tmp_path, capsys
     int8 = ["export", str(learned), str(tmp_path / "int8"), "--to", "packed", "--values", "int8"]
     assert main.main(int8) == 0
     assert "values of 14 rounded to int8" in capsys.readouterr().out
+    # the run has not evaluated them
+    assert "before rounding" in (tmp_path / "int8" / "README.md").read_text(encoding="utf-8")
+    assert "before rounding" not in (tmp_path / "packed" / "README.md").read_text(encoding="utf-8")
     layer = AutoModelForCausalLM.from_pretrained(tmp_path / "int8").get_submodule(LAYER)
     assert isinstance(layer, NMLinear) and layer.kind == "int8"
 
