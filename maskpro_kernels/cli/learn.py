@@ -93,8 +93,8 @@ from .inputs import (
 )
 
 START, VALIDATION, TEACHER = "start.json", "validation.json", "teacher"
-# Of settings, if the power was cut
-PARTS = f"{SETTINGS}.*.tmp"
+# Settings that were not yet complete at a power cut
+UNFINISHED = f"{SETTINGS}.*.tmp"
 # Refitted weights with which a run begins
 START_WEIGHTS = "start-weights.safetensors"
 # Options that may change when a run resumes
@@ -283,7 +283,7 @@ def estimator_of(options: Learn) -> Estimator:
 
 def _check_output(output: Path) -> None:
     """Raise unless a folder can get a new run: missing, empty, or with a run before its first step."""
-    left = {path.name for path in output.iterdir() if not path.match(PARTS)} if output.is_dir() else set()
+    left = {path.name for path in output.iterdir() if not path.match(UNFINISHED)} if output.is_dir() else set()
     if left == {PROGRESS} and {path.name for path in (output / PROGRESS).iterdir()} <= {LOCK}:
         # of a run that ended before its settings were on disk
         return
@@ -313,7 +313,7 @@ def _write_settings(options: Learn, output: Path) -> None:
     make_folder(output / PROGRESS)
     try:
         with FileLock(output / PROGRESS / LOCK, blocking=False):
-            for path in (*output.glob(PARTS), *(output / PROGRESS).iterdir()):
+            for path in (*output.glob(UNFINISHED), *(output / PROGRESS).iterdir()):
                 if path.name not in (SAMPLES, TEACHER, LOCK):
                     discard(path)
             content = {"format": FORMAT, "options": _with_absolute_paths(options)}

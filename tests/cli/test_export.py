@@ -92,7 +92,7 @@ def test_int4_values_are_rounded_by_the_data_of_the_run(inputs, tmp_path, rounde
     assert rounded[1].shape == (16, 8) and number_in(rounded[1], samples_of(folder)[:, :8]) == 12
 
 
-def test_samples_for_evaluation_do_not_round(inputs, tmp_path, rounded, monkeypatch):
+def test_samples_for_evaluation_do_not_round(inputs, tmp_path, rounded):
     folder = tmp_path / "run"
     assert main.main(learn(inputs, folder, "--data", "self")) == 0
     assert main.main(["export", str(folder), str(tmp_path / "int4"), *INT4]) == 0
