@@ -359,11 +359,18 @@ def _onnx_weight(weight: Tensor, logits: Tensor, n: int, m: int) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules in eval mode, and restore the mode of each afterwards."""
+def evaluating(model: nn.Module, checkpointing: bool = False) -> Iterator[None]:
+    """Put all modules in eval mode, and restore the mode of each afterwards.
+
+    With ``checkpointing``, modules whose ``gradient_checkpointing`` is true are in training mode themselves: otherwise
+    they would not compute their activations again in backward.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
+        for module in modes:
+            if checkpointing and getattr(module, "gradient_checkpointing", False):
+                module.training = True
         yield
     finally:
         for module, training in modes.items():

@@ -56,6 +56,12 @@ class Learn:
         "DIR",
     )
     pattern: str = _option("2:4", "keep N of every M consecutive weights", "N:M")
+    density: float | None = _option(
+        None,
+        "share of the maskable weights to keep: above that of the pattern whole matrices stay dense, those whose masks "
+        "cost most for their size (default: that of the pattern)",
+        "D",
+    )
     init: str | None = _option(
         None,
         "initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; reconstruction: "

@@ -41,6 +41,7 @@ from ..learn.trainer import MaskTrainer
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..ops.pattern import NMPattern
 from ..prune.convert import convert
+from ..prune.density import costliest_layers
 from ..prune.finalize import finalize
 from ..prune.initial_masks import INITIAL_MASKS, initial_codes, refitted_masks
 from ..prune.refit import put_weights
@@ -61,7 +62,7 @@ from ..text.batches import (
     turns,
 )
 from ..text.losses import TeacherCache, distillation_loss
-from ..text.perplexity import perplexity
+from ..text.perplexity import causal_lm_loss, perplexity
 from ..text.sources import SELF, load_text
 from ..unfuse import as_linears
 from .config import EVAL_LENGTH, Learn
@@ -106,6 +107,8 @@ DEFAULTS = {
 }
 # Most batches for the initial mask, and most windows to sample from the dense model
 INIT_BATCHES, MOST_SAMPLES = 16, 2048
+# Reason that a layer stays dense because of --density
+COSTLY = "the mask would cost most for its size"
 # Initial masks that are always in the table
 BASELINES = ("magnitude", "wanda")
 # Learning stops if the validation perplexity exceeds the initial mask's by this factor twice in a row
@@ -173,8 +176,8 @@ def learn(options: Learn) -> None:
     cache = TeacherCache(folder=progress / TEACHER) if changes and options.loss != "ce" else None
     loss_fn = distillation_loss(options.loss, cache=cache)
     if begun:
-        ranks.all_of(lambda: convert(model, options.pattern, init="magnitude", gap=options.gap))
         start = ranks.first(lambda: read_json(progress / START))
+        ranks.all_of(lambda: convert(model, options.pattern, start["targets"], init="magnitude", gap=options.gap))
         if options.refit != "none":
             ranks.first(lambda: _put_back_start_weights(model, progress, start))
             _spread_weights(model, ranks)
@@ -186,7 +189,8 @@ def learn(options: Learn) -> None:
             report(f"left dense: {name} ({reason})")
         start = ranks.first(lambda: _evaluate_initial_masks(options, model, layers, init, tests, every[:INIT_BATCHES]))
         if ranks.world > 1:
-            _spread_initial_mask(options, model, ranks)
+            _spread_initial_mask(options, model, start["targets"], ranks)
+        skipped |= {name: COSTLY for name in layers if name not in start["converted"]}
 
     # train
     how = {"seed": options.seed, "accumulate": options.accumulate, "max_skipped": MAX_SKIPPED}
@@ -247,6 +251,10 @@ def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
     if options.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {options.seed}")
     check_gap(options.gap)
+    if options.density is not None and not pattern.n / pattern.m < options.density < 1:
+        raise ValueError(
+            f"density: expected above {pattern.n / pattern.m:g}, that of {pattern}, and below 1, got {options.density}"
+        )
     if options.estimator == "reinforce":
         if options.gap > LARGEST_GAP:
             raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which noise can cross, got {options.gap}")
@@ -410,24 +418,36 @@ def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[st
         return row
 
     dense = add_row("dense", 0.0)
-    start = _name_of(options.init if options.init in INITIAL_MASKS else f"mask of {Path(options.init).name}", options)
-    for name, mask, refit in [*((name, name, "none") for name in BASELINES), (start, init, options.refit)]:
+    names = {name: _name_of(name, options) for name in INITIAL_MASKS}
+    start = options.init if options.init in INITIAL_MASKS else f"mask of {Path(options.init).name}"
+    start = _name_of(start, options, _changes(options))
+    for name, mask, refit in [*((names[mask], mask, "none") for mask in BASELINES), (start, init, options.refit)]:
         if name not in masks:
             began = time.perf_counter()
             bar = Progress(name, "layer")
             masks[name] = refitted_masks(layers, pattern, mask, refit, model, initial, bar, options.seed)
             seconds[name] = time.perf_counter() - began
-    conversion = convert(model, pattern, init=masks[start].codes, gap=options.gap)
+    init, targets = masks[start].codes, None
+    if options.density is not None:
+        began = time.perf_counter()
+        report(f"computing by {len(initial)} batches which masks cost most")
+        costly = costliest_layers(model, layers, masks[start], pattern, causal_lm_loss, initial, options.density)
+        report(f"left dense: {len(costly)} of {len(layers)} layers ({COSTLY})")
+        targets = [name for name in layers if name not in costly]
+        init = {name: init[name] for name in targets}
+        seconds[start] += time.perf_counter() - began
+    conversion = convert(model, pattern, targets, init=init, gap=options.gap)
     masked = masked_layers(model)
     dense_weights = digest_of_weights(model)
     # last the mask that learning starts from, so that its logits and weights stay
     for name in sorted(masks, key=lambda name: name == start):
         _set_logits(masked, masks[name].codes, options)
-        put_weights(masked, masks[name].weights)
+        put_weights(masked, {layer: weight for layer, weight in masks[name].weights.items() if layer in masked})
         rows[name] = add_row(name, seconds[name])
     return {
-        "table": [dense, *(rows[name] for name in dict.fromkeys((*INITIAL_MASKS, start)) if name in rows)],
+        "table": [dense, *(rows[name] for name in dict.fromkeys((*names.values(), start)) if name in rows)],
         "seconds": seconds[start],
+        "targets": targets,
         "converted": list(conversion.converted),
         "dense_weights": dense_weights,
         "start_weights": digest_of_weights(model),
@@ -439,10 +459,14 @@ def _table_row(method: str, model: nn.Module, tests: Mapping[str, Tensor], secon
     return {"method": method, **figures, "seconds": seconds}
 
 
-def _name_of(method: str, options: Learn, trained: bool = False) -> str:
-    """Name of a mask in the table, with changes of the weights."""
-    changes = ([f"{options.refit} refitted"] if options.refit != "none" else []) + ["weights trained"] * trained
-    return ", ".join([method, *changes])
+def _changes(options: Learn, trained: bool = False) -> list[str]:
+    return [f"{options.refit} refitted"] * (options.refit != "none") + ["weights trained"] * trained
+
+
+def _name_of(method: str, options: Learn, changes: Sequence[str] = ()) -> str:
+    """Name of a mask in the table, with changes of the weights and a density."""
+    density = [] if options.density is None else [f"density {options.density:g}"]
+    return ", ".join([method, *changes, *density])
 
 
 @torch.no_grad()
@@ -451,10 +475,10 @@ def _set_logits(layers: Mapping[str, MaskedLinear], codes: Mapping[str, Tensor],
         layer.logits.copy_(initial_logits(codes[name], NMPattern(options.pattern), options.gap))
 
 
-def _spread_initial_mask(options: Learn, model: nn.Module, ranks: Ranks) -> None:
+def _spread_initial_mask(options: Learn, model: nn.Module, targets: Sequence[str] | None, ranks: Ranks) -> None:
     """Send the mask and the weights of rank 0 to all ranks: another processor may compute others."""
     pattern = NMPattern(options.pattern)
-    ranks.all_of(lambda: ranks.rank == 0 or convert(model, pattern, init="magnitude", gap=options.gap))
+    ranks.all_of(lambda: ranks.rank == 0 or convert(model, pattern, targets, init="magnitude", gap=options.gap))
     masked = masked_layers(model)
     codes = {name: top_n_mask(layer.logits.detach(), pattern) for name, layer in masked.items()}
     for code in codes.values():
@@ -584,7 +608,7 @@ class _Run:
         """Write checkpoint, logits, picture and report, and print the table."""
         options, output, pattern = self.options, self.output, NMPattern(self.options.pattern)
         trained = digest_of_weights(self.model) != self.start["start_weights"]
-        learned = _name_of(options.estimator, options, trained)
+        learned = _name_of(options.estimator, options, _changes(options, trained))
         table = [*self.start["table"], _table_row(learned, self.model, tests, self.seconds)]
         self._save_logits()
         masked = masked_layers(self.model)
@@ -609,7 +633,7 @@ class _Run:
             "settings": _with_absolute_paths(options),
             "table": table,
             "validation": self.rows,
-            "weights": _name_of("", options, trained).removeprefix(", ") or "weights frozen",
+            "weights": ", ".join(_changes(options, trained)) or "weights frozen",
             "groups": sum(code.numel() for code in codes.values()),
             "flipped_groups": flipped,
             "logits": logits,

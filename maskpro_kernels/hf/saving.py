@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..fsdp import is_distributed
 from ..modules import MaskedLinear
+from ..ops.pattern import NMPattern
 from ..packed import KEEP, SPARSE, NMLinear, bits_a_weight
 from ..unfuse import adapter_modules
 from .quantizer import describe
@@ -128,8 +129,11 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
         stored += f"{bits_a_weight(packed):.2f} bits a weight instead of {8 * packed[0].packed.dtype.itemsize}."
     elif layers:
         stored = f"The checkpoint has whole weights, and logits of the masks of {len(layers)} layers."
-    # a dense checkpoint does not record which layers have a mask
-    left_dense = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear"] if layers else []
+    # in a dense checkpoint zeros show which layers have a mask
+    linears = {name: layer.weight for name, layer in model.named_modules() if type(layer).__name__ == "Linear"}
+    if not layers:
+        kept = NMPattern(pattern).n / NMPattern(pattern).m if pattern else 1.0
+        linears = {name: w for name, w in linears.items() if not w.is_meta and w.count_nonzero() > kept * w.numel()}
     on_hub = base_model is not None and base_model.count("/") == 1
     return ModelCard.from_template(
         ModelCardData(
@@ -143,7 +147,7 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
         base=f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else base_model or "a dense model",
         patterns=" and ".join(patterns),
         stored=stored,
-        left_dense=", ".join(f"`{name}`" for name in left_dense),
+        left_dense=", ".join(f"`{name}`" for name in linears),
         columns=list(table[0]) if table else [],
         rows=[[f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in table],
         kind="AutoModelForCausalLM" if model.can_generate() else type(model).__name__,

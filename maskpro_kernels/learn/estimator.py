@@ -329,20 +329,13 @@ def top_n_loss(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: Lo
 def modes_of_step(
     model: nn.Module, layers: Mapping[str, MaskedLinear], drawing: bool, checkpointing: bool = False
 ) -> Iterator[None]:
-    """Make masked layers draw, or use their top-N masks, and put other modules in eval mode; restore all afterwards.
-
-    With ``checkpointing``, modules whose ``gradient_checkpointing`` is true are in training mode themselves: otherwise
-    they would not compute their activations again in backward.
-    """
-    with evaluating(model):
+    """Make masked layers draw, or use their top-N masks, and others as in ``evaluating``; restore all afterwards."""
+    with evaluating(model, checkpointing):
         for layer in layers.values():
             layer.train(drawing)
             if layer.shard is not None:
                 # otherwise only some ranks would gather a layer that FSDP2 keeps gathered
                 layer.shard.reshard()
-        for module in model.modules():
-            if checkpointing and getattr(module, "gradient_checkpointing", False):
-                module.training = True
         yield
 
 

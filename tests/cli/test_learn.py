@@ -227,6 +227,29 @@ def test_weights_that_change_are_named_and_kept_with_the_logits(inputs, tmp_path
     assert not (tmp_path / "run" / "progress" / "teacher").exists()
 
 
+def test_whole_matrices_stay_dense_up_to_the_density(inputs, tmp_path, capsys):
+    run, packed = tmp_path / "run", tmp_path / "packed"
+    assert main.main(learn(inputs, run, *STRAIGHT, "--refit", "weights", "--density", "0.6")) == 0
+    written, model, dense = report(run), AutoModelForCausalLM.from_pretrained(run), tiny_model()
+    left = [name for name, reason in written["skipped"].items() if reason == learning.COSTLY]
+    assert left and not set(left) & set(written["converted"]) and len(left) + len(written["converted"]) == 14
+    assert f"left dense: {len(left)} of 14 layers ({learning.COSTLY})" in capsys.readouterr().err
+    for name in left:
+        assert_same_bits(model.get_submodule(name).weight, dense.get_submodule(name).weight)
+    assert all((nonzeros(model, name) == 2).all() for name in written["converted"])
+    sizes = {name: dense.get_submodule(name).weight.numel() for name in [*left, *written["converted"]]}
+    share = 0.5 + 0.5 * sum(sizes[name] for name in left) / sum(sizes.values())
+    # the smallest matrix has 512 of 18,432 weights
+    assert 0.6 - 512 / 18432 < share <= 0.6
+    assert main.main(["export", str(run), str(packed), "--to", "packed"]) == 0
+    again = AutoModelForCausalLM.from_pretrained(packed)
+    ids = torch.arange(24)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert {name for name, module in again.named_modules() if isinstance(module, mk.NMLinear)} == set(
+        written["converted"]
+    )
+
+
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_a_run_keeps_the_dtype_that_its_first_cpu_multiplies(inputs, tmp_path, monkeypatch, fast, dtype):
     def without_dtype(*given):

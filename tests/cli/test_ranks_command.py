@@ -27,7 +27,7 @@ from maskpro_kernels.ranks import FailedRank
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 3 --eval-windows 2"
-SETTINGS = f"--estimator reinforce {SIZES} --steps 4 --eval-every 2 --dtype float32 --device cpu".split()
+SETTINGS = f"--estimator reinforce {SIZES} --steps 4 --eval-every 2 --density 0.6 --dtype float32 --device cpu".split()
 
 # The command; before one step the ranks named send themselves a signal
 INTERRUPTED = """

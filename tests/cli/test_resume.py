@@ -24,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 
 COMMON = "--steps 6 --eval-every 2".split()
 WAYS = {
-    "reinforce": ["--gap", "2"],
+    "reinforce": ["--gap", "2", "--density", "0.6"],
     "straight-through": "--estimator straight-through --lr 1 --gap 2 --data self,pydoc".split(),
     "weights that change": "--refit weights --estimator straight-through --lr 1 --loss kl --train-weights 1e-3".split(),
-    "scales": "--refit scales --gap 2".split(),
+    "scales": "--refit scales --gap 2 --density 0.6".split(),
 }
 
 
@@ -58,7 +58,7 @@ def wholes(inputs, tmp_path_factory):
 
 
 def assert_ends_as(run, whole):
-    for name in ("validation", "weights", "flipped_groups", "logits", "converted"):
+    for name in ("validation", "weights", "flipped_groups", "logits", "converted", "skipped"):
         assert report(run)[name] == report(whole)[name], name
     assert [row["perplexity"] for row in report(run)["table"]] == [row["perplexity"] for row in report(whole)["table"]]
     found, expected = (load_logits(folder / "logits.safetensors") for folder in (run, whole))
