@@ -6,7 +6,6 @@ import functools
 import importlib
 import os
 import pkgutil
-import platform
 
 import hypothesis
 import pytest
@@ -20,10 +19,6 @@ pytest.register_assert_rewrite("helpers")
 # read by triton when it is imported
 if TARGET not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-if platform.machine() in ("x86_64", "AMD64"):
-    # read at torch's first operation. Its AVX-512 code rounds a few gradients to 0 that AVX2 does not, or the reverse;
-    # this changes the curvature, and with it the stored masks of whole runs
-    os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
 
 
 def pytest_configure(config):
