@@ -10,6 +10,7 @@ The folder of a run has:
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import math
@@ -113,6 +114,8 @@ COSTLY = "the mask would cost most for its size"
 BASELINES = ("magnitude", "wanda")
 # Learning stops if the validation perplexity exceeds the initial mask's by this factor twice in a row
 DIVERGED = 1.1
+# Most tokens of windows whose attention is computed by plain products: with longer ones it needs much more memory
+SHORT = 128
 # Most steps in a row whose loss or gradient is not finite
 MAX_SKIPPED = 9
 # Fields of a step's record for trackers
@@ -140,6 +143,8 @@ def learn(options: Learn) -> None:
     # load
     texts = ranks.all_of(lambda: _load_texts(options))
     device = options.device if options.device == "auto" else device_of(options.device)
+    if device == torch.device("cpu"):
+        _keep_freed_memory()
     model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
     apart = ranks.all_of(lambda: as_linears(model))
     layers, skipped = ranks.all_of(lambda: layers_to_convert(model, options.pattern))
@@ -561,6 +566,9 @@ class _Run:
         more = self.ranks.first(has_more)
         began, evaluating = time.perf_counter(), self.evaluating
         with _signals() as signals, ExitStack() as stack:
+            if trainer.estimator.needs_gradients and _has_slow_attention(self.model, options.seq_len):
+                self.model.set_attn_implementation("eager")
+                stack.callback(self.model.set_attn_implementation, "sdpa")
             if more and self.ranks.rank > 0:
                 trainer.run(options.steps - trainer.steps_done, progress=False, after_step=lambda _: bool(signals))
             elif more:
@@ -731,6 +739,24 @@ class _Run:
         finally:
             for tracker in trackers:
                 tracker.finish()
+
+
+def _has_slow_attention(model: nn.Module, length: int) -> bool:
+    """Return whether plain products compute the attention of steps faster than torch's function."""
+    from transformers import PreTrainedModel
+
+    weight = model.get_input_embeddings().weight
+    used = {part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return length <= SHORT and weight.is_cpu and weight.dtype == torch.bfloat16 and used == {"sdpa"}
+
+
+def _keep_freed_memory() -> None:
+    """Let this process use freed memory again: each new page of the system costs as much as the values in it."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        # no memory by mmap (M_MMAP_MAX of glibc's malloc.h), and none back to the system (M_TRIM_THRESHOLD)
+        set_option(-4, 0)
+        set_option(-1, -1)
 
 
 def _trackers_of(options: Learn) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from .. import ops
 from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ops.counter import MaskSource
+from ..ops.dispatch import uses_kernels
 from ..ops.reference import adamw_scalars
 from ..ranks import Ranks
 from .estimator import Estimator, check_float
@@ -161,7 +162,8 @@ class LayerUpdater:
         latest: mean square of this step's slopes, on the device; None if there are none yet.
         uses: uses of the layer by the forward of a pass.
         fisher: squares of the layer, see ``FisherSquares``; None if the gradient itself gives the curvature.
-        slopes, weight_grad: float32 sums of the step; None after the logits have moved.
+        slopes, weight_grad: float32 sums of the step, or with ``at_once`` the gradient in its own dtype; None after the
+            logits have moved.
         weight, tokens: factor of a pass's slopes, and T of its loss.
         at_once: whether one kernel computes the slopes and moves the logits.
     """
@@ -191,7 +193,11 @@ class LayerUpdater:
                 "loss_fn: expected a backward with one gradient for each use of a layer in the forward, got another "
                 "one after the layer has moved"
             )
-        weight_grad = None if self.learner is None else torch.empty_like(weight, dtype=torch.float32)
+        weight_grad = None
+        if self.learner is not None:
+            # without kernels the product is rounded to this dtype anyway; sums are float32
+            rounded = self.at_once and not uses_kernels(grad)
+            weight_grad = torch.empty_like(weight, dtype=grad.dtype if rounded else torch.float32)
         more = weight_grad, self.tokens, self.fisher
         if self.at_once:
             self.weight_grad = weight_grad
@@ -325,7 +331,7 @@ class WeightLearner:
 
         If ``slope_square``, the mean square of the slopes, or the norm of the gradient is not finite, nothing changes.
         """
-        usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient))
+        usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient, dtype=torch.float32))
         scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
         held = self.layer.weight, self.master, self.first, self.second
         ops.adamw_(*held, gradient, codes, scalars, self.layer.pattern.m)

@@ -4,7 +4,6 @@ from .registry import (
     adamw_,
     best_swaps,
     codes_under,
-    column_squares,
     curvature_factors,
     descend_,
     direct_masked_linear,

@@ -7,6 +7,8 @@ a ``Counter`` or a ``MaskSource``.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -243,12 +245,29 @@ def score_update_(logits, coef, n, m, inv_temperature, *counter):
         torch.autograd.graph.increment_version(logits)
 
 
-def column_squares(x: Tensor) -> Tensor:
-    """Sum of squares of each column, float32."""
-    if x.device.type == "cpu":
-        # for these dtypes the norm copies as well, and takes ten times as long
-        return x.float().square().sum(0)
-    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+_norms = partial(torch.linalg.vector_norm, dtype=torch.float32)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Squares of a matrix, float32: on a CPU torch's norms of columns take ten times as long."""
+    return x.square() if x.dtype == torch.float32 else x.float().square_()
+
+
+# A row has a gradient if its sum of squares is above this fraction of the mean: the query of a first token has none but
+# rounding errors
+LEAST_SQUARE = 1e-10
+
+
+def gradient_squares(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of squares of each column, float32; mask of the rows that have a gradient) of grad [tokens, rows]."""
+    if grad.is_cpu:
+        squares = _squares(grad)
+        of_columns, of_rows = squares.sum(0), squares.sum(1)
+    else:
+        of_columns, of_rows = (_norms(grad, dim=over).square() for over in (0, 1))
+    # a row that is not finite has a gradient
+    least = LEAST_SQUARE * of_rows.nan_to_num(0.0, 0.0).mean()
+    return of_columns, ~(of_rows <= least)
 
 
 # Columns of x copied at a time: a copy of all of x may be as large as the weight
@@ -257,9 +276,10 @@ COLUMNS = 4096
 
 def token_squares(grad: Tensor, tokens: Tensor | None) -> Tensor:
     """Sum over rows of (T * grad)^2 [rows], followed by R [1]; operands as for ``curvature_factors``."""
-    count = grad.any(1).sum(dtype=torch.float32)
+    squares, used = gradient_squares(grad)
+    count = used.sum(dtype=torch.float32)
     tokens = count if tokens is None else tokens.to(grad.device, non_blocking=not grad.is_cpu)
-    return torch.cat([tokens.square() * column_squares(grad), count[None]])
+    return torch.cat([tokens.square() * squares, count[None]])
 
 
 def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, Tensor]:
@@ -270,23 +290,34 @@ def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, 
     are independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671). T is ``tokens``, 0-dim float32; None: R.
     ``row_squares`` float32 [rows] replaces T^2 / R * (sum of grad^2), if another gradient gives the curvature.
     """
-    used = grad.any(1)
+    of_outputs, used = gradient_squares(grad)
     if row_squares is not None:
         # a divergence has no gradient at its minimum, but a curvature
         used = used | ~used.any()
     count = used.sum(dtype=torch.float32).clamp(min=1)
     tokens = count if tokens is None else tokens.to(grad.device, non_blocking=not grad.is_cpu)
-    first = tokens / count * column_squares(grad) if row_squares is None else row_squares / tokens
-    pieces = [column_squares(piece.masked_fill(~used[:, None], 0.0)) for piece in x.split(COLUMNS, 1)]
-    return curvature * first, torch.cat(pieces)
+    first = tokens / count * of_outputs if row_squares is None else row_squares / tokens
+    unused, of_inputs = ~used, []
+    for piece in x.split(COLUMNS, 1):
+        if x.is_cpu:
+            squares = _squares(piece)
+            # few rows: faster than a copy without them
+            squares[unused] = 0.0
+            of_inputs.append(squares.sum(0))
+        else:
+            of_inputs.append(_norms(piece.masked_fill(unused[:, None], 0.0), dim=0).square())
+    return curvature * first, torch.cat(of_inputs)
 
 
-def _slope_operands(grad, x, weight, factors, weight_grad, mask):
-    """Operands of ``reference.straight_through_grad``; also writes the first derivative to ``weight_grad``."""
+def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Tensor:
+    """grad.T @ x, also written to ``weight_grad``."""
+    if weight_grad is None:
+        return grad.t() @ x
+    if weight_grad.dtype == grad.dtype:
+        return torch.mm(grad.t(), x, out=weight_grad)
     first = grad.t() @ x
-    if weight_grad is not None:
-        weight_grad.copy_(first)
-    return weight, first, torch.outer(*factors), codes_under(mask)
+    weight_grad.copy_(first)
+    return first
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -309,8 +340,8 @@ def _straight_through_grad(grad, x, weight, curvature, weight_grad, tokens, row_
         factors = curvature_factors(grad, x, curvature, tokens, row_squares)
         if uses_kernels(grad):
             return kernels("straight_through").straight_through_grad(grad, x, weight, *factors, mask, weight_grad)
-        operands = _slope_operands(grad, x, weight, factors, weight_grad, mask)
-        return run_reference("straight_through_grad", *operands, m=mask.m)
+        first, codes = _first_derivative(grad, x, weight_grad), codes_under(mask)
+        return run_reference("straight_through_grad", weight, first, torch.outer(*factors), codes, m=mask.m)
 
 
 _straight_through_grad.register_fake(lambda grad, x, weight, *_: torch.empty_like(weight, dtype=torch.float32))
@@ -321,8 +352,8 @@ def straight_through_grad(
 ) -> Tensor:
     """Slope of a loss in the mask, less its mean over each group, float32 [rows, K]: ``reference.group_mask_slope``.
 
-    G = grad [tokens, rows].T @ x [tokens, K]; F is that of ``curvature_factors``. ``weight_grad`` float32 [rows, K] is
-    set to G, for kept and dropped weights.
+    G = grad [tokens, rows].T @ x [tokens, K]; F is that of ``curvature_factors``. ``weight_grad`` [rows, K] is set to
+    G, for kept and dropped weights: float32, or without kernels also in the dtype of grad.
     """
     more = weight_grad, tokens, row_squares
     return _straight_through_grad(grad, x, weight, curvature, *more, *mask.by_codes.flat())
@@ -347,9 +378,9 @@ def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weig
         if uses_kernels(grad):
             update_ = kernels("straight_through").straight_through_update_
             return update_(grad, x, weight, *factors, rate, max_update, mask, weight_grad)
-        operands = _slope_operands(grad, x, weight, factors, weight_grad, mask)
+        first, codes = _first_derivative(grad, x, weight_grad), codes_under(mask)
         step = (rate, mask.counter, scalar(max_update, weight))
-        return run_reference("straight_through_update_", mask.tensor, *operands, *step, m=mask.m)
+        return run_reference("straight_through_update_", mask.tensor, weight, first, factors, codes, *step, m=mask.m)
 
 
 _straight_through_update_.register_fake(_fake_scalar)
@@ -384,7 +415,7 @@ def adamw_(weight: Tensor, master: Tensor, first: Tensor, second: Tensor, gradie
     """Take a step of AdamW in place, for weights that the codes [rows, K / M] keep.
 
     ``master``, the moments ``first`` and ``second`` and the gradient are float32 [rows, K]; ``weight`` is ``master``,
-    rounded. ``scalars`` are from ``reference.adamw_scalars``.
+    rounded. Without kernels the gradient may have 16 bits. ``scalars`` are from ``reference.adamw_scalars``.
     """
     if uses_kernels(master):
         kernels("adamw_and_swaps").adamw_(weight, master, first, second, gradient, codes, scalars, m)

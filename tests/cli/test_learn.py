@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,45 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
     assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in reported
     assert "maskpro: warning: the validation perplexity was lowest at step 0, 10.00" in reported
     assert len(report(tmp_path / "run")["steps"]) == 4
+
+
+@pytest.mark.parametrize(
+    "options, used",
+    [
+        ([*STRAIGHT, "--dtype", "bfloat16"], "eager"),
+        (STRAIGHT, "sdpa"),
+        (["--dtype", "bfloat16"], "sdpa"),
+        ([*STRAIGHT, "--dtype", "bfloat16", "--seq-len", "17"], "sdpa"),
+    ],
+    ids=["bfloat16", "float32", "no backward", "long"],
+)
+def test_attention_of_steps_on_a_cpu(options, used, inputs, tmp_path, monkeypatch):
+    seen, step, save = [], learning.MaskTrainer.step, learning.save
+
+    def recorded(trainer):
+        seen.append(trainer.model.config._attn_implementation)
+        return step(trainer)
+
+    def saved(model, *args):
+        seen.append(model.config._attn_implementation)
+        save(model, *args)
+
+    monkeypatch.setattr(learning, "SHORT", 16)
+    monkeypatch.setattr(learning.MaskTrainer, "step", recorded)
+    monkeypatch.setattr(learning, "save", saved)
+    assert main.main(learn(inputs, tmp_path / "run", *options, "--steps", "2")) == 0
+    assert seen == [used, used, "sdpa"]
+
+
+def test_freed_memory_is_used_again(monkeypatch):
+    made = []
+    libraries = [SimpleNamespace(mallopt=lambda *option: made.append(option)), SimpleNamespace()]
+    monkeypatch.setattr(learning.ctypes, "CDLL", lambda name: libraries.pop(0))
+    monkeypatch.setattr(learning.sys, "platform", "linux")
+    for calls in 2, 2:
+        # the second C library has no such option
+        learning._keep_freed_memory()
+        assert len(made) == calls
 
 
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch):

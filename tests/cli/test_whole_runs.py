@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -37,16 +36,12 @@ WAYS = {
     "--refit weights --train-weights 0.001",
     "reinforce": "--estimator reinforce --init wanda --gap 2 --lr 5",
 }
-RUN = """
-import sys
+KILLED_BEFORE_STEP_2 = """
+import os, sys
 from maskpro_kernels.cli import main
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.ops import dispatch
 dispatch.interpreting = dispatch.compiler_available = lambda: False
-"""
-WHOLE = f"{RUN}sys.exit(main.main(sys.argv[1:]))"
-KILLED_BEFORE_STEP_2 = f"""{RUN}
-import os
-from maskpro_kernels.learn.trainer import MaskTrainer
 take = MaskTrainer.step
 MaskTrainer.step = lambda trainer: os._exit(9) if trainer.steps_done == 2 else take(trainer)
 main.main(sys.argv[1:])
@@ -75,23 +70,16 @@ def command(sources: Path, way: str, output: Path) -> list[str]:
     return ["learn", *given, *options, "--output", str(output)]
 
 
-def in_a_child(code: str, arguments: list[str]) -> int:
-    """Run the command without torch's AVX-512, and return its exit code.
-
-    AVX-512 code rounds the gradient of a first token to exactly 0, or not, where AVX2 does the reverse. The row then
-    counts or not, which changes the curvature, and the masks of windows as short as these.
-    """
-    capability = {"ATEN_CPU_CAPABILITY": "avx2"} if platform.machine() in ("x86_64", "AMD64") else {}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment() | capability, capture_output=True).returncode
-
-
 @pytest.fixture(scope="module")
 def runs(sources, tmp_path_factory):
     """Folder with a finished run of each way, by its name."""
+    from helpers.routes import route_to_the_eager_reference
+
     folder = tmp_path_factory.mktemp("runs")
-    for way in WAYS:
-        assert in_a_child(WHOLE, command(sources, way, folder / way)) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        route_to_the_eager_reference(monkeypatch)
+        for way in WAYS:
+            assert main.main(command(sources, way, folder / way)) == 0
     return folder
 
 
@@ -152,8 +140,9 @@ def test_learned_masks_and_logits(way, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_killed_run_continues_to_the_same_bits(way, sources, runs, tmp_path):
-    assert in_a_child(KILLED_BEFORE_STEP_2, command(sources, way, tmp_path / "run")) == 9
-    assert in_a_child(WHOLE, ["learn", "--resume", str(tmp_path / "run")]) == 0
+    arguments = [sys.executable, "-c", KILLED_BEFORE_STEP_2, *command(sources, way, tmp_path / "run")]
+    assert subprocess.run(arguments, env=environment(), capture_output=True).returncode == 9
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     logits = [digest(load_logits(folder / "logits.safetensors").logits) for folder in (tmp_path / "run", runs / way)]
     assert logits[0] == logits[1]
     assert masks(tmp_path / "run") == EXPECTED[f"{way}: masks"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.cases import slow
 from helpers.straight_through import logits_by_name
 from helpers.tiny_llama import tiny_model
@@ -90,6 +92,27 @@ def test_rows_without_a_gradient_may_hold_anything():
     assert_near(dict(enumerate(found)), dict(enumerate((3 * expected[0], expected[1]))))
     nothing = ops.curvature_factors(grad * 0.0, x, 0.5, torch.tensor(12.0), None)
     assert not any(factor.any() for factor in nothing)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_no_other_factor(value):
+    grad, x = normal(6, 8, seed=0), normal(6, 16, seed=1)
+    expected = ops.curvature_factors(grad, x, 0.5, None, None)
+    grad[2, 3] = value
+    of_outputs, of_inputs = ops.curvature_factors(grad, x, 0.5, None, None)
+    assert_same_bits(of_inputs, expected[1])
+    finite = torch.arange(8) != 3
+    assert_same_bits(of_outputs[finite], expected[0][finite])
+
+
+def test_rows_of_rounding_errors_have_no_gradient():
+    grad, x = normal(6, 8, seed=0), normal(6, 16, seed=1)
+    grad[0] *= 1e-7
+    expected = ops.curvature_factors(grad[1:], x[1:], 0.5, None, None)
+    assert_near(dict(enumerate(ops.curvature_factors(grad, x, 0.5, None, None))), dict(enumerate(expected)))
+    # a hundredth of the others' size is a gradient
+    grad[0] *= 1e5
+    assert ops.token_squares(grad, None)[-1] == 6
 
 
 @pytest.fixture

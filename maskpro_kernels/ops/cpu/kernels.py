@@ -51,9 +51,9 @@ class _Groups:
         # the order of ``CompiledLoop``
         self.shard = start, columns, counter.group_row_stride, counter.group_offset
 
-    def part(self, which: slice, logits: Tensor) -> _Groups:
-        """A part of the groups, with other logits."""
-        return _Groups(logits, self.shard[1], self.counter, self.shard[0] + which.start)
+    def part(self, start: int, logits: Tensor) -> _Groups:
+        """The groups from ``start`` on, with other logits."""
+        return _Groups(logits, self.shard[1], self.counter, self.shard[0] + start)
 
     def by_draw(self, draw: Tensor) -> _Groups:
         """The groups with another draw id."""
@@ -210,7 +210,7 @@ def score_update_(logits, coef, counter, inv_temperature, *, n, m):
         _update(whole, coef, inv_temperature, n)
         return
     for part in _copied(flat):
-        groups = whole.part(part, flat[part].float())
+        groups = whole.part(part.start, flat[part].float())
         _update(groups, coef, inv_temperature, n)
         _round_into(flat[part], groups.by_draw(counter.draw[0]))
 
@@ -231,7 +231,7 @@ def _update(groups: _Groups, coef: Tensor, inv_temperature: Tensor, n: int) -> N
             groups.run(_drawn_update, [groups.logits], rest, groups.logits, n=n)
         return
     for which in _copied(groups.logits):
-        piece = groups.part(which, groups.logits[which])
+        piece = groups.part(which.start, groups.logits[which])
         terms = torch.empty_like(piece.logits)
         delta = None
         for factor, draw in zip(coef, groups.counter.draw, strict=True):
@@ -252,29 +252,37 @@ def straight_through_grad(weight, grad, square, codes, *, m):
     return out
 
 
-def straight_through_update_(logits, weight, grad, square, codes, rate, counter, max_update, *, m):
+def straight_through_update_(logits, weight, grad, factors, codes, rate, counter, max_update, *, m):
     """``reference.straight_through_update_``."""
-    tensors = [*(x.view(-1, m) for x in (weight, grad, square)), codes.view(-1)]
+    of_rows, of_columns = factors
+
+    def tensors(rows: slice) -> list[Tensor]:
+        # in pieces: the whole outer product would go through memory twice
+        square = torch.outer(of_rows[rows], of_columns)
+        return [*(x.view(-1, m) for x in (weight[rows], grad[rows], square)), codes[rows].view(-1)]
+
     return _descend(reference.group_straight_through_logits, tensors, logits, rate, counter, max_update, m)
 
 
 def descend_(logits, gradient, rate, counter, max_update, *, m):
     """``reference.descend_``."""
-    return _descend(reference.group_descended_logits, [gradient.view(-1, m)], logits, rate, counter, max_update, m)
+    how = logits, rate, counter, max_update, m
+    return _descend(reference.group_descended_logits, lambda rows: [gradient[rows].view(-1, m)], *how)
 
 
 def _descend(function, tensors, logits, rate, counter, max_update, m):
-    flat = logits.view(-1, m)
-    whole = _Groups(flat, logits.shape[1] // m, counter)
+    """``function`` of ``tensors(rows)`` and logits, for pieces of rows; returns the mean of its squares."""
+    columns = logits.shape[1] // m
+    whole = _Groups(logits.view(-1, m), columns, counter)
     total = torch.zeros((), dtype=torch.float32)
-    for part in _copied(flat):
-        given, out = [*(x[part] for x in tensors), flat[part]], flat[part]
+    for rows in _pieces(len(logits), max(COPIED_BYTES // (4 * logits.shape[1]), 1)):
+        own = out = logits[rows].view(-1, m)
         if logits.dtype != torch.float32:
             out = torch.empty(out.shape, dtype=torch.float32)
-        _, squares = run(function, given, (rate, max_update), out=out)
+        _, squares = run(function, [*tensors(rows), own], (rate, max_update), out=out)
         total += squares.sum()
         if logits.dtype != torch.float32:
-            _round_into(flat[part], whole.part(part, out))
+            _round_into(own, whole.part(rows.start * columns, out))
     return total / max(logits.numel(), 1)
 
 

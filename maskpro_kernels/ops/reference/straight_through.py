@@ -53,9 +53,9 @@ def straight_through_grad(weight, grad, square, codes, *, m):
     return group_mask_slope(*tensors, codes).view(weight.shape)
 
 
-def straight_through_update_(logits, weight, grad, square, codes, rate, counter, max_update, *, m):
-    """``descend_`` by ``straight_through_grad``."""
-    gradient = straight_through_grad(weight, grad, square, codes, m=m)
+def straight_through_update_(logits, weight, grad, factors, codes, rate, counter, max_update, *, m):
+    """``descend_`` by ``straight_through_grad``; the second derivative is the outer product of ``factors``."""
+    gradient = straight_through_grad(weight, grad, torch.outer(*factors), codes, m=m)
     return descend_(logits, gradient, rate, counter, max_update, m=m)
 
 
@@ -92,6 +92,7 @@ def adamw_scalars(usable, count, rate, decay):
 def group_adamw(gradient, master, first, second, codes, usable, remaining, step, correction, *, dtype):
     """New (master, first, second) of groups [groups, M] for kept weights, and the weight in ``dtype``."""
     kept = uncolumns(decode(codes, master.shape[-1])) & (usable > 0.0)
+    gradient = gradient.to(torch.float32)
     new_first = first + (gradient - first) * (1.0 - BETA)
     new_second = second + (gradient * gradient - second) * (1.0 - BETA_OF_SQUARES)
     # torch's float32 root is not always rounded correctly. A negative number, which no moment is, would give NaN of

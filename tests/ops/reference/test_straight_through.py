@@ -39,19 +39,22 @@ def test_a_slope_is_what_dropping_and_keeping_cost(m):
         for d in DTYPES
     ],
 )
-def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype):
+def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype, monkeypatch):
     grad, x, weight, logits = (
         t.cpu() for t in slope_operands(pattern, rows=40, dtype=torch.bfloat16, logits=logits_dtype)
     )
+    # three pieces of rows
+    monkeypatch.setattr(kernels, "COPIED_BYTES", 16 * 4 * logits.shape[1])
     codes, _ = mask_of("drawn", logits, pattern)
     first = (grad.T @ x).contiguous()
-    square = torch.outer(grad.float().square().sum(0), x.float().square().sum(0)) * CURVATURE
+    factors = CURVATURE * grad.float().square().sum(0), x.float().square().sum(0)
+    square = torch.outer(*factors)
     place = {"layer": 3, "group_offset": 2, "group_row_stride": logits.shape[1]}
     counter = counter_of(logits, pattern, seed=5, step=6, **place)
     step = torch.tensor(1e-3), counter, torch.tensor(0.75)
     ours, eager = logits.clone(), logits.clone()
     values = [
-        module.straight_through_update_(into, weight, first, square, codes, *step, m=pattern.m)
+        module.straight_through_update_(into, weight, first, factors, codes, *step, m=pattern.m)
         for module, into in ((kernels, ours), (reference, eager))
     ]
     assert torch.equal(ours, eager) and not torch.equal(ours, logits)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
-from maskpro_kernels.ops import reference
+from maskpro_kernels.ops import reference, registry
 from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import straight_through, tiles
 
@@ -220,7 +220,7 @@ def test_given_squares_take_the_place_of_the_gradients_own(dtype):
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, tokens=16, dtype=dtype)
     mask, rate = source_of(logits, pattern), torch.tensor(0.1, device=KERNEL_DEVICE)
-    own = 16 * ops.column_squares(grad)
+    own = 16 * registry.gradient_squares(grad)[0]
     assert own.dtype == torch.float32 and own.shape == (len(weight),)
     assert_same_bits(ops.token_squares(grad, None), torch.cat([16 * own, own.new_tensor([16.0])]))
     assert_same_bits(ops.token_squares(grad, torch.tensor(32.0)), torch.cat([64 * own, own.new_tensor([16.0])]))
