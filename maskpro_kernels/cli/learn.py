@@ -743,10 +743,8 @@ class _Run:
 
 def _has_slow_attention(model: nn.Module, length: int) -> bool:
     """Return whether plain products compute the attention of steps faster than torch's function."""
-    from transformers import PreTrainedModel
-
     weight = model.get_input_embeddings().weight
-    used = {part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)}
+    used = {part.config._attn_implementation for part in model.modules() if hasattr(part, "set_attn_implementation")}
     return length <= SHORT and weight.is_cpu and weight.dtype == torch.bfloat16 and used == {"sdpa"}
 
 
