@@ -16,6 +16,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.prune import calibration
 from maskpro_kernels.prune.calibration import calls_by_block, layers_in_order, run_call, watching_inputs
@@ -48,7 +49,7 @@ def by_place(weight, product, codes, gram, m):
 @pytest.mark.parametrize(
     "pattern", cases(((pattern,) for pattern in (*PATTERNS, "1:2", "15:16")), slow=lambda p: p == "15:16")
 )
-def test_kernel_and_reference_find_the_same_swaps(pattern, launched):
+def test_all_routes_find_the_same_swaps(pattern, launched, monkeypatch):
     m = NMPattern(pattern).m
     weight, gram = problem(7, 3 * m)
     product = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.device)
@@ -59,6 +60,9 @@ def test_kernel_and_reference_find_the_same_swaps(pattern, launched):
     cpu = [t.cpu() for t in operands]
     expected = reference.best_swaps(*cpu, m=m)
     assert_same_bits([change, swap], expected)
+    # pieces of two rows, of which the last one has one
+    monkeypatch.setattr(kernels, "COPIED_BYTES", 2 * 4 * m * m * codes.shape[1])
+    assert_same_bits(kernels.best_swaps(*cpu, m=m), expected)
     swapped = mk.expand_mask(codes ^ swap, pattern).view(-1, m)
     assert (swapped.sum(1) == NMPattern(pattern).n).all()
 

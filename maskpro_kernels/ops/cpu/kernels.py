@@ -298,6 +298,21 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
             held.copy_(new)
 
 
+def best_swaps(weight, product, codes, blocks, *, m):
+    """``reference.best_swaps``."""
+    change, swap = torch.empty(codes.shape, dtype=torch.float32), torch.empty_like(codes)
+    columns = codes.shape[1]
+    # blocks of as many rows as stay in cache
+    at_once = min(max(COPIED_BYTES // (4 * m * m * columns), 1), len(codes))
+    blocks = blocks.reshape(m * m, columns).T.repeat(at_once, 1)
+    for rows in _pieces(len(codes), at_once):
+        w, r = (torch.stack(x[rows].unbind(1), -1).view(-1, m) for x in (weight, product))
+        code = codes[rows].reshape(-1)
+        _, found = run(reference.group_best_swaps, [w, r, code, blocks[: len(w)]], out=change[rows].view(-1))
+        swap[rows] = found.view(-1, columns)
+    return change, swap
+
+
 # Many layers by one call of machine code: loops are compiled for one layer, and a table has the layers' addresses
 
 

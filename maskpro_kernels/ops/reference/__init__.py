@@ -56,4 +56,4 @@ from .straight_through import (
     straight_through_grad,
     straight_through_update_,
 )
-from .swaps import best_swaps
+from .swaps import best_swaps, group_best_swaps

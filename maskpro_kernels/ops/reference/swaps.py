@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .groups import decode
+from .groups import columns, decode
 
 
 def best_swaps(weight, product, codes, blocks, *, m):
@@ -23,18 +23,26 @@ def best_swaps(weight, product, codes, blocks, *, m):
         (change of E, float32 [rows, K / M]; codes of the two weights, which give the swapped mask by exclusive or); of
         equal pairs the one with the lower indices.
     """
-    w, r = weight.unbind(1), product.unbind(1)
+    return _best_swaps(weight.unbind(1), product.unbind(1), codes, blocks.flatten(0, 1))
+
+
+def group_best_swaps(weight, product, codes, blocks):
+    """``best_swaps`` of groups: weight and product [groups, M], blocks [groups, M * M]."""
+    return _best_swaps(columns(weight), columns(product), codes, columns(blocks))
+
+
+def _best_swaps(w, r, codes, blocks):
+    m = len(w)
     kept = decode(codes, m)
     costs = []
     for i in range(m):
         pull = 2.0 * w[i] * r[i]
-        costs.append(torch.where(kept[i], 0.0 - pull, pull) + w[i] * w[i] * blocks[i, i])
-    best = torch.full_like(costs[0], torch.inf)
-    swap = torch.zeros_like(codes)
+        costs.append(torch.where(kept[i], 0.0 - pull, pull) + w[i] * w[i] * blocks[i * m + i])
+    best, swap = torch.inf, 0
     for i in range(m):
         for j in range(i + 1, m):
-            change = costs[i] + costs[j] - 2.0 * (w[i] * w[j]) * blocks[i, j]
+            change = costs[i] + costs[j] - 2.0 * (w[i] * w[j]) * blocks[i * m + j]
             better = (kept[i] != kept[j]) & (change < best)
             best = torch.where(better, change, best)
             swap = torch.where(better, 1 << i | 1 << j, swap)
-    return best, swap
+    return best, swap.to(codes.dtype)
