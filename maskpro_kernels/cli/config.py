@@ -16,7 +16,7 @@ from ..text.losses import KINDS
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE = "bfloat16"
 # Default texts of a run, and windows of a text to evaluate
-DATA, EVAL_WINDOWS, EVAL_LENGTH = "stdlib:0.75,self:0.25", 24, 512
+DATA, EVAL_WINDOWS, EVAL_LENGTH = "stdlib:0.5,self:0.5", 24, 512
 OPTION_FILES = (".yaml", ".yml", ".json")
 SOURCES = (
     "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or a dataset of the hub as "

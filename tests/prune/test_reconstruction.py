@@ -60,9 +60,15 @@ def test_all_routes_find_the_same_swaps(pattern, launched, monkeypatch):
     cpu = [t.cpu() for t in operands]
     expected = reference.best_swaps(*cpu, m=m)
     assert_same_bits([change, swap], expected)
-    # pieces of two rows, of which the last one has one
-    monkeypatch.setattr(kernels, "COPIED_BYTES", 2 * 4 * m * m * codes.shape[1])
+    # two of the seven rows at a time
+    monkeypatch.setattr(kernels, "COPIED_BYTES", 4 * m * m * codes.shape[1])
+    monkeypatch.setattr(kernels, "LEAST_SHARED", 0)
+    cpu[2] = cpu[2].T.contiguous().T
     assert_same_bits(kernels.best_swaps(*cpu, m=m), expected)
+    for rows, columns in ((0, 3), (7, 0)):
+        w, r, code, block = cpu
+        none = w[:rows, :, :columns], r[:rows, :, :columns], code[:rows, :columns], block[..., :columns]
+        assert_same_bits(kernels.best_swaps(*none, m=m), reference.best_swaps(*none, m=m))
     swapped = mk.expand_mask(codes ^ swap, pattern).view(-1, m)
     assert (swapped.sum(1) == NMPattern(pattern).n).all()
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from .. import bounds, reference
 from ..counter import Counter
 from ..pattern import code_dtype
-from .loops import compiled_loop, run
+from .loops import LEAST_SHARED, compiled_loop, run
 from .packed import products
 
 # Most groups whose indices, 8 bytes each, are made at a time
 PIECE = 1 << 18
 
-# Bytes of temporary float32 values: copies of 16-bit logits, or terms of an update
+# Bytes of temporary float32 values: copies of 16-bit logits, terms of an update, or blocks for swaps
 COPIED_BYTES = 1 << 21
 
 
@@ -300,15 +300,18 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
 
 def best_swaps(weight, product, codes, blocks, *, m):
     """``reference.best_swaps``."""
-    change, swap = torch.empty(codes.shape, dtype=torch.float32), torch.empty_like(codes)
-    columns = codes.shape[1]
-    # blocks of as many rows as stay in cache
-    at_once = min(max(COPIED_BYTES // (4 * m * m * columns), 1), len(codes))
-    blocks = blocks.reshape(m * m, columns).T.repeat(at_once, 1)
+    change, swap = torch.empty(codes.shape, dtype=torch.float32), torch.empty(codes.shape, dtype=codes.dtype)
+    if not codes.numel():
+        return change, swap
+    codes, columns = codes.contiguous(), codes.shape[1]
+    # a loop takes the block of each group: copies for a few rows stay in cache and serve all pieces
+    at_once = min(max(COPIED_BYTES // (4 * m * m), LEAST_SHARED) // columns + 1, len(codes))
+    of_groups = blocks.reshape(m * m, columns).T.repeat(at_once, 1)
     for rows in _pieces(len(codes), at_once):
+        # always copies, contiguous for one row, too
         w, r = (torch.stack(x[rows].unbind(1), -1).view(-1, m) for x in (weight, product))
-        code = codes[rows].reshape(-1)
-        _, found = run(reference.group_best_swaps, [w, r, code, blocks[: len(w)]], out=change[rows].view(-1))
+        tensors = [w, r, codes[rows].view(-1), of_groups[: len(w)]]
+        _, found = run(reference.group_best_swaps, tensors, out=change[rows].view(-1))
         swap[rows] = found.view(-1, columns)
     return change, swap
 

@@ -27,7 +27,7 @@ def best_swaps(weight, product, codes, blocks, *, m):
 
 
 def group_best_swaps(weight, product, codes, blocks):
-    """``best_swaps`` of groups: weight and product [groups, M], blocks [groups, M * M]."""
+    """``best_swaps`` of groups: weight and product [groups, M], codes [groups], blocks [groups, M * M]."""
     return _best_swaps(columns(weight), columns(product), codes, columns(blocks))
 
 
@@ -38,11 +38,11 @@ def _best_swaps(w, r, codes, blocks):
     for i in range(m):
         pull = 2.0 * w[i] * r[i]
         costs.append(torch.where(kept[i], 0.0 - pull, pull) + w[i] * w[i] * blocks[i * m + i])
-    best, swap = torch.inf, 0
+    best, swap = torch.full_like(costs[0], torch.inf), torch.zeros_like(codes)
     for i in range(m):
         for j in range(i + 1, m):
             change = costs[i] + costs[j] - 2.0 * (w[i] * w[j]) * blocks[i * m + j]
             better = (kept[i] != kept[j]) & (change < best)
             best = torch.where(better, change, best)
             swap = torch.where(better, 1 << i | 1 << j, swap)
-    return best, swap.to(codes.dtype)
+    return best, swap
