@@ -62,7 +62,7 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
         pattern: "N:M" or NMPattern.
         calibration: batches for the model, each a tensor, a tuple or a mapping.
         refit: "scales" or "weights" refit each layer after its swaps; later layers get inputs from refitted ones. With
-            "weights" more swaps follow, which take the refit into account, see ``swap_and_refit``.
+            "weights" the swaps take the refit into account, see ``swap_and_refit``.
         progress: called with (layers done, layers in all) before the first layer and after each.
 
     Warns:
@@ -85,14 +85,16 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
             return [from_places(refit_rows(to_places(weight, pattern.m), kept, ordered, FITS[refit])[0], pattern.m)]
 
         for name in names:
-            weight, refitted = masks.dense(name), None
-            found, _ = masks.by_rows(swapped, weight, masks.whole_codes(name))
+            weight, found, refitted = masks.dense(name), masks.whole_codes(name), None
             if refit == "weights":
+                # ``swap_descent`` before would not lower the error after the refit
                 blocks = conditional_blocks(found, ordered, pattern)
                 both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern)
                 found, refitted, _ = masks.by_rows(both, weight, found)
-            elif refit != "none":
-                (refitted,) = masks.by_rows(fitted, weight, found)
+            else:
+                found, _ = masks.by_rows(swapped, weight, found)
+                if refit != "none":
+                    (refitted,) = masks.by_rows(fitted, weight, found)
             masks.put(name, found, refitted)
             yield
 

@@ -18,8 +18,8 @@ from ..fsdp import without_gradients
 from ..modules import evaluating
 from .sources import BUILT_IN, SELF, is_path
 
-# Windows to sample together by default
-TOGETHER = 128
+# Most windows, and most of their tokens, to sample together by default
+TOGETHER, TOKENS_TOGETHER = 256, 1 << 17
 # Probabilities in a block of ``drawn_indices``
 BLOCK = 256
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -253,7 +253,7 @@ def start_token(tokenizer) -> int | None:
 
 
 def sample_windows(model: torch.nn.Module, start: int | None, windows: int, length: int, *,
-                   batch_size: int = TOGETHER, seed: int = 0,
+                   batch_size: int | None = None, seed: int = 0,
                    progress: Callable[[int, int], object] | None = None) -> Tensor:  # fmt: skip
     """Sample windows of tokens from a model's next-token probabilities, at temperature 1.
 
@@ -268,7 +268,8 @@ def sample_windows(model: torch.nn.Module, start: int | None, windows: int, leng
         start: id of the first token, see ``start_token``; None: a uniformly random token for each window.
         windows: number of windows.
         length: tokens in a window, the first one included, at least 2.
-        batch_size: windows to sample together. Their keys and values are in memory meanwhile.
+        batch_size: windows to sample together. Their keys and values are in memory meanwhile. None: 256, or as many as
+            have 131,072 tokens.
         seed: at least 0.
         progress: called after each token of a batch with (tokens done, tokens in all).
 
@@ -286,13 +287,15 @@ def sample_windows(model: torch.nn.Module, start: int | None, windows: int, leng
     for name, value, low in (
         ("windows", windows, 1),
         ("length", length, 2),
-        ("batch_size", batch_size, 1),
+        ("batch_size", TOGETHER if batch_size is None else batch_size, 1),
         ("seed", seed, 0),
     ):
         if not isinstance(value, int) or value < low:
             raise ValueError(f"{name}: expected an int of at least {low}, got {value!r}")
     if start is not None and not 0 <= start < vocabulary:
         raise ValueError(f"start: expected a token below {vocabulary}, the size of the vocabulary, got {start}")
+    if batch_size is None:
+        batch_size = max(1, min(TOGETHER, TOKENS_TOGETHER // length))
     batches, drawn = math.ceil(windows / batch_size), []
     with without_gradients(model), evaluating(model):
         for batch in range(batches):

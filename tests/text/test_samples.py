@@ -7,6 +7,7 @@ from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from maskpro_kernels.hf import next_logits, preallocated_cache
+from maskpro_kernels.text import batches
 from maskpro_kernels.text.batches import BLOCK, drawn_indices, sample_windows, start_token
 
 
@@ -66,7 +67,7 @@ def test_second_tokens_follow_the_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_samples_are_those_of_their_seed(dtype):
+def test_samples_are_those_of_their_seed(dtype, monkeypatch):
     model, seen = tiny_model().to(dtype), []
     whole = sample_windows(
         model, 1, 11, 6, batch_size=4, seed=3, progress=lambda done, total: seen.append((done, total))
@@ -76,6 +77,8 @@ def test_samples_are_those_of_their_seed(dtype):
     assert_same_bits(sample_windows(model, 1, 8, 6, batch_size=4, seed=3), whole[:8])
     assert not torch.equal(sample_windows(model, 1, 11, 6, batch_size=4, seed=4), whole)
     assert len(whole.unique(dim=0)) > 9
+    monkeypatch.setattr(batches, "TOKENS_TOGETHER", 27)
+    assert_same_bits(sample_windows(model, 1, 11, 6, seed=3), whole)
 
 
 def test_the_mode_stays_and_nothing_keeps_a_gradient():
