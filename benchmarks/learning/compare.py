@@ -108,7 +108,8 @@ class Comparison:
                 # a call that ended before it had a row may have been of another model or seed
                 if file.metadata() == reported:
                     return file.get_tensor(SELF)
-        drawn = sample_windows(self.model, *of, seed=self.args.seed)
+        # as in measured/: a batch of another size has other draws
+        drawn = sample_windows(self.model, *of, batch_size=128, seed=self.args.seed)
         write_tensors({SELF: drawn}, path, reported)
         return drawn
 

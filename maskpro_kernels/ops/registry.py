@@ -298,11 +298,11 @@ def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, 
     tokens = count if tokens is None else tokens.to(grad.device, non_blocking=not grad.is_cpu)
     first = tokens / count * of_outputs if row_squares is None else row_squares / tokens
     unused, of_inputs = ~used, []
-    left_out = unused.nonzero().flatten() if x.is_cpu else None
+    unused_rows = unused.nonzero().flatten() if x.is_cpu else None
     for piece in x.split(COLUMNS, 1):
         if x.is_cpu:
             # few rows: cheaper than a masked copy of x
-            of_inputs.append(_squares(piece).index_fill_(0, left_out, 0.0).sum(0))
+            of_inputs.append(_squares(piece).index_fill_(0, unused_rows, 0.0).sum(0))
         else:
             of_inputs.append(_norms(piece.masked_fill(unused[:, None], 0.0), dim=0).square())
     return curvature * first, torch.cat(of_inputs)

@@ -5,7 +5,7 @@ d H d^T with d = w * m - w. A closed form gives the swap of each group that lowe
 ``swap_descent`` applies many swaps together as long as E falls. SparseSwaps (arXiv 2512.10922) descends on the same
 error.
 
-With a refit the error is that after the kept values are refitted (``swap_and_refit``). For the dropped set D and A =
+With a refit of weights the error is that after the kept values are refitted (``swap_and_refit``). For the dropped set D and A =
 H^-1 it is E(S) = w_D A_DD^-1 w_D^T. With the refitted row v and g = (w - v) H, dropping i raises it by v_i^2 /
 (H_SS^-1)_ii, and keeping j lowers it by g_j^2 / (H_jj - H_jS H_SS^-1 H_Sj). docs/mathematics.md derives these and the
 cost of a swap.
@@ -32,7 +32,7 @@ FIRST_SHARE = 16
 LEAST_FALL = 1e-6
 # On a language model's layers they lower the error by 80 to 90% of what 50 sweeps do
 SWEEPS = 16
-# With a refit they lower the error by 90% of what twice as many do
+# With a refit of weights they lower the error by more than 90% of what twice as many do
 REFITTED_SWEEPS = 8
 # Iterations of the refit after the swaps of a sweep. With fewer, its remaining error hides that of the swaps
 ITERATIONS = 10
@@ -87,7 +87,6 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
         for name in names:
             weight, found, refitted = masks.dense(name), masks.whole_codes(name), None
             if refit == "weights":
-                # ``swap_descent`` before would not lower the error after the refit
                 blocks = conditional_blocks(found, ordered, pattern)
                 both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern)
                 found, refitted, _ = masks.by_rows(both, weight, found)
@@ -132,7 +131,7 @@ def swap_descent(
             f"gram: expected a float32 tensor [{k}, {k}] on {weight.device}, "
             f"got {list(gram.shape)} of {gram.dtype} on {gram.device}"
         )
-    return descend_rows(weight, codes, *by_place(gram, pattern.m), pattern, sweeps)
+    return descend_rows(weight, codes.contiguous(), *by_place(gram, pattern.m), pattern, sweeps)
 
 
 def by_place(gram: Tensor, m: int, damping: float = 0.0) -> tuple[Tensor, Tensor]:

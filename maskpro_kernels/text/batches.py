@@ -19,7 +19,7 @@ from ..modules import evaluating
 from .sources import BUILT_IN, SELF, is_path
 
 # Most windows, and most of their tokens, to sample together by default
-TOGETHER, TOKENS_TOGETHER = 256, 1 << 17
+TOGETHER, TOKENS_TOGETHER = 256, 1 << 16
 # Probabilities in a block of ``drawn_indices``
 BLOCK = 256
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -268,8 +268,8 @@ def sample_windows(model: torch.nn.Module, start: int | None, windows: int, leng
         start: id of the first token, see ``start_token``; None: a uniformly random token for each window.
         windows: number of windows.
         length: tokens in a window, the first one included, at least 2.
-        batch_size: windows to sample together. Their keys and values are in memory meanwhile. None: 256, or as many as
-            have 131,072 tokens.
+        batch_size: windows to sample together. Their keys and values are in memory meanwhile. None: 256, or fewer that
+            have at most 65,536 tokens.
         seed: at least 0.
         progress: called after each token of a batch with (tokens done, tokens in all).
 

@@ -77,8 +77,13 @@ def test_samples_are_those_of_their_seed(dtype, monkeypatch):
     assert_same_bits(sample_windows(model, 1, 8, 6, batch_size=4, seed=3), whole[:8])
     assert not torch.equal(sample_windows(model, 1, 11, 6, batch_size=4, seed=4), whole)
     assert len(whole.unique(dim=0)) > 9
-    monkeypatch.setattr(batches, "TOKENS_TOGETHER", 27)
-    assert_same_bits(sample_windows(model, 1, 11, 6, seed=3), whole)
+    for most in ((4, 1 << 16), (256, 27)):
+        monkeypatch.setattr(batches, "TOGETHER", most[0])
+        monkeypatch.setattr(batches, "TOKENS_TOGETHER", most[1])
+        assert_same_bits(sample_windows(model, 1, 11, 6, seed=3), whole)
+    monkeypatch.setattr(batches, "TOKENS_TOGETHER", 5)
+    alone = sample_windows(model, 1, 2, 6, batch_size=1, seed=3)
+    assert_same_bits(sample_windows(model, 1, 2, 6, seed=3), alone)
 
 
 def test_the_mode_stays_and_nothing_keeps_a_gradient():

@@ -303,8 +303,9 @@ def best_swaps(weight, product, codes, blocks, *, m):
     change, swap = torch.empty(codes.shape, dtype=torch.float32), torch.empty(codes.shape, dtype=codes.dtype)
     if not codes.numel():
         return change, swap
-    codes, columns = codes.contiguous(), codes.shape[1]
-    # a loop takes the block of each group: copies for a few rows stay in cache and serve all pieces
+    columns = codes.shape[1]
+    # a loop takes the block of each group: copies for some rows serve all pieces. Enough groups for all threads, else
+    # as many as stay in cache
     at_once = min(max(COPIED_BYTES // (4 * m * m), LEAST_SHARED) // columns + 1, len(codes))
     of_groups = blocks.reshape(m * m, columns).T.repeat(at_once, 1)
     for rows in _pieces(len(codes), at_once):
