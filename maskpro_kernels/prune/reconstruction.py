@@ -5,8 +5,8 @@ d H d^T with d = w * m - w. A closed form gives the swap of each group that lowe
 ``swap_descent`` applies many swaps together as long as E falls. SparseSwaps (arXiv 2512.10922) descends on the same
 error.
 
-With a refit of weights the error is that after the kept values are refitted (``swap_and_refit``). For the dropped set D and A =
-H^-1 it is E(S) = w_D A_DD^-1 w_D^T. With the refitted row v and g = (w - v) H, dropping i raises it by v_i^2 /
+With a refit of weights the error is that after the kept values are refitted (``swap_and_refit``). For the dropped set D
+and A = H^-1 it is E(S) = w_D A_DD^-1 w_D^T. With the refitted row v and g = (w - v) H, dropping i raises it by v_i^2 /
 (H_SS^-1)_ii, and keeping j lowers it by g_j^2 / (H_jj - H_jS H_SS^-1 H_Sj). docs/mathematics.md derives these and the
 cost of a swap.
 """
