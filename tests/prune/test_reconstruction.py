@@ -72,6 +72,15 @@ def test_all_routes_find_the_same_swaps(pattern, launched, monkeypatch):
     assert (swapped.sum(1) == NMPattern(pattern).n).all()
 
 
+def test_a_cpu_finds_swaps_by_machine_code(compiled_reference, monkeypatch):
+    weight, gram = (tensor.cpu() for tensor in problem(3, 16))
+    operands = by_place(weight, weight @ gram, mk.top_n_mask(weight.abs(), "2:4"), gram, 4)
+    best_swaps, calls = kernels.best_swaps, []
+    monkeypatch.setattr(kernels, "best_swaps", lambda *args, **how: calls.append(how) or best_swaps(*args, **how))
+    assert_same_bits(torch.ops.maskpro.best_swaps(*operands, 2, 4), reference.best_swaps(*operands, m=4))
+    assert calls == [{"m": 4}]
+
+
 def test_opcheck():
     weight, gram = problem(3, 16)
     codes = mk.top_n_mask(weight.abs(), "2:4")
