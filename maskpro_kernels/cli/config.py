@@ -58,8 +58,8 @@ class Learn:
     pattern: str = _option("2:4", "keep N of every M consecutive weights", "N:M")
     density: float | None = _option(
         None,
-        "share of the maskable weights to keep: above that of the pattern whole matrices stay dense, those whose masks "
-        "cost most for their size (default: that of the pattern)",
+        "share of the maskable weights to keep, above the pattern's; for this, whole matrices stay dense, those whose "
+        "masks cost most for their size (default: that of the pattern)",
         "D",
     )
     init: str | None = _option(
@@ -130,7 +130,7 @@ class Evaluate:
         "SparseGPT, Wanda and MaskLLM evaluate WikiText-2; word: perplexity by word, like lm-eval's task wikitext",
     )
     documents: int | None = _option(
-        None, "read the first D documents of each split of a dataset, as a stream (default: all)", "D"
+        None, "held-out: read the first D documents of each split of a dataset, as a stream (default: all)", "D"
     )
     text_column: str = _option("text", "column of a dataset with its documents", "NAME")
     eval_windows: int | None = _option(

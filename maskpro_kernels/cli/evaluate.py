@@ -10,7 +10,7 @@ from torch import nn
 
 from ..files import write_whole
 from ..text.batches import parse_sources, texts_of
-from ..text.perplexity import perplexity, word_perplexity
+from ..text.perplexity import EVALUATED_TOGETHER, perplexity, word_perplexity
 from ..text.sources import load_documents, load_text
 from .config import EVAL_LENGTH, EVAL_WINDOWS, Evaluate
 from .inputs import (
@@ -34,6 +34,10 @@ Measure = Callable[[nn.Module, object], dict[str, float]]
 def evaluate(options: Evaluate, models: list[str]) -> None:
     """Print a row for each model, with the dense model of a run above it; with --output also write them."""
     check_least(options, eval_windows=1, eval_length=2, documents=1)
+    if options.protocol != "held-out":
+        for name in ("documents", "eval_windows"):
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(f"{name}: expected it only with --protocol held-out, got {value}")
     device = device_of(options.device)
     if options.output is not None:
         check_new_file(options.output)
@@ -72,31 +76,25 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
 def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
     """Read a text and return the function that evaluates a model on it."""
     bars = wants_bars()
-    if options.protocol == "held-out":
-        documents = options.documents or (settings.get("documents") if options.data is None else None)
-        text = load_text(name, options.text_column, documents)["test"]
-        count = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS)
-
-        def measure(model: nn.Module, tokenizer) -> dict[str, float]:
-            length = options.eval_length or _default_length(model)
-            found = windows_of(text, model, tokenizer, length, "data", "--eval-length")[:count]
-            return {"": perplexity(model, found, progress=bars)}
-
-        return measure
-    documents = load_documents(name, options.text_column)
     if options.protocol == "word":
+        documents = load_documents(name, options.text_column)
 
         def measure(model: nn.Module, tokenizer) -> dict[str, float]:
             found = word_perplexity(model, tokenizer, documents, options.eval_length, bars)
             return {"": found.perplexity, ", bits a byte": found.bits_per_byte}
 
         return measure
-    text = "\n\n".join(documents)
+    if options.protocol == "held-out":
+        kept = options.documents or (settings.get("documents") if options.data is None else None)
+        text = load_text(name, options.text_column, kept)["test"]
+        count, batch_size = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS), EVALUATED_TOGETHER
+    else:
+        text, count, batch_size = "\n\n".join(load_documents(name, options.text_column)), None, 1
 
     def measure(model: nn.Module, tokenizer) -> dict[str, float]:
         length = options.eval_length or _default_length(model)
-        found = windows_of(text, model, tokenizer, length, "data", "--eval-length")
-        return {"": perplexity(model, found, batch_size=1, progress=bars)}
+        found = windows_of(text, model, tokenizer, length, "data", "--eval-length")[:count]
+        return {"": perplexity(model, found, batch_size=batch_size, progress=bars)}
 
     return measure
 
