@@ -85,8 +85,8 @@ def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
 
         return measure
     if options.protocol == "held-out":
-        kept = options.documents or (settings.get("documents") if options.data is None else None)
-        text = load_text(name, options.text_column, kept)["test"]
+        most = options.documents or (settings.get("documents") if options.data is None else None)
+        text = load_text(name, options.text_column, most)["test"]
         count, batch_size = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS), EVALUATED_TOGETHER
     else:
         text, count, batch_size = "\n\n".join(load_documents(name, options.text_column)), None, 1
