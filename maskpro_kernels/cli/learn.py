@@ -114,7 +114,8 @@ COSTLY = "the mask would cost most for its size"
 BASELINES = ("magnitude", "wanda")
 # Learning stops if the validation perplexity exceeds the initial mask's by this factor twice in a row
 DIVERGED = 1.1
-# Most tokens of windows whose attention is computed by plain products: with longer ones it needs much more memory
+# Most tokens of windows whose attention plain products compute in bfloat16 on a CPU: with the backward they are faster
+# than torch's function, but need much more memory for longer windows
 SHORT = 128
 # Most steps in a row whose loss or gradient is not finite
 MAX_SKIPPED = 9
@@ -143,9 +144,9 @@ def learn(options: Learn) -> None:
     # load
     texts = ranks.all_of(lambda: _load_texts(options))
     device = options.device if options.device == "auto" else device_of(options.device)
-    if device == torch.device("cpu"):
-        _keep_freed_memory()
     model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
+    if model.device.type == "cpu":
+        _keep_freed_memory()
     apart = ranks.all_of(lambda: as_linears(model))
     layers, skipped = ranks.all_of(lambda: layers_to_convert(model, options.pattern))
     skipped = apart | skipped
@@ -565,10 +566,14 @@ class _Run:
 
         more = self.ranks.first(has_more)
         began, evaluating = time.perf_counter(), self.evaluating
+        weight, parts = self.model.get_input_embeddings().weight, self.model.modules()
+        used = {part.config._attn_implementation for part in parts if hasattr(part, "set_attn_implementation")}
+        by_products = trainer.estimator.needs_gradients and weight.is_cpu and weight.dtype == torch.bfloat16
+        by_products = by_products and options.seq_len <= SHORT and used == {"sdpa"}
+        attend = self.model.set_attn_implementation if by_products else lambda by: None
         with _signals() as signals, ExitStack() as stack:
-            if trainer.estimator.needs_gradients and _has_slow_attention(self.model, options.seq_len):
-                self.model.set_attn_implementation("eager")
-                stack.callback(self.model.set_attn_implementation, "sdpa")
+            attend("eager")
+            stack.callback(attend, "sdpa")
             if more and self.ranks.rank > 0:
                 trainer.run(options.steps - trainer.steps_done, progress=False, after_step=lambda _: bool(signals))
             elif more:
@@ -578,7 +583,11 @@ class _Run:
                 before, started = trainer.steps_done, time.perf_counter()
 
                 def after_step(record: StepRecord) -> bool:
-                    done, value = record.step + 1, self._evaluate() if self._is_due(record.step + 1) else None
+                    done, value = record.step + 1, None
+                    if self._is_due(done):
+                        attend("sdpa")
+                        value = self._evaluate()
+                        attend("eager")
                     shown = value is not None or done % max(options.steps // LINES, 1) == 0
                     if shown and not wants_bars():
                         left = (time.perf_counter() - started) / (done - before) * (options.steps - done)
@@ -741,15 +750,8 @@ class _Run:
                 tracker.finish()
 
 
-def _has_slow_attention(model: nn.Module, length: int) -> bool:
-    """Return whether plain products compute the attention of steps faster than torch's function."""
-    weight = model.get_input_embeddings().weight
-    used = {part.config._attn_implementation for part in model.modules() if hasattr(part, "set_attn_implementation")}
-    return length <= SHORT and weight.is_cpu and weight.dtype == torch.bfloat16 and used == {"sdpa"}
-
-
 def _keep_freed_memory() -> None:
-    """Let this process use freed memory again: each new page of the system costs as much as the values in it."""
+    """Let this process return no memory to the system: the first write to each new page costs a page fault."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
         # no memory by mmap (M_MMAP_MAX of glibc's malloc.h), and none back to the system (M_TRIM_THRESHOLD)

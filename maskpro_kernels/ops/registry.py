@@ -434,6 +434,7 @@ def best_swaps(weight, product, codes, blocks, n, m):
 
     weight and product are [rows, M, K / M], see ``reference.best_swaps``.
     """
+    codes = codes.contiguous()
     if uses_kernels(weight):
         return kernels("adamw_and_swaps").best_swaps(weight, product, codes, blocks, n, m)
     return run_reference("best_swaps", weight, product, codes, blocks, m=m)

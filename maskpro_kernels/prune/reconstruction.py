@@ -131,7 +131,7 @@ def swap_descent(
             f"gram: expected a float32 tensor [{k}, {k}] on {weight.device}, "
             f"got {list(gram.shape)} of {gram.dtype} on {gram.device}"
         )
-    return descend_rows(weight, codes.contiguous(), *by_place(gram, pattern.m), pattern, sweeps)
+    return descend_rows(weight, codes, *by_place(gram, pattern.m), pattern, sweeps)
 
 
 def by_place(gram: Tensor, m: int, damping: float = 0.0) -> tuple[Tensor, Tensor]:

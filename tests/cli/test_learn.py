@@ -131,32 +131,37 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
     ids=["bfloat16", "float32", "no backward", "long"],
 )
 def test_attention_of_steps_on_a_cpu(options, used, inputs, tmp_path, monkeypatch):
-    seen, step, save = [], learning.MaskTrainer.step, learning.save
+    seen, step, perplexity = [], learning.MaskTrainer.step, learning.perplexity
 
     def recorded(trainer):
         seen.append(trainer.model.config._attn_implementation)
         return step(trainer)
 
-    def saved(model, *args):
-        seen.append(model.config._attn_implementation)
-        save(model, *args)
+    def evaluated(model, *args, **how):
+        # each evaluation, also between steps, uses the same attention
+        assert model.config._attn_implementation == "sdpa"
+        return perplexity(model, *args, **how)
 
     monkeypatch.setattr(learning, "SHORT", 16)
     monkeypatch.setattr(learning.MaskTrainer, "step", recorded)
-    monkeypatch.setattr(learning, "save", saved)
-    assert main.main(learn(inputs, tmp_path / "run", *options, "--steps", "2")) == 0
-    assert seen == [used, used, "sdpa"]
+    monkeypatch.setattr(learning, "perplexity", evaluated)
+    assert main.main(learn(inputs, tmp_path / "run", *options, "--steps", "3", "--eval-every", "1")) == 0
+    assert seen == [used] * 3
 
 
-def test_freed_memory_is_used_again(monkeypatch):
+def test_freed_memory_is_used_again(inputs, tmp_path, monkeypatch):
     made = []
     libraries = [SimpleNamespace(mallopt=lambda *option: made.append(option)), SimpleNamespace()]
-    monkeypatch.setattr(learning.ctypes, "CDLL", lambda name: libraries.pop(0))
-    monkeypatch.setattr(learning.sys, "platform", "linux")
-    for calls in 2, 2:
-        # the second C library has no such option
-        learning._keep_freed_memory()
-        assert len(made) == calls
+    with monkeypatch.context() as patch:
+        patch.setattr(learning.ctypes, "CDLL", lambda name: libraries.pop(0))
+        patch.setattr(learning.sys, "platform", "linux")
+        while libraries:
+            # the second C library has no such option
+            learning._keep_freed_memory()
+            assert made == [(-4, 0), (-1, -1)]
+    monkeypatch.setattr(learning, "_keep_freed_memory", lambda: made.append("kept"))
+    assert main.main(learn(inputs, tmp_path / "run", "--device", "cpu")) == 0
+    assert made[2:] == ["kept"]
 
 
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch):

@@ -60,6 +60,8 @@ def test_all_routes_find_the_same_swaps(pattern, launched, monkeypatch):
     cpu = [t.cpu() for t in operands]
     expected = reference.best_swaps(*cpu, m=m)
     assert_same_bits([change, swap], expected)
+    strided = *operands[:2], codes.T.contiguous().T, operands[3]
+    assert_same_bits(torch.ops.maskpro.best_swaps(*strided, NMPattern(pattern).n, m), expected)
     # two of the seven rows at a time
     monkeypatch.setattr(kernels, "COPIED_BYTES", 4 * m * m * codes.shape[1])
     monkeypatch.setattr(kernels, "LEAST_SHARED", 0)

@@ -21,12 +21,12 @@ from .packed import products
 # Most groups whose indices, 8 bytes each, are made at a time
 PIECE = 1 << 18
 
-# Bytes of temporary float32 values: copies of 16-bit logits, terms of an update, or blocks for swaps
+# Bytes of temporary float32 values: copies of 16-bit logits, terms of an update, outer products, or blocks for swaps
 COPIED_BYTES = 1 << 21
 
 
 def _pieces(count: int, size: int = PIECE) -> Iterator[slice]:
-    """Slices of at most ``size`` consecutive groups."""
+    """Slices of at most ``size`` consecutive groups or rows."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -304,8 +304,8 @@ def best_swaps(weight, product, codes, blocks, *, m):
     if not codes.numel():
         return change, swap
     columns = codes.shape[1]
-    # a loop takes the block of each group: copies for some rows serve all pieces. Enough groups for all threads, else
-    # as many as stay in cache
+    # a loop takes the block of each group: copies for some rows serve all pieces, as many as stay in cache, but
+    # enough for all threads
     at_once = min(max(COPIED_BYTES // (4 * m * m), LEAST_SHARED) // columns + 1, len(codes))
     of_groups = blocks.reshape(m * m, columns).T.repeat(at_once, 1)
     for rows in _pieces(len(codes), at_once):

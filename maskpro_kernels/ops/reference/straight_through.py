@@ -54,7 +54,7 @@ def straight_through_grad(weight, grad, square, codes, *, m):
 
 
 def straight_through_update_(logits, weight, grad, factors, codes, rate, counter, max_update, *, m):
-    """``descend_`` by ``straight_through_grad``; the second derivative is the outer product of ``factors``."""
+    """``descend_`` by ``straight_through_grad``; the second derivative is the product of ``factors`` [rows] and [K]."""
     gradient = straight_through_grad(weight, grad, torch.outer(*factors), codes, m=m)
     return descend_(logits, gradient, rate, counter, max_update, m=m)
 
