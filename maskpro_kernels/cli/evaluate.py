@@ -37,7 +37,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     if options.protocol != "held-out":
         for name in ("documents", "eval_windows"):
             if (value := getattr(options, name)) is not None:
-                raise ValueError(f"{name}: expected --protocol held-out beside it, got {options.protocol}")
+                raise ValueError(f"{name}: expected none with --protocol {options.protocol}, got {value}")
     device = device_of(options.device)
     if options.output is not None:
         check_new_file(options.output)

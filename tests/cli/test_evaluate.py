@@ -99,5 +99,5 @@ def test_what_cannot_be_evaluated_is_refused(inputs, run, tmp_path, capsys):
     arguments = ["eval", model, "--data", str(inputs / "text.txt"), "--eval-length", "9999", *CPU]
     for name in ("documents", "eval_windows"):
         option = [f"--{name.replace('_', '-')}", "2", "--protocol", "tokens"]
-        refuses(capsys, tmp_path, [*arguments, *option], f"{name}: expected --protocol held-out beside it, got tokens")
+        refuses(capsys, tmp_path, [*arguments, *option], f"{name}: expected none with --protocol tokens, got 2")
     refuses(capsys, tmp_path, arguments, "data: expected at least 9999 tokens", "or a smaller --eval-length")
