@@ -106,8 +106,8 @@ DEFAULTS = {
     "straight-through": {"init": "reconstruction", "gap": 15.0, "calibration_batches": None, "steps": 200, "lr": 0.3},
     "reinforce": {"init": "wanda", "gap": 10.0, "calibration_batches": 16, "steps": 1000, "lr": 50.0},
 }
-# Most batches for the initial mask, and most windows to sample from the dense model
-INIT_BATCHES, MOST_SAMPLES = 16, 2048
+# Most batches for the initial mask
+INIT_BATCHES = 16
 # Reason that a layer stays dense because of --density
 COSTLY = "the mask would cost most for its size"
 # Initial masks that are always in the table
@@ -379,7 +379,7 @@ def _windows(
         if (positions := positions_of(model)) is not None and options.seq_len > positions:
             raise ValueError(f"seq_len: expected at most {positions}, the positions of the model")
         whose = turns([share for _, share in every], options.batch_size * max(_learned_from(options), INIT_BATCHES))
-        wanted = min(MOST_SAMPLES, whose.count([name for name, _ in every].index(SELF)))
+        wanted = whose.count([name for name, _ in every].index(SELF))
         held_out = 0 if sources else 2 * options.eval_windows
         windows[SELF] = max(in_a_batch(dict(every)[SELF], options.batch_size), wanted) + held_out
     return tests, validation, windows

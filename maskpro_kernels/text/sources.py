@@ -23,6 +23,8 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst")
 # Files that `save_to_disk` writes
 SAVED = ("dataset_dict.json", "state.json")
+# Folders of the standard library that are not to learn from: tests, the text of "pydoc", and tables of characters
+NOT_LEARNED = {"test", "tests", "idle_test", "pydoc_data", "encodings"}
 BLANK_LINES = re.compile(r"\n\s*\n")
 # Characters to report of the library's error, which may list all configurations of a dataset
 REASON = 400
@@ -51,10 +53,10 @@ def load_text(source: str, text_column: str = "text", documents: int | None = No
 
     Args:
         source: "pydoc" (the topics of the Python documentation that ship with Python), "stdlib" (the source code of
-            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or a dataset: a
-            file of JSON lines or parquet, a folder of such files or of ``save_to_disk``, or its name on the Hugging
-            Face hub, "name" or "name:config". Datasets need the package ``datasets``. For a file with the name pydoc or
-            stdlib write "./pydoc".
+            Python's standard library: its public modules, those in packages for calibration alone), the path of a UTF-8
+            text file, or a dataset: a file of JSON lines or parquet, a folder of such files or of ``save_to_disk``, or
+            its name on the Hugging Face hub, "name" or "name:config". Datasets need the package ``datasets``. For a
+            file with the name pydoc or stdlib write "./pydoc".
         text_column: column of a dataset with its documents.
         documents: number of documents to read of each split of a dataset, as a stream: later ones are not downloaded.
             None: all.
@@ -85,9 +87,11 @@ def load_text(source: str, text_column: str = "text", documents: int | None = No
         texts = _split([topics[name] for name in sorted(topics)])
     elif source == "stdlib":
         folder = Path(sysconfig.get_path("stdlib"))
-        names = (name for name in sorted(sys.stdlib_module_names) if not name.startswith("_"))
-        paths = (folder / f"{name}.py" for name in names)
-        texts = _split([path.read_text(encoding="utf-8") for path in paths if path.is_file()])
+        names = [name for name in sorted(sys.stdlib_module_names) if not name.startswith("_")]
+        files = filter(Path.is_file, (folder / f"{name}.py" for name in names))
+        in_packages = (path for name in names for path in sorted((folder / name).rglob("*.py")))
+        learned = (path for path in in_packages if not NOT_LEARNED.intersection(path.relative_to(folder).parts))
+        texts = _split(*((path.read_text(encoding="utf-8") for path in paths) for paths in (files, learned)))
     elif is_dataset(source):
         texts = _texts_of_dataset(source, text_column, documents)
     else:
@@ -139,19 +143,25 @@ def _check(source: str) -> None:
         )
 
 
-def _split(pieces: Iterable[str]) -> dict[str, str]:
-    """Text of each split, with each paragraph once; pieces without a new paragraph do not count."""
-    seen, chosen, index = set(), {split: [] for split in SPLITS}, 0
-    for piece in pieces:
+def _split(pieces: Iterable[str], learned: Iterable[str] = ()) -> dict[str, str]:
+    """Text of each split, with each paragraph once; pieces without a new paragraph do not count.
+
+    ``learned`` are more pieces of the calibration text.
+    """
+    seen, chosen = set(), {split: [] for split in SPLITS}
+
+    def new_text(piece: str) -> str:
         new = []
         for paragraph in BLANK_LINES.split(piece):
             words = " ".join(paragraph.split())
             if words and words not in seen:
                 seen.add(words)
                 new.append(paragraph)
-        if new:
-            chosen[{0: "test", 1: "validation"}.get(index % 5, "calibration")].append("\n\n".join(new))
-            index += 1
+        return "\n\n".join(new)
+
+    for index, text in enumerate(filter(None, map(new_text, pieces))):
+        chosen[{0: "test", 1: "validation"}.get(index % 5, "calibration")].append(text)
+    chosen["calibration"] += filter(None, map(new_text, learned))
     return {split: "\n\n".join(chosen[split]) for split in SPLITS}
 
 

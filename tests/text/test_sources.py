@@ -5,9 +5,12 @@ from __future__ import annotations
 import abc
 import inspect
 import itertools
+import pydoc_data.topics
 import re
 import sys
 import tokenize
+from asyncio import queues
+from encodings import cp1250
 from pydoc_data.topics import topics
 
 import datasets
@@ -39,6 +42,10 @@ def test_stdlib_is_split_by_sorted_module():
     # what other modules have as well, such as a licence, it may lack
     assert max(len(words_of(inspect.getsource(tokenize)) & words_of(text)) for text in parts.values()) > 50
     assert all(len(text) > 100_000 for text in parts.values())
+    # packages are in the calibration text alone, without the text of pydoc and tables
+    for module, learned in (queues, True), (pydoc_data.topics, False), (cp1250, False):
+        longest = max(words_of(inspect.getsource(module)), key=len)
+        assert [longest in words_of(parts[split]) for split in SPLITS] == [learned, False, False]
 
 
 @pytest.mark.parametrize("source", ["pydoc", "stdlib"])
