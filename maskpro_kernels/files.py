@@ -27,13 +27,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically, also across a crash; of several writers the last one wins."""
-    with _replacing(path) as temporary:
-        temporary.write_bytes(content)
+    temporary = _temporary(path)
+    with naming_path(path):
+        try:
+            temporary.write_bytes(content)
+            _replace(path, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file; an existing file is replaced only once the new one is on disk."""
-    with _replacing(Path(path)) as temporary:
+    path = Path(path)
+    with naming_path(path), folder_aside(path) as folder:
+        temporary = folder / path.name
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
@@ -43,25 +50,66 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[s
         umask = os.umask(0o077)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
+        _replace(path, temporary)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name for a new file, which replaces ``path`` once it is on disk."""
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _replace(path: Path, temporary: Path) -> None:
+    """Move a complete file to its name once it is on disk."""
+    sync(temporary)
+    os.replace(temporary, path)
     # without a sync of the folder, a crash may lose the new name
     sync(path.parent)
 
 
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path`` for its parts, and remove it afterwards; ``unfinished`` lists it after a kill.
+
+    Libraries that write files under temporary names of their own write them there.
+    """
+    folder = _temporary(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def naming_path(path: Path) -> Iterator[None]:
+    """Add a path to errors of the system that name none, such as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_record(path: Path, content: Mapping) -> None:
+    """Write JSON with its digest for ``read_record``, as ``write_whole`` does."""
+    write_whole(path, json.dumps({**content, "digest": _digest_of_record(content)}, indent=1).encode())
+
+
+def read_record(path: Path) -> dict:
+    """Read a file of ``write_record``; ValueError if it is damaged, OSError if it cannot be read."""
+    try:
+        content = json.loads(path.read_bytes())
+        intact = content.pop("digest") == _digest_of_record(content)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        intact = False
+    if not intact:
+        raise ValueError(f"expected {str(path)!r} as it was written, got a damaged file; restore it from a copy")
+    return content
+
+
+def _digest_of_record(content: Mapping) -> str:
+    return digest_of_bytes(json.dumps(content, sort_keys=True).encode()).hex()
+
+
 def append_whole(path: Path, content: bytes) -> None:
     """Append bytes to a file, made if missing: all of them, or none and an OSError."""
-    with open(path, "ab", buffering=0) as file:
+    with naming_path(path), open(path, "ab", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         try:
             if file.write(content) != len(content):
@@ -143,7 +191,7 @@ def check_output(folder: str | Path) -> None:
         for made in missing:
             with suppress(OSError):
                 made.rmdir()
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and set(folder.iterdir()) - set(unfinished(folder)):
         raise ValueError(
             f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty; give another"
         )

@@ -377,6 +377,26 @@ def evaluating(model: nn.Module, checkpointing: bool = False) -> Iterator[None]:
             module.training = training
 
 
+def tensors_of_base(model: nn.Module) -> list[Tensor]:
+    """List the parameters and stored buffers of a model without logits, by name, for a digest of its base.
+
+    A tensor that several modules share comes several times, so that ``convert`` changes nothing. Buffers that are not
+    stored are computed, by each device with other bits. Tensors that accelerate offloads are read where it keeps them.
+    """
+    tensors = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            is_logits = isinstance(module, MaskedLinear) and name == "logits"
+            if tensor is None or is_logits or name in module._non_persistent_buffers_set:
+                continue
+            if tensor.is_meta:
+                tensor = None if offloaded is None else offloaded[name]
+            if tensor is not None:
+                tensors[f"{prefix}.{name}"] = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return [tensors[name] for name in sorted(tensors)]
+
+
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """MaskedLinear modules of a model by name, those that FSDP2 has split with a ``shard``; an error if none."""
     if not isinstance(model, nn.Module):

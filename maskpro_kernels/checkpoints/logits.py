@@ -18,12 +18,13 @@ from ..files import digest, write_tensors
 from ..fsdp import check_not_sharded
 from ..modules import MaskedLinear, masked_layers
 
-# Its name in the folder of a run, and that of the report, which has a digest of the logits
-LOGITS_FILE, REPORT = "logits.safetensors", "report.json"
-# Key of the metadata that lists the layers with changed weights in the file
-CHANGED = "changed_weights"
-# A layer's logits have the name of the layer; its weight has this suffix as well
-WEIGHT = ".weight"
+# In the folder of a run. A folder of its own, since loaders of checkpoints read every safetensors file beside the model
+LOGITS_FILE = "learned/logits.safetensors"
+# Report of a run, with a digest of the logits
+REPORT = "report.json"
+# Prefixes of a layer's tensors: no model has such names, so a loader cannot take them for its weights
+LOGITS = "logits/"
+WEIGHTS = "weights/"
 
 
 class Logits(NamedTuple):
@@ -43,12 +44,13 @@ class Logits(NamedTuple):
 def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write the logits of all MaskedLinear modules of a model to a safetensors file.
 
-    Weights that were refitted or trained are in the same file, under the name of the layer and ".weight".
+    Weights that were refitted or trained are in the same file. Names of logits begin with "logits/", those of weights
+    with "weights/".
 
     Args:
         model: has at least one MaskedLinear.
         path: of the file; an existing file is replaced only once the new one is on disk.
-        metadata: strings to store with the tensors; the name "changed_weights" is reserved.
+        metadata: strings to store with the tensors.
 
     Raises:
         ValueError: if ``model`` has no MaskedLinear, or one that fully_shard has split.
@@ -62,11 +64,10 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str,
 
 def write_logits(content: Logits, path: str | Path) -> None:
     """Write a file for ``load_logits``; OSError if it cannot be written."""
-    metadata, tensors = dict(content.metadata), dict(content.logits)
-    if content.weights:
-        metadata[CHANGED] = json.dumps(sorted(content.weights))
-        tensors |= {name + WEIGHT: weight for name, weight in content.weights.items()}
-    write_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    tensors = {LOGITS + name: logits for name, logits in content.logits.items()}
+    tensors |= {WEIGHTS + name: weight for name, weight in content.weights.items()}
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(on_cpu, path, dict(content.metadata))
 
 
 def load_logits(path: str | Path) -> Logits:
@@ -75,21 +76,28 @@ def load_logits(path: str | Path) -> Logits:
     ``prune.refit.put_weights`` writes the weights into the layers of a converted model.
 
     Raises:
-        ValueError: if the file is no safetensors file, or lacks a tensor that its metadata name.
+        ValueError: if the file is no safetensors file, or has other tensors.
         OSError: if it cannot be read.
     """
+    content = Logits({}, {}, {})
     try:
         with safe_open(path, framework="pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-        weights = {name: tensors.pop(name + WEIGHT) for name in json.loads(metadata.pop(CHANGED, "[]"))}
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"path: expected a safetensors file, got {str(path)!r}: {error!r}") from error
-    return Logits(tensors, weights, metadata)
+            content.metadata.update(file.metadata() or {})
+            for stored in file.keys():
+                kind, slash, name = stored.partition("/")
+                tensors = {LOGITS: content.logits, WEIGHTS: content.weights}.get(kind + slash)
+                if tensors is None:
+                    raise ValueError(f"expected names that begin with {LOGITS} or {WEIGHTS}, got {stored!r}")
+                tensors[name] = file.get_tensor(stored)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"path: expected a file of logits, got {str(path)!r}: {error}") from error
+    return content
 
 
 def logits_of_run(folder: Path) -> Logits:
     """``load_logits`` of the folder of a run; ValueError if it has ended with others, as its report says."""
-    learned, report = load_logits(folder / LOGITS_FILE), folder / REPORT
+    learned = load_logits(folder / LOGITS_FILE)
+    report = folder / REPORT
     own = digest(learned.logits[name] for name in sorted(learned.logits))
     if report.is_file() and json.loads(report.read_bytes()).get("logits") != own:
         raise ValueError(f"expected the logits that {REPORT} has the digest of, got others; restore {LOGITS_FILE}")

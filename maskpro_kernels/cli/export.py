@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import save_masks
-from ..files import check_output
+from ..files import check_output, digest
 from ..functional.masks import top_n_mask
-from ..modules import masked_layers
+from ..modules import masked_layers, tensors_of_base
 from ..ops.cpu import cpu_multiplies
 from ..ops.pattern import NMPattern
 from ..packed import INT4, KEEP
@@ -56,7 +56,7 @@ def export(options: Export, source: str, output: str) -> None:
     with naming("run"):
         learned = logits_of_run(Path(source))
         metadata = learned.metadata
-        lacking = {"model", "pattern", "dtype", "weights", "dense_weights"} - metadata.keys()
+        lacking = {"model", "pattern", "dtype", "weights", "base"} - metadata.keys()
         if lacking or not learned.logits or metadata["dtype"] not in DTYPES:
             raise ValueError(f"expected logits of `maskpro learn`, got a file without {sorted(lacking) or 'any'}")
         pattern = NMPattern(metadata["pattern"])
@@ -66,12 +66,7 @@ def export(options: Export, source: str, output: str) -> None:
     if options.to == "mask" and learned.weights:
         raise ValueError("run: expected a mask of the base model's weights, got changed weights; export a checkpoint")
     name = options.model or metadata["model"]
-    model, tokenizer = _with_masks(name, metadata["dtype"], codes, pattern)
-    if metadata["dense_weights"] != digest_of_weights(model):
-        raise ValueError(
-            f"run: expected the weights of {name!r} that its masks were learned on, got others; name the original base "
-            "model by --model"
-        )
+    model, tokenizer = _with_masks(name, metadata["dtype"], codes, pattern, metadata["base"])
     put_weights(masked_layers(model), learned.weights)
     if metadata["weights"] != digest_of_weights(model):
         raise ValueError("run: expected the weights that its masks were learned on, got others")
@@ -107,10 +102,12 @@ def export(options: Export, source: str, output: str) -> None:
         print("transformers loads it after `import maskpro_kernels.hf`")
 
 
-def _with_masks(name: str, dtype: str, codes: Mapping[str, Tensor], pattern: NMPattern):
-    """Load (base model of a run with its masks, tokenizer)."""
+def _with_masks(name: str, dtype: str, codes: Mapping[str, Tensor], pattern: NMPattern, base: str | None = None):
+    """Load (base model of a run with its masks, tokenizer); ValueError if it is not that of the digest ``base``."""
     with naming("run", "restore the base model of the run, or name its new place by --model"):
         model, tokenizer = load(name, dtype, "cpu")
+        if base not in (None, digest(tensors_of_base(model))):
+            raise ValueError(f"expected the base model that its masks were learned on, got other weights in {name!r}")
         convert(model, pattern, targets=list(codes), init=codes)
     return model, tokenizer
 

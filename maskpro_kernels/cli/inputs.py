@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoints.logits import REPORT
-from ..files import check_takes_files, digest
+from ..files import check_takes_files, digest, read_record
 from ..modules import masked_layers
 from ..ops.cpu import cpu_multiplies
 from ..packed import KEEP, NMLinear, bits_a_weight
@@ -31,7 +31,7 @@ SETTINGS, PROGRESS = "settings.json", "progress"
 # File of the samples in the folder of progress
 SAMPLES = "samples.safetensors"
 # Format of these files; earlier versions have none
-FORMAT = "maskpro-run 2"
+FORMAT = "maskpro-run 3"
 # Columns of a run's table: titles, and digits of the figures
 COLUMNS = {
     "perplexity": ("test perplexity", 2),
@@ -170,14 +170,20 @@ def read_json(path: Path) -> dict:
     """Read a file of a run of this version; ValueError for another one."""
     try:
         content = json.loads(path.read_bytes())
-        found = content.get("format")
+        written = content.get("format")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"run: expected a file of `maskpro learn` in {str(path)!r}, got {error}") from error
-    if found != FORMAT:
+    if written != FORMAT:
         raise ValueError(
             f"run: expected a run of this version ({FORMAT}) in {str(path)!r}, got one of another; use that version"
         )
     return content
+
+
+def read_progress(path: Path) -> dict:
+    """Read a file by which a run resumes; ValueError for one of another version, or a damaged one."""
+    read_json(path)
+    return read_record(path)
 
 
 def read_report(run: Path) -> dict:

@@ -5,7 +5,8 @@ The folder of a run has:
 - ``settings.json``: the given options, for ``--resume`` and exports in int4;
 - ``progress/``: snapshots, metrics and journal of the trainer (``learn/run.py``); ``start.json``, results before the
   first step; ``validation.json``; and if the run uses them, samples of the dense model and a cache of its predictions;
-- at the end ``logits.safetensors``, the checkpoint with its model card, ``report.json`` and ``perplexity.png``.
+- at the end ``learned/logits.safetensors``, the checkpoint with its model card, ``report.json`` and
+  ``perplexity.png``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -31,15 +32,15 @@ from tqdm import tqdm
 
 from ..checkpoints.logits import LOGITS_FILE, Logits, changed_weights, load_logits, save_logits, write_logits
 from ..extras import missing
-from ..files import check_output, digest, discard, make_folder, sync, write_tensors, write_whole
+from ..files import check_output, digest, discard, make_folder, sync, write_record, write_tensors, write_whole
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..functional.masks import top_n_mask
 from ..learn.estimator import Estimator, StepRecord
 from ..learn.reinforce import Reinforce
-from ..learn.run import LOCK, newest_snapshot, snapshots_in
+from ..learn.run import LOCK, snapshots_in
 from ..learn.straight_through import StraightThrough
 from ..learn.trainer import MaskTrainer
-from ..modules import MaskedLinear, initial_logits, masked_layers
+from ..modules import MaskedLinear, initial_logits, masked_layers, tensors_of_base
 from ..ops.pattern import NMPattern
 from ..prune.convert import convert
 from ..prune.density import costliest_layers
@@ -66,7 +67,7 @@ from ..text.losses import TeacherCache, distillation_loss
 from ..text.perplexity import causal_lm_loss, perplexity
 from ..text.sources import SELF, load_text
 from ..unfuse import as_linears
-from .config import EVAL_LENGTH, Learn
+from .config import EVAL_LENGTH, Learn, parse
 from .inputs import (
     COLUMNS,
     FORMAT,
@@ -85,6 +86,7 @@ from .inputs import (
     positions_of,
     print_table,
     read_json,
+    read_progress,
     read_samples,
     report,
     report_as,
@@ -95,6 +97,8 @@ from .inputs import (
 )
 
 START, VALIDATION, TEACHER = "start.json", "validation.json", "teacher"
+# Lock of the process that learns; the trainer within it has one of its own
+RUN_LOCK = ".run.lock"
 # Settings that were not yet complete at a power cut
 UNFINISHED = f"{SETTINGS}.*.tmp"
 # Refitted weights with which a run begins
@@ -135,18 +139,42 @@ def learn(options: Learn) -> None:
         options = ranks.first(lambda: read_options(options))
     elif options.dtype is None:  # a run that resumes on another CPU keeps it
         options = dataclasses.replace(options, dtype=ranks.first(lambda: default_dtype(options.device)))
-    given, options = options, ranks.all_of(lambda: complete(options, ranks.world, resuming))
-    output, progress = Path(options.output), Path(options.output) / PROGRESS
-    begun = ranks.first(lambda: (progress / START).is_file())
-    if not resuming:
-        ranks.first(lambda: _check_output(output))
+    given = options
+    options = ranks.all_of(lambda: complete(options, ranks.world, resuming))
+    output = Path(options.output)
+    # of rank 0, from the first write to the last; a killed process frees it
+    lock = FileLock(output / PROGRESS / RUN_LOCK, blocking=False)
+    try:
+        ranks.first(lambda: _claim(output, lock, resuming))
+        try:
+            run = _begin_or_resume(options, given, ranks, lock)
+        except KeyboardInterrupt:
+            if (output / SETTINGS).is_file():
+                report(f"stopped before the next step; {resume_command(output)}")
+            raise
+        with closing(run.trainer):
+            if run.take_steps():
+                run.end()
+    finally:
+        lock.release()
+    ranks.close()
 
+
+def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock) -> _Run:
+    """Prepare the next step of a run with complete options; a new run stores the ``given`` ones."""
+    output = Path(options.output)
+    progress = output / PROGRESS
+    begun = ranks.first(lambda: (progress / START).is_file())
     # load
     texts = ranks.all_of(lambda: _load_texts(options))
     device = options.device if options.device == "auto" else device_of(options.device)
     model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
     if model.device.type == "cpu":
         _keep_freed_memory()
+    start = None
+    base = ranks.first(lambda: digest(tensors_of_base(model)))
+    if begun:
+        start = ranks.first(lambda: _read_start(progress, options, base))
     apart = ranks.all_of(lambda: as_linears(model))
     layers, skipped = ranks.all_of(lambda: layers_to_convert(model, options.pattern))
     skipped = apart | skipped
@@ -161,10 +189,10 @@ def learn(options: Learn) -> None:
 
     # batches
     if not begun:
-        ranks.first(lambda: _write_settings(given, output))
+        ranks.first(lambda: _write_settings(given, output, lock))
     sources = parse_sources(options.data)
     if SELF in windows:
-        own = ranks.first(lambda: _samples(progress, model, tokenizer, windows[SELF], options))
+        own = ranks.first(lambda: _samples(progress, model, tokenizer, windows[SELF], options, base))
         if not tests.keys() - {"other_perplexity"}:
             # without a text, the first samples are for evaluation
             test, validation, own = own.tensor_split([options.eval_windows, 2 * options.eval_windows])
@@ -182,7 +210,6 @@ def learn(options: Learn) -> None:
     cache = TeacherCache(folder=progress / TEACHER) if changes and options.loss != "ce" else None
     loss_fn = distillation_loss(options.loss, cache=cache)
     if begun:
-        start = ranks.first(lambda: read_json(progress / START))
         ranks.all_of(lambda: convert(model, options.pattern, start["targets"], init="magnitude", gap=options.gap))
         if options.refit != "none":
             ranks.first(lambda: _put_back_start_weights(model, progress, start))
@@ -201,16 +228,16 @@ def learn(options: Learn) -> None:
     # train
     how = {"seed": options.seed, "accumulate": options.accumulate, "max_skipped": MAX_SKIPPED}
     trainer = MaskTrainer(model, loss_fn, calibration, estimator_of(options), output_dir=progress, **how)
-    run = _Run(options, ranks, trainer, validation, start)
-    with closing(trainer):
+    run = _Run(options, ranks, trainer, tokenizer, tests, validation, start)
+    try:
         if begun:
             run.resume()
         else:
-            run.begin({**start, "skipped": dict(skipped)})
-        # save
-        if run.take_steps():
-            run.end(tokenizer, tests)
-    ranks.close()
+            run.begin({**start, "base": base, "options": _with_absolute_paths(options), "skipped": dict(skipped)})
+    except BaseException:
+        trainer.close()
+        raise
+    return run
 
 
 def read_options(given: Learn) -> Learn:
@@ -233,9 +260,13 @@ def read_options(given: Learn) -> Learn:
         )
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"resume: expected the folder of `maskpro learn`, got {str(folder)!r}, without {SETTINGS}")
-    stored = read_json(folder / SETTINGS)["options"]
-    stored |= {name: getattr(given, name) for name in BESIDE_RESUME if getattr(given, name) != fields[name]}
-    return Learn(**stored, output=str(folder))
+    read_json(folder / SETTINGS)
+    with naming("resume"):
+        options, _ = parse("learn", [str(folder / SETTINGS), f"--output={folder}"])
+    for name in BESIDE_RESUME:
+        if getattr(given, name) != fields[name]:
+            setattr(options, name, getattr(given, name))
+    return options
 
 
 def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
@@ -272,8 +303,10 @@ def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
             f"init: expected one of {', '.join(INITIAL_MASKS)}, or the path of a mask file, a run or a sparse "
             f"checkpoint, got {options.init!r}"
         )
+    with naming("data"):
+        texts = texts_of(options.data)
     with naming("eval_windows"):
-        split_by_share(texts_of(options.data), options.eval_windows)
+        split_by_share(texts, options.eval_windows)
     if options.accumulate % world:
         raise ValueError(f"accumulate: expected a multiple of the {world} ranks, got {options.accumulate}")
     if world > 1 and options.device not in (None, "cpu", "cuda"):
@@ -295,10 +328,27 @@ def estimator_of(options: Learn) -> Estimator:
     return StraightThrough(steps=options.steps, lr=options.lr, train_weights=options.train_weights)
 
 
+def _claim(output: Path, lock: FileLock, resuming: bool) -> None:
+    """Raise unless this process may learn in a folder; acquire the lock of a run that it has."""
+    if resuming or Path(lock.lock_file).exists():
+        _acquire(lock, "resume" if resuming else "output", output)
+    if not resuming:
+        _check_output(output)
+
+
+def _acquire(lock: FileLock, argument: str, output: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{argument}: expected a folder that no other process learns in, got {str(output)!r}"
+        ) from error
+
+
 def _check_output(output: Path) -> None:
     """Raise unless a folder can get a new run: missing, empty, or with a run before its first step."""
     left = {path.name for path in output.iterdir() if not path.match(UNFINISHED)} if output.is_dir() else set()
-    if left == {PROGRESS} and {path.name for path in (output / PROGRESS).iterdir()} <= {LOCK}:
+    if left == {PROGRESS} and {path.name for path in (output / PROGRESS).iterdir()} <= {LOCK, RUN_LOCK}:
         # of a run that ended before its settings were on disk
         return
     if (output / SETTINGS).is_file() and left <= {SETTINGS, PROGRESS}:
@@ -322,18 +372,34 @@ def _with_absolute_paths(options: Learn) -> dict:
     return stored | {"data": resolved(options.data)}
 
 
-def _write_settings(options: Learn, output: Path) -> None:
+def _write_settings(options: Learn, output: Path, lock: FileLock) -> None:
     """Write options for resuming from any folder; remove files of a run that did not begin."""
     make_folder(output / PROGRESS)
-    try:
-        with FileLock(output / PROGRESS / LOCK, blocking=False):
-            for path in (*output.glob(UNFINISHED), *(output / PROGRESS).iterdir()):
-                if path.name not in (SAMPLES, TEACHER, LOCK):
-                    discard(path)
-            content = {"format": FORMAT, "options": _with_absolute_paths(options)}
-            write_whole(output / SETTINGS, json.dumps(content, indent=1).encode())
-    except Timeout as error:
-        raise ValueError(f"output: expected a folder that no other process learns in, got {str(output)!r}") from error
+    if not lock.is_locked:
+        _acquire(lock, "output", output)
+        # again: while the model was loaded, another process may have begun a run, or ended one
+        _check_output(output)
+    for path in (*output.glob(UNFINISHED), *(output / PROGRESS).iterdir()):
+        if path.name not in (SAMPLES, TEACHER, LOCK, RUN_LOCK):
+            discard(path)
+    content = {"format": FORMAT, "options": _with_absolute_paths(options)}
+    write_whole(output / SETTINGS, json.dumps(content, indent=1).encode())
+
+
+def _read_start(progress: Path, options: Learn, base: str) -> dict:
+    """Read the results before the first step; ValueError unless the base and the options are those of the run."""
+    with naming("resume"):
+        start = read_progress(progress / START)
+        if start["base"] != base:
+            raise ValueError(f"expected the base model of the run, got other weights in {options.model!r}; restore it")
+        for name, value in _with_absolute_paths(options).items():
+            # the model and texts may have moved: their content is compared
+            if name not in (*BESIDE_RESUME, "model", "data", "init") and value != start["options"][name]:
+                raise ValueError(
+                    f"expected {name} {start['options'][name]!r}, with which the run began, got {value!r} in "
+                    f"{str(progress.parent / SETTINGS)!r}"
+                )
+    return start
 
 
 def _load_texts(options: Learn) -> dict[str, dict[str, str]]:
@@ -391,11 +457,10 @@ def _learned_from(options: Learn) -> int:
     return all_steps if options.calibration_batches is None else min(options.calibration_batches, all_steps)
 
 
-def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: Learn) -> Tensor:
+def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: Learn, base: str) -> Tensor:
     """Sample int64 [windows, seq_len] from the dense model, or load those of the same settings from the folder."""
     start = start_token(tokenizer)
-    weights = digest(parameter for _, parameter in sorted(model.named_parameters()))
-    settings = json.dumps([start, count, options.seq_len, options.seed, weights])
+    settings = json.dumps([start, count, options.seq_len, options.seed, base])
     if (stored := read_samples(progress, settings)) is not None:
         return stored
     report(f"sampling {count} windows of {options.seq_len} tokens from the dense model, to store in {progress}")
@@ -503,8 +568,6 @@ def _spread_weights(model: nn.Module, ranks: Ranks) -> None:
 
 
 def _put_back_start_weights(model: nn.Module, progress: Path, start: Mapping) -> None:
-    if digest_of_weights(model) != start["dense_weights"]:
-        raise ValueError("resume: expected the model whose weights were refitted, got other weights; restore it")
     with naming("resume", "restore it from a copy"):
         put_weights(masked_layers(model), load_logits(progress / START_WEIGHTS).weights)
     if digest_of_weights(model) != start["start_weights"]:
@@ -518,6 +581,9 @@ class _Run:
     options: Learn
     ranks: Ranks
     trainer: MaskTrainer
+    tokenizer: object
+    # test windows by column of the table
+    tests: Mapping[str, Tensor]
     validation: Tensor
     # results before the first step
     start: dict
@@ -539,7 +605,7 @@ class _Run:
             if changed:
                 write_logits(Logits({}, changed, {}), self.progress / START_WEIGHTS)
             self._evaluate()
-            write_whole(self.progress / START, json.dumps(self.start, indent=1).encode())
+            write_record(self.progress / START, self.start)
 
         self.ranks.first(write)
 
@@ -551,7 +617,11 @@ class _Run:
                 raise ValueError(f"expected the {START} of this run, got another run's")
         done = self.trainer.steps_done
         if self.ranks.rank == 0:
-            self.rows = [row for row in read_json(self.progress / VALIDATION)["rows"] if row["step"] <= done]
+            with naming("resume"):
+                stored = read_progress(self.progress / VALIDATION)
+            if stored["run"] != self.start["run"]:
+                raise ValueError(f"resume: expected the {VALIDATION} of this run, got another run's")
+            self.rows = [row for row in stored["rows"] if row["step"] <= done]
         self.seconds += sum(record["seconds"] for record in self.trainer.metrics)
         report(f"{done} steps are done")
 
@@ -621,22 +691,19 @@ class _Run:
         report(f"stopped after {trainer.steps_done} steps; {resume_command(self.output)}")
         return False
 
-    def end(self, tokenizer, tests: Mapping[str, Tensor]) -> None:
+    def end(self) -> None:
         """Write checkpoint, logits, picture and report, and print the table."""
         options, output, pattern = self.options, self.output, NMPattern(self.options.pattern)
         trained = digest_of_weights(self.model) != self.start["start_weights"]
         learned = _name_of(options.estimator, options, _changes(options, trained))
-        table = [*self.start["table"], _table_row(learned, self.model, tests, self.seconds)]
+        table = [*self.start["table"], _table_row(learned, self.model, self.tests, self.seconds)]
         self._save_logits()
         masked = masked_layers(self.model)
-        codes = {name: top_n_mask(layer.logits.detach(), pattern) for name, layer in masked.items()}
-        flipped = None
-        # unknown if the first snapshot is damaged
-        with suppress(ValueError):
-            _, initial, _, _ = newest_snapshot(self.progress, at_most=0)
-            flipped = sum(int((codes[name].cpu() != top_n_mask(initial[name], pattern)).sum()) for name in codes)
+        groups = sum(layer.logits.numel() // pattern.m for layer in masked.values())
+        # None if the first snapshot is damaged
+        flipped = self.trainer.moved()
         logits = digest(masked[name].logits for name in sorted(masked))
-        save(finalize(self.model), tokenizer, output, options.model, str(pattern), table)
+        save(finalize(self.model), self.tokenizer, output, options.model, str(pattern), table)
         # it takes a second to import
         from matplotlib.figure import Figure
 
@@ -651,7 +718,7 @@ class _Run:
             "table": table,
             "validation": self.rows,
             "weights": ", ".join(_changes(options, trained)) or "weights frozen",
-            "groups": sum(code.numel() for code in codes.values()),
+            "groups": groups,
             "flipped_groups": flipped,
             "logits": logits,
             "converted": self.start["converted"],
@@ -675,8 +742,8 @@ class _Run:
                 f"{last:.2f} at the end; fewer --steps, more text or a lower --lr may give a lower one",
             )
         print_table(table, COLUMNS, "method")
-        moved = f"{flipped} of {found['groups']} groups differ from the initial mask"
-        print(f"{moved}; {found['weights']}; written to {output}")
+        moved = "an unknown number" if flipped is None else f"{flipped:,}"
+        print(f"{moved} of {groups:,} groups differ from the initial mask; {found['weights']}; written to {output}")
 
     def _is_due(self, step: int) -> bool:
         measured = bool(self.rows) and self.rows[-1]["step"] == step
@@ -693,7 +760,7 @@ class _Run:
             )
         tokens = sum(record["tokens"] for record in self.trainer.metrics)
         self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
-        write_whole(self.progress / VALIDATION, json.dumps({"format": FORMAT, "rows": self.rows}).encode())
+        write_record(self.progress / VALIDATION, {"format": FORMAT, "run": self.start["run"], "rows": self.rows})
         self.evaluating += time.perf_counter() - began
         if step == 0 and not wants_bars():
             report(f"step 0 of {self.options.steps}: validation perplexity {value:.2f}")
@@ -713,8 +780,10 @@ class _Run:
             "dtype": self.options.dtype,
             "weights": digest_of_weights(self.model),
             "dense_weights": self.start["dense_weights"],
+            "base": self.start["base"],
             "run": self.start["run"],
         }
+        make_folder((self.output / LOGITS_FILE).parent)
         save_logits(self.model, self.output / LOGITS_FILE, metadata)
 
     @contextmanager

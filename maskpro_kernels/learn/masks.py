@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..fsdp import Place
 from ..functional.checks import Scalar, check_scalar, coefs_and_draws, describe, on_device, readable_value, stacked
-from ..functional.masks import score_update_, top_n_mask
+from ..functional.masks import mask_log_prob, score_update_, top_n_mask
 from ..modules import MaskedLinear, masked_layers
 from ..ops import sample_mask
 from ..ops.counter import CachedMask, version_of
@@ -153,6 +153,23 @@ class ModelMasks:
         if layer.shard is not None:
             flips, groups = layer.shard.summed(torch.tensor([flips, groups], device=layer.own_logits.device)).tolist()
         return flips / max(groups, 1)
+
+    @torch.no_grad()
+    def expected_flips(self) -> float:
+        """Mean number of groups whose draw differs from the top-N mask, by the probabilities of the top-N masks.
+
+        For layers that are cut over ranks it counts the rows of all ranks, which must all call this.
+        """
+        flips = 0.0
+        for layer in self.layers.values():
+            of_layer = torch.zeros((), dtype=torch.float64)
+            for logits in layer.own_logits.split(ROWS):
+                log_prob = mask_log_prob(logits, top_n_mask(logits, layer.pattern), layer.pattern)
+                of_layer += -torch.expm1(log_prob.double()).sum().cpu()
+            if layer.shard is not None:
+                of_layer = layer.shard.summed(of_layer.to(layer.own_logits.device))
+            flips += float(of_layer)
+        return flips
 
     def _flips(self, name: str, layer: MaskedLinear) -> int:
         for i, (names, group) in enumerate(self._grouped()):

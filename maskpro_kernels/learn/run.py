@@ -5,7 +5,7 @@ The folder has
 - ``journal``, for an estimator with one: a record a step, from which logits can be rebuilt, see ``Journal``;
 - ``snapshot-STEP-DIGEST.safetensors``: tensors and state of a step; the first one and the two newest are kept. If
   layers are cut over ranks, it is a folder with a file of each rank and a manifest of their digests;
-- ``metrics.jsonl``: the fields of ``StepRecord``, a line a step;
+- ``metrics.jsonl``: the fields of ``StepRecord`` and their digest, a line a step;
 - ``.lock``, which excludes other trainers.
 
 Writes are atomic, and on disk before the run continues. So a run that is killed at any moment, or whose disk is full,
@@ -33,19 +33,30 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..files import SIZE, append_whole, digest, digest_of_bytes, discard, make_folder, sync, unfinished, write_whole
+from ..files import (
+    SIZE,
+    append_whole,
+    digest,
+    digest_of_bytes,
+    discard,
+    make_folder,
+    naming_path,
+    sync,
+    unfinished,
+    write_whole,
+)
 from ..fsdp import is_distributed, is_sharded, kinds_of_parts, planned_parts, read_parts
-from ..modules import MaskedLinear
+from ..modules import MaskedLinear, tensors_of_base
 from ..ops.pattern import NMPattern
 from ..ranks import Ranks
 from .batches import content
-from .estimator import Draw, Entry, Estimator, LossFn, replay
+from .estimator import Draw, Entry, Estimator, LossFn, StepRecord, replay
 from .masks import ModelMasks, ReplayedLayer
 
 # Format of the folder and its files; increase it when one of these changes
-FORMAT = 4
+FORMAT = 5
 JOURNAL, METRICS, LOCK = "journal", "metrics.jsonl", ".lock"
 SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})(\.safetensors)?")
 MANIFEST = "snapshot.json"
@@ -149,10 +160,11 @@ class Journal:
         record = pack_entry(entry, self.chain)
         written = False
         try:
-            if self._file.write(record) != len(record):
-                raise OSError(f"{self.path}: the disk took only a part of a record")
-            written = True
-            os.fsync(self._file.fileno())
+            with naming_path(self.path):
+                if self._file.write(record) != len(record):
+                    raise OSError(f"{self.path}: the disk took only a part of a record")
+                written = True
+                os.fsync(self._file.fileno())
         except BaseException as error:
             # after an interrupt too: a record counts if it is surely on disk. After a failed sync the system marks data
             # as written: another sync would succeed without a write
@@ -329,7 +341,7 @@ def snapshots_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("snapshot-*") if SNAPSHOT.fullmatch(path.name))
 
 
-def settings_of(layers: Mapping[str, MaskedLinear], estimator: Estimator, batches: Sequence | None,
+def settings_of(model: nn.Module, layers: Mapping[str, MaskedLinear], estimator: Estimator, batches: Sequence | None,
                 seed: int, accumulate: int, loss_fn: LossFn) -> dict:  # fmt: skip
     """Settings that a resumed run must share, as JSON; for a loss its ``settings()`` if it has them.
 
@@ -347,7 +359,7 @@ def settings_of(layers: Mapping[str, MaskedLinear], estimator: Estimator, batche
         "settings": estimator.settings(),
         "layers": of_layers,
         "device": sorted({layer.weight.device.type for layer in layers.values()}),
-        "weights": digest(layer.weight for layer in layers.values()),
+        "weights": digest(tensors_of_base(model)),
         # one at a time: a sequence may read them from disk
         "batches": None if batches is None else [content(batch, index) for index, batch in enumerate(batches)],
         "accumulate": accumulate,
@@ -360,6 +372,7 @@ class SavedRun(NamedTuple):
 
     Attributes:
         tensors: of the newest intact snapshot.
+        first: those before the first step; None if their snapshot is damaged.
         entries: of the journal after this snapshot.
         state: of the estimator.
         initial_losses: None if they must be computed.
@@ -368,6 +381,7 @@ class SavedRun(NamedTuple):
 
     steps: int
     tensors: StoredTensors
+    first: StoredTensors | None
     entries: list[Entry]
     state: Mapping
     initial_losses: list[float] | None
@@ -473,7 +487,8 @@ class RunFolder:
         self._check_tensors(tensors)
         steps = snapshot_step if records is None else len(entries)
         results = list(map(estimator.recall, entries))
-        rows = self._read_rows(steps)
+        rows = self._read_rows(run["id"], steps)
+        unrecorded = [step for step in range(steps) if step not in rows]
         if records is None:
             kept, losses, skipped = state["estimator"], state["initial_losses"], state["skipped"]
         else:
@@ -482,9 +497,11 @@ class RunFolder:
             for entry, result in zip(entries, results, strict=True):
                 refreshed = entry.step + 1 if result.refreshes else refreshed
                 # a power cut may lose lines of steps in the journal, which lacks their flip rates and seconds
-                rows.setdefault(entry.step, asdict(result.record(entry.step, entry.tokens, math.nan, 0.0)))
+                rows.setdefault(entry.step, asdict(result.record(entry.step, entry.tokens, math.nan, math.nan)))
             if refreshed is not None:
                 losses = state["initial_losses"] if refreshed <= snapshot_step else None
+        for step in unrecorded if records is None else ():
+            rows[step] = asdict(StepRecord(step, math.nan, None, None, None, math.nan, math.nan, math.nan))
         batches = state["batches"]
         check_batches(steps, batches)
 
@@ -497,12 +514,22 @@ class RunFolder:
         for path in unusable:
             path.rename(path.with_suffix(".aside"))
         self.run, self.rows = run, [rows[step] for step in sorted(rows)]
-        write_whole(self.path / METRICS, _lines(self.rows))
+        write_whole(self.path / METRICS, self._lines(self.rows))
         self._written = len(self.rows)
         warnings = [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
         if records is not None and records.torn:
             warnings.append(f"the last record of {self.path / JOURNAL} is incomplete: its step is taken again")
-        return SavedRun(steps, tensors, entries[snapshot_step:], kept, losses, refreshed, skipped, batches, warnings)
+        if unrecorded:
+            unknown = "figures" if records is None else "flip rates and seconds"
+            warnings.append(
+                f"{self.path / METRICS} has no intact lines of {len(unrecorded)} of {steps} steps, the first step "
+                f"{unrecorded[0]}: their {unknown} are unknown, nan"
+            )
+        first = None
+        with suppress(ValueError):
+            _, first, _, _ = newest_snapshot(self.path, 0, run)
+        later = entries[snapshot_step:]
+        return SavedRun(steps, tensors, first, later, kept, losses, refreshed, skipped, batches, warnings)
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
         for name, own in settings.items():
@@ -512,8 +539,9 @@ class RunFolder:
             if isinstance(own, dict) and isinstance(other, dict):
                 key = next(key for key in {**own, **other} if own.get(key, ...) != other.get(key, ...))
                 name, own, other = f"{name} {key}", own.get(key), other.get(key)
-            # digests of batches would not help
-            values = "of this trainer, got others" if name == "batches" else f"{own!r}, got {other!r}"
+            # digests would not help
+            is_digest = name in ("batches", "weights")
+            values = "of this trainer, got others" if is_digest else f"{own!r}, got {other!r}"
             raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
 
     def _check_tensors(self, stored: StoredTensors) -> None:
@@ -524,13 +552,14 @@ class RunFolder:
                 f"output_dir: expected a snapshot with the tensors of {self.estimator.name}, {own}, got {kinds}"
             )
 
-    def _read_rows(self, steps: int) -> dict[int, dict]:
-        """Read the metrics of the first ``steps`` steps, without incomplete lines."""
-        rows, path = {}, self.path / METRICS
+    def _read_rows(self, run: str, steps: int) -> dict[int, dict]:
+        """Read the metrics of the first ``steps`` steps of a run, without incomplete and damaged lines."""
+        rows = {}
+        path = self.path / METRICS
         for line in path.read_bytes().splitlines() if path.exists() else ():
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
                 row = json.loads(line)
-                if row["step"] < steps:
+                if row.pop("digest") == _digest_of_row(run, row) and row["step"] < steps:
                     rows[row["step"]] = row
         return rows
 
@@ -543,8 +572,12 @@ class RunFolder:
     def add_row(self, row: Mapping) -> None:
         """Add the metrics of a step; after an error its line is written with that of the next step."""
         self.rows.append(dict(row))
-        append_whole(self.path / METRICS, _lines(self.rows[self._written :]))
+        append_whole(self.path / METRICS, self._lines(self.rows[self._written :]))
         self._written = len(self.rows)
+
+    def _lines(self, rows: Sequence[Mapping]) -> bytes:
+        lines = [json.dumps({**row, "digest": _digest_of_row(self.run["id"], row)}) for row in rows]
+        return "".join(line + "\n" for line in lines).encode()
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         save_snapshot(self.path, step, tensors, self._prepared(state))
@@ -608,8 +641,8 @@ class RunFolder:
             self._journal, self._lock, self._states = None, None, {}
 
 
-def _lines(rows: Sequence[Mapping]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+def _digest_of_row(run: str, row: Mapping) -> str:
+    return digest_of_bytes(run.encode(), json.dumps(row).encode()).hex()
 
 
 def write_parts(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,18 +25,22 @@ from ..fsdp import (
     check_finite,
     check_no_flat_parameters,
     check_sharding,
+    is_distributed,
     is_sharded,
     resetting,
     without_gradients,
 )
 from ..functional.checks import describe
+from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
 from .masks import ModelMasks, least_margin
-from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
+from .run import PREFIX, RunFolder, SavedRun, StoredTensors, restore, settings_of, write_parts
+
+LOGGER = logging.getLogger(__name__)
 
 
 class MaskTrainer:
@@ -89,7 +95,8 @@ class MaskTrainer:
             it.
 
     Warns:
-        UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask.
+        UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask. ``begin``: if ``Reinforce``
+            gets draws that change less than one group on average.
 
     ``begin``, ``step``, ``run`` and ``resume`` raise torch's RuntimeError if another rank has ended or is not there in
     time, and ValueError on all ranks if one has another model, batches or settings.
@@ -142,6 +149,7 @@ class MaskTrainer:
         self._snapshot_time = time.monotonic()
         self._begun = self._broken = False
         self._skipped = 0
+        self._initial_masks: dict[str, Tensor] | None = None
         estimator.taken = True
         for counter_state in counter_states(model):
             counter_state.seed.fill_(seed)
@@ -166,7 +174,7 @@ class MaskTrainer:
         """Prepare the run: ``step`` calls it if the user has not; ``progress`` shows a bar.
 
         With ``Reinforce`` it computes the losses under the initial masks. In ``output_dir`` it writes the first
-        snapshot and the journal.
+        snapshot and the journal. It reports how many groups a draw changes on average, beside the bar or to the log.
 
         Raises:
             ValueError: if ``output_dir`` holds a run.
@@ -196,7 +204,40 @@ class MaskTrainer:
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
             self.ranks.first(lambda: self._folder.start_journal(losses))
+        self._initial_masks = {name: _top_n(layer.own_logits, layer) for name, layer in self.layers.items()}
+        self._report_flips(progress)
         self._begun = True
+
+    def moved(self) -> int | None:
+        """Count the groups whose N largest logits differ from those before the first step.
+
+        None before the first step, and after a resume if the first snapshot is damaged; with several ranks after a
+        resume on rank 0 alone. For layers that are cut over ranks all ranks must call it.
+        """
+        if self._initial_masks is None:
+            return None
+        moved = 0
+        for name, layer in self.layers.items():
+            of_layer = (_top_n(layer.own_logits, layer) != self._initial_masks[name]).sum()
+            moved += int(of_layer if layer.shard is None else layer.shard.summed(of_layer))
+        return moved
+
+    def _report_flips(self, progress: bool) -> None:
+        """Report how many groups a draw changes on average; warn if these are too few for the estimator."""
+        flips = self.masks.expected_flips()
+        if self.ranks.rank > 0:
+            return
+        groups = sum(layer.logits.numel() // layer.pattern.m for layer in self.layers.values())
+        number = f"{flips:,.0f}" if flips >= 10 else f"{flips:.2g}"
+        line = f"a draw changes {number} of {groups:,} groups on average, a share of {flips / groups:.2g}"
+        if self.estimator.needs_flips and flips < 1:
+            warnings.warn(
+                f"{line}: most draws are the initial masks, from which {type(self.estimator).__name__} learns nothing; "
+                f"convert with a smaller gap, or with a flip_rate of at least {1 / groups:.2g}",
+                stacklevel=4,
+            )
+        else:
+            _report(line, progress)
 
     def run(
         self, steps: int, progress: bool = True, after_step: Callable[[StepRecord], bool | None] | None = None
@@ -241,6 +282,9 @@ class MaskTrainer:
             raise
         if self.output_dir is not None:
             self._save_snapshot()
+        moved = self.moved()
+        if moved is not None and self.ranks.rank == 0:
+            _report(f"{moved:,} groups differ from the masks before the first step", progress)
         learned = self.estimator.state().get("mean_squares", self.layers)
         left = [name for name in self.layers if name not in learned]
         if left and learned and self.ranks.rank == 0:
@@ -306,8 +350,8 @@ class MaskTrainer:
         journal, as with ``StraightThrough``, the steps after the snapshot are lost.
 
         Batches that are not a sequence are iterated up to the current step; they must be those of the run. ``resume``
-        compares weights and logits of the masked layers, batches and settings. It does not compare other weights, and
-        objects in batches that are neither tensors nor arrays nor plain values: the user must keep these the same.
+        compares the parameters and stored buffers of the model, batches and settings. It does not compare objects in
+        batches that are neither tensors nor arrays nor plain values: the user must keep these the same.
 
         Args:
             progress: whether to show a bar.
@@ -346,6 +390,7 @@ class MaskTrainer:
 
         with resetting(self.model):
             restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
+        self._initial_masks = self._masks_of(saved.first)
         self.estimator.load_state(saved.state)
         self.steps_done, self._skipped = saved.steps, saved.skipped
         self._snapshot_time = time.monotonic()
@@ -353,6 +398,17 @@ class MaskTrainer:
         for line in saved.warnings if self.ranks.rank == 0 else ():
             warnings.warn(line, stacklevel=2)
         return saved.steps
+
+    def _masks_of(self, snapshot: StoredTensors | None) -> dict[str, Tensor] | None:
+        """Top-N masks of the logits in a snapshot: of this rank's rows, or of whole layers on rank 0 alone."""
+        if snapshot is None or (self.ranks.rank > 0 and not self._sharded):
+            return None
+        masks = {}
+        for name, layer in self.layers.items():
+            logits = torch.empty_like(layer.logits.detach())
+            snapshot.read_into({name: logits})
+            masks[name] = _top_n(logits.to_local() if is_distributed(logits) else logits, layer)
+        return masks
 
     def close(self) -> None:
         """Release ``output_dir`` for another trainer and leave the other ranks; this trainer takes no further step."""
@@ -372,16 +428,14 @@ class MaskTrainer:
         """Settings that a resumed run must share, after a check that all ranks have the same."""
         agree_on_shards(self.ranks, self.layers)
         batches = self._batches.sequence
-        settings = settings_of(self.layers, self.estimator, batches, self.seed, self.accumulate, self.loss_fn)
+        settings = settings_of(
+            self.model, self.layers, self.estimator, batches, self.seed, self.accumulate, self.loss_fn
+        )
         if with_logits:
             settings["logits"] = digest(layer.logits for layer in self.layers.values())
         if self.ranks.world > 1:
-            own = [tensor for x in self.layers.values() for tensor in (x.weight, x.logits, *x.counter_state.buffers())]
-            ids = set(map(id, own))
-            rest = [x for x in (*self.model.parameters(), *self.model.buffers()) if id(x) not in ids]
-            rest = digest(x if x.layout == torch.strided else x.to_dense() for x in rest if not x.is_meta)
             name = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__)
-            self.ranks.agree(settings | {"other tensors of the model": rest, "loss_fn": name})
+            self.ranks.agree(settings | {"loss_fn": name})
         return settings
 
     def _save_snapshot(self) -> None:
@@ -431,6 +485,18 @@ class MaskTrainer:
             raise FloatingPointError(message + others)
         if result.bad_layers and self.ranks.rank == 0:
             warnings.warn(f"{message}; the logits of their weights did not move", stacklevel=3)
+
+
+def _report(line: str, progress: bool) -> None:
+    """Write a line beside the progress bar, or to the log if there is none."""
+    if progress:
+        tqdm.write(line, file=sys.stderr)
+    else:
+        LOGGER.info(line)
+
+
+def _top_n(logits: Tensor, layer: MaskedLinear) -> Tensor:
+    return top_n_mask(logits.detach(), layer.pattern)
 
 
 def _check_batches(batches: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,12 +11,12 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from ..files import digest, make_folder, write_whole
+from ..files import digest, digest_of_named, make_folder, read_record, write_record, write_tensors
 from ..modules import MaskedLinear, dense, evaluating
 from .batches import drawn_indices
 from .perplexity import causal_lm_loss, check_input_ids, predicted_tokens
@@ -266,7 +265,8 @@ class TeacherCache:
     def top(self, model: nn.Module, input_ids: Tensor, temperature: float) -> TopLogProbs:
         """Return the teacher's distributions for a batch, on its device; for a new batch compute and store them.
 
-        ValueError if a batch is new and kept weights have changed, or the cache is of another model.
+        ValueError if a batch is new and kept weights have changed, the cache is of another model, or a file of it is
+        damaged.
         """
         changed = any(layer.weight_changed for layer in _masked_layers(model))
         teacher = self.teacher if changed else self._teacher_of(model)
@@ -275,7 +275,7 @@ class TeacherCache:
         path, top = None, self._held.get(name)
         if self.folder is not None:
             path = self.folder / f"{name}.safetensors"
-            top = TopLogProbs(**load(path.read_bytes())) if path.exists() else None
+            top = _read_top(path) if path.exists() else None
         if top is None:
             if changed:
                 raise ValueError(self._lacking("of every batch, got none of this one"))
@@ -285,14 +285,21 @@ class TeacherCache:
                 self._held[name] = top
             else:
                 make_folder(self.folder)
-                write_whole(path, save(top._asdict()))
+                tensors = top._asdict()
+                write_tensors(tensors, path, {"digest": digest_of_named(tensors)})
         return TopLogProbs(*(tensor.to(input_ids.device) for tensor in top))
 
     @property
     def teacher(self) -> str | None:
-        """Digest of the weights of ``bind``, also after they have changed; None before ``bind``."""
+        """Digest of the weights of ``bind``, also after they have changed; None before ``bind``.
+
+        ValueError if its file in the folder is damaged.
+        """
         if self._bound is None and self.folder is not None and (path := self.folder / TEACHER).exists():
-            self._bound = json.loads(path.read_bytes())["teacher"]
+            try:
+                self._bound = read_record(path)["teacher"]
+            except ValueError as error:
+                raise ValueError(f"cache: {error}") from error
         return self._bound
 
     def bind(self, model: nn.Module) -> None:
@@ -308,7 +315,7 @@ class TeacherCache:
         if self.teacher is None:
             if self.folder is not None:
                 make_folder(self.folder)
-                write_whole(self.folder / TEACHER, json.dumps({"teacher": teacher}).encode())
+                write_record(self.folder / TEACHER, {"teacher": teacher})
             self._bound = teacher
 
     def _teacher_of(self, model: nn.Module) -> str:
@@ -338,6 +345,23 @@ class TeacherCache:
             f"cache: expected the dense model's logits {what}{where}, but the weights have changed since; fill it "
             "before they change"
         )
+
+
+def _read_top(path: Path) -> TopLogProbs:
+    """Read the distributions of a batch; ValueError if the file is damaged."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            intact = (file.metadata() or {}).get("digest") == digest_of_named(tensors)
+    except SafetensorError:
+        intact = False
+    if not intact:
+        raise ValueError(
+            f"cache: expected {str(path)!r} as it was written, got a damaged file; restore it from a copy, or remove "
+            "it: if the weights have not changed, it is computed again"
+        )
+    return TopLogProbs(**tensors)
 
 
 def _top_of(logits: Tensor, k: int, temperature: float) -> TopLogProbs:

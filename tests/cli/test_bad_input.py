@@ -142,7 +142,7 @@ CASES = {
     ),
     "a report without entries": (
         "eval run --device cpu",
-        write("run/report.json", '{"format": "maskpro-run 2"}'),
+        write("run/report.json", '{"format": "maskpro-run 3"}'),
         ["expected an entry 'settings' in a file, got none"],
     ),
     "a report without end": ("eval run", write("run/report.json", "[" * 100_000), ["RecursionError: "]),

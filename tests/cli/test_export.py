@@ -211,20 +211,20 @@ def test_packed_checkpoints_are_imported_dense_and_packed_otherwise(run, tmp_pat
 def test_another_base_model_or_logits_are_refused(inputs, run, tmp_path, capsys):
     copy, out = tmp_path / "run", str(tmp_path / "out")
     shutil.copytree(run, copy)
-    learned = load_logits(run / "logits.safetensors")
+    learned = load_logits(run / "learned/logits.safetensors")
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
     shutil.copytree(inputs / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    reported = "that its masks were learned on, got others; name the original base model by --model"
+    reported = "expected the base model that its masks were learned on, got other weights in"
     refuses(capsys, tmp_path, ["export", str(copy), out, "--model", str(tmp_path / "model")], reported)
     moved = learned._replace(metadata=learned.metadata | {"model": str(tmp_path / "gone")})
-    write_logits(moved, copy / "logits.safetensors")
+    write_logits(moved, copy / "learned/logits.safetensors")
     refuses(capsys, tmp_path, ["export", str(copy), out], "run: ", "or name its new place by --model")
     assert main.main(["export", str(copy), str(tmp_path / "found"), "--model", str(inputs / "model")]) == 0
     nan = {name: tensor * torch.nan for name, tensor in learned.logits.items()}
     for wrong in (learned._replace(metadata={}), learned._replace(logits=nan), learned._replace(logits={})):
-        write_logits(wrong, copy / "logits.safetensors")
+        write_logits(wrong, copy / "learned/logits.safetensors")
         refuses(capsys, tmp_path, ["export", str(copy), out], "run: expected ")
-    (copy / "logits.safetensors").unlink()
-    refuses(capsys, tmp_path, ["export", str(copy), out], "run: expected logits.safetensors in", "from a copy")
+    (copy / "learned/logits.safetensors").unlink()
+    refuses(capsys, tmp_path, ["export", str(copy), out], "run: expected learned/logits.safetensors in", "from a copy")

@@ -37,7 +37,7 @@ STRAIGHT = "--estimator straight-through --lr 1 --gap 2".split()
 
 
 def logits_of(folder):
-    return load_logits(folder / "logits.safetensors").logits
+    return load_logits(folder / "learned/logits.safetensors").logits
 
 
 def methods(folder):
@@ -70,7 +70,7 @@ def test_a_run_leaves_its_record_and_prints_its_table(inputs, tmp_path, capsys):
     captured, written = capsys.readouterr(), report(run)
     assert sorted(os.listdir(run)) == sorted(
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        + ["logits.safetensors", "report.json", "perplexity.png", "settings.json", "progress", "README.md"]
+        + ["learned", "report.json", "perplexity.png", "settings.json", "progress", "README.md"]
     )
     assert (run / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert written["settings"]["seed"] == 0 and written["settings"]["gap"] == 2 and written["settings"]["lr"] == 1
@@ -84,7 +84,7 @@ def test_a_run_leaves_its_record_and_prints_its_table(inputs, tmp_path, capsys):
     lines = captured.out.splitlines()
     assert lines[0].split() == "method test perplexity on the other text seconds from dense".split()
     assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "straight-through"]
-    moved = f"{written['flipped_groups']} of {written['groups']} groups differ from the initial mask"
+    moved = f"{written['flipped_groups']:,} of {written['groups']:,} groups differ from the initial mask"
     assert lines[5] == f"{moved}; weights frozen; written to {run}"
     assert (nonzeros(AutoModelForCausalLM.from_pretrained(run), "model.layers.1.mlp.down_proj") == 1).all()
     reported = captured.err.splitlines()
@@ -260,7 +260,7 @@ def test_a_checkpoint_with_other_kept_weights_is_warned_of(inputs, tmp_path, cap
 def test_weights_that_change_are_named_and_kept_with_the_logits(inputs, tmp_path, options, names):
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     assert methods(tmp_path / "run")[-len(names) :] == names
-    learned = load_logits(tmp_path / "run" / "logits.safetensors")
+    learned = load_logits(tmp_path / "run" / "learned/logits.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     dense, changed = tiny_model(), 0
     for name, logits in learned.logits.items():
@@ -370,5 +370,5 @@ def test_a_run_continues_without_the_file_of_its_initial_mask(inputs, run, tmp_p
 def test_logits_of_another_run_are_not_exported(inputs, run, tmp_path, capsys):
     assert main.main(learn(inputs, tmp_path / "other", "--seed", "5", "--lr", "7")) == 0
     shutil.copytree(run, tmp_path / "run")
-    shutil.copy(tmp_path / "other" / "logits.safetensors", tmp_path / "run" / "logits.safetensors")
+    shutil.copy(tmp_path / "other" / "learned/logits.safetensors", tmp_path / "run" / "learned/logits.safetensors")
     refuses(capsys, tmp_path, ["export", str(tmp_path / "run"), str(tmp_path / "dense")], "expected the logits that")

@@ -58,7 +58,9 @@ def test_the_settings_of_a_run_repeat_it(inputs, run, tmp_path):
     """With another option where the command line gives one."""
     settings = str(run / "settings.json")
     assert main.main(["learn", settings, "--output", str(tmp_path / "again")]) == 0
-    assert_same_bits(load_file(tmp_path / "again" / "logits.safetensors"), load_file(run / "logits.safetensors"))
+    assert_same_bits(
+        load_file(tmp_path / "again" / "learned/logits.safetensors"), load_file(run / "learned/logits.safetensors")
+    )
     assert main.main(["learn", settings, "--pattern", "1:4", "--output", str(tmp_path / "other")]) == 0
     assert json.loads((tmp_path / "other" / "settings.json").read_text())["options"]["pattern"] == "1:4"
 

@@ -106,7 +106,7 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
     assert without_seconds(two.out[0]) == without_seconds(table)
     expected, found = report(tmp_path / "one"), report(tmp_path / "two")
     assert found["logits"] == expected["logits"] and found["weights"] == expected["weights"] == "weights refitted"
-    learned = [load_logits(tmp_path / name / "logits.safetensors") for name in ("one", "two")]
+    learned = [load_logits(tmp_path / name / "learned/logits.safetensors") for name in ("one", "two")]
     assert_same_bits(learned[1].weights, learned[0].weights)
     assert found["settings"] | {"output": ""} == expected["settings"] | {"output": ""}
     assert found["settings"]["accumulate"] == 2

@@ -61,7 +61,7 @@ def assert_ends_as(run, whole):
     for name in ("validation", "weights", "flipped_groups", "logits", "converted", "skipped"):
         assert report(run)[name] == report(whole)[name], name
     assert [row["perplexity"] for row in report(run)["table"]] == [row["perplexity"] for row in report(whole)["table"]]
-    found, expected = (load_logits(folder / "logits.safetensors") for folder in (run, whole))
+    found, expected = (load_logits(folder / "learned/logits.safetensors") for folder in (run, whole))
     assert_same_bits(found.logits, expected.logits)
     assert_same_bits(found.weights, expected.weights)
     assert_same_bits(load_file(run / "model.safetensors"), load_file(whole / "model.safetensors"))
@@ -78,12 +78,12 @@ def test_a_run_that_was_interrupted_ends_as_a_whole_one(inputs, wholes, tmp_path
     if how is kill:
         with pytest.raises(Killed):
             interrupted(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how)
-        assert not (run / "logits.safetensors").exists()
+        assert not (run / "learned/logits.safetensors").exists()
     else:
         assert interrupted(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how) == 130
         reported = capsys.readouterr().err.splitlines()
         assert reported[-2] == f"stopped after {step} steps; continue with: maskpro learn --resume {run}"
-        assert (run / "logits.safetensors").exists()
+        assert (run / "learned/logits.safetensors").exists()
     # from another folder, and with what does not change the result
     monkeypatch.chdir(tmp_path)
     assert main.main(["learn", "--resume", "run", "--device", "cpu"]) == 0
@@ -160,7 +160,7 @@ def test_what_does_not_continue_is_refused_in_a_line(inputs, run, broken, tmp_pa
     refuses(capsys, tmp_path, ["eval", str(broken)], "data: expected --data, since only runs have texts")
     refuses(capsys, tmp_path, ["export", str(broken), str(tmp_path / "out")], "its run has not ended, continue with")
     settings = (broken / "settings.json").read_text()
-    for content in ("{", "[]", "{}", settings.replace("maskpro-run 2", "maskpro-run 1")):
+    for content in ("{", "[]", "{}", settings.replace("maskpro-run 3", "maskpro-run 2")):
         (broken / "settings.json").write_text(content)
         refuses(capsys, tmp_path, resume, "run: expected ", "settings.json")
     (broken / "settings.json").write_text(settings)
@@ -169,7 +169,7 @@ def test_what_does_not_continue_is_refused_in_a_line(inputs, run, broken, tmp_pa
 
 def test_a_folder_of_an_earlier_version_is_refused_in_a_line(run, broken, tmp_path, capsys):
     """Their settings and reports named no format."""
-    reported = "run: expected a run of this version (maskpro-run 2) in"
+    reported = "run: expected a run of this version (maskpro-run 3) in"
     earlier = {"settings": {"model": "m", "data": "pydoc"}, "table": [], "digests": {}}
     (broken / "settings.json").write_text(json.dumps(earlier))
     refuses(capsys, tmp_path, ["learn", "--resume", str(broken)], reported, "got one of another; use that version")

@@ -118,7 +118,7 @@ def greedy(folder: Path) -> list[int]:
 
 def sums(folder: Path) -> list[float]:
     """Of the logits of a run: their sum, that of their magnitudes and of their squares."""
-    logits = load_logits(folder / "logits.safetensors").logits
+    logits = load_logits(folder / "learned/logits.safetensors").logits
     whole = torch.cat([logits[name].double().flatten() for name in sorted(logits)])
     return [float(whole.sum()), float(whole.abs().sum()), float(whole.square().sum())]
 
@@ -143,7 +143,9 @@ def test_a_killed_run_continues_to_the_same_bits(way, sources, runs, tmp_path):
     arguments = [sys.executable, "-c", KILLED_BEFORE_STEP_2, *command(sources, way, tmp_path / "run")]
     assert subprocess.run(arguments, env=environment(), capture_output=True).returncode == 9
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
-    logits = [digest(load_logits(folder / "logits.safetensors").logits) for folder in (tmp_path / "run", runs / way)]
+    logits = [
+        digest(load_logits(folder / "learned/logits.safetensors").logits) for folder in (tmp_path / "run", runs / way)
+    ]
     assert logits[0] == logits[1]
     assert masks(tmp_path / "run") == EXPECTED[f"{way}: masks"]
 

@@ -81,7 +81,7 @@ def test_journals_of_others_are_refused(tmp_path):
     a_journal(path, 3)
     content = path.read_bytes()
     path.write_bytes(content[:8] + b"\x02" + content[9:])
-    with pytest.raises(ValueError, match="journal: expected format 4, got 2, of another version"):
+    with pytest.raises(ValueError, match="journal: expected format 5, got 2, of another version"):
         run.read_journal(path)
     path.write_text("nothing")
     with pytest.raises(ValueError, match="journal: expected a journal of maskpro_kernels"):

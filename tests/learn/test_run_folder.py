@@ -233,7 +233,7 @@ def test_a_folder_of_another_format_is_refused_in_a_line(tmp_path, how, monkeypa
         trainer.close()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
-        ValueError, match="^(journal: expected format 4|output_dir: expected a run with format 4), got 3"
+        ValueError, match="^(journal: expected format 5|output_dir: expected a run with format 5), got 3"
     ):
         a_trainer_in(tmp_path, how).resume()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files

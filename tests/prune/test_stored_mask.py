@@ -59,6 +59,7 @@ def run(folder, pattern="2:4", model=None, **more):
     weights = digest_of_weights(model)
     reported = {"pattern": pattern, "dtype": "float32", "dense_weights": weights, "weights": weights}
     folder.mkdir()
+    (folder / LOGITS_FILE).parent.mkdir(parents=True)
     save_logits(model, folder / LOGITS_FILE, reported | more)
     return folder
 

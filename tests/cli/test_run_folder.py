@@ -1,0 +1,239 @@
+"""The folder of a run: of one process, with files that no loader takes for the model's, and with digests."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.command import contents, interrupted, learn, refuses, report
+from helpers.tiny_llama import tiny_model
+from safetensors.torch import load_file, safe_open
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from transformers import AutoModelForCausalLM
+
+from maskpro_kernels.cli import learn as learning
+from maskpro_kernels.cli import main
+from maskpro_kernels.learn.trainer import MaskTrainer
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+TRAINED = "--estimator straight-through --lr 1 --gap 2 --refit weights --train-weights 1e-3".split()
+TAUGHT = [*TRAINED, "--loss", "kl"]
+DENSE = ["--gap", "2", "--density", "0.6"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill():
+    raise Killed
+
+
+def killed_run(inputs, folder, monkeypatch, options, step=2):
+    """A run that was killed before a step."""
+    with pytest.raises(Killed):
+        interrupted(inputs, folder, monkeypatch, step, ["--steps", "4", "--eval-every", "1", *options], kill)
+    return folder
+
+
+@pytest.mark.parametrize("moment", ["evaluates", "steps", "saves"])
+def test_another_process_is_refused_at_once_from_the_first_write_to_the_last(
+    inputs, tmp_path, monkeypatch, capsys, moment
+):
+    """Before it loads anything, and the first one ends as it would alone."""
+    output = tmp_path / "run"
+    owner, name = {
+        "evaluates": (learning, "perplexity"),
+        "steps": (MaskTrainer, "step"),
+        "saves": (learning, "finalize"),
+    }[moment]
+    before, seen = getattr(owner, name), []
+
+    def beside(*given, **options):
+        if not seen:
+            with monkeypatch.context() as patched:
+                patched.setattr(learning, "load", None)
+                refusal = f"expected a folder that no other process learns in, got {str(output)!r}"
+                files = contents(output)
+                second = learn(inputs, output, "--steps", "7", "--seed", "5")
+                for arguments, argument in ((second, "output"), (["learn", "--resume", str(output)], "resume")):
+                    capsys.readouterr()
+                    assert main.main(arguments) == 2
+                    assert capsys.readouterr().err.splitlines() == [f"maskpro: error: {argument}: {refusal}"]
+                assert contents(output) == files
+            seen.append(moment)
+        return before(*given, **options)
+
+    monkeypatch.setattr(owner, name, beside)
+    assert main.main(learn(inputs, output)) == 0
+    assert seen == [moment]
+    assert report(output)["settings"]["seed"] == 0 and len(report(output)["steps"]) == 3
+    assert json.loads((output / "settings.json").read_text())["options"]["seed"] == 0
+
+
+def test_a_run_that_ends_while_another_loads_its_model_is_kept(inputs, tmp_path, monkeypatch, capsys):
+    load_model = learning.load
+
+    def slow_load(*given):
+        with monkeypatch.context() as patched:
+            patched.setattr(learning, "load", load_model)
+            assert main.main(learn(inputs, tmp_path / "run")) == 0
+        return load_model(*given)
+
+    monkeypatch.setattr(learning, "load", slow_load)
+    assert main.main(learn(inputs, tmp_path / "run", "--seed", "5")) == 2
+    assert "output: expected a new or empty folder, got" in capsys.readouterr().err.splitlines()[-1]
+    assert report(tmp_path / "run")["settings"]["seed"] == 0
+    assert main.main(["export", str(tmp_path / "run"), str(tmp_path / "dense")]) == 0
+
+
+def test_no_loader_takes_the_weights_of_a_run_for_those_of_its_model(inputs, tmp_path, monkeypatch):
+    """Neither one of every safetensors file, nor one of every tensor by name."""
+    output = tmp_path / "run"
+    assert main.main(learn(inputs, output, *TAUGHT)) == 0
+    stopped = killed_run(inputs, tmp_path / "stopped", monkeypatch, TAUGHT)
+    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(stopped.glob("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(output)
+    # names of the model's tensors, also of those that it shares
+    names = {*model.state_dict(), *load_file(output / "model.safetensors")}
+    others = [path for folder in (output, stopped) for path in folder.rglob("*.safetensors")]
+    others.remove(output / "model.safetensors")
+    assert len(others) > 4
+    for path in others:
+        with safe_open(path, framework="pt") as file:
+            assert not names & set(file.keys()), path
+    expected = load_file(output / "model.safetensors")
+    loaded = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    load(loaded, storage_reader=HuggingFaceStorageReader(str(output)))
+    assert_same_bits(loaded, expected)
+    assert_same_bits({name: model.state_dict()[name] for name in expected}, expected)
+
+
+PARTS = {
+    "embeddings": "model.embed_tokens.weight",
+    "a norm": "model.layers.1.input_layernorm.weight",
+    "the last norm": "model.norm.weight",
+    "a masked layer": "model.layers.0.mlp.up_proj.weight",
+    "a layer left dense": None,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_another_base_is_neither_exported_nor_learned_further(inputs, tmp_path, monkeypatch, capsys, part):
+    base = tmp_path / "model"
+    shutil.copytree(inputs / "model", base)
+    runs = {"ended": tmp_path / "ended", "killed": tmp_path / "killed"}
+    arguments = ["--model", str(base), *DENSE]
+    assert main.main(learn(inputs, runs["ended"], *arguments)) == 0
+    killed_run(inputs, runs["killed"], monkeypatch, arguments)
+    skipped = report(runs["ended"])["skipped"]
+    left_dense = next(name for name, reason in skipped.items() if reason == learning.COSTLY)
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(PARTS[part] or f"{left_dense}.weight").mul_(1.5)
+    model.save_pretrained(base)
+    refusal = f"got other weights in {str(base)!r}"
+    for to in ("dense", "packed", "mask"):
+        refuses(capsys, tmp_path, ["export", str(runs["ended"]), str(tmp_path / "out"), "--to", to], refusal)
+    refuses(capsys, tmp_path, ["learn", "--resume", str(runs["killed"])], "resume: expected the base model", refusal)
+    shutil.copytree(inputs / "model", base, dirs_exist_ok=True)
+    assert main.main(["export", str(runs["ended"]), str(tmp_path / "out")]) == 0
+    assert main.main(["learn", "--resume", str(runs["killed"])]) == 0
+
+
+def flips(path, count=10):
+    """Contents of a file, each with another flipped bit."""
+    whole = path.read_bytes()
+    for number in range(count):
+        at = (2 * number + 1) * len(whole) // (2 * count)
+        yield whole[:at] + bytes([whole[at] ^ 1 << number % 7]) + whole[at + 1 :]
+
+
+@pytest.mark.parametrize("name", ["start.json", "validation.json", "teacher/teacher.json", "teacher/*.safetensors"])
+def test_damage_that_would_decide_a_run_is_refused_by_name(inputs, tmp_path, monkeypatch, capsys, name):
+    output = killed_run(inputs, tmp_path / "run", monkeypatch, TAUGHT)
+    whole = tmp_path / "whole"
+    shutil.copytree(output, whole)
+    assert main.main(["learn", "--resume", str(whole)]) == 0
+    path = sorted((output / "progress").glob(name))[0]
+    content = path.read_bytes()
+    for damaged in (*flips(path), content[: len(content) // 2], b"", None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        # a missing file of the teacher cannot be known before the step that needs it
+        if damaged is None and name in ("start.json", "teacher/*.safetensors"):
+            continue
+        capsys.readouterr()
+        assert main.main(["learn", "--resume", str(output)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("maskpro: error: ") and (path.name in line or damaged is None), line
+    path.write_bytes(content)
+    assert main.main(["learn", "--resume", str(output)]) == 0
+    for key in ("table", "validation", "logits"):
+        found, expected = report(output)[key], report(whole)[key]
+        if key == "table":
+            found, expected = ([row["perplexity"] for row in rows] for rows in (found, expected))
+        assert found == expected
+
+
+def test_settings_that_were_changed_since_the_first_step_are_refused_by_name(inputs, tmp_path, monkeypatch, capsys):
+    output = killed_run(inputs, tmp_path / "run", monkeypatch, [])
+    path = output / "settings.json"
+    content = path.read_text()
+    resume = ["learn", "--resume", str(output)]
+    for old, new, reported in (
+        ('"eval_every": 1', '"eval_every": 2', "resume: expected eval_every 1, with which the run began, got 2 in"),
+        ('"seed": 0', '"seed": 1', "resume: expected seed 0, with which the run began, got 1 in"),
+        ('"seed"', '"sEed"', "resume: options: expected names of options of `maskpro learn` in"),
+        ('"seed": 0', '"seed": "x"', "argument --seed: invalid int value: 'x'"),
+    ):
+        assert old in content
+        path.write_text(content.replace(old, new))
+        refuses(capsys, tmp_path, resume, reported)
+    path.write_text(content)
+    assert main.main(resume) == 0
+
+
+@pytest.mark.parametrize("way", ["reinforce", "straight-through"])
+def test_lost_or_damaged_metrics_are_reported_as_unknown(inputs, tmp_path, monkeypatch, capsys, way):
+    options = ["--gap", "2"] if way == "reinforce" else [*TRAINED]
+    output = killed_run(inputs, tmp_path / "run", monkeypatch, options, step=3)
+    if way == "straight-through":
+        # a stop writes a snapshot, a kill does not
+        assert interrupted(inputs, tmp_path / "other", monkeypatch, 3, ["--steps", "4", *options], interrupt) == 130
+        output = tmp_path / "other"
+    path = output / "progress" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, damaged in enumerate(
+        (lines[1].replace(b"loss", b"lose"), lines[1].replace(b'"tokens": 6', b'"tokens": 7'), b"")
+    ):
+        copy = tmp_path / str(number)
+        shutil.copytree(output, copy)
+        (copy / "progress" / "metrics.jsonl").write_bytes(b"".join([lines[0], damaged, *lines[2:]]))
+        capsys.readouterr()
+        assert main.main(["learn", "--resume", str(copy)]) == 0
+        captured = capsys.readouterr()
+        assert "metrics.jsonl has no intact lines of 1 of 3 steps, the first step 1" in captured.err
+        steps = report(copy)["steps"]
+        assert [row["step"] for row in steps] == [0, 1, 2, 3]
+        assert math.isnan(steps[1]["seconds"]) and math.isnan(steps[1]["flip_rate"])
+        assert math.isnan(steps[1]["loss"]) == (way == "straight-through")
+        assert next(line for line in captured.out.splitlines() if line.startswith(way)).endswith("nan")
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_first_snapshot_leaves_the_moved_groups_unknown(inputs, tmp_path, monkeypatch, capsys):
+    assert interrupted(inputs, tmp_path / "run", monkeypatch, 3, ["--steps", "4", *TRAINED], interrupt) == 130
+    first = next((tmp_path / "run" / "progress").glob("snapshot-0000000000-*"))
+    first.write_bytes(first.read_bytes()[:-1] + b"x")
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert "an unknown number of 4,608 groups differ from the initial mask" in capsys.readouterr().out
+    assert report(tmp_path / "run")["flipped_groups"] is None
