@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from . import ops
 from .fsdp import Place, RowShard, attach, check_in_memory, check_not_sharded
 from .functional.checks import (
+    as_codes,
     check_cast,
-    check_codes,
     check_exactly_n,
     check_floats,
     check_gap,
@@ -127,7 +127,8 @@ class MaskedLinear(nn.Module):
         Args:
             linear: float32, bfloat16 or float16, in_features divisible by M.
             pattern: "N:M" or NMPattern.
-            init: "magnitude" to keep the N largest weights of each group, or group codes [out, K / M].
+            init: "magnitude" to keep the N largest weights of each group, group codes [out, K / M], or a bool mask
+                [out, K].
             gap: initial logit of a kept weight; that of a dropped one is 0.
             logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
             logits_device: device of the logits; default: that of the weight.
@@ -146,13 +147,13 @@ class MaskedLinear(nn.Module):
         if not torch.isfinite(linear.weight).all():
             raise ValueError("linear: expected finite weights, got NaN or infinity")
         if isinstance(init, Tensor):
-            check_codes("init", init, pattern, linear.weight)
-            check_exactly_n("init", init, pattern)
-            codes = init
+            codes = as_codes("init", init, pattern, linear.weight)
+            check_exactly_n("init", codes, pattern)
         elif isinstance(init, str) and init == "magnitude":
             codes = top_n_mask(linear.weight.detach().abs(), pattern)
         else:
-            raise ValueError(f'init: expected "magnitude" or group codes, got {describe(init)}; convert takes others')
+            got = f"got {describe(init)}; convert takes others"
+            raise ValueError(f'init: expected "magnitude", group codes or a bool mask, {got}')
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
         if linear.weight.is_cuda and device.type == "cpu":
             try:
@@ -250,6 +251,12 @@ class MaskedLinear(nn.Module):
         """Group codes [out, K / M] of the draw at the current step."""
         mask = self._mask(drawn=True)
         return ops.codes_under(mask.of(mask.tensor.detach(), self.weight.device))
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool [out, K]: the mask of ``masked_weight()``; of a layer that is cut over ranks, the rows on this rank."""
+        codes = self.drawn_codes() if self.training else top_n_mask(self.logits_on_device().detach(), self.pattern)
+        return expand_mask(codes, self.pattern)
 
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import ops
+from .fsdp import local
 from .functional.checks import (
     LOGIT_DTYPES,
     check_cast,
@@ -145,10 +146,12 @@ class PackedNM:
 
         Raises:
             TypeError: if the dtype is not float32, bfloat16 or float16, or ``torch.Tensor.to`` refuses the arguments.
+            ValueError: if a weight is larger than the dtype's largest number.
         """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype not in LOGIT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        check_range(self.values, self.scales, dtype or self.dtype)
         values, bitmask = self.values, self.bitmask.to(device, None, non_blocking)
         if self.scales is None:
             values, scales = values.to(device, dtype, non_blocking), None
@@ -195,6 +198,24 @@ class PackedNM:
     def unpack(self) -> Tensor:
         """Unpack the weight [out, K] of ``dtype``, with +0.0 for dropped weights."""
         return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
+
+
+def check_range(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise ValueError if a finite value, or an integer times its scale, is not finite in a dtype."""
+    name, own = ("values", local(values.detach())) if scales is None else ("scales", scales)
+    largest = torch.finfo(dtype).max
+    # integers are at most 127, and their products take memory
+    if own.is_meta or largest >= torch.finfo(own.dtype).max or not (own.abs() > largest / 256).any():
+        return
+    before, after = own, own.to(dtype)
+    if scales is not None:
+        before, after = dequantized(values, own, torch.float32), dequantized(values, after, dtype)
+    lost = before[before.isfinite() & ~after.isfinite()]
+    if len(lost):
+        raise ValueError(
+            f"{name}: expected weights within {largest:g}, the largest number of {dtype}, got up to "
+            f"{lost.abs().max():g}"
+        )
 
 
 def check_values(values: str, group: int) -> None:
@@ -260,12 +281,12 @@ def held_bitmask(bitmask: Tensor, values: Tensor, pattern: NMPattern) -> Tensor:
 
 def quantized(values: Tensor, group: int = SCALED, kind: str = INT8) -> tuple[Tensor, Tensor]:
     """Quantize values [rows, values] into (integers, scales); ValueError if one is not finite."""
-    rows, kept = values.shape
+    kept = values.shape[1]
     if not values.isfinite().all():
         raise ValueError(f"weight: expected finite values for {kind}, got others")
     if kind == INT4 and kept % 2:
         raise ValueError(f"weight: expected an even number of kept values in a row for int4, got {kept}")
-    blocks = nn.functional.pad(values.float(), (0, -kept % group)).view(rows, -1, group)
+    blocks = nn.functional.pad(values.float(), (0, -kept % group)).unflatten(1, (-1, group))
     if kind == INT4:
         scales = least_squares_scales(blocks, values.dtype)
     else:
@@ -274,7 +295,7 @@ def quantized(values: Tensor, group: int = SCALED, kind: str = INT8) -> tuple[Te
         # a scale that was rounded down is too small for the largest value; take the next number, with bits one more
         short = scales.float() * 127 < largest
         scales = (scales.view(INTEGERS[scales.itemsize]) + short).view(values.dtype)
-    numbers = nearest_integers(blocks, scales, kind).view(rows, -1)[:, :kept]
+    numbers = nearest_integers(blocks, scales, kind).flatten(1)[:, :kept]
     return (two_a_byte(numbers) if kind == INT4 else numbers.contiguous()), scales
 
 
@@ -290,10 +311,14 @@ def least_squares_scales(blocks: Tensor, dtype: torch.dtype, weights: Tensor | f
     ``weights``, of the shape of the blocks, multiply the squared error of each value.
     """
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    # a power of two, which changes no rounding, so that squares neither overflow nor underflow
+    unit = (largest.frexp().mantissa / largest).nan_to_num_(1.0).clamp_(2.0**-126, 2.0**126)
+    blocks = blocks * unit.unsqueeze(-1)
     best, least = (largest / INT4_DIVISORS[0]).to(dtype), torch.full_like(largest, torch.inf)
     for divisor in INT4_DIVISORS:
         scales = (largest / divisor).to(dtype)
-        error = nearest_integers(blocks, scales, INT4) * scales.float().unsqueeze(-1) - blocks
+        in_units = scales.float() * unit
+        error = nearest_integers(blocks, in_units, INT4) * in_units.unsqueeze(-1) - blocks
         error = error.square_().mul_(weights).sum(-1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best
@@ -475,7 +500,7 @@ class NMLinear(nn.Module):
         self._buffers["bitmask"] = held_bitmask(self.bitmask, self.values, self.pattern)
 
     def _apply(self, fn, recurse: bool = True) -> NMLinear:
-        check_cast(fn, self.values if self.scales is None else self.scales)
+        check_range(self.values, self.scales, check_cast(fn, self.values if self.scales is None else self.scales))
         super()._apply(fn, recurse)
         self.convert_bitmask()
         return self

@@ -169,33 +169,67 @@ def learned(folder, steps: int = 6, model=None, resume=None, callbacks=(), **opt
 def test_mask_callback_learns_the_masks_alone(tmp_path):
     model = masked()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = trainable(model)
     trainer = learned(tmp_path, model=model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (not name.endswith(("logits", "_extra_state"))), name
     assert {int(layer.counter_state.step) for layer in masked_layers(model).values()} == {6}
     # as before, and no memory of an optimizer
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert trainable(model) == parameters
     assert all(layer.logits_backward is None for layer in masked_layers(model).values())
     assert trainer.optimizer.state.keys() == {"masks"}
 
 
+class Fail(TrainerCallback):
+    def on_substep_end(self, *args, **kwargs):
+        raise InterruptedError
+
+    on_step_end = on_substep_end
+
+
+def partly_frozen():
+    """Some logits and some of the other parameters are frozen."""
+    model = masked()
+    model.get_submodule(LAYER).logits.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(False)
+    return model, trainable(model)
+
+
+def trainable(model) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def test_mask_callback_lets_go_of_a_model_whose_training_was_interrupted(tmp_path):
-    class Fail(TrainerCallback):
-        def on_substep_end(self, *args, **kwargs):
-            raise InterruptedError
-
-        on_step_end = on_substep_end
-
-    model, callback = masked(), MaskCallback()
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    (model, before), callback = partly_frozen(), MaskCallback()
     with pytest.raises(InterruptedError):
         trained(model, tmp_path, 2, [callback, Fail()], None, learning_rate=0.3, weight_decay=0.0)
     assert not model.get_input_embeddings().weight.requires_grad
     for _ in range(2):
         callback.release()
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert trainable(model) == before
     assert all(layer.logits_backward is None for layer in masked_layers(model).values())
+
+
+@pytest.mark.parametrize("first", ["trained", "refused", "interrupted", "unused"])
+def test_every_parameter_gets_back_its_requires_grad_when_training_ends(first, tmp_path):
+    """Also if an earlier Trainer with another callback has frozen the model, and its training has no end."""
+    model, before = partly_frozen()
+    if first == "refused":
+        with pytest.raises(ValueError, match="learning_rate: expected one for logits"):
+            learned(tmp_path, 1, model, learning_rate=5e-5)
+        assert trainable(model) == before
+    elif first == "interrupted":
+        with pytest.raises(InterruptedError):
+            learned(tmp_path, 1, model, callbacks=[Fail()])
+    elif first == "unused":
+        # kept, so that it stays alive
+        unused = Trainer(model, TrainingArguments(str(tmp_path), report_to="none"), callbacks=[MaskCallback()])
+        assert trainable(unused.model) == list(name for name in dict(model.named_parameters()) if "logits" in name)
+    learned(tmp_path, 1, model)
+    assert trainable(model) == before
+    # which another Trainer trains
+    trained(model, tmp_path, 1)
+    assert trainable(model) == before
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])

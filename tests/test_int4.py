@@ -73,6 +73,23 @@ def test_scales_have_a_smaller_error_than_those_of_the_largest_value(group):
     assert (stored.scales < 0).any() and (stored.scales > 0).any()
 
 
+@pytest.mark.parametrize("exponent", [-110, -80, 66, 120])
+def test_scales_do_not_depend_on_the_size_of_the_weight(exponent):
+    """Whose squares are not finite, or 0; a power of two changes the exponents of scales alone."""
+    weight, factor = sparse(8, 256), 2.0**exponent
+    weight[0, :128] = 0
+    ordinary, extreme = mk.pack_nm(weight, "2:4", "int4"), mk.pack_nm(weight * factor, "2:4", "int4").check()
+    assert_same_bits([extreme.values, extreme.scales], [ordinary.values, ordinary.scales * factor])
+
+
+@pytest.mark.parametrize("exponent", [-140, -126, -20, 127])
+def test_scales_of_the_smallest_and_the_largest_numbers(exponent):
+    """The smallest are rounded to multiples of 2**-149."""
+    weight = sparse(8, 256).clamp(-1, 1) * 2.0**exponent
+    error = mk.pack_nm(weight, "2:4", "int4").check().unpack().double() - weight.double()
+    assert error.norm() < 0.11 * weight.double().norm()
+
+
 @pytest.mark.parametrize(("group", "bits"), [(32, 3.25), (64, 3.125), (128, 3.0625)])
 def test_bits_a_weight(group, bits):
     stored = mk.pack_nm(sparse(16, 1024, dtype=torch.bfloat16), "2:4", "int4", group)

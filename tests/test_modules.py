@@ -75,6 +75,14 @@ def test_training_draws_at_the_step_of_the_counter():
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
 
 
+def test_the_mask_is_that_of_the_masked_weight():
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0)
+    for training in (True, False):
+        mask = layer.train(training).mask
+        assert mask.dtype == torch.bool and torch.equal(mask, layer.masked_weight() != 0)
+    assert not torch.equal(mask, layer.train().mask)
+
+
 def test_eval_does_not_depend_on_the_step():
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0).eval()
     x = torch.randn(3, 16)

@@ -344,6 +344,10 @@ def test_nothing_comes_of_nothing(launched):
     packed = mk.pack_24(torch.zeros(0, 16))
     assert packed.values.shape == (0, 8) and packed.unpack().shape == (0, 16)
     assert mk.nm_linear(torch.ones(3, 16), packed).shape == (3, 0)
+    for values in ("int8", "int4"):
+        stored = mk.pack_nm(torch.zeros(0, 16), "2:4", values)
+        assert stored.unpack().shape == (0, 16) and stored.scales.shape == (0, 1)
+        assert mk.nm_linear(torch.ones(3, 16), stored).shape == (3, 0)
     launched.clear()
     assert mk.nm_linear(torch.ones(0, 16), mk.pack_24(sparse(4, 16, "2:4"))).shape == (0, 4)
     # pack_24 finds the places
@@ -510,6 +514,25 @@ def test_a_packed_weight_is_moved_and_cast_as_its_layer_is(values):
         packed.to(torch.int8)
     with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, got torch.float64"):
         packed.to(torch.float64)
+
+
+@pytest.mark.parametrize("values", ["keep", "int8", "int4"])
+def test_a_cast_to_a_dtype_without_numbers_as_large_is_refused(values):
+    """Also where scales fit, but not their products with integers."""
+    weight = sparse(8, 32, "2:4")
+    weight /= weight.abs().max()
+    name = "values" if values == "keep" else "scales"
+    reported = f"^{name}: expected weights within 65504, the largest number of torch.float16, got up to "
+    for size in (1e5, 1e9, -1e9):
+        packed = mk.pack_nm(weight * size, "2:4", values)
+        layer = mk.NMLinear(packed)
+        for cast in (lambda: packed.to(torch.float16), layer.half, nn.Sequential(layer).half):  # noqa: B023
+            with pytest.raises(ValueError, match=reported):
+                cast()
+        assert layer.packed.dtype == torch.float32
+        assert packed.to(torch.bfloat16).unpack().isfinite().all()
+    for size in (0.01, 57344):
+        assert mk.pack_nm(weight * size, "2:4", values).to(torch.float16).unpack().isfinite().all()
 
 
 @pytest.mark.parametrize(("values", "nbytes"), [("keep", 8 * 16 * 4 + 8 * 4), ("int8", 8 * 16 + 8 * 4 + 8 * 4)])

@@ -128,13 +128,30 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
         raise ValueError(f"{name}: expected shape {expected} for {pattern} on {like.device}, got {describe(codes)}")
 
 
-def check_cast(cast: Callable[[Tensor], Tensor], weight: Tensor) -> None:
-    """Raise TypeError if ``cast``, an argument of ``Module._apply``, gives a weight a dtype without products."""
+def as_codes(name: str, mask: Tensor, pattern: NMPattern, like: Tensor) -> Tensor:
+    """Check a mask of ``like`` [..., K], bool or as group codes, and return the codes; of bool it waits for them."""
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, pattern.code_dtype):
+        raise TypeError(f"{name}: expected group codes of {pattern.code_dtype} or a bool mask, got {describe(mask)}")
+    if mask.dtype != torch.bool:
+        check_codes(name, mask, pattern, like)
+        return mask
+    if mask.layout is not torch.strided or mask.shape != like.shape or mask.device != like.device:
+        raise ValueError(f"{name}: expected a mask {list(like.shape)} on {like.device}, got {describe(mask)}")
+    check_groups(name, mask, pattern)
+    bits = 1 << torch.arange(pattern.m, device=mask.device, dtype=pattern.code_dtype)
+    codes = (mask.unflatten(-1, (-1, pattern.m)) * bits).sum(-1, dtype=pattern.code_dtype)
+    check_exactly_n(name, codes, pattern)
+    return codes
+
+
+def check_cast(cast: Callable[[Tensor], Tensor], weight: Tensor) -> torch.dtype:
+    """Return the dtype that ``cast``, an argument of ``Module._apply``, gives a weight; TypeError without products."""
     dtype = cast(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
     if dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"dtype: expected float32, bfloat16 or float16, got {dtype}; finalize gives layers of any dtype"
         )
+    return dtype
 
 
 def check_transforms(refused: str, works: str) -> bool:
@@ -250,9 +267,15 @@ class CounterKeywords(TypedDict, total=False):
     group_row_stride: int | None
 
 
-def counter_of(matrix: Tensor, pattern: NMPattern, seed: Scalar, step: Scalar = 0, layer: Scalar = 0,
-               draw: Scalar = 0, group_offset: int = 0, group_row_stride: int | None = None) -> Counter:  # fmt: skip
+def counter_of(matrix: Tensor, pattern: NMPattern, /, seed: Scalar | None = None, step: Scalar = 0, layer: Scalar = 0,
+               draw: Scalar = 0, group_offset: int = 0, group_row_stride: int | None = None,
+               **unknown) -> Counter:  # fmt: skip
     """Check the counter of a draw from logits [rows, K] and return it."""
+    for name in unknown:
+        expected = ", ".join(CounterKeywords.__annotations__)
+        raise TypeError(f"{name}: expected a keyword of the counter: {expected}, got {name!r}")
+    if seed is None:
+        raise TypeError("seed: expected an int or a 0-dim int64 tensor, got none")
     check_scalar("seed", seed, -(1 << 63), 1 << 63)
     check_scalar("step", step, 0, philox.MAX_STEPS)
     check_scalar("layer", layer, 0, philox.MAX_LAYERS)

@@ -16,7 +16,7 @@ from ..ops.pattern import NMPattern
 from .checks import (
     FLOAT32_MAX,
     CounterKeywords,
-    check_codes,
+    as_codes,
     check_like,
     check_transforms,
     check_weight,
@@ -169,7 +169,8 @@ def codes_linear(
 
     Args:
         x, weight, bias: as for ``masked_linear``. Gradients flow to them.
-        codes: group codes [out, K / M], such as ``top_n_mask(logits, pattern)``, which keeps the N largest logits.
+        codes: group codes [out, K / M], such as ``top_n_mask(logits, pattern)``, which keeps the N largest logits; or a
+            bool mask [out, K], which is checked to keep exactly N, so that the call waits for the device.
         pattern: "N:M" or NMPattern.
 
     Returns:
@@ -180,7 +181,7 @@ def codes_linear(
     """
     pattern = NMPattern(pattern)
     check_weight(weight, pattern)
-    check_codes("codes", codes, pattern, weight)
+    codes = as_codes("codes", codes, pattern, weight)
     return linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m, 1.0))[0]
 
 

@@ -14,9 +14,8 @@ from ..ops.pattern import NMPattern
 from .checks import (
     CounterKeywords,
     Scalar,
+    as_codes,
     check_codes,
-    check_exactly_n,
-    check_groups,
     check_int,
     check_like,
     check_no_overlap,
@@ -138,11 +137,7 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
     pattern = NMPattern(pattern)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.layout is not torch.strided:
         raise TypeError(f"mask: expected a dense bool tensor, got {describe(mask)}")
-    check_groups("mask", mask, pattern)
-    bits = 1 << torch.arange(pattern.m, device=mask.device, dtype=pattern.code_dtype)
-    codes = (mask.unflatten(-1, (-1, pattern.m)) * bits).sum(-1, dtype=pattern.code_dtype)
-    check_exactly_n("mask", codes, pattern)
-    return codes
+    return as_codes("mask", mask, pattern, mask)
 
 
 def expand_mask(codes: Tensor, pattern: str | NMPattern) -> Tensor:
@@ -168,6 +163,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
         codes: group codes [..., K / M] that keep exactly N. This is not checked: the check would wait for the device.
+            Or a bool mask [..., K], which is checked.
         pattern: "N:M" or NMPattern.
 
     Returns:
@@ -178,7 +174,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
     """
     pattern = NMPattern(pattern)
     matrix = matrix_of("logits", logits, pattern)
-    check_codes("codes", codes, pattern, logits)
+    codes = as_codes("codes", codes, pattern, logits)
     flat = codes.reshape(matrix.shape[0], matrix.shape[1] // pattern.m).contiguous()
     return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m, 1.0).view(codes.shape)
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import TrainerCallback
 
 from ..functional.linear import count_labels
@@ -22,6 +23,8 @@ from ..unfuse import adapter_modules
 LARGE_SLOPE = 30
 # Rows of each layer from which the gap of all is estimated
 ROWS = 64
+# requires_grad of parameters before a callback changed it. Shared: one callback may train a model that another froze
+BEFORE = WeakTensorKeyDictionary()
 
 
 class MaskCallback(TrainerCallback):
@@ -29,8 +32,11 @@ class MaskCallback(TrainerCallback):
 
     ``learning_rate`` is that of the logits, such as 0.3, and follows the Trainer's schedule. The Trainer accumulates
     slopes, averages them over processes, unscales and clips them. Then this callback moves the logits, and the
-    Trainer's own optimizer moves nothing. All other parameters are frozen during training; after an error, until
-    ``release``. Masks are drawn with the Trainer's ``seed``.
+    Trainer's own optimizer moves nothing. Masks are drawn with the Trainer's ``seed``.
+
+    From the making of the Trainer on, the logits require a gradient and all other parameters are frozen. When training
+    ends, each parameter gets its own ``requires_grad`` back. If an error interrupts training, or it never begins, no
+    callback is called: ``release`` restores it then, or the end of later training with a MaskCallback.
 
     It logs, also to ``state.log_history``: ``mask_moved``, the share of groups whose mask differs from that of the
     first step, and ``mask_flip_rate``, the share of groups whose draw differs from the N largest logits. A resumed
@@ -48,7 +54,7 @@ class MaskCallback(TrainerCallback):
     def __init__(self, *, curvature: float = 1.0, max_update: float = 2.0, decay: float = 0.9):
         check_slope_settings(curvature, max_update, decay)
         self._how = {"curvature": curvature, "max_update": max_update, "decay": decay}
-        self._frozen: list[nn.Parameter] = []
+        self._changed: list[nn.Parameter] = []
         self._hooks: list = []
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -56,6 +62,14 @@ class MaskCallback(TrainerCallback):
         self._freeze(model)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        try:
+            self._begin(args, state, model, optimizer)
+        except Exception:
+            # training that does not begin has no end
+            self.release()
+            raise
+
+    def _begin(self, args, state, model: nn.Module, optimizer) -> None:
         for option, given in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
             if given:
                 raise ValueError(f"{option}: expected none with MaskCallback, which needs whole layers, got {given!r}")
@@ -88,11 +102,12 @@ class MaskCallback(TrainerCallback):
                 "masks first"
             )
         for parameter in model.parameters():
-            if id(parameter) in logits:
-                parameter.requires_grad_()
-            elif parameter.requires_grad:
-                parameter.requires_grad_(False)
-                self._frozen.append(parameter)
+            learns = id(parameter) in logits
+            if parameter.requires_grad != learns:
+                BEFORE[parameter] = parameter.requires_grad
+                parameter.requires_grad_(learns)
+            if parameter in BEFORE:
+                self._changed.append(parameter)
 
     def on_step_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs) -> None:
         scaler = getattr(optimizer, "scaler", None)
@@ -138,15 +153,15 @@ class MaskCallback(TrainerCallback):
         self.release()
 
     def release(self) -> None:
-        """Make the frozen parameters trainable again, as the end of training does; call it after an error."""
+        """Restore ``requires_grad`` of all parameters, as the end of training does; call it after an error."""
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
             self._masks.detach()
         self._hooks = []
-        for parameter in self._frozen:
-            parameter.requires_grad_()
-        self._frozen.clear()
+        for parameter in self._changed:
+            parameter.requires_grad_(BEFORE.pop(parameter, parameter.requires_grad))
+        self._changed.clear()
 
 
 def _check_rate(layers: dict[str, MaskedLinear], optimizer: torch.optim.Optimizer, steps: int) -> None:

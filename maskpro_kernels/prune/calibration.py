@@ -53,8 +53,8 @@ def as_call(batch) -> Call:
 
 
 def check_calibration(calibration: Iterable) -> None:
-    """Raise TypeError unless it can be an iterable of batches; a tensor or a mapping is one batch."""
-    if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Mapping)):
+    """Raise TypeError unless it can be an iterable of batches; a tensor or a mapping is one batch, a text none."""
+    if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Mapping, str, bytes)):
         raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
 
 

@@ -82,8 +82,8 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
             head, layers that share a weight but not the bias, layers with forward hooks, layers that the pattern does
             not fit, and layers whose weight other code reads directly, see ``read_elsewhere``.
         init: "magnitude" or "random"; with ``calibration`` also "wanda", "reconstruction" or "sparsegpt"; the path of a
-            mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. If ``fully_shard`` has
-            cut the model, all ranks pass the same, and neither "sparsegpt" nor a path.
+            mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes, or bool mask [out, K]}.
+            If ``fully_shard`` has cut the model, all ranks pass the same, and neither "sparsegpt" nor a path.
         gap: initial logit of a kept weight; that of a dropped one is 0.
         flip_rate: instead of ``gap``: the share of groups whose draw differs from the initial mask.
         calibration: batches, each a tensor, a tuple or a mapping of arguments of the model; the same on all ranks.

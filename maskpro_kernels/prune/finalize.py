@@ -46,10 +46,10 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
         ``model``; the new linear layer if the model itself is a MaskedLinear.
 
     Raises:
-        ValueError: if ``to``, ``values`` or ``group`` is unknown, to="dense" comes with other values than "keep",
-            ``calibration`` comes without "int4", has no batch or inputs that are not finite, the model has no
-            MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in memory, or a weight to
-            quantize is not finite. The model is then unchanged.
+        TypeError, ValueError: if ``to``, ``values`` or ``group`` is unknown, to="dense" comes with other values than
+            "keep", ``calibration`` comes without "int4", is no iterable of batches, has no batch or inputs that are not
+            finite, the model has no MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in
+            memory, or a weight to quantize is not finite. The model is then unchanged.
     """
     check_one_of("to", to, ("dense", "packed"))
     check_values(values, group)

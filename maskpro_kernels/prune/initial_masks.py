@@ -20,7 +20,7 @@ from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import DTYPES, load_masks
 from ..files import digest
 from ..fsdp import local, part_of, resharded
-from ..functional.checks import check_codes, check_exactly_n, check_int, in_a_line
+from ..functional.checks import as_codes, check_exactly_n, check_int, in_a_line
 from ..functional.masks import expand_mask, sample_mask, top_n_mask
 from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern, as_bitmask, codes_of
@@ -33,7 +33,7 @@ from .refit import refit_layers
 from .sparsegpt import sparsegpt as prune_by_sparsegpt
 
 Progress = Callable[[int, int], None]
-# A name in INITIAL_MASKS, a path, or group codes by name of the layer
+# A name in INITIAL_MASKS, a path, or by name of the layer group codes or a bool mask
 Init = str | Path | Mapping[str, Tensor]
 
 
@@ -126,7 +126,7 @@ def check_initial_mask(init: Init) -> None:
             return
     raise ValueError(
         f"init: expected one of {', '.join(INITIAL_MASKS)}, the path of a mask file, a run or a sparse checkpoint, "
-        f"or a mapping of names to group codes, got {in_a_line(init)}"
+        f"or a mapping of names to group codes or bool masks, got {in_a_line(init)}"
     )
 
 
@@ -139,7 +139,7 @@ def initial_codes(layers: Mapping[str, nn.Module], pattern: str | NMPattern, ini
         layers, model, calibration, progress: as for ``Dense``.
         pattern: "N:M" or NMPattern.
         init: a name in ``INITIAL_MASKS``; the path of a mask file, a run or a sparse checkpoint, see ``stored_mask``;
-            or {name: group codes [out, K / M]}. A name takes precedence over an equal path.
+            or {name: group codes [out, K / M] or bool mask [out, K]}. A name takes precedence over an equal path.
         seed: of "random", in [0, 2**63).
 
     Returns:
@@ -183,14 +183,14 @@ def _reconstruction(dense: Dense, refit: str) -> Reconstruction:
 
 
 def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check given group codes of whole layers and return them."""
+    """Check given masks of whole layers, bool or as group codes, and return the codes."""
     unknown, missing = sorted(init.keys() - layers.keys()), sorted(layers.keys() - init.keys())
     if unknown or missing:
         raise ValueError(f"init: expected codes for exactly the layers converted; unknown {unknown}, missing {missing}")
     codes = {}
     for name, layer in layers.items():
-        codes[name] = init[name].to(layer.weight.device) if isinstance(init[name], Tensor) else init[name]
-        check_codes(f"init[{name!r}]", codes[name], pattern, layer.weight)
+        mask = init[name].to(layer.weight.device) if isinstance(init[name], Tensor) else init[name]
+        codes[name] = as_codes(f"init[{name!r}]", mask, pattern, layer.weight)
         check_exactly_n(f"init[{name!r}]", codes[name], pattern)
     return codes
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 
 WIDE = torch.zeros(2, 8, dtype=torch.float64)
 NAN, HUGE = torch.tensor(torch.nan), 3e38
+MASK = mk.expand_mask(some_codes(2, 2), "2:4")
 
 
 def linear(**arguments) -> dict:
@@ -56,6 +57,11 @@ BAD = [
     *(("masked_linear", "logits", value, {}) for value in (torch.zeros(2, 4), WIDE)),
     *(("masked_linear", "bias", value, {}) for value in ("b", torch.zeros(3), torch.zeros(2).bfloat16())),
     ("codes_linear", "codes", some_codes(2, 3), {}),
+    *(
+        (function, "codes", mask, {})
+        for function in ("codes_linear", "mask_log_prob")
+        for mask in (MASK | True, MASK[:1], MASK.float(), MASK.to("meta"), MASK.to_sparse())
+    ),
     ("pack_nm", "weight", torch.ones(2, 8), {"pattern": "2:4"}),
     ("pack_nm", "values", "int2", {"weight": torch.zeros(2, 8), "pattern": "2:4"}),
     ("MaskedLinear", "weight", torch.zeros(8), layer()),
@@ -65,6 +71,7 @@ BAD = [
     *(("from_linear", "linear", value, linear()) for value in (nn.Conv1d(4, 4, 1), nn.Linear(6, 4))),
     ("from_linear", "linear", nn.Linear(8, 4).double(), linear()),
     *(("from_linear", "init", value, linear()) for value in ("wanda", torch.full((6, 4), 7, dtype=torch.uint8))),
+    *(("from_linear", "init", value, linear()) for value in (MASK, torch.ones(6, 16, dtype=torch.bool))),
     *(("from_linear", "gap", value, linear()) for value in (-1.0, "10")),
     ("from_linear", "gap", 70_000.0, linear(logits_dtype=torch.float16)),
     ("from_linear", "logits_dtype", torch.float64, linear()),
@@ -87,10 +94,29 @@ def test_a_bad_argument_is_refused(function, argument, value, others):
             assert_same_bits(tensor, before[name])
 
 
-def test_the_counter_takes_its_own_keywords_alone():
-    for arguments, name in (({}, "seed"), ({"seed": 0, "sed": 0}, "sed")):
-        with pytest.raises(TypeError, match=f"'{name}'"):
-            mk.sample_mask(torch.zeros(2, 8), "2:4", **arguments)
+@pytest.mark.parametrize("function", [*DRAWING, "straight_through_linear"])
+def test_the_counter_takes_its_own_keywords_alone(function):
+    good = good_arguments(function)
+    for name in ("sed", "matrix"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a keyword of the counter: seed, .*, got '{name}'$"):
+            getattr(mk, function)(**good, **{name: 0})
+    del good["seed"]
+    with pytest.raises(TypeError, match="^seed: expected an int or a 0-dim int64 tensor, got none$"):
+        getattr(mk, function)(**good)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "5:16"])
+def test_a_bool_mask_counts_as_its_codes(pattern):
+    x, weight = cpu_normal(3, 32), cpu_normal(2, 32, seed=1)
+    codes = mk.top_n_mask(cpu_normal(2, 32, seed=2), pattern)
+    mask = mk.expand_mask(codes, pattern)
+    calls = (
+        lambda given: mk.codes_linear(x, weight, given, pattern=pattern),
+        lambda given: mk.mask_log_prob(weight, given, pattern),
+        lambda given: mk.MaskedLinear.from_linear(nn.Linear(32, 2), pattern, given).logits,
+    )
+    for call in calls:
+        assert_same_bits(call(mask), call(codes))
 
 
 def test_an_argument_is_described_in_a_line():

@@ -23,6 +23,8 @@ def some_codes(*shape: int) -> torch.Tensor:
 
 def good_arguments(function: str) -> dict:
     logits, weight = cpu_normal(2, 8, seed=1), cpu_normal(2, 8, seed=2)
+    masked_linear = {"x": cpu_normal(3, 8, seed=3), "weight": weight, "logits": logits, "bias": cpu_normal(2, seed=4)}
+    masked_linear |= {"pattern": "2:4", "seed": 0}
     return {
         "sample_mask": {"logits": logits, "pattern": "2:4", "seed": 0},
         "sample_masked_weight": {"weight": weight, "logits": logits, "pattern": "2:4", "seed": 0},
@@ -31,14 +33,8 @@ def good_arguments(function: str) -> dict:
         "expand_mask": {"codes": some_codes(2, 2), "pattern": "2:4"},
         "mask_log_prob": {"logits": logits, "codes": some_codes(2, 2), "pattern": "2:4"},
         "score_update_": {"logits": logits, "coef": 0.5, "pattern": "2:4", "seed": 0},
-        "masked_linear": {
-            "x": cpu_normal(3, 8, seed=3),
-            "weight": weight,
-            "logits": logits,
-            "bias": cpu_normal(2, seed=4),
-            "pattern": "2:4",
-            "seed": 0,
-        },
+        "masked_linear": masked_linear,
+        "straight_through_linear": masked_linear,
         "codes_linear": {"x": cpu_normal(3, 8, seed=3), "weight": weight, "codes": some_codes(2, 2), "pattern": "2:4"},
     }.get(function, {})
 

@@ -132,6 +132,7 @@ def test_targets_are_patterns_on_names(targets, converted):
         ({"init": "random", "seed": -1}, ValueError, "^seed: "),
         ({"init": "wanda"}, ValueError, "^calibration: "),
         ({"init": "wanda", "calibration": []}, ValueError, "^calibration: expected at least one batch"),
+        ({"calibration": "abc"}, TypeError, "^calibration: expected an iterable of batches, got str"),
         ({"init": "wanda", "calibration": torch.ones(3, 8)}, TypeError, "^calibration: .*got Tensor"),
         ({"init": "reconstruction", "calibration": {"x": torch.ones(3, 8)}}, TypeError, "^calibration: .*got dict"),
     ],
@@ -183,10 +184,20 @@ def test_codes_are_taken_as_given():
     assert codes.keys() == {"first", "second"}
 
 
+def test_bool_masks_count_as_their_codes():
+    model = Net()
+    mk.convert(model, "2:4", init={name: mk.expand_mask(codes, "2:4") for name, codes in given_codes().items()})
+    for name, codes in given_codes().items():
+        assert_same_bits(codes_of(getattr(model, name)), codes)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"second": None}, TypeError, r"^init\['second'\]: "),
+        ({"second": torch.ones(6, 16, dtype=torch.bool)}, ValueError, r"^init\['second'\]: expected exactly 2 of"),
+        ({"second": torch.ones(6, 4, dtype=torch.bool)}, ValueError, r"^init\['second'\]: .*mask \[6, 16\] .*got"),
+        ({"second": torch.ones(6, 16)}, TypeError, r"^init\['second'\]: .*bool mask, got .*float32"),
         ({"third": torch.zeros(1, dtype=torch.uint8)}, ValueError, r"^init: .*unknown \['third'\]"),
         ({"first": torch.full((16, 3), 3, dtype=torch.uint8)}, ValueError, r"^init\['first'\]: .*shape \[16, 2\]"),
         ({"second": torch.full((6, 4), 3)}, TypeError, r"^init\['second'\]: .*uint8.*int64"),

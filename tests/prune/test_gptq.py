@@ -96,8 +96,9 @@ def test_batches_are_for_int4_alone_and_after_an_error_the_model_is_unchanged():
         ("int8", [torch.ones(1, 64)], "calibration: expected none but for"),
         ("int4", [], "calibration: expected at least one batch"),
         ("int4", [torch.full((1, 64), torch.nan)], "calibration: expected inputs whose"),
+        ("int4", "abc", "calibration: expected an iterable of batches, got str"),
     ):
-        with pytest.raises(ValueError, match=f"^{reported}"):
+        with pytest.raises((TypeError, ValueError), match=f"^{reported}"):
             mk.finalize(model, "packed", values, calibration=batches)
         assert isinstance(model[0], mk.MaskedLinear)
 
@@ -108,3 +109,15 @@ def test_a_layer_whose_inputs_are_all_zero_keeps_its_weights():
     nearest = mk.finalize(copy.deepcopy(model), "packed", "int4", 32)[0].weight
     weight = mk.finalize(model, "packed", "int4", 32, calibration=[torch.zeros(3, 64)])[0].weight
     torch.testing.assert_close(weight, nearest, rtol=0.0, atol=0.05)
+
+
+@pytest.mark.parametrize("exponent", [-80, 80])
+def test_integers_do_not_depend_on_the_size_of_the_weight(exponent):
+    model, codes, batches = problem("2:4", 128)
+    found = []
+    for factor in (1.0, 2.0**exponent):
+        with torch.no_grad():
+            model[0].weight *= factor
+        found.append(gptq(model, {"0": model[0]}, codes, {"0": NMPattern("2:4")}, batches, 32)["0"])
+    assert torch.equal(found[0].values, found[1].values)
+    torch.testing.assert_close(found[0].scales * factor, found[1].scales)

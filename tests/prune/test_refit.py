@@ -183,6 +183,7 @@ def test_bad_arguments_change_nothing():
     refused(model, ValueError, "to: expected one of scales, weights, got 'bias'", to="bias")
     refused(model, ValueError, "calibration: expected at least one batch, got none", calibration=[])
     refused(model, TypeError, "calibration: expected an iterable of batches, got int", calibration=3)
+    refused(model, TypeError, "calibration: expected an iterable of batches, got str", calibration="abc")
     model.unused = mk.MaskedLinear.from_linear(nn.Linear(8, 8, device=KERNEL_DEVICE), "2:4")
     refused(model, ValueError, r"calibration: .*run every layer, \['unused'\] got no input")
     del model.unused
