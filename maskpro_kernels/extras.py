@@ -6,18 +6,20 @@ import importlib.util
 
 # The optional packages of each extra in pyproject.toml, small extras first
 EXTRAS = {
-    "hf": ("transformers",),
-    "cli": ("transformers", "matplotlib"),
-    "demo": ("transformers", "matplotlib", "gguf", "accelerate"),
+    "hf": ("transformers", "accelerate"),
+    "cli": ("transformers", "accelerate", "matplotlib"),
+    "demo": ("transformers", "accelerate", "matplotlib", "gguf"),
     "data": ("datasets",),
     "peft": ("peft",),
-    "tensorboard": ("accelerate", "tensorboard"),
-    "wandb": ("accelerate", "wandb"),
+    "tensorboard": ("transformers", "accelerate", "tensorboard"),
+    "wandb": ("transformers", "accelerate", "wandb"),
 }
 
 
 def missing(*packages: str) -> str | None:
-    """Name the missing packages and how to install them, as the end of a sentence; None if all are installed.
+    """Name the missing packages and their extra, as the end of a sentence; None if all are installed.
+
+    It has no pip command: as long as this package is not on a registry, anybody may publish another under its name.
 
     Args:
         packages: all of one extra.
@@ -29,12 +31,12 @@ def missing(*packages: str) -> str | None:
     several = len(lacking) > 1
     return (
         f"the package{'s' if several else ''} {' and '.join(lacking)}, which {'are' if several else 'is'} not "
-        f"installed (pip install 'maskpro-kernels[{extra}]')"
+        f"installed; the extra {extra!r} brings {'them' if several else 'it'}, see Install in README.md"
     )
 
 
 def require(what: str, *packages: str) -> None:
-    """Raise ModuleNotFoundError, which names the extra to install, unless the packages are installed."""
+    """Raise ModuleNotFoundError, which names their extra, unless the packages are installed."""
     lacking = missing(*packages)
     if lacking:
         raise ModuleNotFoundError(f"{what} needs {lacking}")

@@ -50,22 +50,23 @@ def test_every_package_that_is_imported_is_a_dependency_or_optional():
 
 
 @pytest.mark.parametrize(
-    ("packages", "reported"),
+    ("packages", "extra"),
     [
-        (["transformers"], "the package transformers, which is not installed (pip install 'maskpro-kernels[hf]')"),
-        (["matplotlib"], "the package matplotlib, which is not installed (pip install 'maskpro-kernels[cli]')"),
-        (
-            ["transformers", "matplotlib"],
-            "the packages transformers and matplotlib, which are not installed (pip install 'maskpro-kernels[cli]')",
-        ),
-        (["accelerate"], "the package accelerate, which is not installed (pip install 'maskpro-kernels[demo]')"),
-        (["datasets"], "the package datasets, which is not installed (pip install 'maskpro-kernels[data]')"),
+        (["transformers"], "hf"),
+        (["matplotlib"], "cli"),
+        (["transformers", "matplotlib"], "cli"),
+        (["accelerate"], "hf"),
+        (["datasets"], "data"),
     ],
     ids=str,
 )
-def test_the_smallest_extra_that_brings_all_is_reported(packages, reported, monkeypatch):
+def test_the_smallest_extra_that_brings_all_is_reported(packages, extra, monkeypatch):
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
+    reported = f"the package {packages[0]}, which is not installed; the extra {extra!r} brings it"
+    if len(packages) > 1:
+        reported = f"the packages {' and '.join(packages)}, which are not installed; the extra {extra!r} brings them"
+    reported += ", see Install in README.md"
     assert missing(*packages) == reported
     with pytest.raises(ModuleNotFoundError) as raised:
         require("this", *packages)
@@ -95,7 +96,9 @@ def test_a_command_reports_what_it_lacks_before_anything_else(arguments, package
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"maskpro: error: {arguments[0]}: expected the package")
     assert all(package in line for package in packages)
-    assert line.endswith(f"(pip install 'maskpro-kernels[{extra}]')")
+    assert line.endswith(
+        f"the extra {extra!r} brings {'it' if len(packages) == 1 else 'them'}, see Install in README.md"
+    )
 
 
 def test_models_of_hugging_face_report_which_extra_they_lack():
@@ -113,5 +116,13 @@ def test_models_of_hugging_face_report_which_extra_they_lack():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.strip() == (
-        "maskpro_kernels.hf needs the package transformers, which is not installed (pip install 'maskpro-kernels[hf]')"
+        "maskpro_kernels.hf needs the package transformers, which is not installed; the extra 'hf' brings it, see "
+        "Install in README.md"
     )
+
+
+def test_no_page_advises_to_install_this_package_by_name():
+    """It is on no registry: whoever takes the name there would be installed."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "hub").iterdir(), *PACKAGE.rglob("*.py")]
+    for page in pages:
+        assert not re.search(r"pip install[^\n]*maskpro|maskpro-kernels\[", page.read_text(encoding="utf-8")), page

@@ -20,7 +20,7 @@ from ..packed import INT4, INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_
 from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, unfused_modules
 
 METHOD, VERSION = "maskpro", 1
-HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
+HOW_TO_LOAD = "import maskpro_kernels.hf before from_pretrained: transformers alone does not know these layers"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {INT8: ("I8", torch.int8), INT4: ("U8", torch.uint8)}
 COPY_AGAIN = "copy or download the checkpoint again"

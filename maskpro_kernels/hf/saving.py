@@ -40,7 +40,7 @@ Perplexities of held-out text; lower is better.
 from transformers import {{ kind }}, AutoTokenizer
 {%- if needs_import %}
 
-import maskpro_kernels.hf  # pip install 'maskpro-kernels[hf]'; transformers loads no sparse layers without it
+import maskpro_kernels.hf  # transformers does not know the sparse layers without it
 {%- endif %}
 
 model = {{ kind }}.from_pretrained("{{ name }}")

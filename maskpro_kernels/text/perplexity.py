@@ -20,6 +20,8 @@ from .batches import check_vocabulary
 EVALUATED_TOGETHER = 4
 # lm-eval's context for a model whose config and tokenizer give none
 CONTEXT = 2048
+# Tokens by which ``check_causal`` compares
+PROBED = 32
 # Positions whose logits are cast to float32 at a time
 POSITIONS = 1024
 # Regular expressions and their replacements by lm-eval's wikitext_detokenizer, in its order
@@ -85,6 +87,26 @@ def predicted_tokens(input_ids: torch.Tensor) -> int:
 causal_lm_loss.labelled_tokens = predicted_tokens
 
 
+def check_causal(model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Raise ValueError if the logits of a model depend on later tokens, as those of an encoder do.
+
+    Compares the logits of the first half of int64 [length >= 2] tokens before two second halves.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"model: expected a causal language model, got {type(model).__name__}, an encoder-decoder")
+    tokens = tokens[:PROBED]
+    half = len(tokens) // 2
+    others = torch.cat([tokens[:half], tokens[:-half].flip(0)])
+    one, other = (model(ids[None], use_cache=False).logits[0, :half] for ids in (tokens, others))
+    # the products of an expert have other shapes, and so other rounding, if later tokens use it as well
+    rounding = max(1e-4, 4 * torch.finfo(one.dtype).eps)
+    if (one.float() - other.float()).abs().max() > rounding * one.float().abs().max():
+        raise ValueError(
+            f"model: expected a causal language model, got {type(model).__name__}, whose predictions depend on later "
+            "tokens, as those of an encoder do"
+        )
+
+
 def perplexity(
     model: torch.nn.Module, windows: torch.Tensor, batch_size: int = EVALUATED_TOGETHER, progress: bool = False
 ) -> float:
@@ -104,8 +126,8 @@ def perplexity(
         the perplexity; inf if it exceeds the range of a float.
 
     Raises:
-        ValueError: if ``windows`` is not [windows, length] with at least one window of two tokens, or
-            ``batch_size`` is below 1.
+        ValueError: if ``windows`` is not [windows, length] with at least one window of two tokens, ``batch_size`` is
+            below 1, or the model is an encoder or an encoder-decoder.
     """
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows: expected [windows >= 1, length >= 2], got {list(windows.shape)}")
@@ -114,6 +136,7 @@ def perplexity(
     device = next(model.parameters()).device
     total = 0.0
     with without_gradients(model), evaluating(model):
+        check_causal(model, windows[0].to(device))
         for batch in tqdm(windows.split(batch_size), desc="perplexity", disable=not progress, leave=False):
             total += causal_lm_loss(model, batch.to(device)).item() * len(batch)
     return _exp(total / len(windows))
@@ -153,7 +176,8 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
 
     Raises:
         ValueError: if there is no token to predict, a token is outside of the model's vocabulary, the tokenizer has no
-            token for the beginning or end of text, or ``length`` is below 2.
+            token for the beginning or end of text, ``length`` is below 2, or the model is an encoder or an
+            encoder-decoder.
     """
     if length is not None and length < 2:
         raise ValueError(f"length: expected at least 2 tokens, got {length}")
@@ -179,6 +203,8 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
     nats, count = 0.0, sum(map(len, tokens))
     device = next(model.parameters()).device
     with without_gradients(model), evaluating(model):
+        inputs, targets = windows[0]
+        check_causal(model, torch.tensor([*inputs, targets[-1]], device=device))
         for inputs, targets in tqdm(windows, desc="perplexity", disable=not progress, leave=False):
             logits = model(torch.tensor([inputs], device=device), use_cache=False).logits[0, -len(targets) :]
             labels = torch.tensor(targets, device=logits.device)

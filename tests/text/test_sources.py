@@ -199,5 +199,5 @@ def test_sources_that_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="documents: expected an int of at least 1, got 0"):
         load_text("owner/name", documents=0)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"source: .*'wikitext'.*pip install 'maskpro-kernels\[data\]'"):
+    with pytest.raises(ValueError, match=r"source: .*'wikitext'.*the extra 'data'"):
         load_text("wikitext")
