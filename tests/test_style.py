@@ -22,7 +22,7 @@ TREE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The 
 BUDGETS = {
     name: int(most) for name, most in re.findall(r"^\| `(maskpro_kernels/[\w./]+)` \| (\d+) \|", TREE, re.MULTILINE)
 }
-MOST_LINES, MOST_FILES, FEWEST_LINES = 23_989, 107, 40
+MOST_LINES, MOST_FILES, FEWEST_LINES = 24_087, 107, 40
 # The field has plainer words: report and raise, after, again, is, continue, interrupt, add, unfuse
 RIDDLES = re.compile(
     r"\b(told|tells?|telling|unbegun|parting|behind|anew|kin|stands?|under way|(goes?|going) on|(broken?|breaks?) off|"
@@ -96,7 +96,7 @@ def test_the_package_is_small():
 
 def test_the_command_and_learning_are_small():
     """Whoever raises one of these two raises it here as well, and gives the reason."""
-    assert BUDGETS["maskpro_kernels/cli/"] <= 1_930 and BUDGETS["maskpro_kernels/learn/"] <= 3_300
+    assert BUDGETS["maskpro_kernels/cli/"] <= 1_955 and BUDGETS["maskpro_kernels/learn/"] <= 3_300
     assert len(files_of("maskpro_kernels/cli")) <= 9
 
 
