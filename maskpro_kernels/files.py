@@ -198,12 +198,23 @@ def check_output(folder: str | Path) -> None:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """List the safetensors files of a checkpoint; ValueError if there are none, or one is damaged."""
+    """List the safetensors files of a checkpoint; ValueError if there are none, one is damaged, or one is not there."""
     folder = Path(folder)
     files = [folder] if folder.suffix == ".safetensors" else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"checkpoint: expected a folder with safetensors files, got {str(folder)!r}")
+    if (folder / INDEX).is_file() and not (folder / SINGLE).exists():
+        shards = read_object(folder / INDEX).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else [shards]:
+            if shard not in [file.name for file in files]:
+                raise ValueError(
+                    f"checkpoint: expected an index of files in {str(folder)!r}, got {shard!r}, which is not there; "
+                    "copy or download it again"
+                )
     for file in files:
+        # a pipe would block forever
+        if not file.is_file():
+            raise ValueError(f"checkpoint: expected regular files, got {str(file)!r}")
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -212,6 +223,17 @@ def weight_files(folder: str | Path) -> list[Path]:
                 f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}; copy or download it again"
             ) from error
     return files
+
+
+def read_object(path: Path) -> dict:
+    """Read a JSON object from a file of a checkpoint; ValueError for other content."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint: expected a JSON object in {str(path)!r}, got other content: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint: expected a JSON object in {str(path)!r}, got a {type(content).__name__}")
+    return content
 
 
 def digest_of_bytes(*parts: bytes) -> bytes:

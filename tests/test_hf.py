@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -70,6 +71,40 @@ def test_a_config_of_more_layers_than_weights_is_refused_before_it_is_read(tmp_p
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(ValueError, match="^model: expected a config.json smaller than [0-9]+ bytes of weights"):
         hf.load_model(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 4_000_000}, "at most [0-9]+ weights, a bit of .* for each, got 1[0-9]{8};"),
+        ({"intermediate_size": 4_000_000}, "at most [0-9]+ weights, a bit of .* for each, got 7[0-9]{8};"),
+        ({"num_hidden_layers": 10**9}, "at most 20 layers, a tensor in .* for each, got 1000000000;"),
+    ],
+)
+def test_a_config_of_more_than_its_files_hold_is_refused_first(settings, message, tmp_path, monkeypatch):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=f"^model: expected a config.json of {message}"):
+        hf.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_smallest_packed_weights_are_not_too_few(tied, tmp_path):
+    model = tiny_model(intermediate_size=4096, hidden_size=512, tie_word_embeddings=tied)
+    mk.convert(model, "1:16")
+    hf.save_model(mk.finalize(model, to="packed", values="int4"), tiny_tokenizer(), tmp_path)
+    bits = 8 * (tmp_path / "model.safetensors").stat().st_size
+    assert bits < 1.5 * sum(parameter.numel() for parameter in tiny_model(**model.config.to_dict()).parameters())
+    assert hf.load_model(str(tmp_path))[0].get_submodule("model.layers.0.mlp.up_proj").kind == "int4"
+
+
+def test_a_pipe_is_refused_by_name(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    os.mkfifo(tmp_path / "z.safetensors")
+    with pytest.raises(ValueError, match="model: expected regular files, got the pipe '.*z.safetensors'"):
+        hf.load_model(str(tmp_path))
 
 
 def test_folder_without_a_tokenizer(tmp_path):

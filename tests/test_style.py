@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md: budgets of lines, the parameters of functions, and the field's words."""
+"""The rules of CONTRIBUTING.md: the tree, the parameters of functions, and the field's words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ PACKAGE = sorted((ROOT / "maskpro_kernels").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("benchmarks", "docs", "tests") for path in (ROOT / folder).rglob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TREE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The tree")[2].partition("\n## ")[0]
-BUDGETS = {
-    name: int(most) for name, most in re.findall(r"^\| `(maskpro_kernels/[\w./]+)` \| (\d+) \|", TREE, re.MULTILINE)
-}
-MOST_LINES, MOST_FILES, FEWEST_LINES = 24_056, 107, 40
+ENTRIES = re.findall(r"^\| `(maskpro_kernels/[\w./]+)` \|", TREE, re.MULTILINE)
 # The field has plainer words: report and raise, after, again, is, continue, interrupt, add, unfuse
 RIDDLES = re.compile(
     r"\b(told|tells?|telling|unbegun|parting|behind|anew|kin|stands?|under way|(goes?|going) on|(broken?|breaks?) off|"
@@ -68,41 +65,10 @@ def test_no_function_takes_many_parameters():
     assert not many, "more than 12 parameters:\n" + "\n".join(many)
 
 
-def lines_of(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
-
-
-def files_of(entry: str) -> list[Path]:
-    """The files of an entry of the tree, which is a file or a folder."""
-    return [path for path in PACKAGE if path == ROOT / entry or path.is_relative_to(ROOT / entry)]
-
-
-@pytest.mark.parametrize("entry", BUDGETS)
-def test_entries_of_the_tree_keep_to_their_lines(entry):
-    files = files_of(entry)
-    assert files, f"{entry}: no such file or folder"
-    assert sum(map(lines_of, files)) <= BUDGETS[entry]
-
-
-def test_every_entry_of_the_package_has_a_budget():
+def test_the_tree_has_every_entry_of_the_package():
     entries = {path.relative_to(ROOT).parts[1] for path in PACKAGE} - {"__init__.py", "__main__.py"}
-    assert {entry.rstrip("/").split("/")[1] for entry in BUDGETS} == entries
-
-
-def test_the_package_is_small():
-    assert sum(map(lines_of, PACKAGE)) <= MOST_LINES
-    assert len(PACKAGE) <= MOST_FILES
-
-
-def test_the_command_and_learning_are_small():
-    """Whoever raises one of these two raises it here as well, and gives the reason."""
-    assert BUDGETS["maskpro_kernels/cli/"] <= 1_930 and BUDGETS["maskpro_kernels/learn/"] <= 3_300
-    assert len(files_of("maskpro_kernels/cli")) <= 9
-
-
-def test_no_module_is_tiny():
-    counts = {str(path.relative_to(ROOT)): lines_of(path) for path in PACKAGE if not path.stem.startswith("__")}
-    assert {name: count for name, count in counts.items() if count < FEWEST_LINES} == {}
+    assert {entry.rstrip("/").split("/")[1] for entry in ENTRIES} == entries
+    assert all((ROOT / entry).exists() for entry in ENTRIES)
 
 
 def words_of(path: Path) -> Iterator[str]:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..files import INDEX, SINGLE, weight_files, write_tensors
+from ..files import INDEX, SINGLE, read_object, weight_files, write_tensors
 from ..ops.pattern import NMPattern
 from ..packed import PackedNM
 
@@ -48,6 +48,10 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
     if len(arrays) > 1:
         raise ValueError(f"masks: expected one .npz file in {str(source)!r}, got {len(arrays)}; give the path of one")
     source = arrays[0] if arrays else source
+    for file in source.glob("*.pt") if source.is_dir() else [source]:
+        # a pipe would block forever
+        if not file.is_file():
+            raise ValueError(f"masks: expected regular files, got {str(file)!r}")
     masks, most = {}, max((layer.weight.numel() for layer in layers.values()), default=0)
     for stored, mask in MASK_FORMATS.get(source.suffix, _masks_of_torch)(source, most):
         name = stored.removesuffix(".mask").removesuffix(".weight")
@@ -145,8 +149,8 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
     Settings of compression are removed from the config. Other files of the folder are copied.
 
     Raises:
-        ValueError: if the checkpoint has another format, such as a quantized one, a file is damaged, or tensors of a
-            weight are missing or do not fit.
+        ValueError: if the checkpoint has another format, such as a quantized one, a file is damaged or missing, or
+            tensors of a weight are missing, twice there or do not fit.
         OSError: if a file cannot be written.
     """
     source, output = Path(source), Path(output)
@@ -156,8 +160,11 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
         with safe_open(file, framework="pt") as opened:
             where |= dict.fromkeys(opened.keys(), file)
     names = {name.removesuffix(".compressed") for name in where if name.endswith(".compressed")}
+    shapes = {name.removesuffix(".shape") for name in where if name.endswith(".shape")}
+    # packed weights of this package have no shape, those of others no bitmask
+    names |= {name for name in shapes if f"{name}.bitmask" in where}
     config = source / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    settings = read_object(config) if config.is_file() else {}
     parts = [settings.get(name) for name in COMPRESSION_SETTINGS]
     # only those of compressed-tensors, not of other quantizers
     parts = [part for part in parts if isinstance(part, dict)]
@@ -166,8 +173,8 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
         return False
     for part in parts:
         sparsity = part.get("sparsity_config")
-        formats = {part.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None} - {None}
-        others = sorted(map(str, formats - set(FORMATS)))
+        formats = [part.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None]
+        others = sorted(str(form) for form in formats if form not in (None, *FORMATS))
         if others or part.get("config_groups"):
             raise ValueError(
                 f"checkpoint: expected weights in the format {' or '.join(FORMATS)} of compressed-tensors, got "
@@ -177,7 +184,11 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
     for name in names:
         missing = [part for part in COMPRESSED if f"{name}.{part}" not in where]
         if missing:
-            raise ValueError(f"checkpoint: expected {name}.{', .'.join(COMPRESSED)}, got none of {missing}")
+            raise ValueError(
+                f"checkpoint: expected {name}.{', .'.join(COMPRESSED)}, got none of {missing} in {str(source)!r}"
+            )
+        if f"{name}.weight" in where:
+            raise ValueError(f"checkpoint: expected {name}.weight or {name}.compressed, got both in {str(source)!r}")
     output.mkdir(parents=True, exist_ok=True)
     if names:
         written = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ def import_checkpoint(options: Import, source: str) -> None:
     from ..hf import fetch
 
     path = fetch(source, ("*.npz", "*.pt")) if options.model else fetch(source)
-    if is_mask_file(path):
+    if path.is_file() and is_mask_file(path):
         if options.model is None:
             raise ValueError(f"model: expected the base model of the mask file {source!r}, got none; add --model")
         pattern, layers, model, tokenizer = _masked(options, path)
@@ -81,10 +83,14 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
         raise ValueError(f"model: expected the model of the masks in {str(path)!r}, got none; add --model")
     above = Path(options.output).absolute().parent
     with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as folder:
-        plain = Path(folder) if write_plain(path, folder) else path
-        model, tokenizer = load(str(plain), options.dtype, "cpu")
+        with _renaming(folder, options.output):
+            plain = Path(folder) if write_plain(path, folder) else path
+        with _renaming(folder, path):
+            model, tokenizer = load(str(plain), options.dtype, "cpu")
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     if not layers:
+        if options.values != KEEP:
+            _check_finite(model, options.values)
         with naming("pattern", "give the pattern of its zeros"):
             conversion = pack(model, pattern, options.values)
         for name, reason in conversion.skipped.items():
@@ -100,3 +106,20 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
     if options.to == "dense":
         unpack(model)
     return pattern, count, model, tokenizer
+
+
+def _check_finite(model: torch.nn.Module, values: str) -> None:
+    # layers with NaN do not follow any pattern
+    with in_linear_form(model):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and not module.weight.isfinite().all():
+                raise ValueError(f"model: {name}.weight: expected finite values for {values}, got others")
+
+
+@contextmanager
+def _renaming(folder: str, path: str | Path) -> Iterator[None]:
+    """Name a path of the user in errors that name a temporary folder."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise (OSError if isinstance(error, OSError) else ValueError)(str(error).replace(folder, str(path))) from error

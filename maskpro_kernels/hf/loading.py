@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,14 +11,18 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..extras import missing
+from ..files import read_object
 
 SMOLLM2 = "smollm2-135m"
 # Bytes of a config.json that is compared with its weights
 LARGE_CONFIG = 1 << 20
+# Numbers of layers in a config.json
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers")
 # Files of a checkpoint on the hub; safetensors is the only format of weights
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
@@ -45,7 +49,8 @@ def load_model(
     Raises:
         TypeError: if ``dtype`` is not a floating-point torch.dtype.
         ValueError: if a package that "smollm2-135m" or ``device_map`` needs is not installed; or the folder holds no
-            causal language model, one with code of its own, not all of its weights, or some of other shapes.
+            causal language model, one with code of its own, not all of its weights, or some of other shapes, a pipe
+            for weights, or a config of more layers than it has tensors, or of more weights than its files have bits.
         OSError: if the folder or model id does not exist or cannot be read.
     """
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
@@ -57,6 +62,8 @@ def load_model(
         model, tokenizer = _load_smollm2(torch.bfloat16 if dtype is None else dtype, device_map)
     else:
         check_model(name)
+        if Path(name).is_dir():
+            _check_sizes(Path(name))
         try:
             with _only_errors_printed():
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -107,6 +114,41 @@ def check_model(name: str) -> None:
             raise ValueError(f"model: expected a config.json smaller than {weights} bytes of weights, got {size} bytes")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise ValueError if a config asks for more than the files of its folder hold, before this takes memory."""
+    settings = read_object(folder / "config.json")
+    parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
+    layers = max((part[name] for part in parts for name in LAYERS if isinstance(part.get(name), int)), default=0)
+    files = [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin")]
+    for file in files:
+        # it would block forever
+        if file.is_fifo():
+            raise ValueError(f"model: expected regular files, got the pipe {str(file)!r}")
+    files = [file for file in files if file.is_file()]
+    # a packed weight takes a bit or more
+    most = 8 * sum(file.stat().st_size for file in files)
+    tensors = 0
+    weights = 0
+    # damaged files and unknown models are left to transformers, which raises errors of its own
+    with suppress(Exception), _only_errors_printed():
+        tensors = sum(len(safe_open(file, framework="pt").keys()) for file in files if file.suffix == ".safetensors")
+        if not 0 < tensors < layers:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            weights = sum(parameter.numel() for parameter in model.parameters())
+    if 0 < tensors < layers:
+        raise ValueError(
+            f"model: expected a config.json of at most {tensors} layers, a tensor in {str(folder)!r} for each, got "
+            f"{layers}; copy or download it again"
+        )
+    if 0 < most < weights:
+        raise ValueError(
+            f"model: expected a config.json of at most {most} weights, a bit of the files in {str(folder)!r} for each, "
+            f"got {weights}; copy or download it again"
+        )
 
 
 def fetch(source: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:

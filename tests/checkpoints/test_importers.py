@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 import warnings
@@ -300,6 +301,8 @@ def test_other_quantizations_are_left_to_transformers_and_quantized_weights_refu
     ("change", "message"),
     [
         (lambda t: t.pop("a.shape"), "expected a.compressed, .bitmask, .shape, got none of .'shape'"),
+        (lambda t: t.pop("a.compressed"), "expected a.compressed, .bitmask, .shape, got none of .'compressed'. in '.*"),
+        (lambda t: t.update({"a.weight": torch.ones(4, 8)}), "expected a.weight or a.compressed, got both in '.*"),
         (lambda t: t.update({"a.shape": torch.tensor([4, 8, 1])}), "expected rows of whole groups of 4 in a.shape"),
         (lambda t: t.update({"a.shape": torch.tensor([-4, 8])}), "expected rows of whole groups of 4 in a.shape"),
         (lambda t: t.update({"a.shape": torch.tensor([4, 16])}), "expected 32 values of .* in a.compressed"),
@@ -345,6 +348,84 @@ def test_bad_imports_are_refused_in_one_line(folder, tmp_path, capsys):
         imported(*arguments, "--output", tmp_path / "out", code=2)
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"[1,2]", b"{", b'{"a": "\xff"}', b"[" * 100_000])
+@pytest.mark.parametrize("what", ["source", "model"])
+def test_a_config_that_is_no_json_object_is_refused_by_name(what, content, folder, capsys):
+    file = folder / "model" / "config.json"
+    file.write_bytes(content)
+    masks = [store(random_masks(tiny_model()), folder / "masks", "folder"), "--model"] if what == "model" else []
+    imported(*masks, folder / "model", "--output", folder / "out", code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"checkpoint: expected a JSON object in '{file}'" in line
+
+
+@pytest.mark.parametrize("name", ["model/z.safetensors", "m.npz", "m.pt", "masks/a.npz", "masks/a.pt"])
+def test_pipes_are_refused_by_name(name, folder, capsys):
+    (folder / "masks").mkdir()
+    pipe = folder / name
+    os.mkfifo(pipe)
+    # otherwise a program that opens the pipe would wait for a writer
+    writer = os.open(pipe, os.O_RDWR)
+    source = pipe if pipe.parent == folder else pipe.parent
+    more = [] if name.startswith("model") else ["--model", folder / "model"]
+    imported(source, *more, "--output", folder / "out", code=2)
+    os.close(writer)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"expected regular files, got '{pipe}'" in line
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "../x.safetensors", 3, None])
+def test_shards_that_are_not_in_the_folder_are_refused_by_name(name, folder, capsys):
+    source = compressed_folder(folder / "in", masked(tiny_model(), random_masks(tiny_model())))
+    shutil.copy(source / "model-0.safetensors", folder / "x.safetensors")
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"] = index["weight_map"] | {"model.norm.weight": name} if name else name
+    (source / INDEX).write_text(json.dumps(index))
+    imported(source, "--output", folder / "out", code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"checkpoint: expected an index of files in '{source}', got {name!r}" in line
+
+
+@pytest.mark.parametrize("damage", ["weight", "tokenizer", "size", "format"])
+def test_errors_of_a_decompressed_copy_name_its_source(damage, folder, capsys):
+    source = compressed_folder(folder / "in", masked(tiny_model(), random_masks(tiny_model())))
+    config = json.loads((source / "config.json").read_text())
+    if damage == "weight":
+        tensors = load_file(source / "model-0.safetensors")
+        del tensors["model.embed_tokens.weight"]
+        save_file(tensors, source / "model-0.safetensors", {"format": "pt"})
+    elif damage == "tokenizer":
+        (source / "tokenizer.json").unlink()
+    elif damage == "size":
+        config["vocab_size"] = 4_000_000
+    else:
+        config["quantization_config"] = {"format": ["x"]}
+    (source / "config.json").write_text(json.dumps(config))
+    imported(source, "--output", folder / "out", code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the format ['x']" in line if damage == "format" else f"'{source}'" in line
+    assert sorted(path.name for path in folder.iterdir()) == ["in", "model"]
+
+
+def test_a_full_disk_for_a_decompressed_copy_names_the_output(tmp_path, capsys):
+    source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
+    with files_of_at_most(4096):
+        imported(source, "--output", tmp_path / "out", code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'out'}/model-0.safetensors: " in line and "File too large" in line
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_weights_that_are_not_finite_are_refused_by_name(values, folder, capsys):
+    model = masked(tiny_model(), random_masks(tiny_model()))
+    weight = model.get_submodule(LAYER).weight.data
+    weight[weight != 0] = torch.nan
+    hf.save_model(model, tiny_tokenizer(), folder / "in")
+    imported(folder / "in", "--output", folder / "out", "--values", values, code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"maskpro: error: model: {LAYER}.weight: expected finite values for {values}, got others"
 
 
 def test_a_full_disk_is_an_oserror(tmp_path):
