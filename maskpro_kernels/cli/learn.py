@@ -417,7 +417,7 @@ def _windows(
 
     For the model's own samples the last has the number of windows to sample.
     """
-    length = min(EVAL_LENGTH, getattr(model.config, "max_position_embeddings", None) or EVAL_LENGTH)
+    length = min(EVAL_LENGTH, positions_of(model) or EVAL_LENGTH)
     sources = texts_of(options.data)
     counts = split_by_share(sources, options.eval_windows)
 
@@ -443,7 +443,7 @@ def _windows(
         check_windows(every, windows, options.batch_size)
     if SELF in dict(every):
         if (positions := positions_of(model)) is not None and options.seq_len > positions:
-            raise ValueError(f"seq_len: expected at most {positions}, the positions of the model")
+            raise ValueError(f"seq_len: expected at most {positions}, the context of the model, got {options.seq_len}")
         whose = turns([share for _, share in every], options.batch_size * max(_learned_from(options), INIT_BATCHES))
         wanted = whose.count([name for name, _ in every].index(SELF))
         held_out = 0 if sources else 2 * options.eval_windows
@@ -485,7 +485,8 @@ def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[st
         if method == "dense" and math.isnan(row["perplexity"]):
             raise ValueError(f"model: expected a finite loss, got nan in {options.dtype}; use --dtype float32")
         if not wants_bars():
-            report(f"{method}: test perplexity {row['perplexity']:.2f}, {seconds:.1f} seconds from the dense model")
+            from_dense = "" if method == "dense" else f", {seconds:.1f} seconds from the dense model"
+            report(f"{method}: test perplexity {row['perplexity']:.2f}{from_dense}")
         return row
 
     dense = add_row("dense", 0.0)
@@ -504,6 +505,8 @@ def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[st
         report(f"computing by {len(initial)} batches which masks cost most")
         costly = costliest_layers(model, layers, masks[start], pattern, causal_lm_loss, initial, options.density)
         report(f"left dense: {len(costly)} of {len(layers)} layers ({COSTLY})")
+        if not costly:
+            report_as("warning", f"no matrix is small enough to stay dense within --density {options.density:.7g}")
         targets = [name for name in layers if name not in costly]
         init = {name: init[name] for name in targets}
         seconds[start] += time.perf_counter() - began
@@ -526,7 +529,10 @@ def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[st
 
 
 def _table_row(method: str, model: nn.Module, tests: Mapping[str, Tensor], seconds: float) -> dict:
-    figures = {name: perplexity(model, test, progress=wants_bars()) for name, test in tests.items()}
+    figures = {
+        name: perplexity(model, test, progress=Progress(f"evaluation of {method}", "window"))
+        for name, test in tests.items()
+    }
     return {"method": method, **figures, "seconds": seconds}
 
 
@@ -752,7 +758,7 @@ class _Run:
     def _evaluate(self) -> float:
         """Compute the validation perplexity of the current step and store it."""
         began, step = time.perf_counter(), self.trainer.steps_done
-        value = perplexity(self.model, self.validation, progress=wants_bars())
+        value = perplexity(self.model, self.validation, progress=Progress("validation", "window"))
         if not self.rows and not math.isfinite(value):
             raise FloatingPointError(
                 f"validation perplexity at step {step}: expected a finite number, got {value}; use another --dtype, "

@@ -41,7 +41,7 @@ def speed(options: Speed, models: list[str]) -> int:
         positions, wanted = positions_of(model), options.prompt_tokens + options.new_tokens
         if positions is not None and wanted > positions:
             raise ValueError(
-                f"new_tokens: expected at most {positions} tokens together with --prompt-tokens, the positions of "
+                f"new_tokens: expected at most {positions} tokens together with --prompt-tokens, the context of "
                 f"{name!r}, got {wanted}"
             )
         if vocabulary is None:

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from ..extras import missing
@@ -49,8 +57,9 @@ def load_model(
     Raises:
         TypeError: if ``dtype`` is not a floating-point torch.dtype.
         ValueError: if a package that "smollm2-135m" or ``device_map`` needs is not installed; or the folder holds no
-            causal language model, one with code of its own, not all of its weights, or some of other shapes, a pipe
-            for weights, or a config of more layers than it has tensors, or of more weights than its files have bits.
+            causal language model, such as an encoder, one with code of its own, not all of its weights, or some of
+            other shapes, a pipe for weights, or a config of more layers than it has tensors, or of more weights than
+            its files have bits.
         OSError: if the folder or model id does not exist or cannot be read.
     """
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
@@ -66,6 +75,10 @@ def load_model(
             _check_sizes(Path(name))
         try:
             with _only_errors_printed():
+                if not Path(name).is_dir() and try_to_load_from_cache(name, "config.json") is None:
+                    # one request: transformers repeats many, for a minute, before it reports an unknown id
+                    HfApi().model_info(name)
+                _check_is_causal(AutoConfig.from_pretrained(name, trust_remote_code=False))
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 model, report = AutoModelForCausalLM.from_pretrained(
                     name,
@@ -116,12 +129,20 @@ def check_model(name: str) -> None:
         raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
 
 
+def _check_is_causal(config: PretrainedConfig) -> None:
+    """Raise ValueError for an encoder or an encoder-decoder, which transformers may load as a causal model."""
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if config.is_encoder_decoder or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal):
+        kind = "encoder-decoder" if config.is_encoder_decoder else "encoder"
+        raise ValueError(f"{config.model_type} is an {kind}")
+
+
 def _check_sizes(folder: Path) -> None:
     """Raise ValueError if a config asks for more than the files of its folder hold, before this takes memory."""
     settings = read_object(folder / "config.json")
     parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
     layers = max((part[name] for part in parts for name in LAYERS if isinstance(part.get(name), int)), default=0)
-    files = [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin")]
+    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
     for file in files:
         # it would block forever
         if file.is_fifo():

@@ -153,7 +153,7 @@ def measure_speed(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tok
         prompt: int64 [rows, tokens], on that device.
         new_tokens: new tokens of each row, at least 2: prefill gives the first.
         rounds: rounds to count, at least 1.
-        progress: called with (rounds done, rounds in all), warm-up included.
+        progress: called with (counted rounds done, rounds).
 
     Raises:
         ValueError: if there is no model; a model cannot generate, is on another device than the prompt or has another
@@ -179,12 +179,12 @@ def measure_speed(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tok
             if not same:
                 distinct.append(name)
         timers = [_Timer(name, model, prompt, new_tokens) for name, model in models.items()]
-        progress(0, WARM_UP + rounds)
+        progress(0, rounds)
         for done in range(WARM_UP + rounds):
             first = done % len(timers)
             for timer in (*timers[first:], *timers[:first]):
                 timer.measure(counted=done >= WARM_UP)
-            progress(done + 1, WARM_UP + rounds)
+            progress(max(done + 1 - WARM_UP, 0), rounds)
     return SpeedReport(*prompt.shape, new_tokens, [timer.speed() for timer in timers], agreements)
 
 

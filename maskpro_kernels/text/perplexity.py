@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from ..fsdp import without_gradients
 from ..modules import evaluating
 from .batches import check_vocabulary
 
+# Called with (windows done, windows in all)
+Progress = Callable[[int, int], object]
 # Windows in a forward pass of an evaluation
 EVALUATED_TOGETHER = 4
 # lm-eval's context for a model whose config and tokenizer give none
@@ -108,7 +109,10 @@ def check_causal(model: torch.nn.Module, tokens: torch.Tensor) -> None:
 
 
 def perplexity(
-    model: torch.nn.Module, windows: torch.Tensor, batch_size: int = EVALUATED_TOGETHER, progress: bool = False
+    model: torch.nn.Module,
+    windows: torch.Tensor,
+    batch_size: int = EVALUATED_TOGETHER,
+    progress: Progress | None = None,
 ) -> float:
     """exp of the mean next-token cross-entropy over windows, with equal weights for all tokens.
 
@@ -120,7 +124,7 @@ def perplexity(
         model: a Hugging Face causal language model.
         windows: int64 [windows, length], on any device.
         batch_size: windows in a forward pass.
-        progress: show a bar on stderr.
+        progress: called with (windows done, windows in all).
 
     Returns:
         the perplexity; inf if it exceeds the range of a float.
@@ -137,8 +141,11 @@ def perplexity(
     total = 0.0
     with without_gradients(model), evaluating(model):
         check_causal(model, windows[0].to(device))
-        for batch in tqdm(windows.split(batch_size), desc="perplexity", disable=not progress, leave=False):
-            total += causal_lm_loss(model, batch.to(device)).item() * len(batch)
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size].to(device)
+            total += causal_lm_loss(model, batch).item() * len(batch)
+            if progress is not None:
+                progress(start + len(batch), len(windows))
     return _exp(total / len(windows))
 
 
@@ -158,7 +165,7 @@ class WordPerplexity(NamedTuple):
 
 
 def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequence[str],
-                    length: int | None = None, progress: bool = False) -> WordPerplexity:  # fmt: skip
+                    length: int | None = None, progress: Progress | None = None) -> WordPerplexity:  # fmt: skip
     """Compute perplexity by word, like the task wikitext of lm-eval (EleutherAI/lm-evaluation-harness 0.4).
 
     Each document is detokenized and tokenized by itself, and each of its tokens predicted. The sum of the losses is
@@ -172,7 +179,7 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
         documents: original documents, see ``load_documents``.
         length: most tokens of a forward pass, at least 2. None: by lm-eval's rule that of the model's config, else of
             the tokenizer, else 2048.
-        progress: show a bar on stderr.
+        progress: called with (windows done, windows in all).
 
     Raises:
         ValueError: if there is no token to predict, a token is outside of the model's vocabulary, the tokenizer has no
@@ -205,13 +212,15 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
     with without_gradients(model), evaluating(model):
         inputs, targets = windows[0]
         check_causal(model, torch.tensor([*inputs, targets[-1]], device=device))
-        for inputs, targets in tqdm(windows, desc="perplexity", disable=not progress, leave=False):
+        for done, (inputs, targets) in enumerate(windows, 1):
             logits = model(torch.tensor([inputs], device=device), use_cache=False).logits[0, -len(targets) :]
             labels = torch.tensor(targets, device=logits.device)
             nats += sum(
                 F.cross_entropy(part.float(), own, reduction="sum").item()
                 for part, own in zip(logits.split(POSITIONS), labels.split(POSITIONS), strict=True)
             )
+            if progress is not None:
+                progress(done, len(windows))
     bits = nats / size / math.log(2)
     return WordPerplexity(_exp(nats / words), length, count, words, size, _exp(nats / count), bits)
 

@@ -9,6 +9,7 @@ import torch
 from helpers.checkpoints import forge
 from helpers.command import SIZES, refuses
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM
 
 from maskpro_kernels import top_n_mask
 from maskpro_kernels.checkpoints.mask_file import save_masks
@@ -41,6 +42,22 @@ def with_forged_mask(folder):
     weight = torch.ones(4, 8)
     save_masks(folder / "mask", [("layer", top_n_mask(weight, "2:4"), weight)], "2:4", model="tiny")
     forge(folder / "mask", layers='{"layer": [4, 8], "other": [4, 8]}')
+
+
+def an_encoder(folder):
+    config = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    shutil.rmtree(folder / "model")
+    BertForMaskedLM(config).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+
+
+def an_encoder_decoder(folder):
+    sizes = {
+        f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    shutil.rmtree(folder / "model")
+    BartForConditionalGeneration(BartConfig(vocab_size=32, d_model=16, **sizes)).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
 
 
 # by name: the command, what is done to the folder before, parts of the line
@@ -98,8 +115,23 @@ CASES = {
     "a text of another encoding": (f"{LEARN} --data b.txt", write("b.txt", b"\xff\xfe\n\n"), ["data: expected UTF-8"]),
     "a text twice": (f"{LEARN} --data text.txt,text.txt", None, ["data: expected each source once"]),
     "a share of nothing": (f"{LEARN} --data text.txt:0,self:1", None, ["data: expected a positive share"]),
-    "a text that is too short": (f"{LEARN} --seq-len 9999", None, ["data: expected at least 9999 tokens"]),
+    "a text that is too short": (
+        f"{LEARN} --seq-len 9999",
+        None,
+        ["seq_len: expected windows of at most 64 tokens, the context of the model, got 9999"],
+    ),
+    "a text shorter than a window": (
+        f"{LEARN} --data short.txt",
+        write("short.txt", "w1 w2\n\n" * 9),
+        ["data: expected at least 64 tokens"],
+    ),
     "a batch that is too large": (f"{LEARN} --batch-size 9999", None, ["batch_size: expected at most", "longer text"]),
+    "data without a share": (f"{LEARN} --data text.txt:,self", None, ["error: data: expected"]),
+    "data of nothing": (f"{LEARN} --data ,", None, ["error: data: expected"]),
+    "data with a share below 0": (f"{LEARN} --data text.txt:-1,self:2", None, ["error: data: expected"]),
+    "an encoder": (LEARN, an_encoder, ["model: expected a causal language model", "'model': bert is an encoder"]),
+    "an encoder-decoder": (LEARN, an_encoder_decoder, ["'model': bart is an encoder-decoder"]),
+    "an encoder to evaluate": ("eval model --data pydoc", an_encoder, ["'model': bert is an encoder"]),
     "more texts than windows": (f"{LEARN} --data text.txt,pydoc --eval-windows 1", None, ["eval_windows: expected"]),
     "an output that is not empty": (f"{LEARN} --output model", None, ["output: expected a new or empty folder"]),
     "values of a dense checkpoint": (

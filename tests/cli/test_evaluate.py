@@ -100,4 +100,4 @@ def test_what_cannot_be_evaluated_is_refused(inputs, run, tmp_path, capsys):
     for name in ("documents", "eval_windows"):
         option = [f"--{name.replace('_', '-')}", "2", "--protocol", "tokens"]
         refuses(capsys, tmp_path, [*arguments, *option], f"{name}: expected none with --protocol tokens, got 2")
-    refuses(capsys, tmp_path, arguments, "data: expected at least 9999 tokens", "or a smaller --eval-length")
+    refuses(capsys, tmp_path, arguments, "eval_length: expected windows of at most 64 tokens, the context of the model")

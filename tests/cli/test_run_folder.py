@@ -1,4 +1,4 @@
-"""The folder of a run: of one process, with files that no loader takes for the model's, and with digests."""
+"""The folder of a run: of one process, with files that no loader reads as those of the model, and with digests."""
 
 from __future__ import annotations
 

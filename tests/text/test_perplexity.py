@@ -11,6 +11,16 @@ import torch
 from helpers.pages import pages
 from helpers.tiny_llama import WORDS, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from maskpro_kernels.text.perplexity import (
     causal_lm_loss,
@@ -48,6 +58,46 @@ def test_loss_of_16_bit_logits_is_taken_in_float32():
     assert logits.dtype == torch.bfloat16
     expected = -logits.double().log_softmax(-1)[:, :-1].gather(-1, batch[:, 1:, None]).mean()
     assert abs(causal_lm_loss(model, batch).item() - expected.item()) < 1e-6
+
+
+ENCODERS = {
+    "bert": lambda: BertLMHeadModel(BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, **SMALL)),
+    "xlnet": lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=32, d_model=16, d_inner=16, n_layer=1, n_head=2)),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(vocab_size=32, d_model=16)),
+}
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_models_that_see_later_tokens_have_no_perplexity(name):
+    model = ENCODERS[name]()
+    for measure in (
+        lambda: perplexity(model, ids(3, 12)),
+        lambda: word_perplexity(model, tiny_tokenizer_with_end(), ["w1 w2 w3 w4 w5 w6"], 8),
+    ):
+        with pytest.raises(ValueError, match="^model: expected a causal language model, got (Bert|XLNet|Bart)"):
+            measure()
+
+
+def tiny_tokenizer_with_end():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[PAD]"
+    return tokenizer
+
+
+def test_experts_of_a_causal_model_are_no_encoder():
+    """Their products have other shapes if later tokens use them, and may be rounded otherwise."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=32, **sizes, **SMALL)).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert perplexity(model.to(dtype), ids(3, 40)) > 1
+
+
+def test_perplexity_reports_its_windows():
+    done = []
+    perplexity(tiny_model(), ids(5, 12), batch_size=2, progress=lambda *numbers: done.append(numbers))
+    assert done == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_perplexity_weighs_tokens_alike_and_leaves_the_mode():
