@@ -52,9 +52,7 @@ def an_encoder(folder):
 
 
 def an_encoder_decoder(folder):
-    sizes = {
-        f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
-    }
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     shutil.rmtree(folder / "model")
     BartForConditionalGeneration(BartConfig(vocab_size=32, d_model=16, **sizes)).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -115,14 +113,11 @@ CASES = {
     "a text of another encoding": (f"{LEARN} --data b.txt", write("b.txt", b"\xff\xfe\n\n"), ["data: expected UTF-8"]),
     "a text twice": (f"{LEARN} --data text.txt,text.txt", None, ["data: expected each source once"]),
     "a share of nothing": (f"{LEARN} --data text.txt:0,self:1", None, ["data: expected a positive share"]),
-    "a text that is too short": (
-        f"{LEARN} --seq-len 9999",
-        None,
-        ["seq_len: expected windows of at most 64 tokens, the context of the model, got 9999"],
-    ),
+    "windows longer than the context": (f"{LEARN} --seq-len 65", None, ["seq_len: expected windows of at most 64"]),
+    "samples longer than the context": (f"{LEARN} --data self --seq-len 65", None, ["seq_len: expected at most 64"]),
     "a text shorter than a window": (
         f"{LEARN} --data short.txt",
-        write("short.txt", "w1 w2\n\n" * 9),
+        write("short.txt", tiny_text(paragraphs=10, words=3)),
         ["data: expected at least 64 tokens"],
     ),
     "a batch that is too large": (f"{LEARN} --batch-size 9999", None, ["batch_size: expected at most", "longer text"]),
