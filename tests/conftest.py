@@ -16,6 +16,9 @@ from gpu_emulators.plugin import TARGET
 # helpers are imported below that alone
 pytest.register_assert_rewrite("helpers")
 
+# read by huggingface_hub when it is imported: no test asks the hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # read by triton when it is imported
 if TARGET not in os.environ and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.full_disk import files_of_at_most
 
+from maskpro_kernels import files
 from maskpro_kernels.files import (
     SIZE,
+    append_whole,
     check_output,
     digest,
     digest_of_bytes,
     digest_of_named,
+    read_record,
+    unfinished,
+    write_record,
     write_tensors,
     write_whole,
 )
@@ -59,6 +66,50 @@ def test_a_write_that_fails_leaves_the_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, b"after")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [write_bytes, write_tensor, lambda path, _: append_whole(path, bytes(10_000))])
+def test_a_full_disk_is_reported_with_the_path(write, tmp_path):
+    with files_of_at_most(100), pytest.raises(OSError, match=f"{tmp_path}/x"):
+        write(tmp_path / "x", 1)
+
+
+def test_a_killed_writer_of_tensors_leaves_names_that_are_recognized(tmp_path, monkeypatch):
+    """Also those of the library that writes the file, under a temporary name of its own."""
+    names = []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(tensors, path, metadata):
+        (path.parent / ".tmpAb12Cd").touch()
+        raise Killed
+
+    monkeypatch.setattr(files, "save_file", killed)
+    # a killed process removes nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: names.append(folder.name))
+    with pytest.raises(Killed):
+        write_tensor(tmp_path / "x", 1)
+    (left,) = tmp_path.iterdir()
+    assert names == [left.name] and unfinished(tmp_path, "x") == [left]
+    check_output(tmp_path)
+
+
+def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    path, content = tmp_path / "record.json", {"format": "x", "rows": [{"step": 0, "loss": 2.5}], "none": None}
+    write_record(path, content)
+    assert read_record(path) == content
+    written = path.read_bytes()
+    for at in range(0, len(written), 3):
+        path.write_bytes(written[:at] + bytes([written[at] ^ 1]) + written[at + 1 :])
+        try:
+            assert read_record(path) == content
+        except ValueError as error:
+            assert "as it was written, got a damaged file" in str(error) and str(path) in str(error)
+    for other in (b"", b"[1]", b"{}", written[:-9], b"[" * 100_000):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="as it was written"):
+            read_record(path)
 
 
 def test_check_output(tmp_path):

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+import yaml
 from helpers.bits import assert_same_bits
 from helpers.full_disk import files_of_at_most
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
@@ -155,7 +157,11 @@ def test_the_model_card(to, tmp_path):
     data = ModelCard.load(tmp_path / "m" / "README.md").data
     assert data.base_model == "owner/base" and data.library_name == "transformers" and "2:4" in data.tags
     assert data.pipeline_tag == "text-generation"
-    assert "# m\n\nThis is [owner/base](https://huggingface.co/owner/base) with 2:4 sparsity: of every 4 " in text
+    without = "loads its dense weights, without the masks." if to is None else "does not load it."
+    above = "" if to == "dense" else "**Import `maskpro_kernels.hf` before you load this model**"
+    assert text.partition("# m\n\n")[2].startswith(above)
+    assert (f"transformers alone {without}" in text) == (to != "dense")
+    assert "\n\nThis is [owner/base](https://huggingface.co/owner/base) with 2:4 sparsity: of every 4 " in text
     assert "of every 4 consecutive weights along a layer's input, 2 are kept, and the others are zero. " in text
     assert "| mask | perplexity |\n|---|---:|\n| dense | 15.25 |\n| reinforce | 20.00 |\n" in text
     assert ("import maskpro_kernels.hf" in text) == (to != "dense") and ("rounded to int8" in text) == (to == "int8")
@@ -165,6 +171,39 @@ def test_the_model_card(to, tmp_path):
     (tmp_path / "m" / "README.md").write_text("mine")
     hf.save_model(sparse(to), tiny_tokenizer(), tmp_path / "m")
     assert (tmp_path / "m" / "README.md").read_text() == "mine"
+
+
+def test_the_card_has_the_license_of_the_base_model(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    terms = {"license": "other", "license_name": "tiny", "license_link": "LICENSE"}
+    (tmp_path / "base" / "README.md").write_text(f"---\n{yaml.dump(terms)}---\n# Base")
+    model, tokenizer = hf.load_model(str(tmp_path / "base"))
+    hf.save_model(model, tokenizer, tmp_path / "of a folder", base_model="base")
+    asked = []
+    monkeypatch.setattr(HfApi, "model_info", lambda _, name, **how: asked.append(name) or answer)
+    answer = SimpleNamespace(card_data=ModelCardData(**terms))
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path / "of the hub", base_model="owner/base")
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path / "smollm2", base_model=hf.SMOLLM2_ID)
+    assert asked == ["owner/base"]
+    for name in ("of a folder", "of the hub"):
+        data = ModelCard.load(tmp_path / name / "README.md").data
+        assert {key: getattr(data, key) for key in terms} == terms
+    assert ModelCard.load(tmp_path / "smollm2" / "README.md").data.license == "apache-2.0"
+
+
+def test_an_id_that_the_hub_does_not_have_is_refused_after_one_request(monkeypatch):
+    asked = []
+
+    def model_info(_, name):
+        asked.append(name)
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    with pytest.raises(OSError, match="got 'nobody/nothing', which is no folder: no such repository"):
+        hf.load_model("nobody/nothing")
+    assert asked == ["nobody/nothing"]
 
 
 def test_a_card_without_what_is_not_known(tmp_path):

@@ -25,6 +25,7 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaForCausalLM,
 )
+from transformers.quantizers import auto as quantizers
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
@@ -309,9 +310,25 @@ def test_what_cannot_come_back_is_refused(tmp_path):
         hf.save_model(model, tiny_tokenizer(), tmp_path / "shard")
 
 
+def test_without_the_import_transformers_refuses_packed_weights(tmp_path, monkeypatch):
+    """Otherwise it would make random weights for these layers, with a warning."""
+    for values in ("keep", "int8", "int4"):
+        model = mk.finalize(converted(), to="packed", values=values)
+        hf.save_model(model, tiny_tokenizer(), tmp_path / values)
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / values, output_loading_info=True)
+        assert not any(report.values())
+        # a model that was loaded writes the same
+        again.save_pretrained(tmp_path / f"{values} again")
+        for folder in (values, f"{values} again"):
+            with monkeypatch.context() as patched:
+                patched.delitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "maskpro")
+                with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                    AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+
+
 @pytest.mark.slow
 def test_without_the_import_transformers_prints_what_it_does_not_know(tmp_path):
-    """It gives the dense model, which no file can forbid; but not without a word."""
+    """It gives the dense model of one with masks; but not without a word."""
     converted().save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

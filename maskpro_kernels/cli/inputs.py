@@ -175,10 +175,10 @@ def save(
 
 def base_name(model: str) -> str:
     """Name of a base model on the hub, or the last part of its folder's path."""
-    from ..hf import SMOLLM2
+    from ..hf import SMOLLM2, SMOLLM2_ID
 
     if model == SMOLLM2:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+        return SMOLLM2_ID
     return Path(model).resolve().name if Path(model).exists() else model
 
 

@@ -14,13 +14,13 @@ except ModuleNotFoundError:
 
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
-from .loading import SMOLLM2, check_model, checkpoint_activations, fetch, load_model, show_bars
+from .loading import SMOLLM2, SMOLLM2_ID, check_model, checkpoint_activations, fetch, load_model, show_bars
 from .quantizer import SparseConfig, SparseQuantizer, check_not_quantized, describe
 from .saving import model_card, save_model
 from .speed import measure_speed
 
 __all__ = [
-    "SMOLLM2", "KeepMask", "MaskCallback", "SparseConfig", "SparseQuantizer", "check_model", "check_not_quantized",
-    "checkpoint_activations", "describe", "fetch", "load_model", "measure_speed", "model_card", "next_logits",
-    "preallocated_cache", "save_model", "show_bars",
+    "SMOLLM2", "SMOLLM2_ID", "KeepMask", "MaskCallback", "SparseConfig", "SparseQuantizer", "check_model",
+    "check_not_quantized", "checkpoint_activations", "describe", "fetch", "load_model", "measure_speed", "model_card",
+    "next_logits", "preallocated_cache", "save_model", "show_bars",
 ]  # fmt: skip

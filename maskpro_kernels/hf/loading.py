@@ -27,6 +27,8 @@ from ..extras import missing
 from ..files import read_object
 
 SMOLLM2 = "smollm2-135m"
+# Its id on the hub, and its license there
+SMOLLM2_ID, SMOLLM2_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 # Bytes of a config.json that is compared with its weights
 LARGE_CONFIG = 1 << 20
 # Numbers of layers in a config.json
@@ -91,7 +93,8 @@ def load_model(
         except Exception as error:
             # transformers' parsers raise errors of many types
             reason = " ".join(str(error).split()).partition(". ")[0]
-            message = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
+            where = "" if Path(name).is_dir() else ", which is no folder"
+            message = f"model: expected a causal language model and its tokenizer, got {name!r}{where}: {reason}"
             raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
         lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
         if lacking:

@@ -116,6 +116,18 @@ def describe(model: nn.Module) -> None:
                 del module.config.quantization_config
 
 
+def guarded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """State dict of a model with packed layers and a weight of the wrong shape; None if it has no packed layer.
+
+    Without this package transformers skips a quantization that it does not know, and makes random weights for packed
+    layers. A weight of another shape than its layer's is an error.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, NMLinear):
+            return {**model.state_dict(), f"{name}.weight": torch.zeros(1, dtype=module.packed.dtype)}
+    return None
+
+
 def check_not_quantized(model: nn.Module) -> None:
     """Raise ValueError if another library has quantized a transformers model: a config describes one quantization."""
     for module in model.modules():
@@ -137,6 +149,9 @@ class SparseQuantizer(HfQuantizer):
     # a dense checkpoint cannot be converted during loading, only by ``convert`` and ``finalize``
     requires_calibration = True
     quantization_config: SparseConfig
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        return guarded_state_dict(model), {}
 
     def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
         """Prepare a model for its weights; ValueError if layers would be split over devices."""
@@ -183,6 +198,9 @@ class SparseQuantizer(HfQuantizer):
                 raise ValueError(f"checkpoint: expected logits of {' or '.join(FLOATS)}, got others")
             logits_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             put_empty_layers(model, layers, logits_dtype)
+        # the weight of ``guarded_state_dict``
+        names = "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, NMLinear))
+        model._keys_to_ignore_on_load_unexpected.add(rf"^({names})\.weight$")
         shared, modules = self.quantization_config.shared, dict(model.named_modules(remove_duplicate=False))
         first = _own_names(model, shared.values())
         self._shared = {own: first[shared[name]] for name, own in _own_names(model, shared).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -14,14 +15,18 @@ from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern
 from ..packed import KEEP, SPARSE, NMLinear, bits_a_weight
 from ..unfuse import adapter_modules
-from .quantizer import describe
+from .loading import SMOLLM2_ID, SMOLLM2_LICENSE
+from .quantizer import describe, guarded_state_dict
 
 TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ name }}
-
+{% if needs_import %}
+**Import `maskpro_kernels.hf` before you load this model**, as below. transformers alone \
+{{ "does not load it." if is_packed else "loads its dense weights, without the masks." }}
+{% endif %}
 This is {{ base }} with {{ patterns or "dense weights" }}{% if patterns %} sparsity: \
 {% set n, m = ("N", "M") if " " in patterns else patterns.split(":") %}of every {{ m }} consecutive weights \
 along a layer's input, {{ n }} {{ "is" if n == "1" else "are" }} kept, and the others are zero{% endif %}. {{ stored }}
@@ -40,7 +45,7 @@ Perplexities of held-out text; lower is better.
 from transformers import {{ kind }}, AutoTokenizer
 {%- if needs_import %}
 
-import maskpro_kernels.hf  # transformers does not know the sparse layers without it
+import maskpro_kernels.hf
 {%- endif %}
 
 model = {{ kind }}.from_pretrained("{{ name }}")
@@ -93,7 +98,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             raise ValueError(f"model: expected whole layers, got a shard in {name}")
     describe(model)
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=guarded_state_dict(model), max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         if not (folder / "README.md").exists():
             name = push_to_hub or folder.resolve().name
@@ -138,6 +143,7 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
     return ModelCard.from_template(
         ModelCardData(
             base_model=base_model if on_hub else None,
+            **_license_of(model.name_or_path, base_model if on_hub else None),
             library_name="transformers",
             pipeline_tag="text-generation" if model.can_generate() else None,
             tags=["maskpro", "sparse", "semi-structured-sparsity", *patterns],
@@ -152,4 +158,21 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
         rows=[[f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in table],
         kind="AutoModelForCausalLM" if model.can_generate() else type(model).__name__,
         needs_import=bool(layers),
+        is_packed=bool(packed),
     )
+
+
+def _license_of(path: str, base_model: str | None) -> dict[str, str]:
+    """License in the card of the base model's folder, or of its id on the hub; empty if there is none."""
+    if base_model == SMOLLM2_ID:
+        return {"license": SMOLLM2_LICENSE}
+    card = Path(path) / "README.md"
+    data = None
+    # a card may be no YAML, and the hub may not answer
+    with suppress(Exception):
+        if path and card.is_file():
+            data = ModelCard.load(card).data
+        elif base_model is not None:
+            data = HfApi().model_info(base_model, timeout=10).card_data
+    fields = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in fields.items() if value}

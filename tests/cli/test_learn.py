@@ -23,6 +23,7 @@ from transformers import (
 
 import maskpro_kernels as mk
 from maskpro_kernels.checkpoints.logits import load_logits
+from maskpro_kernels.cli import inputs as shared
 from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
 from maskpro_kernels.hf import save_model
@@ -233,6 +234,55 @@ def test_masks_by_name_and_by_path_are_begun_with(inputs, run, tmp_path, monkeyp
     layers = {name: tiny_model().get_submodule(name) for name in report(tmp_path / "random")["converted"]}
     codes = {name: mk.top_n_mask(tensor, "2:4") for name, tensor in logits_of(tmp_path / "random").items()}
     assert_same_bits(codes, initial_codes(layers, "2:4", "random", seed=3))
+
+
+def test_a_density_that_no_matrix_fits_is_warned_of(inputs, tmp_path, capsys):
+    assert main.main(learn(inputs, tmp_path / "run", "--density", "0.5000001", "--steps", "1")) == 0
+    assert "no matrix is small enough to stay dense within --density 0.5000001" in capsys.readouterr().err
+    assert list(report(tmp_path / "run")["skipped"]) == ["lm_head"]
+
+
+def test_a_run_that_is_interrupted_before_its_first_step_names_the_command_that_continues_it(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(learning, "_evaluate_initial_masks", interrupt)
+        assert main.main(learn(inputs, run)) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert f"stopped before the next step; continue with: maskpro learn --resume {run}" in lines
+    assert main.main(["learn", "--resume", str(run)]) == 0
+    # nothing to continue before the settings are on disk
+    with monkeypatch.context() as patched:
+        patched.setattr(learning, "load", interrupt)
+        assert main.main(learn(inputs, tmp_path / "other")) == 130
+    assert "continue" not in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "other").exists()
+
+
+def test_evaluations_report_their_progress_without_a_terminal(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shared, "SECONDS", 0)
+    assert main.main(learn(inputs, tmp_path / "run", "--eval-every", "1")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "evaluation of dense: window 4 of 5" in lines
+    assert any(line.startswith("validation: window ") for line in lines)
+    assert any(line.startswith("dense: test perplexity ") and "seconds" not in line for line in lines)
+    assert any(line.startswith("wanda: test perplexity ") and "seconds" in line for line in lines)
+
+
+def test_the_time_left_is_estimated_without_the_first_parts(monkeypatch, capsys):
+    """They compile, and collect what the others need."""
+    clock = iter([0.0, 100.0, *(100.0 + 11 * done for done in range(1, 20))])
+    monkeypatch.setattr(shared, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    progress = shared.Progress("masks", "layer")
+    for done in range(1, 21):
+        progress(done, 20)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "masks: layer 1 of 20" and lines[1] == "masks: layer 2 of 20, 03:18 left"
+    assert lines[-1] == "masks: layer 20 of 20, 00:00 left"
 
 
 def test_a_checkpoint_with_other_kept_weights_is_warned_of(inputs, tmp_path, capsys):

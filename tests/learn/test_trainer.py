@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.small_trainer import a_model, a_trainer, logits_of, loss_fn, some_batches
+from helpers.small_trainer import a_model, a_trainer, a_trainer_in, logits_of, loss_fn, some_batches
 from torch import nn
 
 import maskpro_kernels as mk
@@ -212,6 +212,58 @@ def test_metrics_are_written_a_line_a_step(tmp_path):
     assert [{name: row[name] for name in row if name != "digest"} for row in lines] == list(map(vars, records))
     assert trainer.metrics == list(map(vars, records))
     assert [line["step"] for line in lines] == [0, 1, 2]
+
+
+def flip_probability(gap: float, n: int = 2, m: int = 4) -> float:
+    """Probability that the first ``n`` draws are not the kept weights."""
+    kept, dropped = math.exp(gap), m - n
+    return 1 - math.prod((n - k) * kept / ((n - k) * kept + dropped) for k in range(n))
+
+
+@pytest.mark.parametrize("gap", [1.0, 5.0, 10.0])
+def test_it_reports_what_a_draw_flips_on_average_and_warns_below_one_group(gap, caplog, recwarn):
+    caplog.set_level("INFO", "maskpro_kernels")
+    model = a_model(gap)
+    groups = sum(logits.numel() for logits in logits_of(model)) // 4
+    trainer = a_trainer(model)
+    expected = groups * flip_probability(gap)
+    assert trainer.masks.expected_flips() == pytest.approx(expected, rel=1e-5)
+    trainer.begin()
+    warned = [str(warning.message) for warning in recwarn]
+    if expected < 1:
+        (line,) = warned
+        assert "from which Reinforce learns nothing; convert with a smaller gap, or with a flip_rate of at" in line
+    else:
+        (line,) = [record.message for record in caplog.records]
+        assert not warned and f"a share of {expected / groups:.2g}" in line
+    assert f"of {groups} groups on average" in line
+    # gradients reach the logits whether or not a draw flips
+    recwarn.clear()
+    a_trainer(a_model(gap), how="straight-through").begin()
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize("make", [lambda: mk.Reinforce(lr=500.0, alpha=0.75), mk.StraightThrough])
+def test_it_counts_the_groups_that_moved_also_after_a_resume(tmp_path, make, capsys):
+    trainer = a_trainer_in(tmp_path, estimator=make())
+    before = [mk.top_n_mask(logits, "2:4") for logits in logits_of(trainer.model)]
+    assert trainer.moved() is None
+    trainer.run(6)
+    trainer.close()
+    after = [mk.top_n_mask(logits, "2:4") for logits in logits_of(trainer.model)]
+    moved = sum(int((one != other).sum()) for one, other in zip(before, after, strict=True))
+    assert trainer.moved() == moved > 0
+    shown = capsys.readouterr().err
+    assert "a draw changes" in shown and f"{moved} groups differ from the masks before the first step" in shown
+    again = a_trainer_in(tmp_path, estimator=make())
+    again.resume()
+    assert again.moved() == moved
+    again.close()
+    first = next(tmp_path.glob("snapshot-0000000000-*"))
+    first.write_bytes(first.read_bytes()[:-1])
+    again = a_trainer_in(tmp_path, estimator=make())
+    again.resume()
+    assert again.moved() is None
 
 
 def test_progress_shows_what_the_step_saw(capsys):
