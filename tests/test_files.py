@@ -95,7 +95,7 @@ def test_a_killed_writer_of_tensors_leaves_names_that_are_recognized(tmp_path, m
     check_output(tmp_path)
 
 
-def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path):
+def test_a_record_is_read_unchanged_or_not_at_all(tmp_path):
     path, content = tmp_path / "record.json", {"format": "x", "rows": [{"step": 0, "loss": 2.5}], "none": None}
     write_record(path, content)
     assert read_record(path) == content
