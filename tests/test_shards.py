@@ -218,7 +218,8 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path):
 
     # a whole layer is named without a place
     assert header["run"]["layers"] == {"0": [3, "2:4", [9, 16], "torch.float32", 60, 16]}
-    settings = settings_of({"0": whole}, mk.Reinforce(), batches, seed=9, accumulate=1, loss_fn=nn.functional.mse_loss)
+    how = {"seed": 9, "accumulate": 1, "loss_fn": nn.functional.mse_loss}
+    settings = settings_of(whole, {"0": whole}, mk.Reinforce(), batches, **how)
     assert settings["layers"] == {"0": [3, "2:4", [ROWS, K], "torch.float32"]}
 
 

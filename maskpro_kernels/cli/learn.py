@@ -204,6 +204,9 @@ def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock)
     else:
         every = MixedBatches(windows, sources, options.batch_size, max(learned_from, INIT_BATCHES), options.seed)
     calibration = every[:learned_from]
+    evaluated = digest([*tests.values(), validation])
+    if begun and start["evaluated"] != evaluated:
+        raise ValueError("resume: expected the texts that the run is evaluated on, got others; restore them")
 
     # convert if weights change, the dense model's outputs are needed before
     changes = options.refit != "none" or options.train_weights is not None
@@ -233,7 +236,8 @@ def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock)
         if begun:
             run.resume()
         else:
-            run.begin({**start, "base": base, "options": _with_absolute_paths(options), "skipped": dict(skipped)})
+            start |= {"base": base, "evaluated": evaluated, "skipped": skipped}
+            run.begin({**start, "options": _with_absolute_paths(options)})
     except BaseException:
         trainer.close()
         raise
