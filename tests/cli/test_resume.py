@@ -188,7 +188,10 @@ def test_another_model_or_text_or_lost_weights_are_refused(inputs, broken, tmp_p
     model.save_pretrained(other / "model")
     (other / "text.txt").write_text((inputs / "text.txt").read_text().replace("w3", "w4"), encoding="utf-8")
     content = (broken / "settings.json").read_text()
-    for name, reported in (("model", "got other weights"), ("text.txt", "expected the texts that the run is evaluated on")):
+    for name, reported in (
+        ("model", "got other weights"),
+        ("text.txt", "expected the texts that the run is evaluated on"),
+    ):
         (broken / "settings.json").write_text(content.replace(str(inputs / name), str(other / name)))
         assert main.main(resume) == 2
         assert reported in capsys.readouterr().err.splitlines()[-1]
