@@ -204,9 +204,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"checkpoint: expected a folder with safetensors files, got {str(folder)!r}")
     if (folder / INDEX).is_file() and not (folder / SINGLE).exists():
+        names = {file.name for file in files}
         shards = read_object(folder / INDEX).get("weight_map")
         for shard in shards.values() if isinstance(shards, dict) else [shards]:
-            if shard not in [file.name for file in files]:
+            if not isinstance(shard, str) or shard not in names:
                 raise ValueError(
                     f"checkpoint: expected an index of files in {str(folder)!r}, got {shard!r}, which is not there; "
                     "copy or download it again"

@@ -148,7 +148,8 @@ class MaskedLinear(nn.Module):
             raise ValueError("linear: expected finite weights, got NaN or infinity")
         if isinstance(init, Tensor):
             codes = as_codes("init", init, pattern, linear.weight)
-            check_exactly_n("init", codes, pattern)
+            if codes is init:
+                check_exactly_n("init", codes, pattern)
         elif isinstance(init, str) and init == "magnitude":
             codes = top_n_mask(linear.weight.detach().abs(), pattern)
         else:

@@ -411,7 +411,8 @@ class NMLinear(nn.Module):
     """nn.Linear with a packed N:M weight: for 2:4, half of the values and a bit for each weight.
 
     Gradients flow to the input, and to bias and values if they require one, which by default they do not. Integers are
-    a buffer and never change: ``to(dtype)`` converts their scales, and ``requires_grad_()`` affects the bias alone.
+    a buffer and never change: ``to(dtype)`` converts their scales, and ``requires_grad_()`` affects the bias alone. If
+    a model's cast is refused because of one layer, the layers before it have been cast.
     The state_dict contains ``values``, ``bitmask``, ``bias``, and ``scales`` of integers. ``weight`` is read-only.
 
     Args:

@@ -51,7 +51,7 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
     for file in source.glob("*.pt") if source.is_dir() else [source]:
         # a pipe would block forever
         if not file.is_file():
-            raise ValueError(f"masks: expected regular files, got {str(file)!r}")
+            raise ValueError(f"masks: expected a file or a folder of files, got {str(file)!r}, which is none")
     masks, most = {}, max((layer.weight.numel() for layer in layers.values()), default=0)
     for stored, mask in MASK_FORMATS.get(source.suffix, _masks_of_torch)(source, most):
         name = stored.removesuffix(".mask").removesuffix(".weight")

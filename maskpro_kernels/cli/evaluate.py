@@ -16,6 +16,7 @@ from .config import EVAL_LENGTH, EVAL_WINDOWS, Evaluate
 from .inputs import (
     REPORT,
     Progress,
+    check_context,
     check_least,
     check_new_file,
     default_dtype,
@@ -81,6 +82,7 @@ def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
         documents = load_documents(name, options.text_column)
 
         def measure(model: nn.Module, tokenizer) -> dict[str, float]:
+            check_context(model, options.eval_length or 0, "eval_length")
             found = word_perplexity(model, tokenizer, documents, options.eval_length, Progress(work, "window"))
             return {"": found.perplexity, ", bits a byte": found.bits_per_byte}
 

@@ -17,6 +17,7 @@ from ..ops.pattern import NMPattern
 from ..packed import KEEP, NMLinear
 from ..prune.convert import convert
 from ..prune.finalize import finalize, pack, repack, unpack
+from ..prune.selection import layers_to_convert
 from ..unfuse import in_linear_form
 from .config import Import
 from .inputs import load, naming, packed_size, report, save
@@ -87,10 +88,12 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
             plain = Path(folder) if write_plain(path, folder) else path
         with _renaming(folder, path):
             model, tokenizer = load(str(plain), options.dtype, "cpu")
+    # its card has the license
+    model.name_or_path = str(path)
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     if not layers:
         if options.values != KEEP:
-            _check_finite(model, options.values)
+            _check_finite(model, pattern)
         with naming("pattern", "give the pattern of its zeros"):
             conversion = pack(model, pattern, options.values)
         for name, reason in conversion.skipped.items():
@@ -108,12 +111,13 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
     return pattern, count, model, tokenizer
 
 
-def _check_finite(model: torch.nn.Module, values: str) -> None:
-    # layers with NaN do not follow any pattern
-    with in_linear_form(model):
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and not module.weight.isfinite().all():
-                raise ValueError(f"model: {name}.weight: expected finite values for {values}, got others")
+def _check_finite(model: torch.nn.Module, pattern: NMPattern) -> None:
+    # before the pattern is compared: layers with NaN follow none
+    try:
+        with in_linear_form(model):
+            layers_to_convert(model, pattern)
+    except ValueError as error:
+        raise ValueError(f"source: {str(error).removeprefix('model: ')}") from error
 
 
 @contextmanager
@@ -122,4 +126,6 @@ def _renaming(folder: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if folder not in str(error):
+            raise
         raise (OSError if isinstance(error, OSError) else ValueError)(str(error).replace(folder, str(path))) from error

@@ -163,14 +163,15 @@ def save(
     with naming("output"):
         make_folder(folder)
         for part in unfinished(folder):
-            # of a killed process
-            discard(part)
+            report_as("warning", f"{part} is of a process that was killed, or still writes; remove it if none does")
         with folder_aside(folder / "checkpoint") as aside:
             # the card has the name of the folder
             written = aside / folder.resolve().name
             save_model(model, tokenizer, written, base_model=base_name(base), pattern=pattern, table=rows)
-            for file in sorted(written.iterdir()):
-                os.replace(file, folder / file.name)
+            for part in sorted(written.iterdir()):
+                if (folder / part.name).is_dir():
+                    discard(folder / part.name)
+                os.replace(part, folder / part.name)
 
 
 def base_name(model: str) -> str:
@@ -195,20 +196,24 @@ def read_json(path: Path) -> dict:
     """Read a file of a run of this version; ValueError for another one."""
     try:
         content = json.loads(path.read_bytes())
-        written = content.get("format")
-    except (ValueError, AttributeError) as error:
+        _check_format(content, path)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"run: expected a file of `maskpro learn` in {str(path)!r}, got {error}") from error
-    if written != FORMAT:
-        raise ValueError(
-            f"run: expected a run of this version ({FORMAT}) in {str(path)!r}, got one of another; use that version"
-        )
     return content
 
 
+def _check_format(content: dict, path: Path) -> None:
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"run: expected a run of this version ({FORMAT}) in {str(path)!r}, got one of another; use that version"
+        )
+
+
 def read_progress(path: Path) -> dict:
-    """Read a file by which a run resumes; ValueError for one of another version, or a damaged one."""
-    read_json(path)
-    return read_record(path)
+    """Read a file by which a run resumes; ValueError for a damaged one, or one of another version."""
+    content = read_record(path)
+    _check_format(content, path)
+    return content
 
 
 def read_report(run: Path) -> dict:
@@ -248,18 +253,22 @@ def positions_of(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def check_context(model: nn.Module, length: int, argument: str) -> None:
+    """Raise ValueError unless a model's context has room for windows of a length."""
+    positions = positions_of(model)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{argument}: expected windows of at most {positions} tokens, the context of the model, got {length}"
+        )
+
+
 def windows_of(text: str, model: nn.Module, tokenizer, length: int, argument: str, option: str | None = None) -> Tensor:
     """Cut a text into windows int64 [windows, length]; ValueError if it is too short or not for this model.
 
     Args:
         argument, option: names of the text's argument and the length's option, for errors.
     """
-    positions = positions_of(model)
-    if positions is not None and length > positions:
-        name = option.removeprefix("--").replace("-", "_") if option else argument
-        raise ValueError(
-            f"{name}: expected windows of at most {positions} tokens, the context of the model, got {length}"
-        )
+    check_context(model, length, option.removeprefix("--").replace("-", "_") if option else argument)
     with naming(argument, f"give a longer text, or a smaller {option}" if option else "give a longer text"):
         found = windows(text, tokenizer, length)
     check_vocabulary(found, model.get_input_embeddings().num_embeddings)

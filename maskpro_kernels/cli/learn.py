@@ -32,7 +32,17 @@ from tqdm import tqdm
 
 from ..checkpoints.logits import LOGITS_FILE, Logits, changed_weights, load_logits, save_logits, write_logits
 from ..extras import missing
-from ..files import check_output, digest, discard, make_folder, sync, write_record, write_tensors, write_whole
+from ..files import (
+    check_output,
+    digest,
+    discard,
+    make_folder,
+    sync,
+    unfinished,
+    write_record,
+    write_tensors,
+    write_whole,
+)
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..functional.masks import top_n_mask
 from ..learn.estimator import Estimator, StepRecord
@@ -77,6 +87,7 @@ from .inputs import (
     SAMPLES,
     SETTINGS,
     Progress,
+    check_context,
     check_least,
     default_dtype,
     device_of,
@@ -146,18 +157,26 @@ def learn(options: Learn) -> None:
     lock = FileLock(output / PROGRESS / RUN_LOCK, blocking=False)
     try:
         ranks.first(lambda: _claim(output, lock, resuming))
-        try:
+        with _hint_at_resume(output, "before the next step"):
             run = _begin_or_resume(options, given, ranks, lock)
-        except KeyboardInterrupt:
-            if (output / SETTINGS).is_file():
-                report(f"stopped before the next step; {resume_command(output)}")
-            raise
         with closing(run.trainer):
             if run.take_steps():
-                run.end()
+                with _hint_at_resume(output, "before the result was written"):
+                    run.end()
     finally:
         lock.release()
     ranks.close()
+
+
+@contextmanager
+def _hint_at_resume(output: Path, moment: str) -> Iterator[None]:
+    """Report how to continue a run that is interrupted after its settings are on disk."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (output / SETTINGS).is_file():
+            report(f"stopped {moment}; {resume_command(output)}")
+        raise
 
 
 def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock) -> _Run:
@@ -258,10 +277,7 @@ def read_options(given: Learn) -> Learn:
     if others:
         allowed = ", ".join(f"--{name.replace('_', '-')}" for name in BESIDE_RESUME)
         raise ValueError(f"resume: expected no other option but {allowed}, got {', '.join(others)}")
-    if (folder / REPORT).is_file():
-        raise ValueError(
-            f"resume: expected a run that has not ended, got {str(folder)!r}; use `maskpro eval` or `export`"
-        )
+    _check_not_ended(folder)
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"resume: expected the folder of `maskpro learn`, got {str(folder)!r}, without {SETTINGS}")
     read_json(folder / SETTINGS)
@@ -271,6 +287,13 @@ def read_options(given: Learn) -> Learn:
         if getattr(given, name) != fields[name]:
             setattr(options, name, getattr(given, name))
     return options
+
+
+def _check_not_ended(folder: Path) -> None:
+    if (folder / REPORT).is_file():
+        raise ValueError(
+            f"resume: expected a run that has not ended, got {str(folder)!r}; use `maskpro eval` or `export`"
+        )
 
 
 def complete(options: Learn, world: int = 1, resuming: bool = False) -> Learn:
@@ -336,7 +359,10 @@ def _claim(output: Path, lock: FileLock, resuming: bool) -> None:
     """Raise unless this process may learn in a folder; acquire the lock of a run that it has."""
     if resuming or Path(lock.lock_file).exists():
         _acquire(lock, "resume" if resuming else "output", output)
-    if not resuming:
+    if resuming:
+        # again: another process may have ended it
+        _check_not_ended(output)
+    else:
         _check_output(output)
 
 
@@ -397,10 +423,12 @@ def _read_start(progress: Path, options: Learn, base: str) -> dict:
         if start["base"] != base:
             raise ValueError(f"expected the base model of the run, got other weights in {options.model!r}; restore it")
         for name, value in _with_absolute_paths(options).items():
-            # the model and texts may have moved: their content is compared
-            if name not in (*BESIDE_RESUME, "model", "data", "init") and value != start["options"][name]:
+            begun = start["options"][name]
+            # model and texts may have moved: their content is compared; that of an initial mask is in the logits
+            is_path = name in ("model", "data") or (name == "init" and not {value, begun} & {*INITIAL_MASKS})
+            if name not in BESIDE_RESUME and not is_path and value != begun:
                 raise ValueError(
-                    f"expected {name} {start['options'][name]!r}, with which the run began, got {value!r} in "
+                    f"expected {name} {begun!r}, with which the run began, got {value!r} in "
                     f"{str(progress.parent / SETTINGS)!r}"
                 )
     return start
@@ -446,8 +474,7 @@ def _windows(
     with naming("data", "give a longer text, or a smaller --batch-size or --seq-len"):
         check_windows(every, windows, options.batch_size)
     if SELF in dict(every):
-        if (positions := positions_of(model)) is not None and options.seq_len > positions:
-            raise ValueError(f"seq_len: expected at most {positions}, the context of the model, got {options.seq_len}")
+        check_context(model, options.seq_len, "seq_len")
         whose = turns([share for _, share in every], options.batch_size * max(_learned_from(options), INIT_BATCHES))
         wanted = whose.count([name for name, _ in every].index(SELF))
         held_out = 0 if sources else 2 * options.eval_windows
@@ -713,6 +740,9 @@ class _Run:
         # None if the first snapshot is damaged
         flipped = self.trainer.moved()
         logits = digest(masked[name].logits for name in sorted(masked))
+        for part in unfinished(output):
+            # of this run, killed at this point
+            discard(part)
         save(finalize(self.model), self.tokenizer, output, options.model, str(pattern), table)
         # it takes a second to import
         from matplotlib.figure import Figure

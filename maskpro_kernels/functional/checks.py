@@ -129,7 +129,10 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
 
 
 def as_codes(name: str, mask: Tensor, pattern: NMPattern, like: Tensor) -> Tensor:
-    """Check a mask of ``like`` [..., K], bool or as group codes, and return the codes; of bool it waits for them."""
+    """Check a mask of ``like`` [..., K], bool or as group codes, and return the codes.
+
+    Only of a bool mask it checks, and waits for it, that groups keep N; ``check_exactly_n`` checks codes.
+    """
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, pattern.code_dtype):
         raise TypeError(f"{name}: expected group codes of {pattern.code_dtype} or a bool mask, got {describe(mask)}")
     if mask.dtype != torch.bool:
@@ -271,9 +274,10 @@ def counter_of(matrix: Tensor, pattern: NMPattern, /, seed: Scalar | None = None
                draw: Scalar = 0, group_offset: int = 0, group_row_stride: int | None = None,
                **unknown) -> Counter:  # fmt: skip
     """Check the counter of a draw from logits [rows, K] and return it."""
-    for name in unknown:
+    if unknown:
+        name = next(iter(unknown))
         expected = ", ".join(CounterKeywords.__annotations__)
-        raise TypeError(f"{name}: expected a keyword of the counter: {expected}, got {name!r}")
+        raise TypeError(f"{name}: expected keywords of the function or of its counter, {expected}, got {name!r}")
     if seed is None:
         raise TypeError("seed: expected an int or a 0-dim int64 tensor, got none")
     check_scalar("seed", seed, -(1 << 63), 1 << 63)

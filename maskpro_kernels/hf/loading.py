@@ -142,10 +142,13 @@ def _check_is_causal(config: PretrainedConfig) -> None:
 
 def _check_sizes(folder: Path) -> None:
     """Raise ValueError if a config asks for more than the files of its folder hold, before this takes memory."""
-    settings = read_object(folder / "config.json")
+    try:
+        settings = read_object(folder / "config.json")
+    except ValueError as error:
+        raise ValueError(f"model: {str(error).removeprefix('checkpoint: ')}") from error
     parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
     layers = max((part[name] for part in parts for name in LAYERS if isinstance(part.get(name), int)), default=0)
-    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
+    files = list(folder.glob("*.safetensors"))
     for file in files:
         # it would block forever
         if file.is_fifo():
@@ -157,7 +160,9 @@ def _check_sizes(folder: Path) -> None:
     weights = 0
     # damaged files and unknown models are left to transformers, which raises errors of its own
     with suppress(Exception), _only_errors_printed():
-        tensors = sum(len(safe_open(file, framework="pt").keys()) for file in files if file.suffix == ".safetensors")
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                tensors += len(opened.keys())
         if not 0 < tensors < layers:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with torch.device("meta"):

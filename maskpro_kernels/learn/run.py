@@ -372,7 +372,6 @@ class SavedRun(NamedTuple):
 
     Attributes:
         tensors: of the newest intact snapshot.
-        first: those before the first step; None if their snapshot is damaged.
         entries: of the journal after this snapshot.
         state: of the estimator.
         initial_losses: None if they must be computed.
@@ -381,7 +380,6 @@ class SavedRun(NamedTuple):
 
     steps: int
     tensors: StoredTensors
-    first: StoredTensors | None
     entries: list[Entry]
     state: Mapping
     initial_losses: list[float] | None
@@ -525,11 +523,7 @@ class RunFolder:
                 f"{self.path / METRICS} has no intact lines of {len(unrecorded)} of {steps} steps, the first step "
                 f"{unrecorded[0]}: their {unknown} are unknown, nan"
             )
-        first = None
-        with suppress(ValueError):
-            _, first, _, _ = newest_snapshot(self.path, 0, run)
-        later = entries[snapshot_step:]
-        return SavedRun(steps, tensors, first, later, kept, losses, refreshed, skipped, batches, warnings)
+        return SavedRun(steps, tensors, entries[snapshot_step:], kept, losses, refreshed, skipped, batches, warnings)
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
         for name, own in settings.items():

@@ -38,7 +38,7 @@ from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
 from .masks import ModelMasks, least_margin
-from .run import PREFIX, RunFolder, SavedRun, StoredTensors, restore, settings_of, write_parts
+from .run import PREFIX, RunFolder, SavedRun, StoredTensors, newest_snapshot, restore, settings_of, write_parts
 
 LOGGER = logging.getLogger(__name__)
 
@@ -204,23 +204,49 @@ class MaskTrainer:
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
             self.ranks.first(lambda: self._folder.start_journal(losses))
-        self._initial_masks = {name: _top_n(layer.own_logits, layer) for name, layer in self.layers.items()}
+        if self.output_dir is None:
+            self._initial_masks = {name: _top_n(layer).cpu() for name, layer in self.layers.items()}
         self._report_flips(progress)
         self._begun = True
 
     def moved(self) -> int | None:
         """Count the groups whose N largest logits differ from those before the first step.
 
-        None before the first step, and after a resume if the first snapshot is damaged; with several ranks after a
-        resume on rank 0 alone. For layers that are cut over ranks all ranks must call it.
+        None before the first step. With ``output_dir`` its first snapshot has these masks: None if it is damaged, and
+        on ranks other than 0. For layers that are cut over ranks all ranks must call it, and all get the number.
         """
-        if self._initial_masks is None:
+        masks = self._initial_masks if self.output_dir is None else self._first_masks()
+        if masks is None:
             return None
         moved = 0
         for name, layer in self.layers.items():
-            of_layer = (_top_n(layer.own_logits, layer) != self._initial_masks[name]).sum()
+            masks_now = _top_n(layer)
+            of_layer = (masks_now != masks[name].to(masks_now.device)).sum()
             moved += int(of_layer if layer.shard is None else layer.shard.summed(of_layer))
         return moved
+
+    def _first_masks(self) -> dict[str, Tensor] | None:
+        """Top-N masks of the first snapshot: of this rank's rows, or of whole layers on rank 0 alone."""
+
+        def read() -> StoredTensors | None:
+            with suppress(OSError, ValueError):
+                _, tensors, _, _ = newest_snapshot(self.output_dir, 0, self._folder.run)
+                return tensors
+            return None
+
+        if not self._sharded:
+            first = read() if self._begun and self.ranks.rank == 0 else None
+        else:
+            first = self.ranks.first(read) if self._begun else None
+        if first is None:
+            return None
+        masks = {}
+        for name, layer in self.layers.items():
+            logits = torch.empty_like(layer.logits.detach())
+            first.read_into({name: logits})
+            local = logits.to_local() if is_distributed(logits) else logits
+            masks[name] = top_n_mask(local, layer.pattern)
+        return masks
 
     def _report_flips(self, progress: bool) -> None:
         """Report how many groups a draw changes on average; warn if these are too few for the estimator."""
@@ -228,12 +254,12 @@ class MaskTrainer:
         if self.ranks.rank > 0:
             return
         groups = sum(layer.logits.numel() // layer.pattern.m for layer in self.layers.values())
-        number = f"{flips:,.0f}" if flips >= 10 else f"{flips:.2g}"
+        number = f"{flips:,.0f}" if flips >= 10 else f"{flips:.3g}"
         line = f"a draw changes {number} of {groups:,} groups on average, a share of {flips / groups:.2g}"
         if self.estimator.needs_flips and flips < 1:
             warnings.warn(
                 f"{line}: most draws are the initial masks, from which {type(self.estimator).__name__} learns nothing; "
-                f"convert with a smaller gap, or with a flip_rate of at least {1 / groups:.2g}",
+                f"convert with a smaller gap, such as that of a flip_rate of {10 / groups:.1g}",
                 stacklevel=4,
             )
         else:
@@ -282,9 +308,6 @@ class MaskTrainer:
             raise
         if self.output_dir is not None:
             self._save_snapshot()
-        moved = self.moved()
-        if moved is not None and self.ranks.rank == 0:
-            _report(f"{moved:,} groups differ from the masks before the first step", progress)
         learned = self.estimator.state().get("mean_squares", self.layers)
         left = [name for name in self.layers if name not in learned]
         if left and learned and self.ranks.rank == 0:
@@ -390,7 +413,6 @@ class MaskTrainer:
 
         with resetting(self.model):
             restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
-        self._initial_masks = self._masks_of(saved.first)
         self.estimator.load_state(saved.state)
         self.steps_done, self._skipped = saved.steps, saved.skipped
         self._snapshot_time = time.monotonic()
@@ -398,17 +420,6 @@ class MaskTrainer:
         for line in saved.warnings if self.ranks.rank == 0 else ():
             warnings.warn(line, stacklevel=2)
         return saved.steps
-
-    def _masks_of(self, snapshot: StoredTensors | None) -> dict[str, Tensor] | None:
-        """Top-N masks of the logits in a snapshot: of this rank's rows, or of whole layers on rank 0 alone."""
-        if snapshot is None or (self.ranks.rank > 0 and not self._sharded):
-            return None
-        masks = {}
-        for name, layer in self.layers.items():
-            logits = torch.empty_like(layer.logits.detach())
-            snapshot.read_into({name: logits})
-            masks[name] = _top_n(logits.to_local() if is_distributed(logits) else logits, layer)
-        return masks
 
     def close(self) -> None:
         """Release ``output_dir`` for another trainer and leave the other ranks; this trainer takes no further step."""
@@ -495,8 +506,8 @@ def _report(line: str, progress: bool) -> None:
         LOGGER.info(line)
 
 
-def _top_n(logits: Tensor, layer: MaskedLinear) -> Tensor:
-    return top_n_mask(logits.detach(), layer.pattern)
+def _top_n(layer: MaskedLinear) -> Tensor:
+    return top_n_mask(layer.own_logits.detach(), layer.pattern)
 
 
 def _check_batches(batches: object) -> None:

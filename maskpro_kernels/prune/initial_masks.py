@@ -191,7 +191,8 @@ def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str
     for name, layer in layers.items():
         mask = init[name].to(layer.weight.device) if isinstance(init[name], Tensor) else init[name]
         codes[name] = as_codes(f"init[{name!r}]", mask, pattern, layer.weight)
-        check_exactly_n(f"init[{name!r}]", codes[name], pattern)
+        if codes[name] is mask:
+            check_exactly_n(f"init[{name!r}]", mask, pattern)
     return codes
 
 

@@ -358,7 +358,7 @@ def test_a_config_that_is_no_json_object_is_refused_by_name(what, content, folde
     masks = [store(random_masks(tiny_model()), folder / "masks", "folder"), "--model"] if what == "model" else []
     imported(*masks, folder / "model", "--output", folder / "out", code=2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"checkpoint: expected a JSON object in '{file}'" in line
+    assert f"{'model' if masks else 'checkpoint'}: expected a JSON object in '{file}'" in line
 
 
 @pytest.mark.parametrize("name", ["model/z.safetensors", "m.npz", "m.pt", "masks/a.npz", "masks/a.pt"])
@@ -373,7 +373,8 @@ def test_pipes_are_refused_by_name(name, folder, capsys):
     imported(source, *more, "--output", folder / "out", code=2)
     os.close(writer)
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"expected regular files, got '{pipe}'" in line
+    expected = "regular files" if name.startswith("model") else "a file or a folder of files"
+    assert f"expected {expected}, got '{pipe}'" in line
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "../x.safetensors", 3, None])
@@ -425,7 +426,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(values, folder, capsys)
     hf.save_model(model, tiny_tokenizer(), folder / "in")
     imported(folder / "in", "--output", folder / "out", "--values", values, code=2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"maskpro: error: model: {LAYER}.weight: expected finite values for {values}, got others"
+    assert line == f"maskpro: error: source: expected finite weights, got NaN or infinity in {LAYER}"
+    # the output head is not rounded
+    model = masked(tiny_model(tie_word_embeddings=False), random_masks(tiny_model()))
+    model.lm_head.weight.data[3, 5] = torch.nan
+    hf.save_model(model, tiny_tokenizer(), folder / "head")
+    imported(folder / "head", "--output", folder / "out", "--values", values)
 
 
 def test_a_full_disk_is_an_oserror(tmp_path):

@@ -114,7 +114,12 @@ CASES = {
     "a text twice": (f"{LEARN} --data text.txt,text.txt", None, ["data: expected each source once"]),
     "a share of nothing": (f"{LEARN} --data text.txt:0,self:1", None, ["data: expected a positive share"]),
     "windows longer than the context": (f"{LEARN} --seq-len 65", None, ["seq_len: expected windows of at most 64"]),
-    "samples longer than the context": (f"{LEARN} --data self --seq-len 65", None, ["seq_len: expected at most 64"]),
+    "samples longer than the context": (f"{LEARN} --data self --seq-len 65", None, ["seq_len: expected windows of"]),
+    "words in windows longer than the context": (
+        "eval model --data text.txt --protocol word --eval-length 65",
+        None,
+        ["eval_length: expected windows of at most 64"],
+    ),
     "a text shorter than a window": (
         f"{LEARN} --data short.txt",
         write("short.txt", tiny_text(paragraphs=10, words=3)),

@@ -256,6 +256,11 @@ def test_a_run_that_is_interrupted_before_its_first_step_names_the_command_that_
     lines = capsys.readouterr().err.splitlines()
     assert f"stopped before the next step; continue with: maskpro learn --resume {run}" in lines
     assert main.main(["learn", "--resume", str(run)]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(learning, "save", interrupt)
+        assert main.main(learn(inputs, tmp_path / "last")) == 130
+    assert "stopped before the result was written; continue with: " in capsys.readouterr().err
+    assert main.main(["learn", "--resume", str(tmp_path / "last")]) == 0
     # nothing to continue before the settings are on disk
     with monkeypatch.context() as patched:
         patched.setattr(learning, "load", interrupt)

@@ -187,6 +187,11 @@ def test_settings_that_were_changed_since_the_first_step_are_refused_by_name(inp
     content = path.read_text()
     resume = ["learn", "--resume", str(output)]
     for old, new, reported in (
+        (
+            '"init": "wanda"',
+            '"init": "random"',
+            "resume: expected init 'wanda', with which the run began, got 'random'",
+        ),
         ('"eval_every": 1', '"eval_every": 2', "resume: expected eval_every 1, with which the run began, got 2 in"),
         ('"seed": 0', '"seed": 1', "resume: expected seed 0, with which the run began, got 1 in"),
         ('"seed"', '"sEed"', "resume: options: expected names of options of `maskpro learn` in"),

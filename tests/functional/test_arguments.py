@@ -98,7 +98,7 @@ def test_a_bad_argument_is_refused(function, argument, value, others):
 def test_the_counter_takes_its_own_keywords_alone(function):
     good = good_arguments(function)
     for name in ("sed", "matrix"):
-        with pytest.raises(TypeError, match=f"^{name}: expected a keyword of the counter: seed, .*, got '{name}'$"):
+        with pytest.raises(TypeError, match=f"^{name}: expected keywords of the .* counter, seed, .*, got '{name}'$"):
             getattr(mk, function)(**good, **{name: 0})
     del good["seed"]
     with pytest.raises(TypeError, match="^seed: expected an int or a 0-dim int64 tensor, got none$"):

@@ -12,6 +12,7 @@ from helpers.small_trainer import a_model, a_trainer, a_trainer_in, logits_of, l
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.learn import masks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -232,7 +233,7 @@ def test_it_reports_what_a_draw_flips_on_average_and_warns_below_one_group(gap, 
     warned = [str(warning.message) for warning in recwarn]
     if expected < 1:
         (line,) = warned
-        assert "from which Reinforce learns nothing; convert with a smaller gap, or with a flip_rate of at" in line
+        assert "from which Reinforce learns nothing; convert with a smaller gap, such as that of a flip_rate" in line
     else:
         (line,) = [record.message for record in caplog.records]
         assert not warned and f"a share of {expected / groups:.2g}" in line
@@ -253,8 +254,7 @@ def test_it_counts_the_groups_that_moved_also_after_a_resume(tmp_path, make, cap
     after = [mk.top_n_mask(logits, "2:4") for logits in logits_of(trainer.model)]
     moved = sum(int((one != other).sum()) for one, other in zip(before, after, strict=True))
     assert trainer.moved() == moved > 0
-    shown = capsys.readouterr().err
-    assert "a draw changes" in shown and f"{moved} groups differ from the masks before the first step" in shown
+    assert "a draw changes" in capsys.readouterr().err
     again = a_trainer_in(tmp_path, estimator=make())
     again.resume()
     assert again.moved() == moved
@@ -264,6 +264,23 @@ def test_it_counts_the_groups_that_moved_also_after_a_resume(tmp_path, make, cap
     again = a_trainer_in(tmp_path, estimator=make())
     again.resume()
     assert again.moved() is None
+
+
+@pytest.mark.parametrize("pattern", ["8:16", "4:16", "7:8"])
+def test_flips_are_estimated_by_few_groups_where_a_probability_takes_long(pattern, monkeypatch):
+    computed = []
+    compute = masks.mask_log_prob
+    monkeypatch.setattr(
+        masks, "mask_log_prob", lambda logits, *rest: computed.append(len(logits)) or compute(logits, *rest)
+    )
+    model = nn.Linear(64, 512)
+    model = nn.Sequential(model)
+    mk.convert(model, pattern, gap=6.0)
+    n, m = map(int, pattern.split(":"))
+    groups = 64 * 512 // m
+    found = masks.ModelMasks(model).expected_flips()
+    assert sum(computed) < 2 * masks.SAMPLED_GROUPS
+    assert found == pytest.approx(groups * flip_probability(6.0, n, m), rel=1e-3)
 
 
 def test_progress_shows_what_the_step_saw(capsys):
