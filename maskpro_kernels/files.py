@@ -46,11 +46,15 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[s
         except SafetensorError as error:
             # such as of a full disk
             raise OSError(f"{path}: {error}") from error
-        # safetensors makes files that only their owner can read; give it the mode of other new files
-        umask = os.umask(0o077)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        make_readable(temporary)
         _replace(path, temporary)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file of safetensors, which only its owner can read, the mode of other new files."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def _replace(path: Path, temporary: Path) -> None:

@@ -167,6 +167,10 @@ def test_the_model_card(to, tmp_path):
     assert ("import maskpro_kernels.hf" in text) == (to != "dense") and ("rounded to int8" in text) == (to == "int8")
     assert "These linear layers are dense: `lm_head`." in text
     assert "2506.12876" in text and "\n\n\n" not in text
+    # as other new files, whatever safetensors does
+    assert {path.stat().st_mode for path in (tmp_path / "m").iterdir()} == {
+        (tmp_path / "m" / "config.json").stat().st_mode
+    }
     # somebody's own is kept
     (tmp_path / "m" / "README.md").write_text("mine")
     hf.save_model(sparse(to), tiny_tokenizer(), tmp_path / "m")
@@ -201,7 +205,7 @@ def test_an_id_that_the_hub_does_not_have_is_refused_after_one_request(monkeypat
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
-    with pytest.raises(OSError, match="got 'nobody/nothing', which is no folder: no such repository"):
+    with pytest.raises(OSError, match="got 'nobody/nothing', no folder, and the hub does not .*: no such repository"):
         hf.load_model("nobody/nothing")
     assert asked == ["nobody/nothing"]
 

@@ -110,7 +110,7 @@ class Learn:
     eval_windows: int = _option(EVAL_WINDOWS, f"windows of {EVAL_LENGTH} tokens to evaluate, at most", "W")
     report_to: Literal["none", "tensorboard", "wandb", "all"] = _option(
         "none",
-        "trackers of steps: tensorboard, into the output's folder of this name; wandb, by its environment; or both",
+        "trackers of steps: tensorboard, into the output's folder of this name; wandb, by its environment; all: both",
     )
 
 

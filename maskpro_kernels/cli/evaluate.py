@@ -17,6 +17,7 @@ from .inputs import (
     REPORT,
     Progress,
     check_context,
+    check_ended,
     check_least,
     check_new_file,
     default_dtype,
@@ -26,6 +27,7 @@ from .inputs import (
     positions_of,
     print_table,
     read_report,
+    report_as,
     windows_of,
 )
 
@@ -40,6 +42,8 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
         for name in ("documents", "eval_windows"):
             if (value := getattr(options, name)) is not None:
                 raise ValueError(f"{name}: expected none with --protocol {options.protocol}, got {value}")
+    for name in models:
+        check_ended(name)
     device = device_of(options.device)
     if options.output is not None:
         check_new_file(options.output)
@@ -59,6 +63,9 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     with naming("data"):
         measures = {name: _measure_of(options, name, settings) for name in names}
     bases = dict.fromkeys(run["settings"]["model"] for run in runs.values())
+    for base in [name for name in bases if Path(name).is_absolute() and not Path(name).exists()]:
+        report_as("warning", f"the dense model {base} has moved: it is left out; name its new place beside the run")
+        del bases[base]
     rows = []
     for name in dict.fromkeys([*bases, *models]):
         model, tokenizer = load(name, dtype, device)

@@ -144,11 +144,16 @@ def load(name: str, dtype: str | None, device: torch.device | str):
     """Load (model, tokenizer) on a device, or with "auto" on several; arguments and errors as for ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
-    if (Path(name) / SETTINGS).is_file() and not (Path(name) / REPORT).is_file():
-        raise ValueError(f"model: expected a model or a run that has ended, got {name!r}; {resume_command(name)}")
+    check_ended(name)
     show_bars(wants_bars())
     where = {"device_map": "auto"} if device == "auto" else {"device": device}
     return load_model(name, dtype and DTYPES[dtype], **where)
+
+
+def check_ended(model: str) -> None:
+    """Raise ValueError if a name is the folder of a run that has not ended."""
+    if (Path(model) / SETTINGS).is_file() and not (Path(model) / REPORT).is_file():
+        raise ValueError(f"model: expected a model or a run that has ended, got {model!r}; {resume_command(model)}")
 
 
 def save(
@@ -283,9 +288,12 @@ def print_table(rows: Sequence[Mapping], titles: Mapping[str, tuple[str, int]], 
         titles: of the columns of all rows, and digits of their figures, by name.
         first: title of the names.
     """
-    width = max(16, *(len(row["method"]) for row in rows))
-    columns = {name: column for name, column in titles.items() if all(name in row for row in rows)}
-    print(f"{first:<{width}}" + "".join(f"  {title}" for title, _ in columns.values()))
-    for row in rows:
-        figures = (f"{row[name]:>{len(title) + 2}.{digits}f}" for name, (title, digits) in columns.items())
-        print(f"{row['method']:<{width}}" + "".join(figures))
+    columns = [[first, *(row["method"] for row in rows)]]
+    for name, (title, digits) in titles.items():
+        if all(name in row for row in rows):
+            columns.append([title, *(f"{row[name]:.{digits}f}" for row in rows)])
+    names, *figures = columns
+    widths = [max(map(len, column)) for column in figures]
+    for name, *cells in zip(names, *figures, strict=True):
+        aligned = (f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:<{max(16, *map(len, names))}}" + "".join(aligned))

@@ -170,12 +170,12 @@ def learn(options: Learn) -> None:
 
 @contextmanager
 def _hint_at_resume(output: Path, moment: str) -> Iterator[None]:
-    """Report how to continue a run that is interrupted after its settings are on disk."""
+    """Report how to continue a run that is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        if (output / SETTINGS).is_file():
-            report(f"stopped {moment}; {resume_command(output)}")
+        written = (output / SETTINGS).is_file()
+        report(f"stopped {moment}; {resume_command(output)}" if written else "nothing was written")
         raise
 
 
@@ -187,7 +187,9 @@ def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock)
     # load
     texts = ranks.all_of(lambda: _load_texts(options))
     device = options.device if options.device == "auto" else device_of(options.device)
-    model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
+    moved = f"if it has moved, change its path in {output / SETTINGS}" if begun else None
+    with naming("model", moved):
+        model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
     if model.device.type == "cpu":
         _keep_freed_memory()
     start = None
@@ -381,9 +383,10 @@ def _check_output(output: Path) -> None:
     if left == {PROGRESS} and {path.name for path in (output / PROGRESS).iterdir()} <= {LOCK, RUN_LOCK}:
         # of a run that ended before its settings were on disk
         return
-    if (output / SETTINGS).is_file() and left <= {SETTINGS, PROGRESS}:
+    if (output / SETTINGS).is_file() and not (output / REPORT).is_file():
         read_json(output / SETTINGS)
-        if not (output / PROGRESS / START).is_file():
+        if left <= {SETTINGS, PROGRESS} and not (output / PROGRESS / START).is_file():
+            report(f"{output} has a run that was stopped before its first step: this one takes its place")
             return
         raise ValueError(
             f"output: expected a new or empty folder, got {str(output)!r}, which has a run that has not ended; "

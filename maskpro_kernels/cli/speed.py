@@ -13,7 +13,7 @@ from ..files import write_whole
 from ..text.batches import batches
 from ..text.sources import load_text
 from .config import Speed
-from .inputs import Progress, check_least, check_new_file, device_of, load, positions_of, windows_of
+from .inputs import Progress, check_ended, check_least, check_new_file, device_of, load, positions_of, windows_of
 
 MB = 1e6
 TITLES = ("model", "stored", "weights MB", "peak MB", "prefill tokens/s", "decode tokens/s", "times")
@@ -34,6 +34,7 @@ def speed(options: Speed, models: list[str]) -> int:
     if len(set(models)) < len(models):
         raise ValueError(f"models: expected each model once, got {', '.join(models)}")
     for name in models:
+        check_ended(name)
         check_model(name)
     loaded, vocabulary, prompt = {}, None, None
     for name in models:

@@ -93,7 +93,7 @@ def load_model(
         except Exception as error:
             # transformers' parsers raise errors of many types
             reason = " ".join(str(error).split()).partition(". ")[0]
-            where = "" if Path(name).is_dir() else ", which is no folder"
+            where = "" if Path(name).is_dir() else ", no folder, and the hub does not have it or cannot be reached"
             message = f"model: expected a causal language model and its tokenizer, got {name!r}{where}: {reason}"
             raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
         lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..files import make_readable
 from ..fsdp import is_distributed
 from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern
@@ -52,8 +53,7 @@ model = {{ kind }}.from_pretrained("{{ name }}")
 tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
 ```
 
-Masks are learned by MaskPro, [arXiv 2506.12876](https://arxiv.org/abs/2506.12876), with the kernels of \
-`maskpro_kernels`.
+Made with `maskpro_kernels`, the kernels of MaskPro, [arXiv 2506.12876](https://arxiv.org/abs/2506.12876).
 """
 
 
@@ -99,6 +99,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     describe(model)
     try:
         model.save_pretrained(folder, state_dict=guarded_state_dict(model), max_shard_size=max_shard_size)
+        for file in folder.glob("*.safetensors"):
+            make_readable(file)
         tokenizer.save_pretrained(folder)
         if not (folder / "README.md").exists():
             name = push_to_hub or folder.resolve().name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from helpers.command import learn, refuses, report
@@ -11,6 +12,7 @@ from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.inputs import print_table
 from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.perplexity import perplexity, word_perplexity
 from maskpro_kernels.text.sources import load_text
@@ -86,6 +88,28 @@ def test_protocols_take_whole_texts(inputs, run, tmp_path, capsys, datasets_cach
     measured = word_perplexity(model, tokenizer, pages())
     assert row[path] == pytest.approx(measured.perplexity, rel=1e-6)
     assert row[f"{path}, bits a byte"] == pytest.approx(measured.bits_per_byte, rel=1e-6)
+
+
+def test_a_run_whose_base_has_moved_is_evaluated_without_it(run, tmp_path, capsys):
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    content = report(moved)
+    content["settings"]["model"] = str(tmp_path / "gone")
+    (moved / "report.json").write_text(json.dumps(content))
+    assert main.main(["eval", str(moved), *CPU]) == 0
+    captured = capsys.readouterr()
+    assert f"the dense model {tmp_path / 'gone'} has moved: it is left out" in captured.err
+    assert len(captured.out.splitlines()) == 2
+
+
+def test_columns_are_as_wide_as_their_figures(capsys):
+    rows = [{"method": "a", "x": 123456.789}, {"method": "a much longer name", "x": 1.0}]
+    print_table(rows, {"x": ("x", 2)}, "of")
+    assert capsys.readouterr().out.splitlines() == [
+        "of                          x",
+        "a                   123456.79",
+        "a much longer name       1.00",
+    ]
 
 
 def test_what_cannot_be_evaluated_is_refused(inputs, run, tmp_path, capsys):

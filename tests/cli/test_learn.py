@@ -265,7 +265,8 @@ def test_a_run_that_is_interrupted_before_its_first_step_names_the_command_that_
     with monkeypatch.context() as patched:
         patched.setattr(learning, "load", interrupt)
         assert main.main(learn(inputs, tmp_path / "other")) == 130
-    assert "continue" not in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "other").exists()
+    assert capsys.readouterr().err.splitlines()[-2:] == ["nothing was written", "maskpro: interrupted"]
+    assert not (tmp_path / "other").exists()
 
 
 def test_evaluations_report_their_progress_without_a_terminal(inputs, tmp_path, monkeypatch, capsys):
