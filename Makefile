@@ -81,6 +81,7 @@ test-slow-triton36: $(INSTALLED36)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 
 aot-report: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/modelled_costs.py

@@ -224,7 +224,7 @@ def test_every_parameter_gets_back_its_requires_grad_when_training_ends(first, t
     elif first == "unused":
         # kept, so that it stays alive
         unused = Trainer(model, TrainingArguments(str(tmp_path), report_to="none"), callbacks=[MaskCallback()])
-        assert trainable(unused.model) == list(name for name in dict(model.named_parameters()) if "logits" in name)
+        assert trainable(unused.model) == [name for name in dict(model.named_parameters()) if "logits" in name]
     learned(tmp_path, 1, model)
     assert trainable(model) == before
     # which another Trainer trains

@@ -218,7 +218,8 @@ def check_int(name: str, value: int, limit: int, low: int = 0) -> None:
 def check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
     """Raise unless ``value`` is an int in [low, high) or a 0-dim int64 tensor; only a CPU tensor's value is checked."""
     if not isinstance(value, Tensor):
-        return check_int(name, value, high, low)
+        check_int(name, value, high, low)
+        return
     if value.dim() or value.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
     number = readable_value(value)

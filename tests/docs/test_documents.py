@@ -382,7 +382,7 @@ def test_every_document_is_linked_from_the_index():
         linked = {
             (page.parent / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)]+)\)", text_of(page))
         }
-        missing = {document for document in (ROOT / "docs").glob("*.md")} - linked - {ROOT / "docs" / "index.md"}
+        missing = set((ROOT / "docs").glob("*.md")) - linked - {ROOT / "docs" / "index.md"}
         assert not missing, f"{page.name}: {missing}"
 
 

@@ -23,7 +23,7 @@ from maskpro_kernels.text.batches import (
 
 
 def shares_of(data):
-    return {name: share for name, share in parse_sources(data)}
+    return dict(parse_sources(data))
 
 
 @pytest.mark.parametrize(
