@@ -149,7 +149,8 @@ def build_product(
     multiple of 16. The straight-through kernels step the logits, or with ``UPDATE=False`` write their slope; with
     ``WEIGHT_GRAD=True`` the first also writes the gradient of the weight.
     """
-    weight_grad, stepping = constants.pop("WEIGHT_GRAD", False), product.startswith("straight_through")
+    weight_grad = constants.pop("WEIGHT_GRAD", False)
+    stepping = product.startswith("straight_through")
     values = {
         "N": n,
         "M": m,

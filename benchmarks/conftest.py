@@ -70,7 +70,8 @@ def compare(visit, request) -> Callable[..., None]:
     def run(
         gate: Callable[[], None], providers: Mapping[str, harness.Provider], work: Work | None = None, **case
     ) -> None:
-        timings, key = request.config.stash[TIMINGS], harness.case_of(case)
+        timings = request.config.stash[TIMINGS]
+        key = harness.case_of(case)
         if key in timings.refused:
             pytest.fail("its check, or a provider, failed at an earlier visit")
         try:

@@ -33,7 +33,9 @@ from maskpro_kernels.ops.triton.tiles import (
     tiles_for,
 )
 
-N, M, BF16 = 2, 4, torch.bfloat16
+N = 2
+M = 4
+BF16 = torch.bfloat16
 # Of the data sheet's bandwidth: 3.0 TB/s, which copies reach on an H100
 SHARE = 3.0 / 3.35
 # From as many weight rows on tiles of sm_90 use ``wgmma``
@@ -123,7 +125,8 @@ OVER_GROUPS = {"sample_mask": 4.25, "mask_score": 9.25, "score_update": 8.0, "ma
 
 @functools.cache
 def _over_groups(kernel: str, target: str) -> tuple[Built, dict, dict]:
-    config, built = configuration(kernel, M, 0, target), build(kernel, target, N, M)
+    config = configuration(kernel, M, 0, target)
+    built = build(kernel, target, N, M)
     # the score of given codes takes one block, and has no noise to skip
     drawn = kernel != "mask_score"
     return built, *counted(built, config.block * M / (32 * config.num_warps), drawn, drawn)
@@ -149,7 +152,8 @@ def masked(card: Card, tokens: int, rows: int, k: int, gap: float, kind: str = "
     """Seconds of ``masked_linear``: one pass."""
     tile = tiles_for("masked_linear", M, BF16, tokens, rows, k, card.target)
     built, *counts = _masked(card.target, tile, kind)
-    blocks, again = -(-rows // tile.out), -(-tokens // tile.tokens)
+    blocks = -(-rows // tile.out)
+    again = -(-tokens // tile.tokens)
     weight = (6 if kind == "drawn" else 2.25) * rows * k
     parts = parts_for(tile, blocks * again, -(-k // tile.k), card.target, 2 * rows * k, tokens * rows)
     # each program reads its part of the weight and all of its tokens; parts are written, and read again
@@ -180,10 +184,8 @@ def packed(card: Card, rows: int, k: int, bits: int) -> float:
     chunks = k // chunk_length(N, M) // wide(bits, card.target.startswith("sm_"), ALIGNED)
     config = rows_for(rows, chunks, card.target)
     built, counts = _packed(card.target, config, bits)
-    moved, programs = (
-        (bits / 16 + 1 / 8 + 1 / {8: 128, 4: 64}[bits]) * rows * k + 2 * (rows + k),
-        -(-rows // config.rows),
-    )
+    moved = (bits / 16 + 1 / 8 + 1 / {8: 128, 4: 64}[bits]) * rows * k + 2 * (rows + k)
+    programs = -(-rows // config.rows)
     resident = card.resident(built, config.num_warps)
     return launch(card, counts, rows * k, moved, programs=programs, resident=resident)
 
@@ -197,7 +199,9 @@ def sparse(card: Card, tokens: int, rows: int, k: int) -> tuple[str, float]:
         # the weight is unpacked: read, written, and read again
         return "unpack", card.move(3.125 * rows * k) + dense(card, tokens, rows, k)
     tile = tiles_for("sparse_mma", M, BF16, tokens, rows, k, card.target)
-    blocks, of_tokens, steps = -(-rows // tile.out), -(-tokens // tile.tokens), -(-k // tile.k)
+    blocks = -(-rows // tile.out)
+    of_tokens = -(-tokens // tile.tokens)
+    steps = -(-k // tile.k)
     parts = parts_for(tile, blocks * of_tokens, steps, card.target, 1.125 * rows * k, tokens * rows)
     if parts > 1:
         # written and read again, in float32

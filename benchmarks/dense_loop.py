@@ -51,7 +51,8 @@ def dense_loop(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     pairs = rows.multiplies_pairs(kind, use)
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
-        (out_features, k), given = weight.shape, x if pairs else x.float()
+        out_features, k = weight.shape
+        given = x if pairs else x.float()
         if k % RUN:
             raise ValueError(f"weight: expected rows of a multiple of {RUN} values, got {k}")
         out = x.new_empty(1, out_features)

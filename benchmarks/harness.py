@@ -154,7 +154,8 @@ def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping
     percentage where all that bounds the work are bytes that may lie in a CPU's caches.
     """
     probabilities = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    rows, base = [], next(iter(seconds.values()))
+    rows = []
+    base = next(iter(seconds.values()))
     for name, values in seconds.items():
         q20, median, q80 = torch.tensor(values, dtype=torch.float64).quantile(probabilities).tolist()
         row = {**case, "provider": name, "median": median, "q20": q20, "q80": q80, "rounds": len(values)}

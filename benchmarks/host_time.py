@@ -20,7 +20,9 @@ from triton.runtime.jit import KernelInterface
 import maskpro_kernels as mk
 from maskpro_kernels.ops.triton import tiles
 
-TOKENS, ROWS, K = 16, 256, 256
+TOKENS = 16
+ROWS = 256
+K = 256
 
 
 @contextmanager
@@ -40,10 +42,13 @@ def without_launches() -> Iterator[None]:
 def calls() -> dict[str, Callable[[], object]]:
     """Calls by name, of 2:4 and 16 bits."""
     torch.manual_seed(0)
-    linear, x = nn.Linear(K, ROWS).bfloat16(), torch.randn(TOKENS, K).bfloat16()
+    linear = nn.Linear(K, ROWS).bfloat16()
+    x = torch.randn(TOKENS, K).bfloat16()
     layer = mk.MaskedLinear.from_linear(linear, "2:4")
     packed = mk.Sparse24Linear.from_masked(layer)
-    weight, bias, logits = layer.weight, layer.bias.detach(), layer.logits.detach()
+    weight = layer.weight
+    bias = layer.bias.detach()
+    logits = layer.logits.detach()
     counter = {"seed": layer.counter_state.seed, "step": layer.counter_state.step}
     learning = logits.clone().requires_grad_()
 

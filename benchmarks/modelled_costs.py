@@ -83,7 +83,8 @@ CHIPS = {
     "sm_90": Chip(1.755e9, 3.35e12, _LANES | {"fp32": 128, "fp64": 64}),
     "sm_100": Chip(1.85e9, 8.0e12, _LANES | {"fp32": 128, "fp64": 64}),
 }
-GAP, SIMULATED_GROUPS = 10.0, 1 << 20
+GAP = 10.0
+SIMULATED_GROUPS = 1 << 20
 # Kernels over groups, the kinds of masks, and bytes a weight: logits of float32, weights of 16 bits, codes of 2:4
 GROUP_KERNELS = [
     ("sample_masks", "drawn", 4.25),
@@ -160,7 +161,9 @@ def longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, 
     """
     leads_to = {i: j for i, j, _ in branches(lines)}
     always = {i for i, _, conditional in branches(lines) if not conditional}
-    most, came_from, ends = {first: 0}, {}, []
+    most = {first: 0}
+    came_from = {}
+    ends = []
     for i in range(first, last + 1):
         if i not in most or lines[i].startswith("CALL"):
             continue
@@ -173,7 +176,8 @@ def longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, 
             following = [leads_to[i] if taken[i] else i + 1]
         for j in following:
             if i < j <= last and most.get(j, -1) < most[i] + 1:
-                most[j], came_from[j] = most[i] + 1, i
+                most[j] = most[i] + 1
+                came_from[j] = i
     way = [max(ends or most, key=most.get)]
     while way[-1] != first:
         way.append(came_from[way[-1]])
@@ -199,7 +203,8 @@ def instructions(lines: tuple[str, ...], looping: bool) -> tuple[Counter, Counte
 def open_groups(n: int, m: int, gap: float = GAP) -> float:
     """Share of the groups of a mask of that gap that the kernels' bounds leave open, simulated."""
     words = torch.randint(0, 1 << 32, (m, SIMULATED_GROUPS), generator=torch.Generator().manual_seed(0))
-    kept, dropped = words[:n].amax(0), words[n:].amin(0)
+    kept = words[:n].amax(0)
+    dropped = words[n:].amin(0)
     return float((bounds.minus_log(dropped) >= gap + bounds.least_gumbel(kept)).double().mean())
 
 

@@ -15,9 +15,13 @@ from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import NMPattern
 
-PATTERN, N, M = "2:4", 2, 4
+PATTERN = "2:4"
+N = 2
+M = 4
 DTYPE = "bfloat16 operands, float32 logits"
-SEED, STEP, LAYER = 11, 3, 5
+SEED = 11
+STEP = 3
+LAYER = 5
 GAP = 10.0
 # On a GPU layers of LLaMA-2-7B, else one of SmolLM2-135M
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)] if DEVICE == "cuda" else [(1536, 576)]
@@ -33,7 +37,8 @@ class Case:
         def normal(*shape):
             return torch.randn(shape, generator=generator, device=DEVICE)
 
-        self.x, self.weight = normal(tokens, k).bfloat16(), normal(rows, k).bfloat16()
+        self.x = normal(tokens, k).bfloat16()
+        self.weight = normal(rows, k).bfloat16()
         self.upstream = normal(tokens, rows).bfloat16()
         self.logits = GAP * mk.expand_mask(mk.top_n_mask(self.weight.abs(), PATTERN), PATTERN) + normal(rows, k)
         seed, step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, STEP))
@@ -64,7 +69,8 @@ class Case:
         return nn.functional.linear(self.x, self.masked_by_reference())
 
     def gradients(self, forward):
-        x, weight = self.x.detach().requires_grad_(), self.weight.detach().requires_grad_()
+        x = self.x.detach().requires_grad_()
+        weight = self.weight.detach().requires_grad_()
         return torch.autograd.grad(forward(x, weight), (x, weight), self.upstream)
 
     def our_gradients(self):

@@ -20,7 +20,9 @@ from maskpro_kernels.text.perplexity import causal_lm_loss
 pytest.importorskip("gguf", reason="reading SmolLM2-135M needs the extra demo")
 hf = pytest.importorskip("maskpro_kernels.hf")
 
-PATTERN, N, M = "2:4", 2, 4
+PATTERN = "2:4"
+N = 2
+M = 4
 SHAPE = (8, 128)
 COEF = 1e-6
 SEED = 11
@@ -71,7 +73,8 @@ class Layers:
 
     def parts(self) -> dict[str, list[Callable[[], None]]]:
         """A step's own work, one layer after another: all are drawn, then all are updated."""
-        layers, numbers = self.layers, range(len(self.layers))
+        layers = self.layers
+        numbers = range(len(self.layers))
         draws, updates = ([partial(f, layer) for layer in layers] for f in (self.draw, self.update))
         eager_draws, eager_updates = ([partial(f, i) for i in numbers] for f in (self.eager_draw, self.eager_update))
         return {
@@ -86,9 +89,11 @@ class Layers:
         counter = counter_of(layer.logits, NMPattern(PATTERN), **self.counter(layer))
         masked = mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
         assert torch.equal(masked, reference.sample_masked_weight(layer.weight, layer.logits, counter, one, n=N, m=M))
-        ours, expected = layer.logits.clone(), layer.logits.clone()
+        ours = layer.logits.clone()
+        expected = layer.logits.clone()
         mk.score_update_(ours, 0.37, pattern=PATTERN, **self.counter(layer))
-        coef, by_draws = torch.tensor([0.37], device=DEVICE), counter._replace(draw=counter.draw[None])
+        coef = torch.tensor([0.37], device=DEVICE)
+        by_draws = counter._replace(draw=counter.draw[None])
         reference.score_update_(expected, coef, by_draws, one, n=N, m=M)
         assert torch.equal(ours, expected)
 
@@ -137,7 +142,8 @@ def test_training_step(model, batch, compare):
         """A step moves logits, and only those."""
         for name, trainer in trainers.items():
             layer = next(iter(trainer.layers.values()))
-            logits, weight = layer.logits.detach().clone(), layer.weight.clone()
+            logits = layer.logits.detach().clone()
+            weight = layer.weight.clone()
             record = trainer.step()
             assert torch.isfinite(torch.tensor(record.loss)), name
             assert not torch.equal(layer.logits, logits), name

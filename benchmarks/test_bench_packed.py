@@ -101,7 +101,8 @@ class DenseLoop(nn.Module):
 
     def __init__(self, weight: Tensor, loop: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()
-        self.weight, self.loop = nn.Parameter(weight, requires_grad=False), loop
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.loop = loop
 
     def forward(self, x: Tensor) -> Tensor:
         return self.loop(x, self.weight)
@@ -119,7 +120,8 @@ def test_packed_decoding(shape, compare):
     """One token, and weights from memory."""
     rows, k = shape
     with torch.no_grad():
-        case, bfloat16_loop = Case(rows, k, 1), dense_loop(torch.bfloat16)
+        case = Case(rows, k, 1)
+        bfloat16_loop = dense_loop(torch.bfloat16)
 
         def copies(make: Callable[[], object], nbytes: int) -> list:
             # half as many again, for a cache may keep what has just been read

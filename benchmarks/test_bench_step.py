@@ -18,10 +18,15 @@ from maskpro_kernels.modules import initial_logits
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import NMPattern
 
-PATTERN, N, M = "2:4", 2, 4
+PATTERN = "2:4"
+N = 2
+M = 4
 DTYPE = "bfloat16 weight, float32 logits"
 GAP = 10.0
-SEED, STEP, LAYER, DRAW = 11, 3, 5, 0
+SEED = 11
+STEP = 3
+LAYER = 5
+DRAW = 0
 # Small enough that thousands of timed updates leave the logits near where they were
 COEF = 1e-6
 CHECKED_COEF = 0.37
@@ -64,7 +69,8 @@ class Layer:
         return reference.sample_masked_weight(*tensors, self.where, self.inverse_temperature, n=N, m=M)
 
     def reference_update(self, coef=COEF, rows=None):
-        coefs, where = torch.tensor([coef], device=DEVICE), self.where._replace(draw=self.where.draw[None])
+        coefs = torch.tensor([coef], device=DEVICE)
+        where = self.where._replace(draw=self.where.draw[None])
         reference.score_update_(self.logits[:rows], coefs, where, self.inverse_temperature, n=N, m=M)
 
     def reference_step(self):

@@ -17,10 +17,16 @@ from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.counter import MaskSource
 from maskpro_kernels.ops.pattern import NMPattern
 
-PATTERN, N, M = "2:4", 2, 4
+PATTERN = "2:4"
+N = 2
+M = 4
 DTYPE = "bfloat16 operands, float32 logits"
-SEED, STEP, LAYER = 11, 3, 5
-GAP, CURVATURE, LARGEST = 15.0, 1.0, 2.0
+SEED = 11
+STEP = 3
+LAYER = 5
+GAP = 15.0
+CURVATURE = 1.0
+LARGEST = 2.0
 # Small enough that thousands of timed updates leave the logits near where they were
 RATE = 1e-6
 SHAPES = [(4096, 4096), (11008, 4096)] if DEVICE == "cuda" else [(1536, 576)]
@@ -57,7 +63,8 @@ class Layer:
     def check(self):
         """Both move the logits alike, within the rounding of the products to bfloat16."""
         before = self.logits.clone()
-        squares, moved = [], []
+        squares = []
+        moved = []
         self.rate.fill_(1e-3)
         for update in (self.ours, self.eager):
             squares.append(update())

@@ -51,13 +51,18 @@ from maskpro_kernels.ops.triton import masked_gemm, tiles
 from maskpro_kernels.ops.triton.device.arithmetic import scaled_reciprocal
 
 ROOT = Path(__file__).resolve().parent.parent
-PASS, FAIL = "PASS", "FAIL"
+PASS = "PASS"
+FAIL = "FAIL"
 SLOWEST = 1.5
 # Seconds since the start after which nothing runs, and of the tests of 2:4
-DEADLINE, FIRST_TESTS = 570, 200
-PATTERN, N, M = "2:4", 2, 4
+DEADLINE = 570
+FIRST_TESTS = 200
+PATTERN = "2:4"
+N = 2
+M = 4
 GAP = 10.0
-CALLS, REPLAYS = 10, 20
+CALLS = 10
+REPLAYS = 20
 OTHERS = ("dense", "CUTLASS", "cuSPARSELt", "two passes")
 
 
@@ -84,7 +89,8 @@ class Run:
     """Where the cases run: on a GPU with a layer of LLaMA-2-7B, or on an emulator with a small one."""
 
     def __init__(self, emulator=None):
-        self.emulator, self.device = emulator, "cpu" if emulator else "cuda"
+        self.emulator = emulator
+        self.device = "cpu" if emulator else "cuda"
         self.rows, self.k = (96, 128) if emulator else (11008, 4096)
         names = () if emulator else (name for name in CARDS if name in torch.cuda.get_device_name())
         self.card = next((CARDS[name] for name in names), None)
@@ -111,7 +117,8 @@ class Layer:
 @contextlib.contextmanager
 def reference() -> Iterator[None]:
     """CPU tensors do not use the kernels of an emulator."""
-    target, tiles.ON_CPU = tiles.ON_CPU, None
+    target = tiles.ON_CPU
+    tiles.ON_CPU = None
     try:
         yield
     finally:
@@ -169,10 +176,13 @@ def all_reciprocals(run: Run) -> Work:
 
 def gradients(run: Run) -> Work:
     """Of x and of the weight. The gradient of x has its kernel, for rows are a multiple of 16, but of no tile."""
-    tokens, rows, k = 33, 304, 64 if run.emulator else 528
+    tokens = 33
+    rows = 304
+    k = 64 if run.emulator else 528
     grad, x, weight = (run.random(*size, seed=7) for size in ((tokens, rows), (tokens, k), (rows, k)))
     codes = on_cpu(mk.top_n_mask, weight, PATTERN).to(run.device)
-    mask, kept = MaskSource(codes, "codes", N, M, 1.0), mk.expand_mask(codes, PATTERN)
+    mask = MaskSource(codes, "codes", N, M, 1.0)
+    kept = mk.expand_mask(codes, PATTERN)
 
     def check(found: tuple[Tensor, Tensor]) -> None:
         assert_product(found[0], grad, torch.where(kept, weight, 0).t())
@@ -189,12 +199,15 @@ def gradients(run: Run) -> Work:
 def over_groups(run: Run, kernel: str) -> Work:
     layer = run.layer(GAP)
     if kernel == "sample_mask":
-        call, arguments = ops.sample_mask, [layer.logits, N, M, 1.0, *layer.counter]
+        call = ops.sample_mask
+        arguments = [layer.logits, N, M, 1.0, *layer.counter]
     elif kernel == "mask_score":
         grad = run.random(run.rows, run.k // M, seed=3).float()
-        call, arguments = ops.mask_score, [layer.logits, layer.codes, grad, N, M, 1.0]
+        call = ops.mask_score
+        arguments = [layer.logits, layer.codes, grad, N, M, 1.0]
     else:
-        coef, counter = torch.tensor([0.37], device=run.device), layer.counter._replace(draw=layer.counter.draw[None])
+        coef = torch.tensor([0.37], device=run.device)
+        counter = layer.counter._replace(draw=layer.counter.draw[None])
         arguments = [layer.logits.clone(), coef, N, M, 1.0, *counter]
 
         def call(logits: Tensor, *others) -> Tensor:
@@ -208,11 +221,13 @@ def over_groups(run: Run, kernel: str) -> Work:
 
 def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
     """One pass, whatever the limit of the target; torch's way in two passes masks the weight first."""
-    layer, x = run.layer(gap), run.random(tokens, run.k, seed=4)
+    layer = run.layer(gap)
+    x = run.random(tokens, run.k, seed=4)
     mask = MaskSource(layer.codes if kind == "codes" else layer.logits, kind, N, M, 1.0, layer.counter)
 
     def call(most: int) -> Tensor:
-        limit, masked_gemm.one_pass_tokens = masked_gemm.one_pass_tokens, lambda *_: most
+        limit = masked_gemm.one_pass_tokens
+        masked_gemm.one_pass_tokens = lambda *_: most
         try:
             return ops.masked_linear(x, layer.weight, None, False, *mask.flat())[0]
         finally:
@@ -226,8 +241,10 @@ def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
 
 def packed(run: Run, tokens: int, stored: str) -> Work:
     """A product with a packed weight, by the route of its tokens, beside torch's on sparse tensor cores."""
-    layer, tokens = run.layer(GAP), min(tokens, 72) if run.emulator else tokens
-    x, parts = run.random(tokens, run.k, seed=5), on_cpu(mk.pack_nm, layer.masked, PATTERN, stored)
+    layer = run.layer(GAP)
+    tokens = min(tokens, 72) if run.emulator else tokens
+    x = run.random(tokens, run.k, seed=5)
+    parts = on_cpu(mk.pack_nm, layer.masked, PATTERN, stored)
     weight = on_cpu(parts.unpack).to(run.device)
     bits = {"int8": 8, "int4": 4}.get(stored)
     bitmask = parts.bitmask if bits else metadata_of(parts.bitmask)
@@ -242,7 +259,8 @@ def packed(run: Run, tokens: int, stored: str) -> Work:
         "CUTLASS": lambda: partial(linear, x, SparseSemiStructuredTensorCUTLASS.from_dense(weight)),
         "cuSPARSELt": lambda: partial(linear, x, SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)),
     }
-    ours, check = partial(ops.nm_linear, x, *tensors, None, N, M), partial(assert_product, x=x, weight=weight)
+    ours = partial(ops.nm_linear, x, *tensors, None, N, M)
+    check = partial(assert_product, x=x, weight=weight)
     return Work(f"{tokens} x {run.rows} x {run.k}", ours, check, model, others)
 
 
@@ -267,7 +285,8 @@ CASES: dict[str, Callable[[Run], Work]] = {
 
 def seconds_of(call: Callable[[], object]) -> float:
     """Seconds of a call with a cold cache: of a graph that flushes before each of its calls, less one that flushes."""
-    graphs, taken = [], ([], [])
+    graphs = []
+    taken = ([], [])
     for parts in ((harness.flush, call), (harness.flush,)):
         for part in 2 * parts:
             part()
@@ -344,7 +363,8 @@ def test_row(selected: Sequence[str], limit: float) -> dict:
             code = None
         log.seek(0)
         text = log.read()
-    passed, failed = len(re.findall(r"\bPASSED\b", text)), re.findall(r"\b(?:FAILED|ERROR) (tests/.*)", text)
+    passed = len(re.findall(r"\bPASSED\b", text))
+    failed = re.findall(r"\b(?:FAILED|ERROR) (tests/.*)", text)
     # a summary repeats the names, with reasons
     failed = {name.partition(" - ")[0].strip(): name.strip() for name in failed}
     verdict = PASS if passed and not failed and code in (0, None) else FAIL
@@ -409,11 +429,13 @@ def page(report: dict) -> str:
     lines += table("checked | shape | verdict", checked)
     timed = []
     for row in (row for row in report["cases"] if row["timed"]):
-        times, others = [row.get("ours"), row.get("modelled")], [row["others"].get(key) for key in OTHERS]
+        times = [row.get("ours"), row.get("modelled")]
+        others = [row["others"].get(key) for key in OTHERS]
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
         others = [cell(time) + (f" ({time / times[0]:.2f})" if isinstance(time, float) else "") for time in others]
         if report["emulated"]:
-            times, ratio = ["emulated"] * 2, "emulated"
+            times = ["emulated"] * 2
+            ratio = "emulated"
             others = ["emulated" if key in row["others"] else "" for key in OTHERS]
         timed.append((row["case"], row["shape"], *map(cell, times), ratio, *others, row["verdict"]))
     lines += ["Microseconds, of torch in brackets as a multiple of ours; modelled by benchmarks/cost_model.py.", ""]
@@ -425,7 +447,8 @@ def page(report: dict) -> str:
 
 def cases_of(run: Run, names: Sequence[str]) -> Iterator[dict]:
     """Rows of cases. After an error that leaves the GPU unusable for this process, another one runs the others."""
-    rows, rest = {}, list(names)
+    rows = {}
+    rest = list(names)
     with contextlib.suppress(RuntimeError):
         while rest:
             yield case_row(run, rest.pop(0))
@@ -477,7 +500,8 @@ def main() -> int:
     if given.dry_run:
         from gpu_emulators import driver
 
-        emulator, tiles.ON_CPU = driver.install("sm_80"), "sm_80"
+        emulator = driver.install("sm_80")
+        tiles.ON_CPU = "sm_80"
     elif not torch.cuda.is_available():
         parser.error("no CUDA device; --dry-run runs the cases on an emulator")
     else:

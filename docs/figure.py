@@ -27,8 +27,10 @@ LOGITS = [
     [1.0, 2.2, 0.0, 2.9, 2.5, 0.8, 0.3, 3.0],
     [2.3, 0.7, 2.8, 1.3, 0.4, 3.0, 2.4, 0.0],
 ]
-CELL, GAP = 17, 7
-WIDTH, HEIGHT = 940, 372
+CELL = 17
+GAP = 7
+WIDTH = 940
+HEIGHT = 372
 
 # By class: what it colours, on a light page, on a dark one
 COLOURS = {
@@ -91,7 +93,8 @@ def arrow(points: str, back: bool = False) -> str:
 
 
 def picture() -> str:
-    weight, logits = torch.tensor(WEIGHT), torch.tensor(LOGITS)
+    weight = torch.tensor(WEIGHT)
+    logits = torch.tensor(LOGITS)
     mask = expand_mask(sample_mask(logits, PATTERN, seed=0), PATTERN)
     strength = 0.15 + 0.8 * weight.abs()
     marker = '<marker id="{0}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'

@@ -48,7 +48,9 @@ def masked_linear_kernel(x, weight, logits, y, log_prob, counter, tokens, out,
     # here the tile of the weight is masked, in registers: the 4 columns of booleans become a tile [groups, 4]
     mask = d.decode_tile(d.encode(kept, 4), 4)
     w = tl.where(mask, tl.load(weight + at), 0.0)
-    rows, token, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, K)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    k = tl.arange(0, K)
     inputs = tl.load(x + token[None, :] * K + k[:, None], token[None, :] < tokens, 0.0)
     result = tl.dot(tl.reshape(w, (ROWS, K)), inputs, input_precision="ieee")
     tl.store(y + token[None, :] * out + rows[:, None], result, token[None, :] < tokens)
@@ -60,7 +62,8 @@ def score_kernel(logits, grad_log_prob, out, counter, GROUPS: tl.constexpr):
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
     z, kept = draw(logits, at, groups, counter)
-    score, factor = d.exact_score(z, kept, 2, 4), tl.load(grad_log_prob)
+    score = d.exact_score(z, kept, 2, 4)
+    factor = tl.load(grad_log_prob)
     columns = (score[0] * factor, score[1] * factor, score[2] * factor, score[3] * factor)
     tl.store(out + at, d.join_columns(columns, 4))
 
@@ -70,8 +73,10 @@ class MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, logits, counter, rows=16):
-        (tokens, k), out = x.shape, weight.shape[0]
-        y, log_prob = x.new_empty(tokens, out), x.new_empty(out // rows)
+        tokens, k = x.shape
+        out = weight.shape[0]
+        y = x.new_empty(tokens, out)
+        log_prob = x.new_empty(out // rows)
         masked_linear_kernel[(out // rows,)](
             x, weight, logits, y, log_prob, counter, tokens, out, k, rows, max(16, triton.next_power_of_2(tokens)),
             enable_fp_fusion=False,
@@ -115,9 +120,11 @@ def mean_loss(x, target, weight, logits, counter, draws=16):
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    weight, x = torch.randn(16, 16, device=device), torch.randn(16, 16, device=device)
+    weight = torch.randn(16, 16, device=device)
+    x = torch.randn(16, 16, device=device)
     weight.view(-1, 4)[:, 2:] *= 0.1  # which weights matter is to be learned
-    target, logits = x @ weight.T, torch.zeros(16, 16, device=device)
+    target = x @ weight.T
+    logits = torch.zeros(16, 16, device=device)
     counter = torch.tensor([7, 0, 0, 0], device=device)  # seed, step, layer, draw
     baseline = mean_loss(x, target, weight, logits, counter)
     print(f"mean loss of fresh draws before: {baseline:.3f}")

@@ -22,7 +22,8 @@ from torch import Tensor
 # Bytes of a digest. BLAKE2b without a key detects damage and mix-ups, not deliberate forgery
 SIZE = 16
 # File names of a checkpoint
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -184,7 +185,8 @@ def check_takes_files(folder: Path) -> None:
 
 def check_output(folder: str | Path) -> None:
     """Raise ValueError unless an output folder is writable and empty or missing; leave no file there."""
-    folder, missing = Path(folder), []
+    folder = Path(folder)
+    missing = []
     try:
         missing = _missing(folder.absolute())
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,8 @@ def part_of(tensor: Tensor, like: Tensor, each: int = 1) -> Tensor:
     """Return the part of a whole [out, K / each] for this rank's part of a DTensor ``like`` [out, K]; else all."""
     if not is_distributed(like):
         return tensor
-    (row, column), (rows, columns) = _offset_of(like), local(like).shape
+    row, column = _offset_of(like)
+    rows, columns = local(like).shape
     return tensor[row : row + rows, column // each : (column + columns) // each]
 
 
@@ -157,7 +158,9 @@ def check_row_shard(name: str, weight: Tensor, params: Params) -> None:
     if id(weight) not in params:
         return
     param, group = params[id(weight)]
-    mesh, placements, world = weight.device_mesh, weight.placements, torch.distributed.get_world_size()
+    mesh = weight.device_mesh
+    placements = weight.placements
+    world = torch.distributed.get_world_size()
     expected = "model: expected a weight that fully_shard has split into rows"
     cuts = {at: placement.dim for at, placement in enumerate(placements) if hasattr(placement, "dim")}
     if list(cuts.values()) != [0] or not placements[next(iter(cuts))].is_shard():
@@ -181,8 +184,12 @@ class RowShard:
     """
 
     def __init__(self, layer: nn.Module, param, group):
-        self._layer, self._param, self._group = layer, param, group
-        self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
+        self._layer = layer
+        self._param = param
+        self._group = group
+        self.shape = layer.weight.shape
+        self.mesh = layer.weight.device_mesh
+        self.placements = layer.weight.placements
         self.offset = _offset_of(layer.weight)
         param.reset_sharded_param = self._reset
         self._hook()
@@ -233,7 +240,8 @@ class RowShard:
                 "logits_backward: expected one of MaskTrainer in a layer that fully_shard has split, got "
                 f"{type(layer.logits_backward).__name__}"
             )
-        weight, key = self.gathered_weight(), self._gathered_key()
+        weight = self.gathered_weight()
+        key = self._gathered_key()
         return layer.gathered_product(input, weight, lambda: self._gathered == key)
 
     def gathered_weight(self) -> Tensor:
@@ -258,10 +266,12 @@ class RowShard:
     @torch.no_grad()
     def bake_into(self, linear: nn.Linear) -> None:
         """Move weight and bias into a dense layer, with zeros where the mask of the N largest logits drops weights."""
-        layer, own = self._layer, self.weight
+        layer = self._layer
+        own = self.weight
         self.reshard()
         own.copy_(layer.top_n_weight().to_local())
-        linear.weight, linear.bias = layer.weight, layer.bias
+        linear.weight = layer.weight
+        linear.bias = layer.bias
         # layer and shard refer to each other, and would keep these
         layer.weight = layer.bias = None
         del own.fsdp_pre_all_gather, own.fsdp_post_all_gather, self._param.reset_sharded_param
@@ -277,7 +287,8 @@ class RowShard:
         return layer.training, id(self.logits), version_of(self.weight), *drawn
 
     def _hook(self) -> None:
-        self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
+        self.weight.fsdp_pre_all_gather = self._pre
+        self.weight.fsdp_post_all_gather = self._post
         self._gathered: tuple | None = None
         self._forget()
 
@@ -293,8 +304,10 @@ class RowShard:
         vars(self._param).pop("_unsharded_param", None)
 
     def _pre(self, mesh) -> tuple[tuple[Tensor], tuple]:
-        layer, param = self._layer, self._param
-        n, m = layer.pattern.n, layer.pattern.m
+        layer = self._layer
+        param = self._param
+        n = layer.pattern.n
+        m = layer.pattern.m
         codes = layer.drawn_codes() if layer.training else ops.top_n_mask(self.logits, n, m)
         bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
         kept = (codes.unsqueeze(-1) >> bits & 1).flatten()
@@ -310,7 +323,9 @@ class RowShard:
 
     def _post(self, gathered: Sequence[Tensor], key: tuple, dtype: torch.dtype, *, out: Tensor | None = None):
         (sent,) = gathered
-        (rows, k), n, m = self.shape, self._layer.pattern.n, self._layer.pattern.m
+        rows, k = self.shape
+        n = self._layer.pattern.n
+        m = self._layer.pattern.m
         size = k // m * n * dtype.itemsize
         # a single row is contiguous already, but must be copied too
         parts = sent[:rows].split([size, sent.shape[1] - size], 1)
@@ -360,7 +375,9 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
 def _gather_into(layer: nn.Module, param, group) -> None:
     """Let FSDP2 gather into this layer, which may replace another one, and move its hooks there."""
     info = param._module_info
-    before, info.module, info.shared_modules = info.module, layer, [layer] * len(info.shared_modules)
+    before = info.module
+    info.module = layer
+    info.shared_modules = [layer] * len(info.shared_modules)
     if before is layer:
         return
     param._post_load_hook_handle.remove()
@@ -380,7 +397,8 @@ def resharded(model: nn.Module) -> Params:
 
     FSDP2 may keep the weights that it gathered last. ValueError if torch is too old.
     """
-    fsdp, params = sys.modules.get("torch.distributed.fsdp"), {}
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    params = {}
     if fsdp is None:
         # nobody has used it, and its import takes long
         return params

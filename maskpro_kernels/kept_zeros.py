@@ -55,7 +55,8 @@ class KeptZeros:
                 share = float((counts > self.pattern.n).double().mean())
                 self.left_out[name] = f"{share:.0%} of its groups have more than {self.pattern.n} that are not zero"
             else:
-                self.held[name], self._codes[name] = matrix, top_n_mask(kept, self.pattern)
+                self.held[name] = matrix
+                self._codes[name] = top_n_mask(kept, self.pattern)
         if not self.held:
             raise ValueError(
                 f"pattern: expected one that some layer follows, got {self.pattern}, which none follows; finalize a "

@@ -109,7 +109,8 @@ class MaskedLinear(nn.Module):
         self.logits = nn.Parameter(logits.contiguous())
         self.register_buffer("layer_id", torch.empty((), dtype=torch.int64, device=weight.device), persistent=False)
         self.layer = layer
-        self.group_offset, self.group_row_stride = group_offset, group_row_stride
+        self.group_offset = group_offset
+        self.group_row_stride = group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
         self.cached_mask: CachedMask | None = None
@@ -174,7 +175,8 @@ class MaskedLinear(nn.Module):
         """y [..., out] of input [..., K]."""
         if self.shard is not None:
             return self.shard.forward(input)
-        weight, bias = self.weight, self.bias
+        weight = self.weight
+        bias = self.bias
         backward = self.logits_backward if self.training else None
         if self.is_dense:
             return nn.functional.linear(input, weight, bias)
@@ -205,7 +207,9 @@ class MaskedLinear(nn.Module):
 
     def _mask(self, drawn: bool) -> MaskSource:
         """Source of the mask: the draw of the current step if ``drawn``, else the N largest logits."""
-        weight, n, m = self.own_weight, self.pattern.n, self.pattern.m
+        weight = self.own_weight
+        n = self.pattern.n
+        m = self.pattern.m
         check_weight(weight, self.pattern)
         cached = self.cached_codes if drawn else None
         logits = matrix_of("logits", self.own_logits, self.pattern)
@@ -291,7 +295,8 @@ class MaskedLinear(nn.Module):
         Raises:
             ValueError: if seed and step are on meta, or the step is on the CPU and not in [0, 2**32).
         """
-        state, device = self.counter_state, self.weight.device
+        state = self.counter_state
+        device = self.weight.device
         key = state.seed, state.step, self.layer_id, state.draw
         check_scalar("step", state.step, 0, MAX_STEPS)
         if any(part.device != device for part in key):
@@ -313,7 +318,8 @@ class MaskedLinear(nn.Module):
         state = self.counter_state
         if state.seed.is_meta:
             return torch.empty(8, dtype=torch.int64, device="meta")
-        counter, place = (int(state.seed), int(state.step)), (self.group_offset, self.group_row_stride)
+        counter = (int(state.seed), int(state.step))
+        place = (self.group_offset, self.group_row_stride)
         of_layer = self.layer, self.pattern.n, self.pattern.m
         return torch.tensor([*of_layer, *counter, *place, self.weight_changed], dtype=torch.int64)
 
@@ -324,7 +330,8 @@ class MaskedLinear(nn.Module):
             self.layer_id = torch.empty_like(self.layer_id, device=self.weight.device)
         if self.counter_state.seed.is_meta:
             self.counter_state.to_empty(device=self.weight.device)
-        self.layer, self.weight_changed = layer, bool(weight_changed)
+        self.layer = layer
+        self.weight_changed = bool(weight_changed)
         self.counter_state.seed.fill_(seed)
         self.counter_state.step.fill_(step)
         self.counter_state.draw.fill_(0)

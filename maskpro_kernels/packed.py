@@ -71,7 +71,9 @@ class PackedNM:
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", NMPattern(self.pattern))
-        values, scales, pattern = self.values, self.scales, self.pattern
+        values = self.values
+        scales = self.scales
+        pattern = self.pattern
         metadata = getattr(self.bitmask, "dtype", None) == torch.int16 and has_metadata(values, pattern)
         parts = [("values", values, (*LOGIT_DTYPES, *INTEGER_KINDS))]
         parts.append(("bitmask", self.bitmask, (torch.int16 if metadata else torch.uint8,)))
@@ -82,7 +84,8 @@ class PackedNM:
                 raise TypeError(f"{name}: expected a tensor of {' or '.join(map(str, dtypes))}, got {describe(tensor)}")
             if tensor.dim() != 2 or not tensor.is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous matrix, got {describe(tensor)}")
-        rows, kept = len(values), kept_values(values)
+        rows = len(values)
+        kept = kept_values(values)
         if kept == 0 or kept % pattern.n:
             raise ValueError(f"values: expected rows of a multiple of {pattern.n} values, got {describe(values)}")
         if (scales is None) == (values.dtype in INTEGER_KINDS):
@@ -152,9 +155,11 @@ class PackedNM:
         if dtype is not None and dtype not in LOGIT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         check_range(self.values, self.scales, dtype or self.dtype)
-        values, bitmask = self.values, self.bitmask.to(device, None, non_blocking)
+        values = self.values
+        bitmask = self.bitmask.to(device, None, non_blocking)
         if self.scales is None:
-            values, scales = values.to(device, dtype, non_blocking), None
+            values = values.to(device, dtype, non_blocking)
+            scales = None
         else:
             values = values.to(device, None, non_blocking)
             scales = self.scales.to(device, dtype, non_blocking)
@@ -207,9 +212,11 @@ def check_range(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> No
     # integers are at most 127, and their products take memory
     if own.is_meta or largest >= torch.finfo(own.dtype).max or not (own.abs() > largest / 256).any():
         return
-    before, after = own, own.to(dtype)
+    before = own
+    after = own.to(dtype)
     if scales is not None:
-        before, after = dequantized(values, own, torch.float32), dequantized(values, after, dtype)
+        before = dequantized(values, own, torch.float32)
+        after = dequantized(values, after, dtype)
     lost = before[before.isfinite() & ~after.isfinite()]
     if len(lost):
         raise ValueError(
@@ -314,13 +321,15 @@ def least_squares_scales(blocks: Tensor, dtype: torch.dtype, weights: Tensor | f
     # a power of two, which changes no rounding, so that squares neither overflow nor underflow
     unit = (largest.frexp().mantissa / largest).nan_to_num_(1.0).clamp_(2.0**-126, 2.0**126)
     blocks = blocks * unit.unsqueeze(-1)
-    best, least = (largest / INT4_DIVISORS[0]).to(dtype), torch.full_like(largest, torch.inf)
+    best = (largest / INT4_DIVISORS[0]).to(dtype)
+    least = torch.full_like(largest, torch.inf)
     for divisor in INT4_DIVISORS:
         scales = (largest / divisor).to(dtype)
         in_units = scales.float() * unit
         error = nearest_integers(blocks, in_units, INT4) * in_units.unsqueeze(-1) - blocks
         error = error.square_().mul_(weights).sum(-1)
-        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
     return best
 
 
@@ -358,7 +367,8 @@ def packed_linear(
 ) -> Tensor:
     """``nm_linear`` with the parts of a packed weight."""
     check_not_distributed("values", values)
-    rows, k = values.shape[0], kept_values(values) // pattern.n * pattern.m
+    rows = values.shape[0]
+    k = kept_values(values) // pattern.n * pattern.m
     name, own = ("values", values) if scales is None else ("scales", scales)
     check_floats(name, own)
     for name, part in (("bitmask", bitmask), ("scales", scales)):
@@ -436,7 +446,8 @@ class NMLinear(nn.Module):
             self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
         self.register_buffer("bitmask", packed.bitmask)
         self.register_buffer("scales", packed.scales)
-        dtype, device = packed.dtype, packed.values.device
+        dtype = packed.dtype
+        device = packed.values.device
         shape = (self.out_features,)
         if bias is not None and (getattr(bias, "shape", None) != shape or bias.dtype != dtype or bias.device != device):
             raise ValueError(f"bias: expected {list(shape)} of {dtype} on {device}, got {describe(bias)}")
@@ -486,7 +497,8 @@ class NMLinear(nn.Module):
         pattern = self.pattern
         try:
             # faster than attributes, which torch looks for in three other places first
-            parameters, buffers = self._parameters, self._buffers
+            parameters = self._parameters
+            buffers = self._buffers
             scales = buffers["scales"]
             values = (parameters if scales is None else buffers)["values"]
             parts = values, buffers["bitmask"], scales, parameters["bias"]
@@ -566,9 +578,11 @@ def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
         layer.shard.bake_into(linear)
         return linear.train(layer.training)
     if isinstance(layer, MaskedLinear):
-        weight, trained = layer.top_n_weight(), layer.weight.requires_grad
+        weight = layer.top_n_weight()
+        trained = layer.weight.requires_grad
     else:
-        weight, trained = layer.packed.unpack(), layer.values.requires_grad
+        weight = layer.packed.unpack()
+        trained = layer.values.requires_grad
     linear.weight = nn.Parameter(weight, requires_grad=trained)
     linear.bias = layer.bias
     return linear.train(layer.training)

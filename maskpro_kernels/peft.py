@@ -107,12 +107,14 @@ def _sparse_layers(model: nn.Module) -> set[str]:
 
 def _resolved(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Copy a configuration, with names of modules as targets, if peft alone would choose others."""
-    targets, modules = config.target_modules, dict(model.named_modules())
+    targets = config.target_modules
+    modules = dict(model.named_modules())
     every = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     experts = any(isinstance(module, ExpertLinears) for module in modules.values())
     if not (every or experts):
         return config
-    config, gate = copy.copy(config), LoraConfig(target_modules=["gate"])
+    config = copy.copy(config)
+    gate = LoraConfig(target_modules=["gate"])
     if experts:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

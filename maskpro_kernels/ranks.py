@@ -50,7 +50,8 @@ def under_torchrun() -> Iterator[int]:
         return
     number = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        gpus = torch.cuda.device_count()
         # all processes on this machine raise, before they wait for each other
         if processes > gpus:
             raise ValueError(
@@ -84,7 +85,8 @@ class Ranks:
     def __init__(self, timeout: float = 600.0):
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        self.timeout, self.bytes_sent = timeout, 0
+        self.timeout = timeout
+        self.bytes_sent = 0
         self._of_steps: dist.ProcessGroup | None = None
         self._patient: dist.ProcessGroup | None = None
         self._closed = False
@@ -103,7 +105,9 @@ class Ranks:
         if self._of_steps is not None:
             dist.destroy_process_group(self._of_steps)
             dist.destroy_process_group(self._patient)
-        self._of_steps, self._patient, self._closed = None, None, True
+        self._of_steps = None
+        self._patient = None
+        self._closed = True
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of every rank, in float64, by rank; all ranks send equally many, at least one."""

@@ -99,7 +99,8 @@ def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> n
     """Make an nn.Linear with these parameters."""
     rows, k = weight.shape
     layer = nn.Linear(k, rows, bias=bias is not None, device="meta")
-    layer.weight, layer.bias = weight, bias
+    layer.weight = weight
+    layer.bias = bias
     return layer.train(training)
 
 
@@ -143,7 +144,8 @@ class ExpertLinears(nn.ModuleDict):
 
     def __init__(self, lists: dict[str, nn.ModuleList], sources: dict[str, tuple[str, ...]], config):
         super().__init__(lists)
-        self.sources, self.config = sources, config
+        self.sources = sources
+        self.config = config
 
     def of(self, parameter: str) -> list[nn.ModuleList]:
         return [self[name] for name in self.sources[parameter]]
@@ -199,7 +201,9 @@ class Fusion(NamedTuple):
 
     def together(self, single: Sequence[Tensor]) -> Tensor:
         """Join matrices in a new tensor; they are in the order of parts, then of experts."""
-        experts, (rows, k), first = len(single) // self.parts, single[0].shape, single[0]
+        experts = len(single) // self.parts
+        rows, k = single[0].shape
+        first = single[0]
         shape = (experts, k, self.parts * rows) if self.transposed else (experts, self.parts * rows, k)
         fused = torch.empty(shape, dtype=first.dtype, device=first.device)
         views = self.apart(fused)
@@ -275,8 +279,11 @@ class ExpertsForm(Form):
         return module, self._unfuse(module, self._fused(module), views)
 
     def _unfuse(self, module: nn.Module, fused: dict[str, nn.Parameter], views: Views) -> Callable[[], None]:
-        config, training, before = module.config, module.training, dict(module._parameters)
-        lists, sources = {}, {}
+        config = module.config
+        training = module.training
+        before = dict(module._parameters)
+        lists = {}
+        sources = {}
         for name, parameter in fused.items():
             how = _fusion(module, name)
 
@@ -413,7 +420,8 @@ def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
 
 def as_built(model: nn.Module) -> None:
     """Fuse unfused modules whose layers are all nn.Linear, in place, with new parameters."""
-    back, joins = {}, Joins()
+    back = {}
+    joins = Joins()
     resharded(model)
     for _, form, module in list(_unfused(model)):
         if _is_dense(form.parts(module)):
@@ -492,9 +500,11 @@ def is_linear(module: nn.Module) -> bool:
         x = torch.linspace(-1.0, 1.0, 4 * weight.shape[1], device=weight.device).view(2, 2, -1)
         # float32, whose rounding cannot hide a factor near 1
         both = [p if p is None else nn.Parameter(p.float()) for p in (weight, module.bias)]
-        layer, expected = linear(*both, training=True), nn.functional.linear(x, *both)
+        layer = linear(*both, training=True)
+        expected = nn.functional.linear(x, *both)
         layer.__class__ = kind
-        found, bound = [layer.train(mode).forward(x) for mode in (True, False)], 1e-5 * expected.abs().max()
+        found = [layer.train(mode).forward(x) for mode in (True, False)]
+        bound = 1e-5 * expected.abs().max()
         return all(y.shape == expected.shape and (y - expected).abs().max() <= bound for y in found)
     return False
 

@@ -71,7 +71,11 @@ class Ablations:
     """
 
     def __init__(self, text: Text, model: CharacterModel, forwards: int, lrs: Sequence[float], seeds: int):
-        self.text, self.model, self.forwards, self.lrs, self.seeds = text, model, forwards, lrs, seeds
+        self.text = text
+        self.model = model
+        self.forwards = forwards
+        self.lrs = lrs
+        self.seeds = seeds
         # rows that change nothing are the same
         self._runs = cache(self._run)
 
@@ -118,7 +122,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, text = parsed(argv), Text.of("pydoc")
+    args = parsed(argv)
+    text = Text.of("pydoc")
     model = trained(text, args.width, args.train_steps)
     ablations = Ablations(text, model, args.forwards, args.lrs, args.seeds)
     print(f"test loss of the dense model: {Problem(text, model).losses(model)['test']:.3f}\n")

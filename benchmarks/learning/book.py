@@ -29,7 +29,8 @@ class Page(HTMLParser):
     def __init__(self, source: str):
         super().__init__()
         self.links: list[str] = []
-        self._texts, self._unshown = [""], 0
+        self._texts = [""]
+        self._unshown = 0
         self.feed(source)
         self.close()
         joined = (" ".join(text.split()) for text in self._texts)

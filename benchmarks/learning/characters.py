@@ -31,11 +31,14 @@ from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.prune.convert import convert
 from maskpro_kernels.text.sources import SPLITS, load_text
 
-CONTEXT, EMBEDDING = 16, 16
+CONTEXT = 16
+EMBEDDING = 16
 MASKED = ("first", "second")
 PATTERN = "2:4"
 # Characters that are predicted in a batch to train on, in one to learn masks from, and of held-out text
-TRAINED, LEARNED, HELD_OUT = 512, 1024, 16384
+TRAINED = 512
+LEARNED = 1024
+HELD_OUT = 16384
 BATCHES = 64
 # Of forwards, which rows show
 COUNTS = [1000, 2000, 4000, 8000, 16000]
@@ -91,7 +94,8 @@ class Text(NamedTuple):
 def trained(text: Text, width: int, steps: int, seed: int = 0) -> CharacterModel:
     """A dense model, trained on the calibration text."""
     torch.manual_seed(seed)
-    model, generator = CharacterModel(text.characters, width), torch.Generator().manual_seed(seed)
+    model = CharacterModel(text.characters, width)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps)
     for _ in range(steps):
@@ -113,7 +117,8 @@ class Problem:
     """
 
     def __init__(self, text: Text, model: CharacterModel, seed: int = 0, batches: int = BATCHES):
-        self.text, self.model = text, model
+        self.text = text
+        self.model = model
         generator, apart = (torch.Generator().manual_seed(at) for at in (seed, 0))
         self.batches = [text.batch("calibration", LEARNED, generator) for _ in range(batches)]
         self.held_out = {split: text.batch(split, HELD_OUT, apart) for split in ("validation", "test")}
@@ -241,7 +246,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, text, curves = parsed(argv), Text.of("pydoc"), []
+    args = parsed(argv)
+    text = Text.of("pydoc")
+    curves = []
     for width in args.widths:
         began = time.perf_counter()
         model = trained(text, width, args.train_steps)

@@ -107,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = args.pop("seeds")
     if seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {seeds}")
-    search_steps, steps = min(args["steps"]), max(args["steps"])
-    asked_for, by_seed = [("dense", {}, 0), *((name, {}, 0) for name in ONE_SHOT)], []
+    search_steps = min(args["steps"])
+    steps = max(args["steps"])
+    asked_for = [("dense", {}, 0), *((name, {}, 0) for name in ONE_SHOT)]
+    by_seed = []
     try:
         for seed in range(args["seed"], args["seed"] + seeds):
             claims = Claims(argparse.Namespace(**args | {"seed": seed, "output": args["output"] / f"seed-{seed}"}))

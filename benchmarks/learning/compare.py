@@ -62,7 +62,9 @@ class Comparison:
     """
 
     def __init__(self, args: argparse.Namespace, learners: Mapping[str, Learner] = LEARNERS):
-        self.args, self.learners, self.pattern = args, learners, NMPattern(args.pattern)
+        self.args = args
+        self.learners = learners
+        self.pattern = NMPattern(args.pattern)
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
         self.model = model.to(device_of(args.device))
         # other work on the machine lengthens a run, and not its processor time
@@ -77,7 +79,8 @@ class Comparison:
         def cut(names: Sequence[str], split: str, length: int) -> dict[str, Tensor]:
             return {name: windows(texts[name][split], tokenizer, length) for name in names}
 
-        sources, learning = parse_sources(args.data), cut(learned, "calibration", args.seq_len)
+        sources = parse_sources(args.data)
+        learning = cut(learned, "calibration", args.seq_len)
         if SELF in dict(sources):
             learning[SELF] = self._samples(start_token(tokenizer))
         self.samples = digest([learning[SELF]]) if SELF in learning else None
@@ -101,7 +104,8 @@ class Comparison:
 
     def _samples(self, start: int | None) -> Tensor:
         """int64 [--samples, --seq-len], of the dense model, drawn once."""
-        path, of = self.args.output / "samples.safetensors", (start, self.args.samples, self.args.seq_len)
+        path = self.args.output / "samples.safetensors"
+        of = (start, self.args.samples, self.args.seq_len)
         reported = {"of": json.dumps([*of, self.args.seed, self.rows.shared["weights"]])}
         if path.exists():
             with safe_open(path, framework="pt") as file:
@@ -153,7 +157,8 @@ class Comparison:
 
     def initial(self, name: str) -> tuple[dict[str, Tensor], float]:
         """(group codes by layer, seconds that they took) of an initial mask of the package, found once."""
-        path, of = self.args.output / f"{name}.safetensors", json.dumps(self.rows.shared, sort_keys=True)
+        path = self.args.output / f"{name}.safetensors"
+        of = json.dumps(self.rows.shared, sort_keys=True)
         if not path.exists() or _metadata(path)["of"] != of:
             began = self.clock()
             calibration = self.batches[: self.args.init_batches]
@@ -167,7 +172,8 @@ class Comparison:
         """The rows of a mask that takes no training steps."""
         if self.rows.found(name, {}, 0) is not None:
             return
-        began, weights = self.clock(), None
+        began = self.clock()
+        weights = None
         if name == "sparsegpt":
             calibration = self.batches[: self.args.init_batches]
             codes, weights = sparsegpt(self.model, self.layers, self.pattern, calibration, keep_weights=True)
@@ -216,7 +222,8 @@ class Comparison:
             return
         codes, _ = self.initial(self.args.init)
         began_with = self._began_with(codes)
-        batches, layers = self.batches_of(name, steps), self.masked
+        batches = self.batches_of(name, steps)
+        layers = self.masked
         estimator = self.learners[name].kind(steps=len(batches), **settings)
         with torch.no_grad():
             for layer, module in layers.items():
@@ -230,7 +237,8 @@ class Comparison:
         trainer.run(len(batches))
         seconds += self.clock() - began
         trainer.close()
-        rows, state = [], state_bytes(estimator, layers)
+        rows = []
+        state = state_bytes(estimator, layers)
         of_learner["changed_groups"] = self._changed(codes)
         if isinstance(estimator, ProxSparse):
             with weights_in_place(layers, estimator.sparse_weights(layers)):

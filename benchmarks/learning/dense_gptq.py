@@ -26,7 +26,8 @@ from maskpro_kernels.prune.calibration import calls_of, layer_by_layer
 from maskpro_kernels.prune.selection import layers_to_convert
 from maskpro_kernels.prune.sparsegpt import WeightsOfBlock, column_by_column, inverse_factor
 
-LARGEST, CLIPS = 7, [1 - 0.03 * at for at in range(20)]
+LARGEST = 7
+CLIPS = [1 - 0.03 * at for at in range(20)]
 
 
 def nearest(w: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -35,7 +36,8 @@ def nearest(w: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 def range_of(w: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, lower end), each [rows, 1] in numbers of bfloat16, of columns w [rows, group]."""
-    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    low = w.amin(1, keepdim=True)
+    high = w.amax(1, keepdim=True)
     tried = [
         (((high - low) * clip / LARGEST).clamp(min=1e-8).bfloat16().float(), (low * clip).bfloat16().float())
         for clip in CLIPS
@@ -49,7 +51,8 @@ def range_of(w: Tensor) -> tuple[Tensor, Tensor]:
 def round_model(model: torch.nn.Module, calibration, group: int) -> None:
     """Round the layers that a mask would get."""
     layers, _ = layers_to_convert(model, "2:4")
-    masks, rounded = WeightsOfBlock(layers, {}, {}), {}
+    masks = WeightsOfBlock(layers, {}, {})
+    rounded = {}
 
     def visit(names, gram):
         upper = inverse_factor(gram)

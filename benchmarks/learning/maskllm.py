@@ -64,16 +64,21 @@ class MaskLLM(RelaxedMask):
 
     name = "maskllm"
     options = {"lr": 5e-4, "strength": 3.0, "regularization": 1e-5}
-    betas, eps, weight_decay, clip = (0.9, 0.95), 1e-5, 0.1, 1.0
+    betas = (0.9, 0.95)
+    eps = 1e-5
+    weight_decay = 0.1
+    clip = 1.0
 
     def __init__(self, steps: int, lr: float = 5e-4, strength: float = 3.0, regularization: float = 1e-5):
         super().__init__(steps, lr)
         check_float("strength", strength, 0.0)
         check_float("regularization", regularization, 0.0)
-        self.strength, self.regularization = float(strength), float(regularization)
+        self.strength = float(strength)
+        self.regularization = float(regularization)
 
     def start(self, layer: MaskedLinear) -> Tensor:
-        pattern, device = layer.pattern, layer.weight.device
+        pattern = layer.pattern
+        device = layer.weight.device
         masks = masks_of(pattern, device)
         kept = expand_mask(top_n_mask(layer.logits_on_device(), pattern), pattern)
         kept = kept.float().view(layer.out_features, -1, pattern.m)

@@ -54,8 +54,10 @@ def proximal(v: Tensor, strength: float, n: int) -> Tensor:
 def _descended(y: Tensor, start: Tensor, strength: float, n: int) -> Tensor:
     """Minima along one weight after the other, until all rest; weights at 0 in ``start`` stay."""
     found = start.T.contiguous()
-    x, y = found.clone(), y.T.contiguous()
-    free, at_rest = x > 0, REST * y.amax(0)
+    x = found.clone()
+    y = y.T.contiguous()
+    free = x > 0
+    at_rest = REST * y.amax(0)
     # few groups take many sweeps: those at rest are left out
     groups = torch.arange(x.shape[1], device=x.device)
     for _ in range(MOST_SWEEPS):
@@ -68,14 +70,18 @@ def _descended(y: Tensor, start: Tensor, strength: float, n: int) -> Tensor:
         found[:, groups] = x
         if not moving.any():
             break
-        groups, at_rest = groups[moving], at_rest[moving]
-        x, y, free = x[:, moving], y[:, moving], free[:, moving]
+        groups = groups[moving]
+        at_rest = at_rest[moving]
+        x = x[:, moving]
+        y = y[:, moving]
+        free = free[:, moving]
     return found.T.contiguous()
 
 
 def _enumerated(y: Tensor, strength: float, n: int) -> Tensor:
     order = y.argsort(dim=1, descending=True, stable=True)
-    ranked, m = y.gather(1, order), y.shape[1]
+    ranked = y.gather(1, order)
+    m = y.shape[1]
     best = torch.full_like(y[:, 0], torch.inf)
     chosen = torch.zeros_like(y)
     for count in range(n, m + 1):
@@ -84,7 +90,8 @@ def _enumerated(y: Tensor, strength: float, n: int) -> Tensor:
         x = _descended(ranked, start, strength, n)
         value = (x - ranked).square().sum(1) / 2 + strength * symmetric_polynomials(list(x.unbind(1)), n + 1)[-1]
         better = value < best
-        best, chosen = torch.where(better, value, best), torch.where(better[:, None], x, chosen)
+        best = torch.where(better, value, best)
+        chosen = torch.where(better[:, None], x, chosen)
     return torch.zeros_like(y).scatter_(1, order, chosen)
 
 
@@ -111,7 +118,8 @@ class ProxSparse(RelaxedMask):
         super().__init__(steps, lr)
         check_float("strength", strength, 0.0)
         check_float("frozen", frozen, 0.0)
-        self.strength, self.frozen = float(strength), float(frozen)
+        self.strength = float(strength)
+        self.frozen = float(frozen)
 
     def start(self, layer: MaskedLinear) -> Tensor:
         return layer.weight.detach().float().clone()

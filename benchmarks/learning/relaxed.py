@@ -54,7 +54,8 @@ class RelaxedMask(Estimator):
     def __init__(self, steps: int, lr: float):
         check_whole("steps", steps, 1)
         check_float("lr", lr, 0.0, strict=True)
-        self.steps, self.lr = steps, float(lr)
+        self.steps = steps
+        self.lr = float(lr)
         self.learned: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -134,9 +135,11 @@ class RelaxedMask(Estimator):
         whole = math.hypot(*good.values())
         scale = 1.0 if self.clip is None or whole <= self.clip else self.clip / whole
         for name in good:
-            layer, learned = step.layers[name], self.learned[name]
+            layer = step.layers[name]
+            learned = self.learned[name]
             moments = self._means[name], self._squares[name]
-            lr, decay = self.lr_at(step.index), self.weight_decay
+            lr = self.lr_at(step.index)
+            decay = self.weight_decay
             adamw_(learned, learned.grad.mul_(scale), *moments, step.index + 1, lr, self.betas, self.eps, decay)
             self.after_update(layer, learned)
         self._write_down(step.layers, good)

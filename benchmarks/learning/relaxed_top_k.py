@@ -52,7 +52,9 @@ class RelaxedTopK(RelaxedMask):
         check_float("prior", prior, 0.0)
         check_float("warmest", warmest, 0.0, strict=True)
         check_float("coldest", coldest, 0.0, warmest, strict=True)
-        self.prior, self.warmest, self.coldest = float(prior), float(warmest), float(coldest)
+        self.prior = float(prior)
+        self.warmest = float(warmest)
+        self.coldest = float(coldest)
 
     def start(self, layer: MaskedLinear) -> Tensor:
         kept = expand_mask(top_n_mask(layer.logits_on_device(), layer.pattern), layer.pattern)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from maskpro_kernels.files import write_whole
 
-ROWS, TABLE = "rows.jsonl", "table.md"
+ROWS = "rows.jsonl"
+TABLE = "table.md"
 # How a row with learned or refitted weights is called after the name of its method
 WITH_WEIGHTS = ", its weights"
 
@@ -140,7 +141,8 @@ def table(rows: Sequence[Mapping]) -> str:
         if settings and chosen is not None and row["settings"] == chosen["settings"]:
             settings = f"**{settings}**"
         figures = [row["validation"], *(row["perplexity"][text] for text in texts)]
-        changed, state = f"{row['changed_groups']:,}", f"{row['state_bytes_per_weight']:.1f}"
+        changed = f"{row['changed_groups']:,}"
+        state = f"{row['state_bytes_per_weight']:.1f}"
         cost = [f"{row['score']:.3f}", changed, state, f"{row['seconds']:.0f}"]
         lines.append(
             [row["method"], settings, str(row["steps"]), row["weights"], *(f"{x:.2f}" for x in figures), *cost]

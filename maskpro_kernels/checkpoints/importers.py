@@ -43,7 +43,8 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
     Raises:
         ValueError: if ``source`` has no such masks, or a mask does not fit its layer or keeps more than N of M.
     """
-    pattern, source = NMPattern(pattern), Path(source)
+    pattern = NMPattern(pattern)
+    source = Path(source)
     arrays = sorted(source.glob("*.npz")) if source.is_dir() else []
     if len(arrays) > 1:
         raise ValueError(f"masks: expected one .npz file in {str(source)!r}, got {len(arrays)}; give the path of one")
@@ -52,7 +53,8 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
         # a pipe would block forever
         if not file.is_file():
             raise ValueError(f"masks: expected a file or a folder of files, got {str(file)!r}, which is none")
-    masks, most = {}, max((layer.weight.numel() for layer in layers.values()), default=0)
+    masks = {}
+    most = max((layer.weight.numel() for layer in layers.values()), default=0)
     for stored, mask in MASK_FORMATS.get(source.suffix, _masks_of_torch)(source, most):
         name = stored.removesuffix(".mask").removesuffix(".weight")
         if name not in layers:
@@ -153,7 +155,8 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
             tensors of a weight are missing, twice there or do not fit.
         OSError: if a file cannot be written.
     """
-    source, output = Path(source), Path(output)
+    source = Path(source)
+    output = Path(output)
     files = weight_files(source)
     where = {}
     for file in files:

@@ -46,10 +46,13 @@ class MaskFile:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checksum: str):
-        self.pattern, self.dtype = NMPattern(metadata["pattern"]), DTYPES[metadata["dtype"]]
+        self.pattern = NMPattern(metadata["pattern"])
+        self.dtype = DTYPES[metadata["dtype"]]
         self.layers = {name: (rows, k) for name, (rows, k) in json.loads(metadata["layers"]).items()}
-        self.model, self.base = metadata["model"], metadata["base"]
-        self.provenance, self.checksum = json.loads(metadata["provenance"]), checksum
+        self.model = metadata["model"]
+        self.base = metadata["base"]
+        self.provenance = json.loads(metadata["provenance"])
+        self.checksum = checksum
         self._packed = tensors
 
     def codes(self, name: str) -> Tensor:
@@ -146,7 +149,11 @@ def save_masks(path: str | Path, layers: Iterable[tuple[str, Tensor, Tensor]], p
         TypeError, ValueError: an argument is not as above.
         OSError: if the file cannot be written.
     """
-    pattern, shapes, digests, packed, dtypes = NMPattern(pattern), {}, [], {}, set()
+    pattern = NMPattern(pattern)
+    shapes = {}
+    digests = []
+    packed = {}
+    dtypes = set()
     for name, codes, weight in layers:
         if name in shapes or weight.dim() != 2 or weight.shape[1] % pattern.m:
             raise ValueError(
@@ -184,7 +191,8 @@ def _fingerprint(digests: Iterable[list[str]]) -> str:
 def _tables(pattern: NMPattern) -> tuple[Tensor, Tensor]:
     """(codes by rank, in the pattern's dtype; int64 ranks by code, 0 where N weights are not kept)."""
     codes = torch.arange(1 << pattern.m, device="cpu")
-    rank, count = torch.zeros_like(codes), torch.zeros_like(codes)
+    rank = torch.zeros_like(codes)
+    count = torch.zeros_like(codes)
     for place in range(pattern.m):
         kept = codes >> place & 1
         count += kept

@@ -16,7 +16,9 @@ from ..text.losses import KINDS
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE = "bfloat16"
 # Default texts of a run, and windows of a text to evaluate
-DATA, EVAL_WINDOWS, EVAL_LENGTH = "stdlib:0.5,self:0.5", 24, 512
+DATA = "stdlib:0.5,self:0.5"
+EVAL_WINDOWS = 24
+EVAL_LENGTH = 512
 OPTION_FILES = (".yaml", ".yml", ".json")
 SOURCES = (
     "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or a dataset of the hub as "
@@ -256,7 +258,8 @@ def parse(command: str, words: list[str]) -> tuple[object, dict[str, object]]:
         OSError: if the file cannot be read.
         SystemExit: after --help.
     """
-    parser, (options, positional) = parser_of(command), COMMANDS[command]
+    parser = parser_of(command)
+    options, positional = COMMANDS[command]
     if words and Path(words[0]).suffix in OPTION_FILES:
         words = [*_words_of(Path(words[0]), parser), *words[1:]]
     parsed = vars(parser.parse_args(words))

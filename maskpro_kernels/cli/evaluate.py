@@ -97,9 +97,12 @@ def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
     if options.protocol == "held-out":
         most = options.documents or (settings.get("documents") if options.data is None else None)
         text = load_text(name, options.text_column, most)["test"]
-        count, batch_size = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS), EVALUATED_TOGETHER
+        count = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS)
+        batch_size = EVALUATED_TOGETHER
     else:
-        text, count, batch_size = "\n\n".join(load_documents(name, options.text_column)), None, 1
+        text = "\n\n".join(load_documents(name, options.text_column))
+        count = None
+        batch_size = 1
 
     def measure(model: nn.Module, tokenizer) -> dict[str, float]:
         length = options.eval_length or _default_length(model)

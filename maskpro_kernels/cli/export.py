@@ -41,7 +41,9 @@ from .inputs import (
 )
 
 # Windows by which int4 values are rounded, most tokens of each, and windows of a batch
-WINDOWS, LENGTH, BATCH_SIZE = 128, 128, 16
+WINDOWS = 128
+LENGTH = 128
+BATCH_SIZE = 16
 
 
 def export(options: Export, source: str, output: str) -> None:
@@ -121,8 +123,10 @@ def calibration_of(run: Path, model: nn.Module, tokenizer) -> Sequence[Tensor]:
         ValueError, OSError: if a text or the samples of the run cannot be read.
     """
     with naming("run", "restore the data of the run, or round without it: maskpro import --values int4"):
-        settings, windows = read_json(run / SETTINGS)["options"], {}
-        sources, length = parse_sources(settings["data"]), min(LENGTH, settings["seq_len"])
+        settings = read_json(run / SETTINGS)["options"]
+        windows = {}
+        sources = parse_sources(settings["data"])
+        length = min(LENGTH, settings["seq_len"])
         for name, _ in sources:
             if name != SELF:
                 text = load_text(name, documents=settings["documents"])["calibration"]

@@ -100,7 +100,8 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
             report(f"left dense: {name} ({reason})")
         count = len(conversion.converted)
     else:
-        count, kinds = len(layers), {layer.kind for layer in layers}
+        count = len(layers)
+        kinds = {layer.kind for layer in layers}
         pattern = " and ".join(sorted({str(layer.pattern) for layer in layers}))
         if options.to == "packed" and kinds == {options.values}:
             raise ValueError(f"source: expected weights with zeros, got {str(path)!r}, which is packed already")

@@ -26,11 +26,13 @@ from ..text.batches import check_vocabulary, windows
 from .config import DTYPE, DTYPES
 
 # Lines of steps if there is no bar, and seconds between lines of other work
-LINES, SECONDS = 50, 10
+LINES = 50
+SECONDS = 10
 # Share of the work from which on the time left is estimated: its first parts do more, or compile
 ESTIMATED_FROM = 0.05
 # Files of a run's folder
-SETTINGS, PROGRESS = "settings.json", "progress"
+SETTINGS = "settings.json"
+PROGRESS = "progress"
 # File of the samples in the folder of progress
 SAMPLES = "samples.safetensors"
 # Format of these files; earlier versions have none
@@ -63,7 +65,9 @@ class Progress:
     """Progress of work: a bar, or a line every ten seconds."""
 
     def __init__(self, work: str, unit: str):
-        self.work, self.unit, self.bar = work, unit, None
+        self.work = work
+        self.unit = unit
+        self.bar = None
         self.reported = time.perf_counter()
         # units and time of the first call
         self.first: tuple[int, float] | None = None
@@ -232,7 +236,8 @@ def read_report(run: Path) -> dict:
 def read_samples(progress: Path, settings: str | None = None) -> Tensor | None:
     """Read samples of the dense model; None if there are none of these settings, or the file is damaged."""
     with suppress(SafetensorError, FileNotFoundError), safe_open(progress / SAMPLES, framework="pt") as file:
-        tokens, metadata = file.get_tensor("tokens"), file.metadata() or {}
+        tokens = file.get_tensor("tokens")
+        metadata = file.metadata() or {}
         if metadata == {"settings": settings or metadata.get("settings"), "digest": digest([tokens])}:
             return tokens
     return None
@@ -241,7 +246,8 @@ def read_samples(progress: Path, settings: str | None = None) -> Tensor | None:
 def packed_size(model: nn.Module) -> str:
     """Describe the memory of the packed layers of a model and of dense ones."""
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
-    weights, bits = sum(layer.packed.shape.numel() for layer in layers), bits_a_weight(layers)
+    weights = sum(layer.packed.shape.numel() for layer in layers)
+    bits = bits_a_weight(layers)
     dtype = layers[0].packed.dtype
     kinds = sorted({layer.kind for layer in layers} - {KEEP})
     integers = sum(layer.kind != KEEP for layer in layers)

@@ -107,7 +107,9 @@ from .inputs import (
     windows_of,
 )
 
-START, VALIDATION, TEACHER = "start.json", "validation.json", "teacher"
+START = "start.json"
+VALIDATION = "validation.json"
+TEACHER = "teacher"
 # Lock of the process that learns; the trainer within it has one of its own
 RUN_LOCK = ".run.lock"
 # Settings that were not yet complete at a power cut
@@ -512,7 +514,10 @@ def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[st
     Returns:
         Results before the first step: the table, the seconds from the dense model to this mask, names, digests.
     """
-    pattern, rows, masks, seconds = NMPattern(options.pattern), {}, {}, {}
+    pattern = NMPattern(options.pattern)
+    rows = {}
+    masks = {}
+    seconds = {}
 
     def add_row(method: str, seconds: float) -> dict:
         row = _table_row(method, model, tests, seconds)
@@ -533,7 +538,8 @@ def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[st
             bar = Progress(name, "layer")
             masks[name] = refitted_masks(layers, pattern, mask, refit, model, initial, bar, options.seed)
             seconds[name] = time.perf_counter() - began
-    init, targets = masks[start].codes, None
+    init = masks[start].codes
+    targets = None
     if options.density is not None:
         began = time.perf_counter()
         report(f"computing by {len(initial)} batches which masks cost most")
@@ -604,7 +610,8 @@ def _spread_weights(model: nn.Module, ranks: Ranks) -> None:
         for layer in masked_layers(model).values():
             weight = layer.weight.detach().clone()
             ranks.spread_(weight)
-            layer.weight.data, layer.weight_changed = weight, True
+            layer.weight.data = weight
+            layer.weight_changed = True
 
 
 def _put_back_start_weights(model: nn.Module, progress: Path, start: Mapping) -> None:
@@ -632,8 +639,10 @@ class _Run:
     evaluating: float = 0.0
 
     def __post_init__(self):
-        self.model, self.output = self.trainer.model, Path(self.options.output)
-        self.progress, self.seconds = self.output / PROGRESS, self.start["seconds"]
+        self.model = self.trainer.model
+        self.output = Path(self.options.output)
+        self.progress = self.output / PROGRESS
+        self.seconds = self.start["seconds"]
 
     def begin(self, start: dict) -> None:
         """Prepare the first step; afterwards ``--resume`` can continue the run."""
@@ -667,7 +676,8 @@ class _Run:
 
     def take_steps(self) -> bool:
         """Take the remaining steps, until the run ends or a signal comes; return whether it has ended."""
-        options, trainer = self.options, self.trainer
+        options = self.options
+        trainer = self.trainer
 
         def has_more() -> bool:
             if self._is_due(trainer.steps_done):
@@ -675,8 +685,10 @@ class _Run:
             return trainer.steps_done < options.steps and not self._has_diverged()
 
         more = self.ranks.first(has_more)
-        began, evaluating = time.perf_counter(), self.evaluating
-        weight, parts = self.model.get_input_embeddings().weight, self.model.modules()
+        began = time.perf_counter()
+        evaluating = self.evaluating
+        weight = self.model.get_input_embeddings().weight
+        parts = self.model.modules()
         used = {part.config._attn_implementation for part in parts if hasattr(part, "set_attn_implementation")}
         by_products = trainer.estimator.needs_gradients and weight.is_cpu and weight.dtype == torch.bfloat16
         by_products = by_products and options.seq_len <= SHORT and used == {"sdpa"}
@@ -690,10 +702,12 @@ class _Run:
                 # logits of an earlier stop: if the run is killed now, they must not look like its result
                 (self.output / LOGITS_FILE).unlink(missing_ok=True)
                 track = stack.enter_context(self._trackers())
-                before, started = trainer.steps_done, time.perf_counter()
+                before = trainer.steps_done
+                started = time.perf_counter()
 
                 def after_step(record: StepRecord) -> bool:
-                    done, value = record.step + 1, None
+                    done = record.step + 1
+                    value = None
                     if self._is_due(done):
                         attend("sdpa")
                         value = self._evaluate()
@@ -733,7 +747,9 @@ class _Run:
 
     def end(self) -> None:
         """Write checkpoint, logits, picture and report, and print the table."""
-        options, output, pattern = self.options, self.output, NMPattern(self.options.pattern)
+        options = self.options
+        output = self.output
+        pattern = NMPattern(self.options.pattern)
         trained = digest_of_weights(self.model) != self.start["start_weights"]
         learned = _name_of(options.estimator, options, _changes(options, trained))
         table = [*self.start["table"], _table_row(learned, self.model, self.tests, self.seconds)]
@@ -777,7 +793,8 @@ class _Run:
         for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
             discard(old)
         shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
-        best, last = min(self.rows, key=lambda row: row["perplexity"]), self.rows[-1]["perplexity"]
+        best = min(self.rows, key=lambda row: row["perplexity"])
+        last = self.rows[-1]["perplexity"]
         if not last <= 1.01 * best["perplexity"]:
             report_as(
                 "warning",
@@ -794,7 +811,8 @@ class _Run:
 
     def _evaluate(self) -> float:
         """Compute the validation perplexity of the current step and store it."""
-        began, step = time.perf_counter(), self.trainer.steps_done
+        began = time.perf_counter()
+        step = self.trainer.steps_done
         value = perplexity(self.model, self.validation, progress=Progress("validation", "window"))
         if not self.rows and not math.isfinite(value):
             raise FloatingPointError(
@@ -878,7 +896,8 @@ def _trackers_of(options: Learn) -> tuple[str, ...]:
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list, so that the step can end first; a second signal has its usual effect."""
-    came, before = [], {}
+    came = []
+    before = {}
 
     def put_back() -> None:
         for number, handler in before.items():

@@ -120,7 +120,8 @@ def printed_log() -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             report(record.getMessage())
 
-    handler, logger = Printer(), logging.getLogger(__package__.partition(".")[0])
+    handler = Printer()
+    logger = logging.getLogger(__package__.partition(".")[0])
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -36,10 +36,13 @@ def speed(options: Speed, models: list[str]) -> int:
     for name in models:
         check_ended(name)
         check_model(name)
-    loaded, vocabulary, prompt = {}, None, None
+    loaded = {}
+    vocabulary = None
+    prompt = None
     for name in models:
         model, tokenizer = load(name, options.dtype, device)
-        positions, wanted = positions_of(model), options.prompt_tokens + options.new_tokens
+        positions = positions_of(model)
+        wanted = options.prompt_tokens + options.new_tokens
         if positions is not None and wanted > positions:
             raise ValueError(
                 f"new_tokens: expected at most {positions} tokens together with --prompt-tokens, the context of "

@@ -292,7 +292,8 @@ def counter_of(matrix: Tensor, pattern: NMPattern, /, seed: Scalar | None = None
 
 def check_shard(shape: Sequence[int], pattern: NMPattern, group_offset: int, group_row_stride: int | None) -> int:
     """Check the place of a shard of shape [rows, K]; return the groups in a row of the whole layer."""
-    rows, groups = shape[0], shape[1] // pattern.m
+    rows = shape[0]
+    groups = shape[1] // pattern.m
     check_int("group_offset", group_offset, philox.MAX_GROUPS)
     stride = groups if group_row_stride is None else group_row_stride
     check_int("group_row_stride", stride, philox.MAX_GROUPS)

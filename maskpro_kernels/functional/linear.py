@@ -194,7 +194,9 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
     """
     transformed = check_transforms("Vmap", "a masked layer has one grad, vjp or jacrev at a time, so no hessian")
     operand = linear_input(x, bias, weight.shape, weight.dtype, weight.device)
-    tokens, matrix, vector = tokens_of(operand), weight.contiguous(), None if bias is None else bias.contiguous()
+    tokens = tokens_of(operand)
+    matrix = weight.contiguous()
+    vector = None if bias is None else bias.contiguous()
     if not log_prob and logits_backward is None and mask.kind != "applied":
         # the product needs no more than the codes, if there are any
         mask = mask.by_codes

@@ -28,7 +28,8 @@ from ..files import read_object
 
 SMOLLM2 = "smollm2-135m"
 # Its id on the hub, and its license there
-SMOLLM2_ID, SMOLLM2_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_LICENSE = "apache-2.0"
 # Bytes of a config.json that is compared with its weights
 LARGE_CONFIG = 1 << 20
 # Numbers of layers in a config.json

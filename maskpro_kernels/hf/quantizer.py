@@ -19,7 +19,8 @@ from ..ops.reference import INT4_GROUPS, SCALED
 from ..packed import INT4, INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, hold_in_huge_pages, packed_class
 from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, unfused_modules
 
-METHOD, VERSION = "maskpro", 1
+METHOD = "maskpro"
+VERSION = 1
 HOW_TO_LOAD = "import maskpro_kernels.hf before from_pretrained: transformers alone does not know these layers"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {INT8: ("I8", torch.int8), INT4: ("U8", torch.uint8)}
@@ -58,7 +59,8 @@ class SparseConfig(QuantizationConfigMixin):
         for name, layer in layers.items():
             given = layer if isinstance(layer, Mapping) else {}
             own = {"layer"} if "layer" in given else {"values", "group"} if given.get("values") == INT4 else {"values"}
-            values, group = given.get("values", INT8), given.get("group", SCALED)
+            values = given.get("values", INT8)
+            group = given.get("group", SCALED)
             if set(given) != own | {"pattern"} or values not in VALUE_KINDS or group not in INT4_GROUPS:
                 raise ValueError(
                     f"quantization_config: expected the pattern, and layer or values, of {name}, got {layer!r}"
@@ -69,12 +71,17 @@ class SparseConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config: expected names in layers of each in shared, got {shared!r}")
         self.quant_method = METHOD
         self.layers = {name: dict(layer) for name, layer in layers.items()}
-        self.taken_apart, self.shared, self.version, self.loading = list(taken_apart), dict(shared), version, loading
+        self.taken_apart = list(taken_apart)
+        self.shared = dict(shared)
+        self.version = version
+        self.loading = loading
 
     @classmethod
     def of(cls, model: nn.Module) -> SparseConfig | None:
         """Make the config of a model's masked and packed layers; None if it has none."""
-        layers, shared, first = {}, {}, {}
+        layers = {}
+        shared = {}
+        first = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if not isinstance(module, SPARSE):
                 continue
@@ -169,7 +176,8 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
         # dtypes by name of the tensor, in the spelling of safetensors
-        stored, states = {}, []
+        stored = {}
+        states = []
         for file in checkpoint_files or ():
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -201,7 +209,8 @@ class SparseQuantizer(HfQuantizer):
         # the weight of ``guarded_state_dict``
         names = "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, NMLinear))
         model._keys_to_ignore_on_load_unexpected.add(rf"^({names})\.weight$")
-        shared, modules = self.quantization_config.shared, dict(model.named_modules(remove_duplicate=False))
+        shared = self.quantization_config.shared
+        modules = dict(model.named_modules(remove_duplicate=False))
         first = _own_names(model, shared.values())
         self._shared = {own: first[shared[name]] for name, own in _own_names(model, shared).items()}
         for own, name in self._shared.items():
@@ -303,28 +312,34 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    replacements, modules, state = {}, dict(model.named_modules()), CounterState(device="meta")
+    replacements = {}
+    modules = dict(model.named_modules())
+    state = CounterState(device="meta")
     for name, own in _own_names(model, layers).items():
-        linear, pattern = modules.get(own), NMPattern(layers[name]["pattern"])
+        linear = modules.get(own)
+        pattern = NMPattern(layers[name]["pattern"])
         if linear is None or not is_linear(linear):
             raise ValueError(
                 f"quantization_config: expected names of nn.Linear modules of {type(model).__name__}, got {name!r}, "
                 f"which is {'none of its modules' if linear is None else type(linear).__name__}"
             )
-        (rows, k), dtype = linear.weight.shape, linear.weight.dtype
+        rows, k = linear.weight.shape
+        dtype = linear.weight.dtype
         if k % pattern.m:
             raise ValueError(
                 f"quantization_config: expected in_features divisible by {pattern.m} for {pattern}, got {k} in {name}"
             )
         bias = None if linear.bias is None else empty(rows, dtype=dtype)
         if "layer" in layers[name]:
-            weight, logits = empty(rows, k, dtype=dtype), empty(rows, k, dtype=logits_dtype)
+            weight = empty(rows, k, dtype=dtype)
+            logits = empty(rows, k, dtype=logits_dtype)
             try:
                 layer = MaskedLinear(weight, bias, logits, pattern, layer=layers[name]["layer"], counter_state=state)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"quantization_config: {name}: {error}") from error
         else:
-            kind, kept = layers[name]["values"], k // pattern.m * pattern.n
+            kind = layers[name]["values"]
+            kept = k // pattern.m * pattern.n
             _, stored = INTEGERS.get(kind, (None, dtype))
             values = empty(rows, kept // 2 if kind == INT4 else kept, dtype=stored)
             group = layers[name].get("group", SCALED)
@@ -365,10 +380,12 @@ def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> N
             "adapter by save_pretrained of the PeftModel, and the model that its unload() returns"
         )
     kinds = [layer.get("values", "masked") for layer in layers.values()]
-    masked, scaled = kinds.count("masked"), sum(kind in INTEGERS for kind in kinds)
+    masked = kinds.count("masked")
+    scaled = sum(kind in INTEGERS for kind in kinds)
     # the extra state is checked by layer ids
     expected = {"logits": masked} if masked else {}
-    packed, beside = len(kinds) - masked, {"values": "bitmask", "scales": "bitmask", "bitmask": "values"}
+    packed = len(kinds) - masked
+    beside = {"values": "bitmask", "scales": "bitmask", "bitmask": "values"}
     for part, count in (expected | {"values": packed, "bitmask": packed, "scales": scaled}).items():
         found = [name.rpartition(".")[0] for name in stored if name.endswith(f".{part}")]
         if part in beside:

@@ -210,7 +210,8 @@ def _check(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: in
                 f"models: expected one vocabulary, got {vocabulary} tokens in {next(iter(models))!r} and "
                 f"{embeddings.num_embeddings} in {name!r}"
             )
-    low, high = int(prompt.min()), int(prompt.max())
+    low = int(prompt.min())
+    high = int(prompt.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(f"prompt: expected tokens below {vocabulary}, the vocabulary, got {low} to {high}")
 
@@ -235,10 +236,12 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 def _agreement(names: tuple[str, str], differs_in: str | None, other_model: PreTrainedModel,
                prompt: Tensor, written: Tensor, other: Tensor) -> Agreement:  # fmt: skip
-    differ, new_tokens = written != other, written.shape[1]
+    differ = written != other
+    new_tokens = written.shape[1]
     if not differ.any():
         return Agreement(*names, differs_in, new_tokens, new_tokens)
-    places, gaps = [], []
+    places = []
+    gaps = []
     for row in differ.any(1).nonzero().flatten().tolist():
         place = int(differ[row].int().argmax())
         read = torch.cat([prompt[row], other[row, :place]])
@@ -272,7 +275,8 @@ def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
 def first_difference(model: nn.Module, other: nn.Module, rounded: bool = False) -> str | None:
     """Name of the first weight, unpacked or masked, or buffer in which two models differ; None if there is none."""
     with torch.no_grad(), in_linear_form(model), in_linear_form(other):
-        own, others = _tensors(model), _tensors(other)
+        own = _tensors(model)
+        others = _tensors(other)
         named = (*model.named_modules(), *other.named_modules()) if rounded else ()
         # integers are near where the largest scale of their row sets them apart; int4 clips by up to 6 of its scales
         near = {
@@ -283,7 +287,8 @@ def first_difference(model: nn.Module, other: nn.Module, rounded: bool = False) 
         for name in [*own, *(name for name in others if name not in own)]:
             if name not in own or name not in others:
                 return name
-            first, second = own[name](), others[name]()
+            first = own[name]()
+            second = others[name]()
             if name in near and first.shape == second.shape:
                 scale = near[name].float().amax(1, keepdim=True)
                 second = torch.where((first.float() - second.float()).abs() <= scale, first, second)
@@ -319,11 +324,17 @@ class _Timer(BaseStreamer):
     """Timer of one model; as a streamer of ``generate`` it records the times of the prompt and of each token."""
 
     def __init__(self, name: str, model: PreTrainedModel, prompt: Tensor, new_tokens: int):
-        self._name, self._model, self._prompt, self._new_tokens = name, model, prompt, new_tokens
+        self._name = name
+        self._model = model
+        self._prompt = prompt
+        self._new_tokens = new_tokens
         tensors = (*model.parameters(), *model.buffers())
         # each storage once
         self._weight_bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-        self._prefill_seconds, self._step_seconds, self._device_bytes, self._times = [], [], None, []
+        self._prefill_seconds = []
+        self._step_seconds = []
+        self._device_bytes = None
+        self._times = []
 
     def measure(self, counted: bool) -> None:
         """Take a round."""

@@ -35,7 +35,10 @@ class BackwardPass:
     every_pass = False
 
     def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
-        self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
+        self.updaters = updaters
+        self.ranks = ranks
+        self.batches = batches
+        self.left = batches
         self.hooks: list = []
         # true while every finished layer was used at most once, on each rank
         self.in_turn = True
@@ -90,7 +93,8 @@ class BackwardPass:
         if not alike:
             self.turns.clear()
         for updater in self.updaters.values():
-            updater.weight, updater.tokens = weight, tokens
+            updater.weight = weight
+            updater.tokens = tokens
             updater.at_once = self.ranks.world == 1 and self.batches == 1 and updater.uses <= 1
         torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
         self._end_pass()
@@ -138,7 +142,9 @@ class BackwardPass:
 def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
     """Names of the layers in the order of backward, one for each use; none inside a reentrant checkpoint."""
     names = {id(updater.layer.logits): name for name, updater in updaters.items()}
-    ahead, seen, reached = [loss.grad_fn], {None}, []
+    ahead = [loss.grad_fn]
+    seen = {None}
+    reached = []
     while ahead:
         node = ahead.pop()
         if node in seen:
@@ -171,11 +177,16 @@ class LayerUpdater:
     moves_logits = True
 
     def __init__(self, layer: MaskedLinear, how: Estimator, learner: WeightLearner | None):
-        self.layer, self.how, self.learner = layer, how, learner
+        self.layer = layer
+        self.how = how
+        self.learner = learner
         self.mean_square: float | None = None
 
     def begin(self, lr: float, weight_lr: float, backward_pass: BackwardPass, fisher: Tensor | None) -> None:
-        self.lr, self.weight_lr, self.backward_pass, self.fisher = lr, weight_lr, backward_pass, fisher
+        self.lr = lr
+        self.weight_lr = weight_lr
+        self.backward_pass = backward_pass
+        self.fisher = fisher
         self.uses = 0
         self.latest: Tensor | None = None
         self.slopes: Tensor | None = None
@@ -261,7 +272,8 @@ def check_slope_settings(curvature: float, max_update: float, decay: float) -> N
 
 def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: float) -> Callable[[Tensor], Tensor]:
     """Return a function that moves logits by -rate * slope, and returns the mean square of the slopes."""
-    m, counter = layer.pattern.m, layer.counter()
+    m = layer.pattern.m
+    counter = layer.counter()
     return lambda rate: ops.descend_(logits, slopes, rate, max_update, m, *counter)
 
 
@@ -309,11 +321,13 @@ class WeightLearner:
     """
 
     def __init__(self, layer: MaskedLinear, decay: float):
-        self.layer, self.decay = layer, decay
+        self.layer = layer
+        self.decay = decay
         # copy: an embedding, or the layer that this one was made from, may share the tensor
         layer.weight.data = layer.weight.detach().clone()
         self.master = layer.weight.detach().to(torch.float32)
-        self.first, self.second = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.first = torch.zeros_like(self.master)
+        self.second = torch.zeros_like(self.master)
         self.count = torch.zeros((), device=self.master.device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -386,13 +400,16 @@ class ShardUpdater(LayerUpdater):
 
     def finish(self) -> None:
         """Add the slopes of one pass on all ranks."""
-        shard, ranks = self.layer.shard, self.backward_pass.ranks
+        shard = self.layer.shard
+        ranks = self.backward_pass.ranks
         device = shard.weight.device
         if self.slopes is None:
             self.slopes = torch.zeros(shard.shape, dtype=torch.float32, device=device)
         first = ranks.sum_of_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
         # free them before the next layer
-        self.slopes, factors, self.factors = None, self.factors, []
+        self.slopes = None
+        factors = self.factors
+        self.factors = []
         second = torch.zeros_like(first)
         uses = 1 if self.backward_pass.in_turn else max(count for (count,) in ranks.gather([len(factors)]))
         for use in range(int(uses)):
@@ -419,4 +436,5 @@ class ShardUpdater(LayerUpdater):
 
     def end(self) -> None:
         super().end()
-        self.own_slopes, self.factors = None, []
+        self.own_slopes = None
+        self.factors = []

@@ -21,7 +21,8 @@ def content(batch, index: int) -> str:
 
     For a batch with other objects: a digest of its tensors, and its index.
     """
-    tensors, parts = [], []
+    tensors = []
+    parts = []
 
     def plain(part) -> bool:
         """Add the content of a part; return whether all of it can be compared."""
@@ -43,7 +44,8 @@ def content(batch, index: int) -> str:
         parts.append("tensor" if isinstance(part, Tensor) else repr(part) if is_plain else "")
         return is_plain
 
-    is_plain, of_tensors = plain(batch), digest(tensors)
+    is_plain = plain(batch)
+    of_tensors = digest(tensors)
     if not is_plain:
         return f"batch {index} {of_tensors}"
     return hashlib.blake2b(" ".join([of_tensors, *parts]).encode(), digest_size=SIZE).hexdigest()
@@ -89,7 +91,8 @@ class BatchCycle:
     """Batches of a sequence in order and again from the start, ``accumulate`` a step."""
 
     def __init__(self, sequence: Sequence, accumulate: int):
-        self.sequence, self._accumulate = sequence, accumulate
+        self.sequence = sequence
+        self._accumulate = accumulate
 
     def of_step(self, step: int) -> list:
         first = step * self._accumulate
@@ -111,9 +114,13 @@ class BatchStream:
     sequence = None
 
     def __init__(self, batches: Iterable, accumulate: int, ranks: Ranks):
-        self._batches, self._accumulate, self._ranks = batches, accumulate, ranks
+        self._batches = batches
+        self._accumulate = accumulate
+        self._ranks = ranks
         self._iterator: Iterator | None = None
-        self._step, self._taken, self._count = -1, [], 0
+        self._step = -1
+        self._taken = []
+        self._count = 0
         self._before = self._after = ""
 
     def of_step(self, step: int) -> list:
@@ -125,7 +132,9 @@ class BatchStream:
     def _of_step(self, step: int) -> list:
         if step != self._step:
             taken = [self._next() for _ in range(self._accumulate)]
-            self._before, self._step, self._taken = self._after, step, taken
+            self._before = self._after
+            self._step = step
+            self._taken = taken
             for place, batch in enumerate(taken):
                 name = f"{self._after} {content(batch, step * self._accumulate + place)}"
                 self._after = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
@@ -170,7 +179,9 @@ class InitialLosses:
 
     def __init__(self, batches: Sequence | None, ranks: Ranks, together: bool):
         self.losses: list[float] | None = None
-        self._batches, self._ranks, self._together = batches, ranks, together
+        self._batches = batches
+        self._ranks = ranks
+        self._together = together
 
     @cached_property
     def _contents(self) -> list[str]:
@@ -191,7 +202,9 @@ class InitialLosses:
         gone = [index for index, name in enumerate(self._contents) if name not in index_of]
         if gone:
             raise ValueError(f"batches: expected those of the first step, got others instead of {gone}")
-        names, world, by_content = list(index_of), self._ranks.world, {}
+        names = list(index_of)
+        world = self._ranks.world
+        by_content = {}
         hidden = not progress or self._ranks.rank > 0
         for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
             by_rank = names[first : first + world]

@@ -213,16 +213,26 @@ class Step:
     """
 
     def __init__(self, trainer, batches: Sequence, initial_loss: Callable, begin_update: Callable):
-        self.index, self.seed, self.ranks, self.batches = trainer.steps_done, trainer.seed, trainer.ranks, batches
-        self.model, self.loss_fn, self.masks = trainer.model, trainer.loss_fn, trainer.masks
-        self.layers, self.weights, self.tokens = trainer.layers, weights_of(batches), sum(map(count_tokens, batches))
-        self._estimator, draws, ranks = trainer.estimator, range(trainer.estimator.draws), trainer.ranks
+        self.index = trainer.steps_done
+        self.seed = trainer.seed
+        self.ranks = trainer.ranks
+        self.batches = batches
+        self.model = trainer.model
+        self.loss_fn = trainer.loss_fn
+        self.masks = trainer.masks
+        self.layers = trainer.layers
+        self.weights = weights_of(batches)
+        self.tokens = sum(map(count_tokens, batches))
+        self._estimator = trainer.estimator
+        draws = range(trainer.estimator.draws)
+        ranks = trainer.ranks
         self._by_rank = [
             [(draw, place) for draw in draws for place in range(rank, len(batches), ranks.world)]
             for rank in range(ranks.world)
         ]
         self.own = self._by_rank[ranks.rank]
-        self._initial_loss, self._begin_update = initial_loss, begin_update
+        self._initial_loss = initial_loss
+        self._begin_update = begin_update
         self._losses: list[float] = []
         self._flip_rate: float | None = None
         self._updates = 0
@@ -282,7 +292,8 @@ class Step:
 
     def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
         """Return (loss of each draw, whether ``order`` is equal on all ranks); call it after this rank's forwards."""
-        own, self._losses = self._losses, []
+        own = self._losses
+        self._losses = []
         rows = self.ranks.gather([self.index, self.flip_rate, order, *own])
         for name, at in (("step", 0), ("flip rate", 1)):
             others = {rank: row[at] for rank, row in enumerate(rows) if row[at] != rows[0][at]}
@@ -351,7 +362,8 @@ def check_float(name: str, value: float, low: float, high: float = FLOAT32_MAX, 
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {describe(value)}")
     if not low <= value <= high or strict and value == low:
-        least, most = "above" if strict else "of at least", f" and at most {high:g}" if high < FLOAT32_MAX else ""
+        least = "above" if strict else "of at least"
+        most = f" and at most {high:g}" if high < FLOAT32_MAX else ""
         raise ValueError(f"{name}: expected a float {least} {low:g}{most}, got {value}")
 
 

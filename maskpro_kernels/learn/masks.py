@@ -119,7 +119,8 @@ class ModelMasks:
 
     @torch.no_grad()
     def _draw(self, uses: Uses | None) -> None:
-        self._last, drawn = {}, {}
+        self._last = {}
+        drawn = {}
         for i, (names, group) in enumerate(self._grouped()):
             counter = self.layers[names[0]].counter()
             # ranks exchange the kept values of a draw, so no use draws again
@@ -135,7 +136,8 @@ class ModelMasks:
         with OffloadedLogits(alone) as copies:
             for name, layer in zip(self._alone, alone, strict=True):
                 with copies.reading(layer) as logits:
-                    n, m = layer.pattern.n, layer.pattern.m
+                    n = layer.pattern.n
+                    m = layer.pattern.m
                     self._cache(name, sample_mask(logits.contiguous(), n, m, 1.0, *layer.counter()))
         self._last = drawn
 
@@ -152,7 +154,8 @@ class ModelMasks:
         if name not in self.layers:
             raise ValueError(f"name: expected that of a layer, got {describe(name)}")
         layer = self.layers[name]
-        flips, groups = self._flips(name, layer), layer.own_logits.numel() // layer.pattern.m
+        flips = self._flips(name, layer)
+        groups = layer.own_logits.numel() // layer.pattern.m
         if layer.shard is not None:
             flips, groups = layer.shard.summed(torch.tensor([flips, groups], device=layer.own_logits.device)).tolist()
         return flips / max(groups, 1)
@@ -184,10 +187,12 @@ class ModelMasks:
             if self._inside and layer.cached_mask is not None and i in self._last:
                 return group.flips_of(at)
             # the kernel that draws counts them
-            alone, counter = LayerGroup([group.layers[at]], group.n, group.m), layer.counter()
+            alone = LayerGroup([group.layers[at]], group.n, group.m)
+            counter = layer.counter()
             draw_layers_(alone, 1.0, counter.seed, counter.step, counter.draw)
             return alone.flips_of(0)
-        codes, kept = layer.drawn_codes(), top_n_mask(layer.logits_on_device(), layer.pattern)
+        codes = layer.drawn_codes()
+        kept = top_n_mask(layer.logits_on_device(), layer.pattern)
         return int((codes != kept).sum())
 
     def score_update_(self, coef: float | Tensor | Sequence[float | Tensor], *,
@@ -222,7 +227,8 @@ class ModelMasks:
                 update_layers_(*update)
             with OffloadedLogits([self.layers[name] for name in self._alone]) as copies:
                 for name in self._alone:
-                    layer, key = self.layers[name], self._counter(name, seed, step, draw)
+                    layer = self.layers[name]
+                    key = self._counter(name, seed, step, draw)
                     where = dict(zip(("seed", "step", "draw"), key, strict=True), layer=layer.layer)
                     with copies.moving(layer) as logits:
                         score_update_(logits, coef, pattern=layer.pattern, **where, **layer.place._asdict())
@@ -238,7 +244,8 @@ class ModelMasks:
             now = _key_of(group, *key[:2], ids[0])
             by_codes = len(ids) == 1 and None not in now and self._last.get(i) == now
         scalars = [on_device(x, torch.int64, group.device) for x in key[:2]]
-        factors, ids = stacked(coefs, torch.float32, group.device), stacked(ids, torch.int64, group.device)
+        factors = stacked(coefs, torch.float32, group.device)
+        ids = stacked(ids, torch.int64, group.device)
         return group, factors, 1.0, *scalars, ids, by_codes
 
     def _counter(self, name: str, *given) -> tuple:
@@ -276,7 +283,8 @@ class ModelMasks:
 
 
 def _place_of(layer: MaskedLinear | ReplayedLayer) -> tuple:
-    logits, device = layer.own_logits, getattr(getattr(layer, "weight", None), "device", None)
+    logits = layer.own_logits
+    device = getattr(getattr(layer, "weight", None), "device", None)
     where = layer.layer, *layer.place, id(getattr(layer, "counter_state", None))
     address = logits.data_ptr() if type(logits) in PLAIN else 0
     return id(logits), address, logits.shape, logits.stride(), logits.dtype, logits.device, device, *where
@@ -296,7 +304,8 @@ def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, Ma
     for name, layer in layers.items():
         if not isinstance(layer, MaskedLinear | ReplayedLayer):
             raise TypeError(f"layers: expected MaskedLinear layers, got {type(layer).__name__} for {name!r}")
-        first, logits = names.setdefault(id(layer.logits), name), layer.own_logits
+        first = names.setdefault(id(layer.logits), name)
+        logits = layer.own_logits
         if first != name:
             raise ValueError(f"layers: expected logits with one name each, got the same for {first!r} and {name!r}")
         if type(logits) in PLAIN and logits.is_contiguous() and logits.nbytes and not logits.is_meta:

@@ -37,7 +37,8 @@ class OffloadedLogits:
 
     def __init__(self, order: Sequence[MaskedLinear]):
         # the layers, and the index of the next one to fetch
-        self._order, self._next = [layer for layer in order if offloaded(layer)], 0
+        self._order = [layer for layer in order if offloaded(layer)]
+        self._next = 0
         self._coming: tuple[MaskedLinear | None, tuple[Tensor, Wait] | None] = None, None
         self._ends: collections.deque[Wait] = collections.deque()
         self._written: set[MaskedLinear] = set()
@@ -49,7 +50,8 @@ class OffloadedLogits:
         return self
 
     def __exit__(self, *_) -> None:
-        self._coming, self._order = (None, None), []
+        self._coming = (None, None)
+        self._order = []
         self._wait(0)
 
     @contextmanager
@@ -66,7 +68,8 @@ class OffloadedLogits:
                 coming = self._fetched(layer)
                 if layer in self._order:
                     self._next = self._order.index(layer) + 1
-            self._coming, (logits, ready) = (None, None), coming
+            self._coming = (None, None)
+            logits, ready = coming
             ready()
             self._fetch_next()
         yield logits
@@ -123,7 +126,8 @@ class StreamTransfers(Transfers):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.incoming = torch.cuda.Stream(device)
+        self.outgoing = torch.cuda.Stream(device)
 
     def fetch(self, source: Tensor) -> tuple[Tensor, Wait]:
         with torch.cuda.stream(self.incoming):

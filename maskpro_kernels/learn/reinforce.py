@@ -61,9 +61,14 @@ class Reinforce(Estimator):
             raise ValueError(f'tracker: expected "after" with several draws, which have no tracker, got {tracker!r}')
         if steps is not None:
             check_whole("steps", steps, 1)
-        self.draws, self.steps, self.needs_initial_losses = draws, steps, draws == 1
-        self.lr, self.alpha, self.tracker = float(lr), float(alpha), tracker
-        self.normalize, self.refresh = normalize, refresh
+        self.draws = draws
+        self.steps = steps
+        self.needs_initial_losses = draws == 1
+        self.lr = float(lr)
+        self.alpha = float(alpha)
+        self.tracker = tracker
+        self.normalize = normalize
+        self.refresh = refresh
         self.delta = 0.0
         self.mean_square: float | None = None
 
@@ -74,7 +79,8 @@ class Reinforce(Estimator):
         return {"delta": self.delta, "mean_square": self.mean_square}
 
     def load_state(self, state: Mapping) -> None:
-        self.delta, self.mean_square = state["delta"], state["mean_square"]
+        self.delta = state["delta"]
+        self.mean_square = state["mean_square"]
 
     def step(self, step: Step) -> StepResult:
         """Move the logits by the scores of the drawn masks; if it raises, logits and tracker are unchanged."""
@@ -120,7 +126,8 @@ class Reinforce(Estimator):
 
     def advantages(self, losses: Sequence[float], initial_loss: float = 0.0) -> list[float]:
         """Compute the advantage of each draw of a step from the losses; with a single draw also update the tracker."""
-        count, total = len(losses), math.fsum(losses)
+        count = len(losses)
+        total = math.fsum(losses)
         if count == 1:
             return [self.advantage(losses[0] - initial_loss)]
         return self._normalized([loss - (total - loss) / (count - 1) for loss in losses])

@@ -57,7 +57,9 @@ from .masks import ModelMasks, ReplayedLayer
 
 # Format of the folder and its files; increase it when one of these changes
 FORMAT = 5
-JOURNAL, METRICS, LOCK = "journal", "metrics.jsonl", ".lock"
+JOURNAL = "journal"
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
 SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})(\.safetensors)?")
 MANIFEST = "snapshot.json"
 # Files with temporary names until they are complete; other files in the folder belong to the user
@@ -117,9 +119,13 @@ class Journal:
     """
 
     def __init__(self, path: Path, draws: int, steps: int, chain: bytes):
-        self.path, self.draws, self.steps, self.chain = path, draws, steps, chain
+        self.path = path
+        self.draws = draws
+        self.steps = steps
+        self.chain = chain
         self._file = open(path, "a+b", buffering=0)
-        self._failed, self._end = False, os.fstat(self._file.fileno()).st_size
+        self._failed = False
+        self._end = os.fstat(self._file.fileno()).st_size
 
     @classmethod
     def create(cls, path: Path, header: Mapping, draws: int = 1) -> Journal:
@@ -190,11 +196,14 @@ def read_journal(path: str | Path) -> Records:
     _, number, size = HEAD.unpack(content[: HEAD.size])
     if number != FORMAT:
         raise ValueError(f"journal: expected format {FORMAT}, got {number}, of another version, in {str(path)!r}")
-    chain, text = content[HEAD.size : HEAD.size + SIZE], content[HEAD.size + SIZE :][:size]
+    chain = content[HEAD.size : HEAD.size + SIZE]
+    text = content[HEAD.size + SIZE :][:size]
     if len(text) < size or digest_of_bytes(content[: HEAD.size], text) != chain:
         raise ValueError(f"journal: expected a whole header, got a damaged one in {str(path)!r}")
     head = json.loads(text)
-    length, entries, chains = STEP.size + head["draws"] * DRAW.size + SIZE, [], [chain]
+    length = STEP.size + head["draws"] * DRAW.size + SIZE
+    entries = []
+    chains = [chain]
     start = HEAD.size + SIZE + size
     for at in range(start, len(content), length):
         record = content[at : at + length]
@@ -397,7 +406,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, estimator: Estimator):
-        self.path, self.estimator = path, estimator
+        self.path = path
+        self.estimator = estimator
         self.rows: list[dict] = []
         self._journal: Journal | None = None
         self._lock: FileLock | None = None
@@ -459,11 +469,17 @@ class RunFolder:
             raise
 
     def _resume(self, settings: Mapping, check_batches: Callable, check_run: Callable | None) -> SavedRun:
-        estimator, records, refreshed = self.estimator, None, None
-        run, entries, at_most = None, [], None
+        estimator = self.estimator
+        records = None
+        refreshed = None
+        run = None
+        entries = []
+        at_most = None
         if estimator.journaled:
             records = read_journal(self.path / JOURNAL)
-            run, entries, at_most = records.header["run"], records.entries, len(records.entries)
+            run = records.header["run"]
+            entries = records.entries
+            at_most = len(records.entries)
             self._check_settings(settings, run)
         snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, run)
         run = state["run"]
@@ -488,9 +504,12 @@ class RunFolder:
         rows = self._read_rows(run["id"], steps)
         unrecorded = [step for step in range(steps) if step not in rows]
         if records is None:
-            kept, losses, skipped = state["estimator"], state["initial_losses"], state["skipped"]
+            kept = state["estimator"]
+            losses = state["initial_losses"]
+            skipped = state["skipped"]
         else:
-            kept, losses = estimator.state(), records.header["initial_losses"]
+            kept = estimator.state()
+            losses = records.header["initial_losses"]
             skipped = len(list(takewhile(lambda entry: entry.skipped, reversed(entries))))
             for entry, result in zip(entries, results, strict=True):
                 refreshed = entry.step + 1 if result.refreshes else refreshed
@@ -511,7 +530,8 @@ class RunFolder:
         unusable = {*damaged, *(path for path in snapshots_in(self.path) if step_of(path) > steps)}
         for path in unusable:
             path.rename(path.with_suffix(".aside"))
-        self.run, self.rows = run, [rows[step] for step in sorted(rows)]
+        self.run = run
+        self.rows = [rows[step] for step in sorted(rows)]
         write_whole(self.path / METRICS, self._lines(self.rows))
         self._written = len(self.rows)
         warnings = [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
@@ -532,7 +552,9 @@ class RunFolder:
                 continue
             if isinstance(own, dict) and isinstance(other, dict):
                 key = next(key for key in {**own, **other} if own.get(key, ...) != other.get(key, ...))
-                name, own, other = f"{name} {key}", own.get(key), other.get(key)
+                name = f"{name} {key}"
+                own = own.get(key)
+                other = other.get(key)
             # digests would not help
             is_digest = name in ("batches", "weights")
             values = "of this trainer, got others" if is_digest else f"{own!r}, got {other!r}"
@@ -605,7 +627,8 @@ class RunFolder:
             raise ValueError(
                 f"output_dir: expected a folder that no open trainer uses, got {str(self.path)!r}"
             ) from None
-        self._process, self._states = os.getpid(), {self.path / LOCK: os.stat(self.path / LOCK)}
+        self._process = os.getpid()
+        self._states = {self.path / LOCK: os.stat(self.path / LOCK)}
 
     def _check_own(self) -> None:
         """Raise unless this process made the run and still owns the folder."""
@@ -632,7 +655,9 @@ class RunFolder:
             # also if closing the file fails
             if self._lock is not None:
                 self._lock.release()
-            self._journal, self._lock, self._states = None, None, {}
+            self._journal = None
+            self._lock = None
+            self._states = {}
 
 
 def _digest_of_row(run: str, row: Mapping) -> str:
@@ -701,7 +726,8 @@ def replay_run(folder: str | Path, steps: int | None = None, device: torch.devic
     if not (folder / JOURNAL).exists():
         raise ValueError(f"folder: expected the folder of a run with a {JOURNAL}, got {str(folder)!r}")
     records = read_journal(folder / JOURNAL)
-    run, entries = records.header["run"], records.entries
+    run = records.header["run"]
+    entries = records.entries
     if steps is not None and not 0 <= steps <= len(entries):
         raise ValueError(f"steps: expected 0 to {len(entries)}, the steps of the journal, got {steps}")
     _, tensors, _, _ = newest_snapshot(folder, at_most=0, run=run)

@@ -72,8 +72,12 @@ class StraightThrough(Estimator):
         check_float("weight_decay", weight_decay, 0.0)
         if weight_decay and train_weights is None:
             raise ValueError(f"weight_decay: expected 0 where weights do not learn, got {weight_decay}")
-        self.lr, self.steps, self.fisher_every = float(lr), steps, fisher_every
-        self.curvature, self.max_update, self.decay = float(curvature), float(max_update), float(decay)
+        self.lr = float(lr)
+        self.steps = steps
+        self.fisher_every = fisher_every
+        self.curvature = float(curvature)
+        self.max_update = float(max_update)
+        self.decay = float(decay)
         self.train_weights = None if train_weights is None else float(train_weights)
         self.weight_decay = float(weight_decay)
         self._learners: dict[str, WeightLearner] = {}
@@ -85,7 +89,8 @@ class StraightThrough(Estimator):
             check_not_sharded(layers, "only whole weights can learn; leave out train_weights")
             names: dict[int, str] = {}
             for name, layer in layers.items():
-                other, weight = names.setdefault(layer.weight.data_ptr(), name), layer.weight
+                other = names.setdefault(layer.weight.data_ptr(), name)
+                weight = layer.weight
                 if not weight.is_contiguous():
                     raise ValueError(
                         f"train_weights: expected layers with contiguous weights, got {weight.stride()} in {name}"
@@ -136,9 +141,11 @@ class StraightThrough(Estimator):
             with self.attached(step.index, step.ranks, len(places), fisher) as backward_pass:
                 for place in others:
                     one = step.forward(place)
-                    alike, tokens = backward_pass.alike(one), labelled_tokens(step.loss_fn, step.batches[place])
+                    alike = backward_pass.alike(one)
+                    tokens = labelled_tokens(step.loss_fn, step.batches[place])
                     backward_pass.backward(one, float(step.weights[place]), alike, tokens)
-                loss, tokens = step.forward(last), labelled_tokens(step.loss_fn, step.batches[last])
+                loss = step.forward(last)
+                tokens = labelled_tokens(step.loss_fn, step.batches[last])
                 (value,), alike = step.exchange(backward_pass.order(loss))
                 if not math.isfinite(value):
                     return StepResult(value)
@@ -199,7 +206,8 @@ class FisherSquares:
     """
 
     def __init__(self, layers: Mapping[str, MaskedLinear], decay: float):
-        self.layers, self.decay = layers, decay
+        self.layers = layers
+        self.decay = decay
         self.squares = {
             name: torch.zeros(len(layer.weight), dtype=torch.float32, device=layer.weight.device)
             for name, layer in layers.items()
@@ -226,9 +234,11 @@ class FisherSquares:
         flat = torch.cat([total.to(device) for total in totals.values()])
         step.ranks.sum_(flat)
         rows = flat.split([len(total) for total in totals.values()])
-        parts, shares = [row[:-1] for row in rows], torch.stack([row[-1] for row in rows])
+        parts = [row[:-1] for row in rows]
+        shares = torch.stack([row[-1] for row in rows])
         finite = torch.stack([part.isfinite().all() for part in parts])
-        after, bad = self.current(), []
+        after = self.current()
+        bad = []
         usable, came = torch.stack([finite & (shares > 0), shares > 0]).tolist()
         for name, part, share, is_usable, has_come in zip(totals, parts, shares, usable, came, strict=True):
             if is_usable:

@@ -136,11 +136,17 @@ class MaskTrainer:
             check_finite(self.layers)
             _check_reach(estimator, least_margin(self.layers, estimator.max_logit_travel), self.ranks.rank == 0)
         self._batches = _batches_of_steps(batches, estimator, accumulate, self.ranks)
-        self.model, self.loss_fn, self.batches = model, loss_fn, batches
-        self.estimator, self.seed, self.accumulate = estimator, seed, accumulate
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batches = batches
+        self.estimator = estimator
+        self.seed = seed
+        self.accumulate = accumulate
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.snapshot_minutes, self.max_skipped = float(snapshot_minutes), max_skipped
-        self.masks, self.steps_done = ModelMasks(self.layers), 0
+        self.snapshot_minutes = float(snapshot_minutes)
+        self.max_skipped = max_skipped
+        self.masks = ModelMasks(self.layers)
+        self.steps_done = 0
         self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, self._sharded)
         # on rank 0 alone
         self._folder: RunFolder | None = None
@@ -414,7 +420,8 @@ class MaskTrainer:
         with resetting(self.model):
             restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
         self.estimator.load_state(saved.state)
-        self.steps_done, self._skipped = saved.steps, saved.skipped
+        self.steps_done = saved.steps
+        self._skipped = saved.skipped
         self._snapshot_time = time.monotonic()
         self._broken = False
         for line in saved.warnings if self.ranks.rank == 0 else ():
@@ -450,7 +457,8 @@ class MaskTrainer:
         return settings
 
     def _save_snapshot(self) -> None:
-        step, estimator = self.steps_done, self.estimator
+        step = self.steps_done
+        estimator = self.estimator
         tensors = {name: layer.logits.detach() for name, layer in self.layers.items()}
         tensors |= {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
         state = {

@@ -62,7 +62,8 @@ def least_gumbel(words):
 
 def spread_levels(words):
     """Level of each group's spread, uint8; ``words`` are columns of 32-bit integers in int64."""
-    least, most = functools.reduce(torch.minimum, words), functools.reduce(torch.maximum, words)
+    least = functools.reduce(torch.minimum, words)
+    most = functools.reduce(torch.maximum, words)
     level = _coarse_pattern(least) + (_coarse_pattern(most ^ philox.WORD) >> 1)
     return torch.clamp(level - LOWEST_LEVEL, 0, 255).to(torch.uint8)
 
@@ -86,7 +87,9 @@ def descending(xs):
 
     A group with NaN has no defined order.
     """
-    xs, count, sorted_ = list(xs), len(xs), 1
+    xs = list(xs)
+    count = len(xs)
+    sorted_ = 1
     while sorted_ < count:
         distance = sorted_
         while distance:
@@ -111,7 +114,9 @@ class Expected:
     """
 
     def __init__(self, xs, levels, inv_temperature, n):
-        self.xs, self.inv_temperature, self.n = xs, inv_temperature, n
+        self.xs = xs
+        self.inv_temperature = inv_temperature
+        self.n = n
         self.descending = descending(xs)
         numbers = functools.reduce(operator.and_, [x == x for x in xs])
         # rounded subtraction and multiplication are monotone
@@ -140,7 +145,9 @@ class Expected:
 
         The result of a column depends on its logit, and on which of the two kept weights has the lower index.
         """
-        xs, kept, centre = self.xs, self.kept, self.smallest_kept
+        xs = self.xs
+        kept = self.kept
+        centre = self.smallest_kept
         largest, _, third, _ = self.descending
         first_e = reference.exp(torch.clamp(0.0 - centre, max=reference.EXPONENT_CLAMP))
         dropped_e = [reference.exp(reference.saturated(z) - centre) for z in self._scaled(self.descending[2:])]

@@ -61,7 +61,9 @@ class LayerGroup:
     """
 
     def __init__(self, layers: Sequence[GroupedLayer], n: int, m: int):
-        self.layers, self.n, self.m = tuple(layers), n, m
+        self.layers = tuple(layers)
+        self.n = n
+        self.m = m
         self.device, self.dtype, _, _, self.whole, self.aligned = kind_of(layers[0], n, m)
         self.counts = [layer.logits.numel() // m for layer in layers]
         self.largest = max(self.counts)

@@ -34,7 +34,8 @@ class NMPattern:
 
     def __init__(self, pattern: str | NMPattern):
         if isinstance(pattern, NMPattern):
-            n, m = pattern.n, pattern.m
+            n = pattern.n
+            m = pattern.m
         elif isinstance(pattern, str):
             n, m = _parsed(pattern)
         else:
@@ -56,7 +57,8 @@ def _parsed(pattern: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if match is None:
         raise ValueError(f'pattern: expected "N:M" such as "2:4", got {pattern!r}')
-    n, m = int(match[1]), int(match[2])
+    n = int(match[1])
+    m = int(match[2])
     if m not in GROUP_SIZES or not 1 <= n < m:
         raise ValueError(f"pattern: expected N:M with M in {GROUP_SIZES} and 1 <= N < M, got {n}:{m}")
     return n, m

@@ -102,7 +102,8 @@ def saved_mask(ctx) -> tuple[MaskSource, list[Tensor | None]]:
     # read once: with checkpointing each read computes the activations again
     saved = ctx.saved_tensors
     first = len(saved) - len(ctx.constants)
-    tensors, parts = saved[:first], saved[first:]
+    tensors = saved[:first]
+    parts = saved[first:]
     return MaskSource.unflat(*(c if p is None else p for c, p in zip(ctx.constants, parts, strict=True))), tensors
 
 
@@ -135,7 +136,8 @@ def masked_linear(x, weight, bias, log_prob, *mask):
     The product has the dtype of x; ``mask`` is flat. log p is empty without ``log_prob``. ``functional.linear`` has the
     gradients.
     """
-    mask, total = MaskSource.unflat(*mask), None
+    mask = MaskSource.unflat(*mask)
+    total = None
     with without_autocast(x):
         if uses_kernels(x):
             y, total = kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
@@ -262,7 +264,8 @@ def gradient_squares(grad: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of squares of each column, float32; mask of the rows that have a gradient) of grad [tokens, rows]."""
     if grad.is_cpu:
         squares = _squares(grad)
-        of_columns, of_rows = squares.sum(0), squares.sum(1)
+        of_columns = squares.sum(0)
+        of_rows = squares.sum(1)
     else:
         of_columns, of_rows = (_norms(grad, dim=over).square() for over in (0, 1))
     # a row that is not finite has a gradient
@@ -297,7 +300,8 @@ def curvature_factors(grad, x, curvature, tokens, row_squares) -> tuple[Tensor, 
     count = used.sum(dtype=torch.float32).clamp(min=1)
     tokens = count if tokens is None else tokens.to(grad.device, non_blocking=not grad.is_cpu)
     first = tokens / count * of_outputs if row_squares is None else row_squares / tokens
-    unused, of_inputs = ~used, []
+    unused = ~used
+    of_inputs = []
     unused_rows = unused.nonzero().flatten() if x.is_cpu else None
     for piece in x.split(COLUMNS, 1):
         if x.is_cpu:
@@ -339,7 +343,8 @@ def _straight_through_grad(grad, x, weight, curvature, weight_grad, tokens, row_
         factors = curvature_factors(grad, x, curvature, tokens, row_squares)
         if uses_kernels(grad):
             return kernels("straight_through").straight_through_grad(grad, x, weight, *factors, mask, weight_grad)
-        first, codes = _first_derivative(grad, x, weight_grad), codes_under(mask)
+        first = _first_derivative(grad, x, weight_grad)
+        codes = codes_under(mask)
         return run_reference("straight_through_grad", weight, first, torch.outer(*factors), codes, m=mask.m)
 
 
@@ -377,7 +382,8 @@ def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weig
         if uses_kernels(grad):
             update_ = kernels("straight_through").straight_through_update_
             return update_(grad, x, weight, *factors, rate, max_update, mask, weight_grad)
-        first, codes = _first_derivative(grad, x, weight_grad), codes_under(mask)
+        first = _first_derivative(grad, x, weight_grad)
+        codes = codes_under(mask)
         step = (rate, mask.counter, scalar(max_update, weight))
         return run_reference("straight_through_update_", mask.tensor, weight, first, factors, codes, *step, m=mask.m)
 
@@ -449,7 +455,8 @@ def unpack_nm(values, bitmask, n, m):
 
     ``bitmask`` is uint8 [rows, ceil(K / 8)], or for 2:4 int16 metadata, see ``metadata_of``; here and below.
     """
-    values, bitmask = values.contiguous(), bitmask.contiguous()
+    values = values.contiguous()
+    bitmask = bitmask.contiguous()
     if uses_kernels(values):
         return kernels("packed").unpack_nm(values, bitmask, n, m)
     bitmask = as_bitmask(bitmask, values.shape[1] // n * m, len(values))
@@ -545,16 +552,21 @@ torch.library.register_autograd(
 
 
 try:
-    _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-    _transforms, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+    _modes = torch._C._len_torch_dispatch_stack
+    _function_modes = torch._C._len_torch_function_stack
+    _transforms = torch._C._functorch.peek_interpreter_stack
+    _tracer = torch._C._get_tracing_state
     _derivatives = forward_ad._current_level < 0
 except AttributeError:
     # private names of torch: without one of them, all calls go through the dispatcher
     _derivatives = False
 
-PLAIN, DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, nn.Parameter)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_compiling, _grad_enabled, _autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_autocast = torch.is_autocast_enabled
 
 
 def undispatched(x: Tensor, *parts: Tensor | None) -> bool:
@@ -565,7 +577,8 @@ def undispatched(x: Tensor, *parts: Tensor | None) -> bool:
     # dynamo needs the first check; the others are in the order of how often they apply
     if _compiling() or type(x) is not Tensor or not (x.is_cpu or x.is_cuda) or not _derivatives:
         return False
-    device, needed = x.device, _grad_enabled()
+    device = x.device
+    needed = _grad_enabled()
     if needed and x.requires_grad:
         return False
     # code that reads addresses needs plain memory

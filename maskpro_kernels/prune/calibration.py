@@ -174,8 +174,10 @@ class LayerMasks:
     may_stop = True
 
     def __init__(self, layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor], patterns: Mapping[str, NMPattern]):
-        self.layers, self.patterns = layers, patterns
-        self.codes, self.weights = dict(codes), {}
+        self.layers = layers
+        self.patterns = patterns
+        self.codes = dict(codes)
+        self.weights = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -263,7 +265,8 @@ class ShardedMasks(LayerMasks):
 
     def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
         """Compute like one process: each rank computes a share of the rows, not of its own part of the layer."""
-        out, world = len(tensors[0]), self._ranks.world
+        out = len(tensors[0])
+        world = self._ranks.world
         if out < world:
             return self._ranks.all_of(lambda: function(*tensors))
         sizes = [out // world + (rank < out % world) for rank in range(world)]
@@ -325,7 +328,8 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
         unvisited: for a warning, what experts without tokens get. Their names are returned.
         progress: called with (layers done, layers in all) before the first layer and after each.
     """
-    report, visited = progress or (lambda done, total: None), []
+    report = progress or (lambda done, total: None)
+    visited = []
     report(0, len(layers))
     with evaluating(model), _without_cache(model), masks.running():
         for module, block_calls in calls_by_block(model, layers, calls):
@@ -333,7 +337,8 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
             for stage, once in layers_in_order(module, block_calls, layers):
                 for groups in _held_together(stage, layers):
                     # if each layer runs once, the forward pass can end at its input
-                    stop, first = once and masks.may_stop, [layers[names[0]] for names in groups]
+                    stop = once and masks.may_stop
+                    first = [layers[names[0]] for names in groups]
                     for names, gram in zip(groups, gram_matrices(module, block_calls, first, stop), strict=True):
                         # masks of earlier layers may have changed the routing, so that an expert has no token
                         if gram is None:
@@ -386,7 +391,8 @@ def _record_chain(
     """
     hidden: list[Tensor] = []
     others: list[list[Call]] = [[] for _ in chain]
-    entered, output = 0, None
+    entered = 0
+    output = None
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal entered
@@ -407,7 +413,8 @@ def _record_chain(
     handles += [block.register_forward_hook(after) for block in chain]
     try:
         for call in calls:
-            entered, output = 0, None
+            entered = 0
+            output = None
             with resetting(model):
                 run_call(model, call)
             if entered < len(chain):
@@ -431,10 +438,13 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
     """
     inside = set(module.modules())
     waiting = {name: layer for name, layer in layers.items() if layer in inside}
-    experts, runs, once = expert_groups(module), Counter(), dict.fromkeys(waiting, True)
+    experts = expert_groups(module)
+    runs = Counter()
+    once = dict.fromkeys(waiting, True)
     # the key is the experts of a mixture, or a new object for other layers
     stages: dict[object, list[list[str]]] = {}
-    last, group = None, []
+    last = None
+    group = []
 
     def see(name: str, x: Tensor) -> None:
         nonlocal last, group
@@ -444,7 +454,8 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
         if x is last:
             group.append(name)
         else:
-            last, group = x, [name]
+            last = x
+            group = [name]
             stages.setdefault(experts.get(layers[name], object()), []).append(group)
 
     with watching_inputs([(layers[name], partial(see, name)) for name in waiting]):
@@ -462,12 +473,14 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
 
 def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
     """Split the groups of a stage into parts whose Gram matrices take at most GRAM_BYTES, or one group."""
-    part, held = [], 0
+    part = []
+    held = 0
     for names in groups:
         own = 4 * layers[names[0]].weight.shape[1] ** 2
         if part and held + own > GRAM_BYTES:
             yield part
-            part, held = [], 0
+            part = []
+            held = 0
         part.append(names)
         held += own
     yield part

@@ -136,12 +136,14 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
         # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
         earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
         states = {layer.weight.device: layer.counter_state for layer in earlier}
-        first_id, replacements = max((layer.layer + 1 for layer in earlier), default=0), {}
+        first_id = max((layer.layer + 1 for layer in earlier), default=0)
+        replacements = {}
         for layer_id, (name, layer) in enumerate(layers.items(), start=first_id):
             place = layer.weight.device
             if place not in states:
                 states[place] = CounterState(device=place)
-            codes, how = masks.codes.pop(name), {"layer": layer_id, "counter_state": states[place]}
+            codes = masks.codes.pop(name)
+            how = {"layer": layer_id, "counter_state": states[place]}
             if is_distributed(layer.weight):
                 masked = _masked_linear_of_shards(
                     layer, pattern, initial_logits(codes, pattern, gap, logits_dtype), **how
@@ -170,7 +172,8 @@ def one_layer_a_weight(model: nn.Module) -> Iterator[None]:
 
     Places that are not converted get their own layer back.
     """
-    owners, joined = {}, {}
+    owners = {}
+    joined = {}
     for module in model.modules():
         if type(module) is nn.Linear and not is_distributed(module.weight) and lost_with(module) is None:
             joined[id(module)] = owners.setdefault((id(module.weight), id(module.bias)), module)
@@ -197,12 +200,14 @@ def _masked_linear_of_shards(
 
     FSDP2 does not handle the logits. ``masked_layers`` passes the weight that FSDP2 gathers to the new layer.
     """
-    weight, bias = linear.weight, linear.bias
+    weight = linear.weight
+    bias = linear.bias
     empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") if x is not None else None for x in (weight, bias))
     every = torch.empty(weight.shape, dtype=logits.dtype, device="meta")
     masked = MaskedLinear(*empty, every, pattern, layer=layer, counter_state=counter_state)
     # the same objects: FSDP2 identifies parameters by them
-    masked.weight, masked.bias = weight.requires_grad_(False), None if bias is None else bias.requires_grad_(False)
+    masked.weight = weight.requires_grad_(False)
+    masked.bias = None if bias is None else bias.requires_grad_(False)
     masked.logits = nn.Parameter(like_shards(logits, weight))
     masked.layer_id = torch.empty((), dtype=torch.int64, device=weight.device)
     masked.layer = layer
@@ -314,8 +319,10 @@ def gap_for_flip_rate(rate: float, pattern: str | NMPattern) -> float:
     Raises:
         ValueError: if ``rate`` is not a flip rate of any gap from 0 to 26.
     """
-    low, high = 0.0, LARGEST_GAP
-    rarest, commonest = flip_rate(high, pattern), flip_rate(low, pattern)
+    low = 0.0
+    high = LARGEST_GAP
+    rarest = flip_rate(high, pattern)
+    commonest = flip_rate(low, pattern)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rarest <= rate <= commonest:
         raise ValueError(f"flip_rate: expected a float in [{rarest:.2g}, {commonest:.4g}], got {in_a_line(rate)}")
     while high - low > 1e-9:

@@ -45,7 +45,8 @@ def costliest_layers(model: nn.Module, layers: Mapping[str, nn.Module], masks: R
 
         return add
 
-    wanted, handles = [(parameter, parameter.requires_grad) for parameter in model.parameters()], []
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    handles = []
     try:
         model.requires_grad_(False)
         for name, layer in layers.items():

@@ -57,7 +57,8 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
         raise ValueError(f'values: expected "{KEEP}" for dense layers, got {values!r}; pack them by to="packed"')
     if calibration is not None and values != INT4:
         raise ValueError(f'calibration: expected none but for values="{INT4}", got batches for {values!r}')
-    replacements, layers = {}, masked_layers(model)
+    replacements = {}
+    layers = masked_layers(model)
     check_replaceable(model)
     if to == "packed":
         check_not_sharded(layers, "save a dense checkpoint, load it in one process, and pack that model")
@@ -104,7 +105,8 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP, group: 
     pattern = NMPattern(pattern)
     check_values(values, group)
     check_replaceable(model)
-    replacements, packed = {}, []
+    replacements = {}
+    packed = []
     with one_layer_a_weight(model), in_linear_form(model) as left_out:
         layers, skipped = select_layers(model, pattern)
         for name, layer in layers.items():

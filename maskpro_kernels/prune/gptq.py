@@ -50,14 +50,16 @@ def gptq(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, 
         TypeError, ValueError: ``calibration`` is not as above, there is no batch, another layer gets no input, or
             inputs are not finite.
     """
-    masks, rounded = WeightsOfBlock(layers, codes, patterns), {}
+    masks = WeightsOfBlock(layers, codes, patterns)
+    rounded = {}
 
     def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
         upper = inverse_factor(gram)
         # without any input each error counts the same
         gram.diagonal().add_(DAMPING * gram.diagonal().mean() or 1.0)
         for name in names:
-            weight, pattern = layers[name].weight.detach(), patterns[name]
+            weight = layers[name].weight.detach()
+            pattern = patterns[name]
             kept = expand_mask(codes[name], pattern)
             rows = max(PIECE // weight.shape[1], 1)
             pieces = [
@@ -84,8 +86,10 @@ def _round(weight: Tensor, kept: Tensor, pattern: NMPattern, gram: Tensor, upper
         dtype: whose numbers the scales are.
     """
     rows, k = weight.shape
-    n, m = pattern.n, pattern.m
-    weight, count = torch.where(kept, weight, 0.0), k // m * n
+    n = pattern.n
+    m = pattern.m
+    weight = torch.where(kept, weight, 0.0)
+    count = k // m * n
     columns = kept.nonzero()[:, 1].view(rows, count)
     # block of each column; of a dropped one, that of the kept one before
     block = (kept.cumsum(1) - 1).clamp_(min=0) // group
@@ -93,7 +97,8 @@ def _round(weight: Tensor, kept: Tensor, pattern: NMPattern, gram: Tensor, upper
     # columns in which a block has values in some row
     spans = [slice(at * group // n * m, min(-(-(at + 1) * group // n) * m, k)) for at in range(blocks)]
     begins = {span.start: at for at, span in enumerate(spans)}
-    scales, worth = weight.new_zeros(rows, blocks), upper.diagonal().pow(-2)
+    scales = weight.new_zeros(rows, blocks)
+    worth = upper.diagonal().pow(-2)
 
     def nearest(value: Tensor, scale: Tensor) -> Tensor:
         return nearest_integers(value.unsqueeze(-1), scale, INT4).squeeze(-1).float()
@@ -143,7 +148,8 @@ def _descend(weight: Tensor, integers: Tensor, scale: Tensor, kept: Tensor, gram
 
     ``scale`` [rows, K] is that of each column. Columns beyond a block are updated together, as in ``column_by_column``.
     """
-    product, k = integers * scale, weight.shape[1]
+    product = integers * scale
+    k = weight.shape[1]
     rest = (weight - product) @ gram
     for left in range(0, k, BLOCK):
         right = min(left + BLOCK, k)

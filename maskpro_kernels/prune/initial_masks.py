@@ -184,7 +184,8 @@ def _reconstruction(dense: Dense, refit: str) -> Reconstruction:
 
 def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Check given masks of whole layers, bool or as group codes, and return the codes."""
-    unknown, missing = sorted(init.keys() - layers.keys()), sorted(layers.keys() - init.keys())
+    unknown = sorted(init.keys() - layers.keys())
+    missing = sorted(layers.keys() - init.keys())
     if unknown or missing:
         raise ValueError(f"init: expected codes for exactly the layers converted; unknown {unknown}, missing {missing}")
     codes = {}
@@ -225,7 +226,8 @@ def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str 
         ValueError: the masks are of another base model, pattern or set of layers, or there are none.
         OSError: the path does not exist or cannot be read.
     """
-    pattern, path = NMPattern(pattern), Path(path)
+    pattern = NMPattern(pattern)
+    path = Path(path)
     if path.is_file():
         with _naming_init():
             masks = load_masks(path)
@@ -269,7 +271,9 @@ def _of_checkpoint(
     with _naming_init():
         sparse, _ = load_model(str(path.absolute()), next(iter(layers.values())).weight.dtype)
     codes: dict[str, Tensor] = {}
-    changed, rounded, filled = [], [], 0
+    changed = []
+    rounded = []
+    filled = 0
     with in_linear_form(sparse):
         modules = dict(sparse.named_modules())
         shapes = {
@@ -279,7 +283,8 @@ def _of_checkpoint(
         }
         _check_layers(shapes, layers, path)
         for name, layer in layers.items():
-            module, weight = modules[name], layer.weight.detach().cpu()
+            module = modules[name]
+            weight = layer.weight.detach().cpu()
             if isinstance(module, SPARSE):
                 _check_pattern(module.pattern, pattern, path)
             if isinstance(module, MaskedLinear):

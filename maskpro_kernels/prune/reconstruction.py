@@ -85,7 +85,9 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
             return [from_places(refit_rows(to_places(weight, pattern.m), kept, ordered, FITS[refit])[0], pattern.m)]
 
         for name in names:
-            weight, found, refitted = masks.dense(name), masks.whole_codes(name), None
+            weight = masks.dense(name)
+            found = masks.whole_codes(name)
+            refitted = None
             if refit == "weights":
                 blocks = conditional_blocks(found, ordered, pattern)
                 both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern)
@@ -230,9 +232,11 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
         pattern: of the codes.
     """
     rows, groups = codes.shape
-    n, m = pattern.n, pattern.m
+    n = pattern.n
+    m = pattern.m
     own = gram.view(m, groups, m, groups).diagonal(dim1=1, dim2=3)
-    by_group, each = own.permute(2, 0, 1).double(), torch.arange(groups, device=gram.device)
+    by_group = own.permute(2, 0, 1).double()
+    each = torch.arange(groups, device=gram.device)
     total = torch.zeros_like(by_group)
     count = min(SAMPLED_ROWS, rows)
     for index in range(count):
@@ -241,7 +245,8 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
         s, d = ((order[:, part] * groups + each[:, None]).flatten() for part in (slice(n), slice(n, m)))
         of_kept = gram[s].double()
         # not by Cholesky: the matrix of a layer with zeros as inputs is zero
-        inverse, across = torch.linalg.inv_ex(of_kept[:, s])[0], of_kept[:, d]
+        inverse = torch.linalg.inv_ex(of_kept[:, s])[0]
+        across = of_kept[:, d]
         follows = (inverse @ across).view(-1, groups, m - n)
         left = by_group[each[:, None, None], order[:, n:, None], order[:, None, n:]]
         left = left - across.T.view(groups, m - n, -1) @ follows.transpose(0, 1)
@@ -292,7 +297,8 @@ def swap_and_refit(
 def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
     """(group codes, refitted kept values with zeros elsewhere) for rows in the order of ``by_place``."""
     rows, groups = codes.shape
-    n, m = pattern.n, pattern.m
+    n = pattern.n
+    m = pattern.m
 
     def refitted(start: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fitted, product = conjugate_gradients(dense, start, kept, gram, ITERATIONS)

@@ -192,7 +192,8 @@ def conjugate_gradients(dense: Tensor, start: Tensor, kept: Tensor, gram: Tensor
     Returns:
         (v, float32 [out, K]; (w - v) H, float32 [out, K], which is 0 for kept weights at the minimum of E).
     """
-    fitted, preconditioner = start.clone(), kept / gram.diagonal()
+    fitted = start.clone()
+    preconditioner = kept / gram.diagonal()
     product = (dense - fitted) @ gram
     error = ((dense - fitted) * product).sum(1, keepdim=True)
     direction = product * preconditioner
@@ -210,7 +211,8 @@ def conjugate_gradients(dense: Tensor, start: Tensor, kept: Tensor, gram: Tensor
         if not going.any():
             break
         preconditioned = product * preconditioner
-        before, slope = slope, (product * preconditioned).sum(1, keepdim=True)
+        before = slope
+        slope = (product * preconditioned).sum(1, keepdim=True)
         # neither changes for rows that are done
         direction.mul_(torch.where(going, slope / before, 0.0)).add_(preconditioned)
     return fitted, product
@@ -230,7 +232,8 @@ def refit_rows(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Te
     pieces = []
     rows = max(PIECE // weight.shape[1], 1)
     for piece, kept_piece in zip(weight.split(rows), kept.split(rows), strict=True):
-        dense, mask = piece.float(), kept_piece.float()
+        dense = piece.float()
+        mask = kept_piece.float()
         fitted = fit(dense, mask, gram).to(piece.dtype)
         before = row_errors(dense - dense * mask, gram)
         after = row_errors(dense - fitted.float() * mask, gram)

@@ -137,7 +137,8 @@ def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    matched, exact = set(), {name: own for own, module in linears.items() for name in names[id(module)]}
+    matched = set()
+    exact = {name: own for own, module in linears.items() for name in names[id(module)]}
     for target in targets:
         if not isinstance(target, str):
             raise TypeError(f"{expected}, got {describe(target)} in it")
@@ -183,7 +184,11 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> tuple[float, dict[
         model: with MaskedLinear or NMLinear modules.
         skipped: reasons of the nn.Linear layers that were left out, by name.
     """
-    masked, total, unmasked, sizes, seen = 0, 0, {}, {}, set()
+    masked = 0
+    total = 0
+    unmasked = {}
+    sizes = {}
+    seen = set()
     heads = output_heads(model)
     for name, module in model.named_modules():
         if isinstance(module, (MaskedLinear, NMLinear)):
@@ -206,7 +211,8 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> tuple[float, dict[
 
 def reasons_by_name(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
     """Reasons by current module names; a layer that was fused again is replaced by the module with its matrix."""
-    modules, named = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    named = {}
     for name, reason in skipped.items():
         while name not in modules:
             name = name.rpartition(".")[0]
@@ -239,7 +245,8 @@ def read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call
     # any error: the inputs are transformers', not the user's
     with suppress(Exception):
         inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
-        tokens, embeddings = inputs.get("input_ids"), model.get_input_embeddings()
+        tokens = inputs.get("input_ids")
+        embeddings = model.get_input_embeddings()
         # on a GPU an index beyond the embedding would make the device unusable
         if tokens is None or int(tokens.max()) < embeddings.num_embeddings:
             return _read_elsewhere(model, layers, ((), inputs))
@@ -257,7 +264,8 @@ def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | No
 
 
 def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> set[str]:
-    reads, handles = _Reads(layers), []
+    reads = _Reads(layers)
+    handles = []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}
 
@@ -293,7 +301,8 @@ class _Reads(TorchFunctionMode):
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
-        self.layers, self.weights = layers, {}
+        self.layers = layers
+        self.weights = {}
         self.elsewhere: set[str] = set()
         self.running: list[set[str]] = []
         self.look()

@@ -75,7 +75,8 @@ def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPatter
         unused: bool [K], true for columns without input; their weights count as 0.
         upper: [K, K], see ``inverse_factor``.
     """
-    codes, kept = [], None
+    codes = []
+    kept = None
     w = weight.detach().to(upper.dtype).clone()
     w[:, unused] = 0.0
 

@@ -19,7 +19,8 @@ from ..modules import evaluating
 from .sources import BUILT_IN, SELF, is_path
 
 # Most windows, and most of their tokens, to sample together by default
-TOGETHER, TOKENS_TOGETHER = 256, 1 << 16
+TOGETHER = 256
+TOKENS_TOGETHER = 1 << 16
 # Probabilities in a block of ``drawn_indices``
 BLOCK = 256
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -46,7 +47,8 @@ def parse_sources(data: str) -> tuple[Source, ...]:
     if not isinstance(data, str):
         raise TypeError(f'data: expected a str such as "pydoc:0.5,self:0.5", got {type(data).__name__}')
     sources = [_source(word.strip()) for word in ([data] if is_path(data) else data.split(","))]
-    names, shares = [name for name, _ in sources], [share for _, share in sources]
+    names = [name for name, _ in sources]
+    shares = [share for _, share in sources]
     if not all(names):
         raise ValueError(f"data: expected a source before and after each comma, got {data!r}")
     if len(set(names)) < len(names):
@@ -156,7 +158,8 @@ def turns(shares: Sequence[Fraction], count: int) -> list[int]:
     """Sources of the next ``count`` windows: always the one furthest below its share, the first of equals."""
     scale = math.lcm(*(share.denominator for share in shares))
     weights = [int(share * scale) for share in shares]
-    lacking, whose = [0] * len(weights), []
+    lacking = [0] * len(weights)
+    whose = []
     for _ in range(count):
         lacking = [lacks + weight for lacks, weight in zip(lacking, weights, strict=True)]
         turn = lacking.index(max(lacking))
@@ -224,7 +227,8 @@ class MixedBatches(Sequence):
         order = torch.empty_like(whose)
         first = 0
         for index, (name, _) in enumerate(sources):
-            places, have = whose == index, len(windows[name])
+            places = whose == index
+            have = len(windows[name])
             # a generator for each source and epoch: sources of equal length must not share an order
             generator = generator_of("order", seed, index)
             taken = int(places.sum())
@@ -283,7 +287,8 @@ def sample_windows(model: torch.nn.Module, start: int | None, windows: int, leng
     from ..hf import next_logits, preallocated_cache
 
     embeddings = model.get_input_embeddings()
-    vocabulary, device = embeddings.num_embeddings, embeddings.weight.device
+    vocabulary = embeddings.num_embeddings
+    device = embeddings.weight.device
     for name, value, low in (
         ("windows", windows, 1),
         ("length", length, 2),
@@ -296,10 +301,12 @@ def sample_windows(model: torch.nn.Module, start: int | None, windows: int, leng
         raise ValueError(f"start: expected a token below {vocabulary}, the size of the vocabulary, got {start}")
     if batch_size is None:
         batch_size = max(1, min(TOGETHER, TOKENS_TOGETHER // length))
-    batches, drawn = math.ceil(windows / batch_size), []
+    batches = math.ceil(windows / batch_size)
+    drawn = []
     with without_gradients(model), evaluating(model):
         for batch in range(batches):
-            rows, generator = min(batch_size, windows - batch * batch_size), generator_of("samples", seed, batch)
+            rows = min(batch_size, windows - batch * batch_size)
+            generator = generator_of("samples", seed, batch)
             uniform = torch.rand(rows, length, generator=generator, dtype=torch.float64)
             tokens = torch.empty(rows, length, dtype=torch.int64, device=device)
             tokens[:, 0] = (uniform[:, 0] * vocabulary).long() if start is None else start

@@ -81,7 +81,9 @@ class DistillationLoss:
     """
 
     def __init__(self, ce_weight: float, temperature: float, cache: TeacherCache | None):
-        self.ce_weight, self.temperature, self.cache = ce_weight, temperature, cache
+        self.ce_weight = ce_weight
+        self.temperature = temperature
+        self.cache = cache
 
     def settings(self) -> dict:
         """Settings that distinguish runs, as JSON returns them; with a filled cache also its teacher."""
@@ -96,7 +98,9 @@ class DistillationLoss:
         ValueError if kept weights have changed and no cache has the batch.
         """
         check_input_ids(input_ids)
-        ce_weight, temperature, top = self.ce_weight, self.temperature, None
+        ce_weight = self.ce_weight
+        temperature = self.temperature
+        top = None
         if self.cache is None:
             theirs = teacher_logits(model, input_ids)
         else:
@@ -116,7 +120,8 @@ class DistillationLoss:
                 rest = student.scatter(-1, ids, -math.inf).logsumexp(-1)
                 target = student + (top.rest[row, tokens] - rest)[:, None]
                 target = target.scatter_(-1, ids, top.log_probs[row, tokens])
-            target, student = target.clamp_(min=lowest), student.clamp_(min=lowest)
+            target = target.clamp_(min=lowest)
+            student = student.clamp_(min=lowest)
             probabilities = target.exp()
             kl_weight = (1.0 - ce_weight) * temperature
             loss = kl_weight * temperature * (target.sub_(student).mul_(probabilities)).sum()
@@ -272,7 +277,8 @@ class TeacherCache:
         teacher = self.teacher if changed else self._teacher_of(model)
         key = f"{digest([input_ids])} {temperature!r} {self.k} {teacher}"
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        path, top = None, self._held.get(name)
+        path = None
+        top = self._held.get(name)
         if self.folder is not None:
             path = self.folder / f"{name}.safetensors"
             top = _read_top(path) if path.exists() else None

@@ -200,7 +200,8 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
             f"tokenizer: expected a token for the beginning or end of text, got {type(tokenizer).__name__} without; "
             "set its eos_token"
         )
-    opening, tokens = tokenizer.decode(first), []
+    opening = tokenizer.decode(first)
+    tokens = []
     for text in map(detokenized, documents):
         # add special tokens, unless the text already begins with the first one
         special = {"add_special_tokens": False} if text.startswith(opening) else {}
@@ -212,7 +213,8 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
     check_vocabulary(torch.tensor([first, *chain.from_iterable(tokens)]), model.get_input_embeddings().num_embeddings)
     words = sum(len(re.split(r"\s+", document)) for document in documents)
     size = sum(len(document.encode()) for document in documents)
-    nats, count = 0.0, sum(map(len, tokens))
+    nats = 0.0
+    count = sum(map(len, tokens))
     device = next(model.parameters()).device
     with without_gradients(model), evaluating(model):
         inputs, targets = windows[0]

@@ -148,7 +148,8 @@ def _split(pieces: Iterable[str], learned: Iterable[str] = ()) -> dict[str, str]
 
     ``learned`` are more pieces of the calibration text.
     """
-    seen, chosen = set(), {split: [] for split in SPLITS}
+    seen = set()
+    chosen = {split: [] for split in SPLITS}
 
     def new_text(piece: str) -> str:
         new = []
@@ -224,7 +225,8 @@ def _splits(source: str, stream: bool = False) -> dict[str, Iterable[Mapping]]:
 
 def _documents(source: str, rows: Iterable[Mapping], column: str) -> list[str]:
     """Documents of rows, without null values."""
-    columns, documents = (), []
+    columns = ()
+    documents = []
     with _reading(source):
         for row in rows:
             columns = columns or sorted(row)

@@ -163,7 +163,8 @@ def processor() -> str:
 
 def sources() -> str:
     """Digest of the sources of compiled loops."""
-    ops, digest = Path(__file__).parents[1], hashlib.sha256()
+    ops = Path(__file__).parents[1]
+    digest = hashlib.sha256()
     folders = (ops, *(ops / name for name in ("reference", "cpu", "cpu/packed")))
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         digest.update(path.read_bytes())

@@ -32,7 +32,9 @@ TYPES = {
     torch.float16: ir.HalfType(),
     torch.bfloat16: ir.IntType(16),
 }
-WORD, LONG, POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
+WORD = ir.IntType(32)
+LONG = ir.IntType(64)
+POINTER = ir.PointerType()
 UNSIGNED = (torch.bool, torch.uint8, torch.uint32)
 
 SAME = ("unsqueeze", "alias", "detach", "clone", "lift_fresh_copy", "expand", "view", "_unsafe_view", "reshape")
@@ -54,11 +56,14 @@ INTEGER_OPERATIONS = {
 FLOAT_OPERATIONS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
 COMPARISONS = {"ge": ">=", "gt": ">", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
 
-ENTRY, SHARED = "loop", "shared"
+ENTRY = "loop"
+SHARED = "shared"
 # Names of the loops over many layers
-LAYERS, SHARED_LAYERS = "layers", "shared_layers"
+LAYERS = "layers"
+SHARED_LAYERS = "shared_layers"
 # Functions of OpenMP
-THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
+THREAD = "omp_get_thread_num"
+THREADS = "omp_get_num_threads"
 
 # Groups of a block for the bounds, and undetermined groups to draw at a time
 BLOCK = 1 << 11
@@ -66,7 +71,8 @@ BATCH = 1 << 8
 # A multiple of the lanes of any CPU's unrolled vectors
 VECTORS = 1 << 6
 
-LEVEL, NUMBER = (torch.uint8,), (torch.uint32,)
+LEVEL = (torch.uint8,)
+NUMBER = (torch.uint32,)
 
 
 class Columns(NamedTuple):
@@ -81,7 +87,8 @@ def traced(function: Callable, sample: Sequence[Tensor]) -> fx.Graph:
 
     ``make_fx`` records the same at ten times the cost: with a fake tensor and a stack trace for each operation.
     """
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes = {}
 
     def record(x: Tensor, node: fx.Node) -> None:
         if not isinstance(x, Tensor):
@@ -119,7 +126,9 @@ class Body:
     """Body of a loop, translated operation by operation."""
 
     def __init__(self, graph: fx.Graph, builder: ir.IRBuilder, group: ir.Value, known: Mapping[fx.Node, Columns]):
-        self.graph, self.builder, self.group = graph, builder, group
+        self.graph = graph
+        self.builder = builder
+        self.group = group
         self.known: dict[fx.Node, Columns | list[Columns]] = dict(known)
 
     def run(self) -> list[Columns]:
@@ -144,7 +153,8 @@ class Body:
 
     def translated(self, node: fx.Node, name: str, dtype: torch.dtype) -> list:
         """Values of the columns of a result."""
-        args, builder = node.args, self.builder
+        args = node.args
+        builder = self.builder
         given = self.known.get(args[0]) if args and isinstance(args[0], fx.Node) else None
         match name:
             case "view" if isinstance(args[1], torch.dtype):
@@ -176,7 +186,8 @@ class Body:
                 operands = [given.values, *(self.operand(x, dtype) for x in args[1:])]
                 return [builder.select(*three) for three in zip(*self.spread(operands), strict=True)]
             case "minimum" | "maximum":
-                sign, pairs = "<" if name == "minimum" else ">", list(self.pairs(node, dtype))
+                sign = "<" if name == "minimum" else ">"
+                pairs = list(self.pairs(node, dtype))
                 values = [builder.select(self.compare(sign, dtype, a, b), a, b) for a, b in pairs]
                 if not dtype.is_floating_point:
                     return values
@@ -185,7 +196,8 @@ class Body:
                 return [builder.select(nan, a, x) for nan, (a, _), x in zip(nans, pairs, values, strict=True)]
             case "clamp" | "clamp_min" | "clamp_max":
                 names = ("max",) if name == "clamp_max" else ("min", "max")
-                limits, values = dict(zip(names, args[1:], strict=False)) | node.kwargs, given.values
+                limits = dict(zip(names, args[1:], strict=False)) | node.kwargs
+                values = given.values
                 for sign, limit in (("<", limits.get("min")), (">", limits.get("max"))):
                     if limit is not None:
                         limit = self.constant(limit, dtype)
@@ -307,7 +319,9 @@ def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, 
 
 def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
     """Add a loop over [start, stop); the builder continues after it."""
-    before, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    before = builder.block
+    loop = builder.append_basic_block()
+    done = builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
     builder.position_at_end(loop)
     i = builder.phi(LONG)
@@ -371,9 +385,11 @@ class _Numbers:
     """Writer of group indices in the whole layer into memory of ``NUMBER``, by the shard's address."""
 
     def __init__(self, builder: ir.IRBuilder, shard: ir.Value, memory: ir.Value):
-        self.builder, self.memory = builder, memory
+        self.builder = builder
+        self.memory = memory
         first, self.columns, row_stride, self.offset = _loaded(builder, shard, LONG(0), torch.int64, 4)
-        self.shift, self.gap = builder.add(first, self.offset), builder.sub(row_stride, self.columns)
+        self.shift = builder.add(first, self.offset)
+        self.gap = builder.sub(row_stride, self.columns)
 
     def put(self, i: ir.Value, group: ir.Value) -> None:
         """Write the i-th index, that of ``group``, as if rows were adjacent."""
@@ -398,15 +414,21 @@ def _add_draws(module: ir.Module, level: ir.Function, by_bounds: ir.Function, dr
                result: tuple) -> ir.Function:  # fmt: skip
     """Add ``loop``, which tries BLOCK groups at a time by the bounds, and draws BATCH undetermined groups at a time."""
     batch = _add_batch(module, draw, groups, rest, in_place, result)
-    given, own = len(groups) + len(rest), in_place is None
+    given = len(groups) + len(rest)
+    own = in_place is None
     function, builder = add_function(module, ENTRY, 2, given + 1 + own)
     start, stop, *pointers = function.args
-    of_groups, others, written = pointers[: len(groups)], pointers[len(groups) : given], pointers[given + 1 :]
+    of_groups = pointers[: len(groups)]
+    others = pointers[len(groups) : given]
+    written = pointers[given + 1 :]
     byte = ir.IntType(8)
     # read in words; the last one may go beyond the block
     flags_type = ir.ArrayType(byte, BLOCK + 8)
-    flags, undrawn, filled = builder.alloca(flags_type), builder.alloca(LONG, BATCH), builder.alloca(LONG)
-    levels, memory = builder.alloca(byte, BLOCK), builder.alloca(WORD, BLOCK)
+    flags = builder.alloca(flags_type)
+    undrawn = builder.alloca(LONG, BATCH)
+    filled = builder.alloca(LONG)
+    levels = builder.alloca(byte, BLOCK)
+    memory = builder.alloca(WORD, BLOCK)
     numbers = _Numbers(builder, pointers[given], memory)
     builder.store(flags_type(None), flags)
     builder.store(LONG(0), filled)
@@ -473,7 +495,8 @@ def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorTyp
 def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], rest: Sequence[tuple],
                in_place: int | None, result: tuple) -> ir.Function:  # fmt: skip
     """Add ``batch(size, undetermined groups, *addresses)``: gather up to BATCH groups, draw and scatter them."""
-    given, own = len(groups) + len(rest), in_place is None
+    given = len(groups) + len(rest)
+    own = in_place is None
     function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)
     function.attributes.add("noinline")
     size, undrawn, *pointers = function.args
@@ -529,8 +552,10 @@ def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
         return builder.load(builder.gep(table, [index], source_etype=LONG), typ=type_)
 
     def layer(row: ir.Value) -> None:
-        first, end = entry(row, 0, LONG), entry(builder.add(row, LONG(1)), 0, LONG)
-        low, high = larger(builder, first, start), smaller(builder, end, stop)
+        first = entry(row, 0, LONG)
+        end = entry(builder.add(row, LONG(1)), 0, LONG)
+        low = larger(builder, first, start)
+        high = smaller(builder, end, stop)
         with builder.if_then(builder.icmp_signed("<", low, high)):
             addresses = [entry(row, 1 + i, x.type) for i, x in enumerate(loop.args[2:])]
             builder.call(loop, [builder.sub(low, first), builder.sub(high, first), *addresses])

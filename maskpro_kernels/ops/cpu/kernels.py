@@ -47,7 +47,8 @@ class _Groups:
     """Groups [groups, M] of logits from flat index ``start`` of a shard, and the counter of their draw."""
 
     def __init__(self, logits: Tensor, columns: int, counter: Counter, start: int = 0):
-        self.logits, self.counter = logits, counter
+        self.logits = logits
+        self.counter = counter
         # the order of ``CompiledLoop``
         self.shard = start, columns, counter.group_row_stride, counter.group_offset
 
@@ -167,7 +168,8 @@ def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
     """``reference.sample_masked_weight``."""
     out = torch.empty_like(weight)
     groups = _Groups(logits.view(-1, m), logits.shape[1] // m, counter)
-    words, masked = [_weight_words(weight, m)], _weight_words(out, m)
+    words = [_weight_words(weight, m)]
+    masked = _weight_words(out, m)
     _draw_into(masked, _determined_masked_weight, _drawn_masked_weight, groups, (inv_temperature,), words, n=n)
     return out
 
@@ -235,7 +237,8 @@ def _update(groups: _Groups, coef: Tensor, inv_temperature: Tensor, n: int) -> N
         terms = torch.empty_like(piece.logits)
         delta = None
         for factor, draw in zip(coef, groups.counter.draw, strict=True):
-            here, rest = piece.by_draw(draw), (factor, inv_temperature)
+            here = piece.by_draw(draw)
+            rest = (factor, inv_temperature)
             if exact:
                 _draw_into(terms, _determined_terms, _drawn_terms, here, rest, n=n)
             else:
@@ -289,7 +292,8 @@ def _descend(function, tensors, logits, rate, counter, max_update, m):
 def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
     """``reference.adamw_``."""
     groups = [x.view(-1, m) for x in (gradient, master, first, second)]
-    codes, rounded = codes.view(-1), weight.view(-1, m)
+    codes = codes.view(-1)
+    rounded = weight.view(-1, m)
     for part in _copied(groups[0]):
         given = [*(x[part] for x in groups), codes[part]]
         # the first result overwrites the master
@@ -300,7 +304,8 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
 
 def best_swaps(weight, product, codes, blocks, *, m):
     """``reference.best_swaps``."""
-    change, swap = torch.empty(codes.shape, dtype=torch.float32), torch.empty(codes.shape, dtype=codes.dtype)
+    change = torch.empty(codes.shape, dtype=torch.float32)
+    swap = torch.empty(codes.shape, dtype=codes.dtype)
     if not codes.numel():
         return change, swap
     columns = codes.shape[1]
@@ -337,7 +342,8 @@ def _run_over_layers(function: Callable, given: Sequence[_Given], *how, in_place
     run = loop.over_layers([*groups, *rest, last])
     if run is None:
         return False
-    rows, first = [], 0
+    rows = []
+    first = 0
     for groups, rest, last, out in given:
         rows.append([first, *(x.data_ptr() for x in (*groups, *rest, last, *([] if in_place else [out])))])
         first += len(out)
@@ -400,10 +406,12 @@ def update_layers_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, s
     """Update the logits of a ``LayerGroup`` by the codes of a draw; False as in ``draw_layers_``."""
     given = []
     for i, layer in enumerate(group.layers):
-        logits, rest = layer.logits.view(-1, group.m), (coef, inv_temperature)
+        logits = layer.logits.view(-1, group.m)
+        rest = (coef, inv_temperature)
         first = integers(0, 1, 1, 0)
         if group.dtype != torch.float32:
-            rest, first = (*_key(group, i, seed, step, draws), *rest), integers(layer.group_offset)
+            rest = (*_key(group, i, seed, step, draws), *rest)
+            first = integers(layer.group_offset)
         given.append(([logits, group.codes[i].view(-1)], rest, first, logits))
     if group.dtype == torch.float32:
         return _run_over_layers(_expected_update, given, _no_level, _drawn_code_update, in_place=True, n=group.n)

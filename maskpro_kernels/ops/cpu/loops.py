@@ -35,7 +35,8 @@ LEAST_SHARED = 1 << 14
 _making = threading.Lock()
 
 # Types of a group's index, and of many indices, which compiled code stores in half the width for more in a vector
-NUMBER, NUMBERS = (torch.int64,), (torch.uint32,)
+NUMBER = (torch.int64,)
+NUMBERS = (torch.uint32,)
 LEVELS = (torch.uint8,)
 
 
@@ -44,10 +45,14 @@ class _Bound(nn.Module):
 
     def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
         super().__init__()
-        self.function, self.groups, self.numbered, self.constants = function, groups, numbered, constants
+        self.function = function
+        self.groups = groups
+        self.numbered = numbered
+        self.constants = constants
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups :])
+        groups = list(tensors[: self.groups])
+        rest = list(tensors[self.groups :])
         if self.numbered:
             groups.append(rest.pop() + torch.arange(groups[0].shape[0], device="cpu"))
         groups = [x.to(torch.int64) if x.dtype == torch.uint32 else x for x in groups]
@@ -60,11 +65,14 @@ class _Drawn(nn.Module):
 
     def __init__(self, levels: _Bound, by_bounds: _Bound, full: _Bound):
         super().__init__()
-        self.levels, self.by_bounds, self.full = levels, by_bounds, full
+        self.levels = levels
+        self.by_bounds = by_bounds
+        self.full = full
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
         *tensors, shard = tensors
-        groups, rest = tensors[: self.full.groups - 1], tensors[self.full.groups - 1 :]
+        groups = tensors[: self.full.groups - 1]
+        rest = tensors[self.full.groups - 1 :]
         start, columns, row_stride, offset = shard.tolist()
         local = torch.arange(start, start + len(groups[0]), device="cpu")
         number = local // columns * row_stride + local % columns + offset
@@ -104,7 +112,10 @@ class CompiledLoop:
         self.levels = _Bound(levels, 1, False, {"m": groups[0][-1]}) if drawn else None
         self.full = _Bound(full, len(groups) + 1, False, constants) if drawn else None
         self.whole = _Drawn(self.levels, self.function, self.full) if drawn else self.function
-        self.groups, self.rest, self.out, self.in_place = groups, (*rest, NUMBER) if numbered else rest, out, in_place
+        self.groups = groups
+        self.rest = (*rest, NUMBER) if numbered else rest
+        self.out = out
+        self.in_place = in_place
         self.run = self._over_layers = None
 
     def __call__(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
@@ -174,7 +185,8 @@ class CompiledLoop:
 
         levels = full = None
         if self.full:
-            levels, full = traced(self.levels, NUMBERS), traced(self.full, *self.groups, NUMBERS)
+            levels = traced(self.levels, NUMBERS)
+            full = traced(self.full, *self.groups, NUMBERS)
         graph = traced(self.function, *self.groups, *([LEVELS] if self.full else []))
         assembly, results = codegen.lowered(graph, self.groups, self.rest, self.in_place, levels, full)
         if self.out not in (None, results[0]):
@@ -208,7 +220,8 @@ class CompiledLoop:
 
     def _check(self, run: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
         """Raise unless ``run`` matches the function bit for bit: translations and compilers may have bugs."""
-        given, found_in = self._sample(tensors), self._sample(tensors)
+        given = self._sample(tensors)
+        found_in = self._sample(tensors)
         expected = self._eager(given)
         out = None
         if self.in_place is not None:
@@ -229,7 +242,8 @@ class CompiledLoop:
 
         # gaps that determine some draws and not others, and factors that keep them so
         some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
-        groups, rest = tensors[: len(self.groups)], tensors[len(self.groups) :]
+        groups = tensors[: len(self.groups)]
+        rest = tensors[len(self.groups) :]
         if self.full:
             *rest, _ = rest
             rest.append(torch.tensor(SAMPLE_SHARD, device="cpu"))

@@ -20,7 +20,9 @@ def _initialize() -> None:
 
 
 # Linux's system call with which a process requests the tiles of AMX, its request, and the number of their state
-_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE = 158, 0x1023, 18
+_ARCH_PRCTL = 158
+_REQUEST_PERMISSION = 0x1023
+_TILE_STATE = 18
 
 
 @functools.cache
@@ -84,7 +86,8 @@ def _loaded(code: bytes, entries: Sequence[tuple[str, str, int]]) -> tuple[Calla
 
     def function_of(name: str, share: str, arguments: int) -> Callable[..., None]:
         whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * arguments)(library[name])
-        given, shared = ctypes.c_int64 * (1 + arguments), ctypes.c_void_p(library[share])
+        given = ctypes.c_int64 * (1 + arguments)
+        shared = ctypes.c_void_p(library[share])
 
         def function(count: int, threads: int, *values: int) -> None:
             # ctypes would accept any number of arguments

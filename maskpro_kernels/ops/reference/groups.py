@@ -10,7 +10,8 @@ from ..pattern import codes_of
 # Integer dtypes for the bits of floats, by bytes
 INTEGERS = {2: torch.int16, 4: torch.int32}
 # Kept values of a row that share a scale: of int8 values, and of int4 values, by default the first number
-SCALED, INT4_GROUPS = 128, (64, 32, 128)
+SCALED = 128
+INT4_GROUPS = (64, 32, 128)
 
 
 def grouped(x, m):
@@ -57,13 +58,15 @@ def group_index(x, counter, m):
 
 def group_unpacked(values, codes, *, m):
     """Groups [..., M] with the N values [..., N] at the kept places of the code, in order, and zeros elsewhere."""
-    values, kept = columns(values), decode(codes, m)
+    values = columns(values)
+    kept = decode(codes, m)
     n = len(values)
     before = torch.zeros_like(kept[0], dtype=torch.int32)
     out = []
     for i in range(m):
         # range of the index of this column's value: the later values need room as well
-        fewest, most = max(0, i - (m - n)), min(i, n - 1)
+        fewest = max(0, i - (m - n))
+        most = min(i, n - 1)
         value = values[fewest]
         for count in range(fewest + 1, most + 1):
             value = torch.where(before >= count, values[count], value)
@@ -86,7 +89,8 @@ def kept_values(values):
 
 def scaled_group(values, scales):
     """Number of values of a row that share a scale; with one scale a row, the first of those possible."""
-    kept, blocks = kept_values(values), scales.shape[1]
+    kept = kept_values(values)
+    blocks = scales.shape[1]
     sizes = INT4_GROUPS if values.dtype == torch.uint8 else (SCALED,)
     return next((size for size in sizes if -(-kept // size) == blocks), None)
 

@@ -30,7 +30,9 @@ BERNOULLI = (0.0833333358168602, -0.0013888889225199819, 3.306878113653511e-05, 
 LARGEST_LOG_ARRIVAL = 4.4
 # Trapezoid rule in u = ln t, t the first dropped arrival: 1e-14 is below the first node, less above the last, u = 5.
 # The rule's error falls as |Gamma(N + 1 + 2 pi i / NODE_STEP)| / N!, below 1e-6 up to N = 16
-FIRST_NODE, NODE_COUNT, NODE_STEP = -32.0, 149, 0.25
+FIRST_NODE = -32.0
+NODE_COUNT = 149
+NODE_STEP = 0.25
 # For a rate a below e^-256, 1 - exp(-a t) is a t at every node. Smaller rates have the same score, and would cost the
 # other weights their digits.
 LOWEST_LOG_ARRIVAL = -256.0
@@ -75,7 +77,8 @@ def gather_slots(xs, kept, positions, n):
 
 def scatter_slots(slots, dropped, kept, positions):
     """Columns with ``slots`` where kept and ``dropped`` elsewhere."""
-    n, m = len(slots), len(kept)
+    n = len(slots)
+    m = len(kept)
     result = []
     for i in range(m):
         # slots of this column if it were kept; one is selected
@@ -139,7 +142,8 @@ def slot_score(inverse, dropped_sum, k, n):
     / s(T).
     """
     whole = (1 << n) - 1
-    d, q = {}, {}
+    d = {}
+    q = {}
     for subset in range(1, whole + 1):
         if subset >> k & 1:
             smaller = [subset ^ (1 << i) for i in members(subset, n) if i != k]

@@ -10,7 +10,8 @@ from .groups import columns, decode, fixed_sum, group_index, grouped, uncolumns
 # Common for language models. A weight that enters the mask late has moments of 0, which the layer's bias correction
 # does not take into account. With a steady gradient it moves at most 1.1 times the learning rate in a step; with
 # torch's 0.999 instead of 0.95 it would move up to 6.5 times the rate
-BETA, BETA_OF_SQUARES = 0.9, 0.95
+BETA = 0.9
+BETA_OF_SQUARES = 0.95
 EPSILON = 1e-8
 
 
@@ -21,7 +22,8 @@ def group_mask_slope(weight, grad, square, codes):
     / 2 if a weight's mask goes from m to m'. The slope halfway between kept and dropped, w G + (1/2 - m) w^2 F, is the
     cost of the change in either direction. w G alone ignores a change that overshoots.
     """
-    h, kept = [], decode(codes, weight.shape[-1])
+    h = []
+    kept = decode(codes, weight.shape[-1])
     for w, g, s, k in zip(columns(weight), columns(grad), columns(square), kept, strict=True):
         w = w.to(torch.float32)
         half = 0.5 * (w * w * s)
@@ -32,7 +34,8 @@ def group_mask_slope(weight, grad, square, codes):
 
 def group_descended_logits(gradient, logits, rate, max_update):
     """(float32 groups of logits less the clamped step; sum of squares of each group's gradient)."""
-    gradient, new = [g.to(torch.float32) for g in columns(gradient)], []
+    gradient = [g.to(torch.float32) for g in columns(gradient)]
+    new = []
     for x, g in zip(columns(logits), gradient, strict=True):
         step = g * torch.where(rate < torch.inf, rate, 0.0)
         step = torch.maximum(torch.minimum(step, max_update), 0.0 - max_update)

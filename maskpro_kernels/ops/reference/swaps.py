@@ -38,7 +38,8 @@ def _best_swaps(w, r, codes, blocks):
     for i in range(m):
         pull = 2.0 * w[i] * r[i]
         costs.append(torch.where(kept[i], 0.0 - pull, pull) + w[i] * w[i] * blocks[i * m + i])
-    best, swap = torch.full_like(costs[0], torch.inf), torch.zeros_like(codes)
+    best = torch.full_like(costs[0], torch.inf)
+    swap = torch.zeros_like(codes)
     for i in range(m):
         for j in range(i + 1, m):
             change = costs[i] + costs[j] - 2.0 * (w[i] * w[j]) * blocks[i * m + j]

@@ -42,7 +42,9 @@ def layer_of(table, owners, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     # the layer's row, its first entry, and its number of entries
     owner = owners + program // SHARE * 3
-    row, first, entries = tl.load(owner), tl.load(owner + 1), tl.load(owner + 2)
+    row = tl.load(owner)
+    first = tl.load(owner + 1)
+    entries = tl.load(owner + 2)
     own = (program - first * SHARE).to(tl.int64)
     return table + row.to(tl.int64) * FIELDS, own * BLOCK, entries.to(tl.int64) * SHARE * BLOCK
 
@@ -74,9 +76,12 @@ def sample_masks_kernel(
 ):  # fmt: skip
     """Draw codes of each layer; ``flips`` counts each program's groups that differ from their N largest logits."""
     row, start, apart = layer_of(table, owners, BLOCK)
-    logits, codes = pointer(row, 0, ELEMENT, BYTES), pointer(row, 1, CODE, BYTES)
-    total, columns = tl.load(row + 2), tl.load(row + 3)
-    offset, row_stride = tl.load(row + 4), tl.load(row + 5)
+    logits = pointer(row, 0, ELEMENT, BYTES)
+    codes = pointer(row, 1, CODE, BYTES)
+    total = tl.load(row + 2)
+    columns = tl.load(row + 3)
+    offset = tl.load(row + 4)
+    row_stride = tl.load(row + 5)
     key = d.load_key(seed, step, row + 6, draw)
     flipped = tl.zeros((BLOCK,), tl.int32)
     for first in range(start, total, apart):
@@ -97,8 +102,11 @@ def score_update_of_layers_kernel(
     """``score_update_kernel`` for each layer; for a single draw also by its codes."""
     row, start, apart = layer_of(table, owners, BLOCK)
     logits = pointer(row, 0, ELEMENT, BYTES)
-    total, columns = tl.load(row + 2), tl.load(row + 3)
-    offset, row_stride, layer = tl.load(row + 4), tl.load(row + 5), row + 6
+    total = tl.load(row + 2)
+    columns = tl.load(row + 3)
+    offset = tl.load(row + 4)
+    row_stride = tl.load(row + 5)
+    layer = row + 6
     key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     if KIND == "codes":
         codes = pointer(row, 1, CODE, BYTES)
@@ -121,7 +129,8 @@ def table_of(group):
     rows = []
     for i, (logits, layer, offset, row_stride) in enumerate(group.layers):
         codes = 0 if group.codes is None else group.codes[i].data_ptr()
-        groups, columns = logits.numel() // group.m, logits.shape[1] // group.m
+        groups = logits.numel() // group.m
+        columns = logits.shape[1] // group.m
         rows.append((logits.data_ptr(), codes, groups, columns, offset, row_stride, layer))
     return torch.tensor(rows, dtype=torch.int64, device=group.device)
 

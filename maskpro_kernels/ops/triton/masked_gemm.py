@@ -269,10 +269,13 @@ class SplitResult:
         self.parts = parts_for(tile, blocks[0] * blocks[1], -(-inner // step), architecture(x.device), *given)
         self.grid = (*blocks, self.parts)
         self.whole = torch.empty(shape, dtype=result_dtype(x.dtype), device=x.device)
-        self.out, self.bias, self.added = self.whole, bias, None
+        self.out = self.whole
+        self.bias = bias
+        self.added = None
         if self.parts > 1:
             self.out = torch.empty(self.parts, *shape, dtype=torch.float32, device=x.device)
-            self.bias, self.added = None, bias
+            self.bias = None
+            self.added = bias
         self.dtype = x.dtype
 
     def sum(self) -> torch.Tensor:
@@ -314,7 +317,8 @@ def one_pass(tensor: torch.Tensor, mask: MaskSource) -> bool:
 
 def masked_linear(x, weight, bias, mask, log_prob):
     """(x @ (weight * mask).T + bias, log-probability of the drawn mask summed over the layer or None)."""
-    tokens, rows = x.shape[0], weight.shape[0]
+    tokens = x.shape[0]
+    rows = weight.shape[0]
     if rows == 0 or not one_pass(x, mask):
         total = None
         if log_prob:
@@ -339,7 +343,8 @@ def masked_linear(x, weight, bias, mask, log_prob):
 
 def _drawn_with_log_prob(mask):
     """(drawn mask as codes, its log-probability summed over the layer, 0-dim float32)."""
-    pattern, codes = (mask.n, mask.m), mask.codes
+    pattern = (mask.n, mask.m)
+    codes = mask.codes
     if codes is None:
         codes = sampling.sample_mask(mask.tensor, *pattern, mask.inv_temperature, mask.counter)
     total = sampling.mask_log_prob(mask.tensor, codes, *pattern, mask.inv_temperature).sum()
@@ -348,7 +353,8 @@ def _drawn_with_log_prob(mask):
 
 def masked_linear_input_grad(grad, weight, mask):
     """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
-    tokens, (rows, k) = grad.shape[0], weight.shape
+    tokens = grad.shape[0]
+    rows, k = weight.shape
     # unaligned rows of grad are loaded value by value, and their addresses alone fill the registers
     if rows == 0 or rows % ALIGNED or not one_pass(grad, mask):
         return grad @ sampling.masked_weight(weight, mask, grad.dtype)
@@ -362,7 +368,9 @@ def masked_linear_input_grad(grad, weight, mask):
 
 def masked_linear_weight_grad(grad, x, mask):
     """(grad.T @ x) * mask: [rows, K] for grad [tokens, rows] and x [tokens, K]."""
-    tokens, rows, k = grad.shape[0], grad.shape[1], x.shape[1]
+    tokens = grad.shape[0]
+    rows = grad.shape[1]
+    k = x.shape[1]
     if rows == 0 or not 0 < tokens <= ONE_PASS_TOKENS:
         return sampling.masked_weight(grad.t() @ x, mask)
     out = torch.empty(rows, k, dtype=result_dtype(grad.dtype), device=grad.device)

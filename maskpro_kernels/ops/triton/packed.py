@@ -27,7 +27,9 @@ WORDS = tl.constexpr(4)
 MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
 # Multiples that torch's kernel needs of rows and columns of the weight and of tokens, see
 # SparseSemiStructuredTensorCUTLASS
-ROWS, COLUMNS, TOKENS = 32, 64, 8
+ROWS = 32
+COLUMNS = 64
+TOKENS = 8
 
 
 def chunk_length(n: int, m: int) -> int:
@@ -172,7 +174,8 @@ def fused_pairs(pairs, factors, addends, ELEMENT: tl.constexpr, PAIRED: tl.const
         low, high = halves(pairs, ELEMENT, tl.float32)
         low_factor, high_factor = halves(factors, ELEMENT, tl.float32)
         low_addend, high_addend = halves(addends, ELEMENT, tl.float32)
-        low, high = low * low_factor + low_addend, high * high_factor + high_addend
+        low = low * low_factor + low_addend
+        high = high * high_factor + high_addend
         return rounded_bits(low, ELEMENT) | rounded_bits(high, ELEMENT) << 16
 
 
@@ -441,7 +444,8 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
 
 def nm_linear(x, values, bitmask, scales, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which values or scales have too."""
-    tokens, rows = x.shape[0], values.shape[0]
+    tokens = x.shape[0]
+    rows = values.shape[0]
     if tokens == 0:
         return torch.empty(0, rows, dtype=x.dtype, device=x.device)
     how = route(x, values, bitmask, n, m)
@@ -478,14 +482,17 @@ def kernel_constants(
     n: int, m: int, dtype: torch.dtype, target: str, values: torch.dtype, group: int = VALUES.value
 ) -> dict:
     """Constants of kernels for activations of ``dtype`` on an architecture; ``group`` values share a scale."""
-    bits, on_nvidia = {torch.int8: 8, torch.uint8: 4}.get(values, 16), target.startswith("sm_")
+    bits = {torch.int8: 8, torch.uint8: 4}.get(values, 16)
+    on_nvidia = target.startswith("sm_")
     element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     scaled = {"GROUP": group // VALUES.value, "BITS": bits, "PAIRED": on_nvidia and not INTERPRETED}
     return {"N": n, "ELEMENT": element, "BY_BYTES": (n, m) == (2, 4) and on_nvidia, **scaled}
 
 
 def _vector(x, values, bitmask, scales, bias, n, m):
-    rows, k, target = len(values), x.shape[1], architecture(x.device)
+    rows = len(values)
+    k = x.shape[1]
+    target = architecture(x.device)
     words, units, constants = kernel_arguments(values, bitmask, scales, k, n, m, x.dtype, target)
     # words of two activations must be aligned
     if x.data_ptr() % 4 or x.storage_offset() % 2:
@@ -499,7 +506,9 @@ def _vector(x, values, bitmask, scales, bias, n, m):
 
 
 def _tiles(x, values, bitmask, scales, bias, n, m):
-    (tokens, k), rows, target = x.shape, values.shape[0], architecture(x.device)
+    tokens, k = x.shape
+    rows = values.shape[0]
+    target = architecture(x.device)
     words, units, constants = kernel_arguments(values, bitmask, scales, k, n, m, x.dtype, target)
     tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
     split = SplitResult("packed_linear", tile, (tokens, rows), k, x, bias, values, bitmask)
@@ -544,9 +553,11 @@ def sparse_linear(
 
 def unpack_nm(values, bitmask, n, m):
     """``reference.unpack_nm`` as one kernel."""
-    rows, groups = values.shape[0], values.shape[1] // n
+    rows = values.shape[0]
+    groups = values.shape[1] // n
     out = torch.empty(rows, groups * m, dtype=values.dtype, device=values.device)
-    integers, total = reference.INTEGERS[values.itemsize], rows * groups
+    integers = reference.INTEGERS[values.itemsize]
+    total = rows * groups
     stride = bitmask.shape[1] if bitmask.dtype == torch.uint8 else len(bitmask) // 32
     launch(unpack_kernel, "unpack", m, total, values.device,
            values.view(integers), bitmask, out.view(integers), groups, stride, total, N=n)  # fmt: skip

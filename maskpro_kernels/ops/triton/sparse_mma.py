@@ -28,7 +28,10 @@ OPERANDS = gl.constexpr(".f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9, $10, 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 REGISTERS = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r")
 # Rows and tokens of the instruction; words of values in a row of a step, and of the instruction
-ROWS, TOKENS, STEP, WORDS = gl.constexpr(16), gl.constexpr(8), gl.constexpr(16), gl.constexpr(8)
+ROWS = gl.constexpr(16)
+TOKENS = gl.constexpr(8)
+STEP = gl.constexpr(16)
+WORDS = gl.constexpr(8)
 LANES = gl.constexpr(32)
 
 
@@ -91,7 +94,8 @@ def sparse_mma_kernel(
     part = gl.cdiv(gl.cdiv(groups, STEP), gl.num_programs(2)) * STEP
     start = gl.program_id(2) * part
     end = gl.minimum(start + part, groups)
-    first_row, first_token = gl.program_id(0) * BLOCK_OUT, gl.program_id(1).to(gl.int64) * BLOCK_T
+    first_row = gl.program_id(0) * BLOCK_OUT
+    first_token = gl.program_id(1).to(gl.int64) * BLOCK_T
 
     # Rows and tokens past the end repeat the last one, which needs no mask
     column = gl.arange(0, STEP, gl.SliceLayout(0, COPIED))
@@ -103,11 +107,13 @@ def sparse_mma_kernel(
     token = gl.arange(0, BLOCK_T, gl.SliceLayout(1, X_COPIED))
     token = gl.minimum(token, gl.minimum(tokens - 1 - first_token, BLOCK_T - 1).to(gl.int32))
     of_x = x + first_token * (2 * groups) + token[:, None] * (2 * groups) + x_column[None, :]
-    row_blocks, last_block = gl.cdiv(rows, 2 * ROWS), gl.cdiv(groups, WORDS) - 1
+    row_blocks = gl.cdiv(rows, 2 * ROWS)
+    last_block = gl.cdiv(groups, WORDS) - 1
     place = gl.arange(0, TILES * WARPS, gl.SliceLayout(1, X_COPIED))
     block = first_row // (2 * ROWS) + place % WARPS * (TILES // 2) + place // (2 * WARPS)
     of_metadata = metadata + gl.minimum(block, row_blocks - 1)[:, None] * LANES + x_column[None, :]
-    half, block_words = place // WARPS % 2, row_blocks * LANES
+    half = place // WARPS % 2
+    block_words = row_blocks * LANES
 
     for step in gl.static_range(STAGES - 1):
         copy_step(own_values.index(step), own_x.index(step), own_metadata.index(step), of_values, of_x, of_metadata,
@@ -122,7 +128,9 @@ def sparse_mma_kernel(
         copy_step(own_values.index(slot), own_x.index(slot), own_metadata.index(slot), of_values, of_x, of_metadata,
                   start + ahead * STEP, end, column, x_column, half, last_block, block_words)  # fmt: skip
         slot = step % STAGES
-        first, second, words = (), (), ()
+        first = ()
+        second = ()
+        words = ()
         for i in gl.static_range(TILES):
             tile = own_values.index(slot).slice(i * ROWS * WARPS, ROWS * WARPS).load(LOADED)
             # warp, half of the rows, row, half of the columns, half of the words, word
@@ -167,7 +175,8 @@ def sparse_mma_kernel(
 
 def linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [tokens, K] @ unpacked [rows, K].T + bias [rows], all of one dtype of 16 bits."""
-    (tokens, k), rows = x.shape, len(values)
+    tokens, k = x.shape
+    rows = len(values)
     unit = math.gcd(k // 4, ALIGNED)
     # copies are of 16 bytes
     x = x.clone() if x.data_ptr() % 16 else x

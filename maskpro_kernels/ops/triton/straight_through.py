@@ -133,7 +133,8 @@ def straight_through_kernel(
 ):  # fmt: skip
     """Product, then slope or step."""
     GROUPS: tl.constexpr = BLOCK_K // M
-    row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
+    row_tiles = tl.num_programs(0)
+    group_tiles = tl.num_programs(1)
     # programs that start one after the other share rows of grad as well as columns of x
     group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, row_tiles, SHARING)
     total = weight_grad_tile(grad, x, tokens, rows, groups, row_tile * BLOCK_OUT, group_tile * GROUPS,
@@ -155,7 +156,9 @@ def straight_through_step_kernel(
     It has the arguments of the other kernel; ``tokens`` and BLOCK_T are not used.
     """
     GROUPS: tl.constexpr = BLOCK_K // M
-    row_tile, group_tile, group_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row_tile = tl.program_id(0)
+    group_tile = tl.program_id(1)
+    group_tiles = tl.num_programs(1)
     row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
     tile = load_groups(gradient, row, group, inside, groups, M)
     finish_tile(tile, weight, grad_squares, x_squares, source, codes, out, None,
@@ -221,14 +224,22 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | Non
 
 def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, rate=None, max_update=0.0):
     """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
-    (rows, k), tokens, target = weight.shape, len(grad), architecture(weight.device)
+    rows, k = weight.shape
+    tokens = len(grad)
+    target = architecture(weight.device)
     codes = mask.tensor if mask.kind == "codes" else mask.codes
     kind = mask.kind if codes is None else "codes"
-    name, kernel = "straight_through", straight_through_kernel
-    operands, constants, written = (grad, x), operand_constants(grad.dtype), (out, weight_grad)
+    name = "straight_through"
+    kernel = straight_through_kernel
+    operands = (grad, x)
+    constants = operand_constants(grad.dtype)
+    written = (out, weight_grad)
     if rows and not fused(tokens, kind, weight.device):
-        name, kernel = "straight_through_step", straight_through_step_kernel
-        operands, constants, written = (weight_gradient(grad, x, weight_grad),), {}, (out,)
+        name = "straight_through_step"
+        kernel = straight_through_step_kernel
+        operands = (weight_gradient(grad, x, weight_grad),)
+        constants = {}
+        written = (out,)
     tile = tiles_for(name, mask.m, grad.dtype, tokens, rows, k, target)
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None

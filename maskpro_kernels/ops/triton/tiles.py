@@ -127,7 +127,8 @@ TARGET_OF = {
     "gfx942": "gfx942",
 }
 # Targets of unknown architectures: of each vendor the one whose tiles need the least shared memory
-NVIDIA_TARGET, AMD_TARGET = "sm_80", "gfx942"
+NVIDIA_TARGET = "sm_80"
+AMD_TARGET = "gfx942"
 
 # Most tokens for which a mask is applied inside the product, not to a temporary masked weight: one block of tokens,
 # since a second one would compute every mask again. The gradient of the weight computes masks once either way. It has
@@ -232,7 +233,9 @@ ACROSS_COLUMNS = ("masked_linear_input_grad",)
 
 # Limits of a split product. Steps of a part, so that loads run ahead of their use. Number of parts. Bytes of their
 # sums, written and read again, for each byte of the weight.
-LEAST_STEPS, MOST_PARTS, MOST_SUMS = 2, 16, 0.5
+LEAST_STEPS = 2
+MOST_PARTS = 16
+MOST_SUMS = 0.5
 
 # The interpreter runs one program at a time by numpy, with costs by call and not by element
 INTERPRETER_BLOCK = 1 << 16
@@ -302,7 +305,8 @@ def parts_for(tile: Tiles, blocks: int, steps: int, target: str, weight_bytes: i
 
     ``weight_bytes`` are those of the weight, ``results`` the number of sums of a part.
     """
-    parts, enough = 1, tile.least_warps * TARGETS[target].processors
+    parts = 1
+    enough = tile.least_warps * TARGETS[target].processors
     most = min(MOST_PARTS, steps // LEAST_STEPS, MOST_SUMS * weight_bytes / (2 * 4 * max(results, 1)))
     while blocks * parts * tile.num_warps < enough and 2 * parts <= most:
         parts *= 2
@@ -328,7 +332,8 @@ def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int
     """Tiles of a product of ``tokens`` tokens with a weight [rows, k] on a target."""
     if INTERPRETED:
         most = INTERPRETER_TILES
-        out, columns = min(most.out, power_above(rows)), min(most.k, power_above(k))
+        out = min(most.out, power_above(rows))
+        columns = min(most.k, power_above(k))
         return Tiles(out=out, tokens=min(most.tokens, power_above(tokens)), k=max(columns, m))
     return _from_table(product, target, operand.itemsize, tokens, rows, k)
 

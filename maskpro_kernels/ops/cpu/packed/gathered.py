@@ -30,7 +30,8 @@ from .instructions import (
 )
 from .rows import AHEAD_BYTES, MIDDLE, STEP, RowProduct
 
-OCTETS, WORDS = vector(BYTE, 32), vector(HALF, 16)
+OCTETS = vector(BYTE, 32)
+WORDS = vector(HALF, 16)
 
 # Places of the first and of the second set bit among four; code 0, after the last column, has zeros for weights
 PLACES = [[place for place in range(4) if code >> place & 1] + [0, 0] for code in range(16)]
@@ -57,7 +58,8 @@ class _GatheredProduct(RowProduct):
         first = b.mul(pair, LONG(2))
         # the last of an odd number is multiplied twice
         rows = first, smaller(b, b.add(first, LONG(1)), b.sub(self.rows, LONG(1)))
-        row_bytes, mask_bytes = b.sdiv(self.k, LONG(4)), divided_up(b, self.k, 8)
+        row_bytes = b.sdiv(self.k, LONG(4))
+        mask_bytes = divided_up(b, self.k, 8)
         sources = [at(b, values, b.mul(row, row_bytes), BYTE) for row in rows]
         masks = [at(b, bits, b.mul(row, mask_bytes), BYTE) for row in rows]
         totals = [Variable(b, zeros(vector(FLOAT, 8))) for _ in range(self.tokens)]
@@ -88,7 +90,9 @@ class _GatheredProduct(RowProduct):
 
     def _multiply(self, step: ir.Value, rows, sources, masks, totals: list[Variable]) -> None:
         """Add the products of a step of two rows with each token to its sums: lanes 0, 1, 4, 5 are of the first row."""
-        b, orders, weights = self.b, self._orders(masks), self._weights(sources)
+        b = self.b
+        orders = self._orders(masks)
+        weights = self._weights(sources)
         *_, high, low, x_scales = self.pointers
         padded = b.mul(divided_up(b, self.k, STEP), LONG(STEP))
         # MIDDLE was added to each integer
@@ -120,7 +124,8 @@ class _GatheredProduct(RowProduct):
         one, other = (b.load(mask, typ=vector(BYTE, 16), align=1) for mask in masks)
         pairs = [i + offset for i in range(0, 16, 2) for offset in (0, 1, 16, 17)]
         bits = b.shuffle_vector(one, other, ir.Constant(vector(WORD, 32), pairs))
-        low, high = b.and_(bits, _bytes([15])), b.lshr(bits, _bytes([4]))
+        low = b.and_(bits, _bytes([15]))
+        high = b.lshr(bits, _bytes([4]))
         even, odd = (
             [self._shuffled(_bytes([place + offset for place in table]), codes) for table in (FIRST, SECOND)]
             for codes, offset in ((low, 0), (high, 4))
@@ -134,7 +139,8 @@ class _GatheredProduct(RowProduct):
 
     def _weights(self, sources: list[ir.Value]) -> list[ir.Value]:
         """Four vectors of values as bytes, in the lanes of ``_orders``."""
-        b, signed = self.b, _bytes([*range(8), *range(-8, 0)])
+        b = self.b
+        signed = _bytes([*range(8), *range(-8, 0)])
         given = [b.load(source, typ=OCTETS, align=1) for source in sources]
         weights = []
         for upper in (False, True):
@@ -170,13 +176,15 @@ class _GatheredProduct(RowProduct):
         return intrinsic(self.b, "llvm.x86.avx2.pmadd.wd", vector(WORD, 8), sums, factors)
 
     def _row_scale(self, row: ir.Value, block: ir.Value) -> ir.Value:
-        b, element = self.b, TYPES[self.kind.x]
+        b = self.b
+        element = TYPES[self.kind.x]
         place = at(b, self.pointers[2], b.add(b.mul(row, self.scales_count), block), element)
         return as_float32(b, b.load(place, typ=element, align=1), self.kind.x)
 
     def _lanes(self, values: list[ir.Value], times: int) -> ir.Value:
         """Each value in as many lanes of a vector of 8."""
-        b, out = self.b, ir.Constant(vector(FLOAT, len(values)), ir.Undefined)
+        b = self.b
+        out = ir.Constant(vector(FLOAT, len(values)), ir.Undefined)
         for i, value in enumerate(values):
             out = b.insert_element(out, value, WORD(i))
         order = [i for i in range(len(values)) for _ in range(times)]

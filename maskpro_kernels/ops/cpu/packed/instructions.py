@@ -14,7 +14,9 @@ from llvmlite import ir
 from ..codegen import LONG, POINTER, TYPES, WORD, each, rounded_to_bfloat16
 from . import Packed
 
-BYTE, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.FloatType()
+BYTE = ir.IntType(8)
+HALF = ir.IntType(16)
+FLOAT = ir.FloatType()
 LINE_BYTES = 64
 
 
@@ -49,7 +51,8 @@ class Variable:
     """Variable that LLVM keeps in a register."""
 
     def __init__(self, b: ir.IRBuilder, initial: ir.Value):
-        self.b, self.type = b, initial.type
+        self.b = b
+        self.type = initial.type
         self.place = buffer(b, initial.type, 1)
         self.set(initial)
 
@@ -65,7 +68,8 @@ def buffer(b: ir.IRBuilder, element: ir.Type, count: int) -> ir.Value:
     with b.goto_entry_block():
         place = b.alloca(ir.ArrayType(element, count))
     # an untyped pointer; llvmlite gives it the type of the element
-    place.align, place.type = LINE_BYTES, POINTER
+    place.align = LINE_BYTES
+    place.type = POINTER
     return place
 
 
@@ -141,7 +145,8 @@ def rounded(b: ir.IRBuilder, values: ir.Value, dtype: torch.dtype) -> ir.Value:
     if dtype != torch.bfloat16:
         return b.fptrunc(values, vector(TYPES[dtype], values.type.count)) if dtype == torch.float16 else values
     words = vector(WORD, values.type.count)
-    bits, half, one, most = b.bitcast(values, words), *(ir.Constant(words, [x] * words.count) for x in (16, 1, 0x7FFF))
+    bits = b.bitcast(values, words)
+    half, one, most = (ir.Constant(words, [x] * words.count) for x in (16, 1, 0x7FFF))
     carried = b.add(bits, b.add(b.and_(b.lshr(bits, half), one), most))
     return b.trunc(b.lshr(carried, half), vector(HALF, words.count))
 
@@ -162,7 +167,9 @@ def _row_of(b: ir.IRBuilder, rows: list[list[int]], bits: ir.Value, bytes_each: 
         content = bytearray(x & 0xFF for row in rows for x in row)
         table = ir.GlobalVariable(b.module, ir.ArrayType(BYTE, len(content)), "table")
         table.initializer = ir.Constant(table.value_type, content)
-        table.global_constant, table.linkage, table.align = True, "private", 64
+        table.global_constant = True
+        table.linkage = "private"
+        table.align = 64
     place = b.mul(b.zext(bits, LONG), LONG(bytes_each))
     return b.load(at(b, table, place, BYTE), typ=vector(BYTE, bytes_each), align=8)
 
@@ -227,7 +234,9 @@ class X86(Instructions):
 
 
 class Avx512(X86):
-    needs, lanes, tokens = ("avx512f", "avx512bw", "avx512vl", "f16c"), 16, 16
+    needs = ("avx512f", "avx512bw", "avx512vl", "f16c")
+    lanes = 16
+    tokens = 16
 
     def __init__(self, features):
         self.halves = bool(features.get("avx512vbmi2"))
@@ -252,7 +261,9 @@ class Avx512(X86):
 
 
 class Avx2(X86):
-    needs, lanes, tokens = ("avx2", "fma", "f16c"), 8, 8
+    needs = ("avx2", "fma", "f16c")
+    lanes = 8
+    tokens = 8
 
     def placed(self, b, values, bits):
         rows = [[-1 if x is None else x for x in row] for row in _ranks(8)]
@@ -262,7 +273,9 @@ class Avx2(X86):
 
 
 class Neon(Instructions):
-    needs, lanes, tokens = ("neon",), 4, 16
+    needs = ("neon",)
+    lanes = 4
+    tokens = 16
 
     def placed(self, b, values, bits):
         # an index beyond the 16 bytes gives zero

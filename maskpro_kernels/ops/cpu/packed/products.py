@@ -98,7 +98,8 @@ def unpacker(kind: Packed) -> Unpacked | None:
 def _unpacked_by(loop: Callable[..., None], kind: Packed) -> Unpacked:
     def unpacked(parts: Parts, first: int, count: int) -> Tensor:
         values, bitmask, scales = parts
-        rows, k = values.shape[0], values.shape[1] * kind.in_byte // kind.n * kind.m
+        rows = values.shape[0]
+        k = values.shape[1] * kind.in_byte // kind.n * kind.m
         columns = min(RUN * count, k - RUN * first)
         out = torch.empty((rows, columns), dtype=kind.x, device="cpu")
         places = values.data_ptr(), bitmask.data_ptr(), _pointer(scales), out.data_ptr()
@@ -111,11 +112,14 @@ def _unpacked_by(loop: Callable[..., None], kind: Packed) -> Unpacked:
 def _check_unpacked(unpacked: Unpacked, kind: Packed) -> None:
     """Raise unless ``unpacked`` gives the reference's bits for a sample."""
     generator = torch.Generator("cpu").manual_seed(0)
-    rows, groups = 5, 3 * RUN // kind.m + kind.in_byte
+    rows = 5
+    groups = 3 * RUN // kind.m + kind.in_byte
     scores = torch.rand((rows, groups, kind.m), generator=generator, device="cpu")
     bitmask = bitmask_of(reference.group_top_n_mask(scores, n=kind.n), kind.m)
-    integers, kept = reference.INTEGERS[kind.x.itemsize], groups * kind.n
-    shape, scales = (rows, kept * kind.values.itemsize // kind.in_byte), None
+    integers = reference.INTEGERS[kind.x.itemsize]
+    kept = groups * kind.n
+    shape = (rows, kept * kind.values.itemsize // kind.in_byte)
+    scales = None
     values = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu").view(kind.values)
     if kind.scaled:
         scales = torch.rand((rows, -(-kept // kind.group)), generator=generator, device="cpu").to(kind.x)
@@ -161,7 +165,8 @@ def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
 
 def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> Tensor:
     """x [..., K] @ weight [rows, K].T + bias, in the dtype of x; all are contiguous."""
-    rows, k = parts[0].shape[0], x.shape[-1]
+    rows = parts[0].shape[0]
+    k = x.shape[-1]
     tokens = x.numel() // k
     if not tokens or not rows:
         return x.new_empty(*x.shape[:-1], rows)
@@ -186,13 +191,16 @@ def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
     values, bitmask, scales = parts
     if scales is not None:
         values = reference.dequantized(values, scales, grad.dtype)
-    rows, k = values.shape[0], values.shape[1] // n * m
+    rows = values.shape[0]
+    k = values.shape[1] // n * m
     unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
     if unpacked is None or not rows:
         return grad @ unpack_nm(values, bitmask, n=n, m=m)
-    out, runs = torch.empty((grad.shape[0], k), dtype=grad.dtype, device="cpu"), -(-k // RUN)
+    out = torch.empty((grad.shape[0], k), dtype=grad.dtype, device="cpu")
+    runs = -(-k // RUN)
     dtype = grad.dtype if cpu_multiplies(grad.dtype) else torch.float32
-    at_once, grad = max(1, CACHED_BYTES // (rows * RUN * dtype.itemsize)), grad.to(dtype)
+    at_once = max(1, CACHED_BYTES // (rows * RUN * dtype.itemsize))
+    grad = grad.to(dtype)
     for first in range(0, runs, at_once):
         columns = slice(RUN * first, min(k, RUN * (first + at_once)))
         out[:, columns] = grad @ unpacked((values, bitmask, None), first, min(at_once, runs - first)).to(dtype)
@@ -229,13 +237,16 @@ def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None
     """Raise unless a small product is as close to float64 as torch's: compilers may have bugs."""
     generator = torch.Generator("cpu").manual_seed(0)
     # more rows than are placed at once; whole steps and scales of each code, and an incomplete last run
-    rows, groups = 35, 9 * RUN // kind.m + kind.in_byte
+    rows = 35
+    groups = 9 * RUN // kind.m + kind.in_byte
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(kind.x)
 
     codes = reference.group_top_n_mask(normal(rows, groups, kind.m).float(), n=kind.n)
-    values, x, bias = normal(rows, groups * kind.n), normal(tokens, groups * kind.m), normal(rows) if biased else None
+    values = normal(rows, groups * kind.n)
+    x = normal(tokens, groups * kind.m)
+    bias = normal(rows) if biased else None
     scales = None
     if kind.scaled:
         scales = normal(rows, -(-values.shape[1] // kind.group)).abs()
@@ -260,8 +271,10 @@ def _pieces(tokens: int, most: int, make: Callable[[int], Callable]) -> list[tup
 def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
     from . import rows
 
-    use, quantized = available(), kind.scaled
-    most, pairs = use.tokens // 2 if quantized else use.tokens, rows.multiplies_pairs(kind, use)
+    use = available()
+    quantized = kind.scaled
+    most = use.tokens // 2 if quantized else use.tokens
+    pairs = rows.multiplies_pairs(kind, use)
     pieces = _pieces(
         tokens, most, lambda count: compiled("packed_registers", 8, rows.product, kind, use, count, biased)
     )
@@ -269,11 +282,15 @@ def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
-        shape, rows = x.shape, values.shape[0]
-        k, given = shape[-1], x if pairs else x.float()
+        shape = x.shape
+        rows = values.shape[0]
+        k = shape[-1]
+        given = x if pairs else x.float()
         out = torch.empty((*shape[:-1], rows), dtype=x.dtype, device="cpu")
         weight = values.data_ptr(), bitmask.data_ptr(), scales.data_ptr() if quantized else 0
-        x_place, out_place, bias_place = given.data_ptr(), out.data_ptr(), bias.data_ptr() if biased else 0
+        x_place = given.data_ptr()
+        out_place = out.data_ptr()
+        bias_place = bias.data_ptr() if biased else 0
         if len(pieces) == 1:
             # decoding runs this: each statement costs
             one(rows, threads(rows * k), k, rows, *weight, x_place, bias_place, out_place)
@@ -303,19 +320,23 @@ def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
-        rows, k, blocks = values.shape[0], x.shape[-1], scales.shape[1]
+        rows = values.shape[0]
+        k = x.shape[-1]
+        blocks = scales.shape[1]
         size = -(-k // code.STEP) * code.STEP
         # integers of two bytes, then scales: one tensor takes less time than two
         aside = torch.empty(tokens * (2 * size + 4 * blocks), dtype=torch.uint8, device="cpu")
         refused = ctypes.c_int64(0)
         high = aside.data_ptr()
-        low, x_scales_place = high + tokens * size, high + 2 * tokens * size
+        low = high + tokens * size
+        x_scales_place = high + 2 * tokens * size
         as_integers(tokens, 1, k, x.data_ptr(), high, low, x_scales_place, ctypes.addressof(refused))
         if refused.value:
             return in_registers(x, parts, bias)
         out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
         fixed = threads(rows * k), k, rows, values.data_ptr(), bitmask.data_ptr(), scales.data_ptr()
-        out_place, bias_place = out.data_ptr(), _pointer(bias)
+        out_place = out.data_ptr()
+        bias_place = _pointer(bias)
         for first, loop in pieces:
             own = high + first * size * part_bytes, low + first * size, x_scales_place + 4 * first * blocks
             loop(-(-rows // 2) if gathers else rows, *fixed, *own, bias_place, out_place + first * rows * out.itemsize)
@@ -332,9 +353,12 @@ def _tiles(kind: Packed, tokens: int, biased: bool) -> Runner:
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
-        rows, k = values.shape[0], x.shape[-1]
-        count, out = x.numel() // k, torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
-        shared, x_tiles = threads(rows * k), -(-count // tiles.TILE)
+        rows = values.shape[0]
+        k = x.shape[-1]
+        count = x.numel() // k
+        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
+        shared = threads(rows * k)
+        x_tiles = -(-count // tiles.TILE)
         laid = torch.empty(x_tiles * -(-k // RUN) * tiles.TILE_BYTES, dtype=torch.uint8, device="cpu")
         lay_out(x_tiles, shared if x_tiles > 1 else 1, k, count, x.data_ptr(), laid.data_ptr())
         weight = values.data_ptr(), bitmask.data_ptr(), _pointer(scales)
@@ -356,7 +380,9 @@ def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
     dtype = kind.x if cpu_multiplies(kind.x) else torch.float32
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-        rows, k, given = parts[0].shape[0], x.shape[-1], x.to(dtype)
+        rows = parts[0].shape[0]
+        k = x.shape[-1]
+        given = x.to(dtype)
         out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
         at_once = max(RUN, CACHED_BYTES // (k * dtype.itemsize))
         for first in range(0, rows, at_once):

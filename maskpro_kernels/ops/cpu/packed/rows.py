@@ -58,7 +58,8 @@ UNROLLED = 4
 OCTET_TOKENS = 8
 
 # Integers from -LARGEST to LARGEST are stored with MIDDLE added, since their bytes are unsigned
-LARGEST, MIDDLE = 32767, 32768
+LARGEST = 32767
+MIDDLE = 32768
 
 # Largest ratio of a block's largest magnitude to its mean. The error of an integer, 2^-16 of the largest, is then below
 # that of rounding a product to bfloat16, even if a mask drops the column of the largest number
@@ -75,7 +76,10 @@ class RowProduct:
     """
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool, pointers: int):
-        self.kind, self.use, self.tokens, self.biased = kind, use, tokens, biased
+        self.kind = kind
+        self.use = use
+        self.tokens = tokens
+        self.biased = biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 4, pointers + 2)
         use_whole_registers(self.function)
@@ -96,8 +100,10 @@ class RowProduct:
 
     def store(self, row: ir.Value, token: int, total: ir.Value) -> None:
         """Write the sum of a float32 vector plus the bias to a token's output."""
-        b, dtype = self.b, self.kind.x
-        element, y = TYPES[dtype], horizontal_sum(self.b, total)
+        b = self.b
+        dtype = self.kind.x
+        element = TYPES[dtype]
+        y = horizontal_sum(self.b, total)
         if self.biased:
             bias = b.load(at(b, self.bias, row, element), typ=element, align=1)
             y = b.fadd(y, as_float32(b, bias, dtype))
@@ -133,7 +139,8 @@ class RegisterProduct(RowProduct):
         self.x_aside = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
 
     def add_row(self, row: ir.Value) -> None:
-        b, place = self.b, self.weight.row(row)
+        b = self.b
+        place = self.weight.row(row)
         if not self.kind.scaled:
             totals = self._sums(place, LONG(0), self.weight.runs)
         else:
@@ -154,7 +161,9 @@ class RegisterProduct(RowProduct):
 
     def _sums(self, place: tuple, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
         """Vectors [lanes] for each token; each adds up to the product over runs [start, stop) of a row."""
-        b, weight, none = self.b, self.weight, zeros(vector(FLOAT, self.lanes))
+        b = self.b
+        weight = self.weight
+        none = zeros(vector(FLOAT, self.lanes))
         sums = [[Variable(b, none) for _ in range(self.tokens)] for _ in range(self.beside)]
         direct = weight.within(start, stop)
         several = b.sub(direct, b.srem(b.sub(direct, start), LONG(self.beside)))
@@ -191,14 +200,16 @@ class RegisterProduct(RowProduct):
 
     def _x_copied(self, token: int, run: ir.Value) -> ir.Value:
         """``_x_of``, with zeros after the end of the row."""
-        b, aside = self.b, self.x_aside[token]
+        b = self.b
+        aside = self.x_aside[token]
         b.store(zeros(ir.ArrayType(self.x_element, RUN)), aside)
         copy(b, self._x_of(token, run), aside, self.weight.weights_of(run), self.x_element)
         return aside
 
     def _multiply(self, weights: list[ir.Value], x: list[ir.Value], sums: list[Variable]) -> None:
         """Add the products of a run's weights with each token's x to its sum."""
-        b, lanes = self.b, self.weight.lanes
+        b = self.b
+        lanes = self.weight.lanes
         for i, weight in enumerate(weights):
             for pointer, total in zip(x, sums, strict=True):
                 here = at(b, pointer, LONG(i * lanes), self.x_element)
@@ -236,9 +247,11 @@ def as_integers(kind: Packed, use: Instructions) -> str:
     use_whole_registers(function)
     start, stop, k, x, high, low, scales, refused = function.args
     columns = LONG(kind.scaled_runs * RUN)
-    padded, gathered = b.mul(divided_up(b, k, STEP), LONG(STEP)), gathers(kind, use)
+    padded = b.mul(divided_up(b, k, STEP), LONG(STEP))
+    gathered = gathers(kind, use)
     blocks = divided_up(b, k, kind.scaled_runs * RUN)
-    element, aside = TYPES[kind.x], buffer(b, TYPES[kind.x], LANES)
+    element = TYPES[kind.x]
+    aside = buffer(b, TYPES[kind.x], LANES)
 
     def lanes(row: ir.Value, first: ir.Value, last: ir.Value, take: Callable[[ir.Value, ir.Value], None]) -> None:
         """Call ``take(column, values)`` for columns [first, last), LANES float32 at a time; zeros beyond the last."""
@@ -297,7 +310,8 @@ def as_integers(kind: Packed, use: Instructions) -> str:
 def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, last: ir.Value, over: float) -> tuple:
     """(scale of the integers of columns [first, last), whether integers are accurate enough for them)."""
     none = zeros(vector(FLOAT, LANES))
-    most, total = Variable(b, none), Variable(b, none)
+    most = Variable(b, none)
+    total = Variable(b, none)
 
     def widen(_: ir.Value, values: ir.Value) -> None:
         magnitude = intrinsic(b, f"llvm.fabs.v{LANES}f32", values.type, values)
@@ -324,16 +338,21 @@ class _OctetProduct(RowProduct):
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
         super().__init__(kind, use, tokens, biased, pointers=6)
         self.values, self.bits, self.scales, self.high, self.low, self.x_scales = self.pointers
-        b, self.kept = self.b, 2 * kind.kept
-        self.octet_bytes, self.in_block = self.kept // kind.in_byte, kind.scaled_runs // 2
+        b = self.b
+        self.kept = 2 * kind.kept
+        self.octet_bytes = self.kept // kind.in_byte
+        self.in_block = kind.scaled_runs // 2
         self.row_bytes = divided_up(b, self.k, 8)
-        self.whole, self.all = b.sdiv(self.k, LONG(OCTETS)), divided_up(b, self.k, OCTETS)
+        self.whole = b.sdiv(self.k, LONG(OCTETS))
+        self.all = divided_up(b, self.k, OCTETS)
         self.sum_type = vector(WORD, LANES if use.octets else LANES // 2)
-        self.values_aside, self.bits_aside = buffer(b, BYTE, OCTETS), buffer(b, BYTE, 8)
+        self.values_aside = buffer(b, BYTE, OCTETS)
+        self.bits_aside = buffer(b, BYTE, 8)
         b.store(zeros(ir.ArrayType(BYTE, OCTETS)), self.values_aside)
 
     def add_row(self, row: ir.Value) -> None:
-        b, floats = self.b, vector(FLOAT, self.sum_type.count)
+        b = self.b
+        floats = vector(FLOAT, self.sum_type.count)
         values = at(b, self.values, b.mul(row, b.sdiv(self.row_values, LONG(self.kind.in_byte))), BYTE)
         bits = at(b, self.bits, b.mul(row, self.row_bytes), BYTE)
         totals = [Variable(b, zeros(floats)) for _ in range(self.tokens)]
@@ -356,7 +375,9 @@ class _OctetProduct(RowProduct):
 
     def _sums(self, values: ir.Value, bits: ir.Value, first: ir.Value, last: ir.Value, whole: bool) -> list[ir.Value]:
         """int32 sums for each token; each adds up to the product over octets [first, last) of a row."""
-        b, none, octets = self.b, zeros(self.sum_type), self.use.octets
+        b = self.b
+        none = zeros(self.sum_type)
+        octets = self.use.octets
         plain = Variable(b, none)
         # of two bytes, or of 16 bits
         parts = [[Variable(b, none) for _ in range(2 if octets else 1)] for _ in range(self.tokens)]
@@ -413,7 +434,8 @@ class _OctetProduct(RowProduct):
 
         if whole:
             # without a loop for the few octets of most blocks
-            unrolled, line = min(self.in_block, UNROLLED), LINE_BYTES // self.octet_bytes
+            unrolled = min(self.in_block, UNROLLED)
+            line = LINE_BYTES // self.octet_bytes
 
             def several(octet: ir.Value) -> None:
                 for i in range(unrolled):

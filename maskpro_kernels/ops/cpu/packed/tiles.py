@@ -43,7 +43,9 @@ CHUNK = 16
 TOKENS = 512
 
 # Tiles of sums: for 16 rows and 16 tokens, for the next 16 rows, for the next 16 tokens, and for both
-SUMS, WEIGHTS, X = (0, 1, 2, 3), (4, 5), (6, 7)
+SUMS = (0, 1, 2, 3)
+WEIGHTS = (4, 5)
+X = (6, 7)
 
 # All eight tiles of 16 rows of 64 bytes, by palette 1
 TILES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
@@ -51,7 +53,9 @@ TILES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
 
 def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
     """Columns of a square matrix of vectors; its size is a power of two."""
-    rows, count, step = list(rows), len(rows), 1
+    rows = list(rows)
+    count = len(rows)
+    step = 1
     while step < count:
         order = [
             [(i & ~step) + (count if i & step else 0) + (step if high else 0) for i in range(count)] for high in (0, 1)
@@ -59,7 +63,8 @@ def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
         masks = [ir.Constant(vector(WORD, count), each_) for each_ in order]
         for i in range(count):
             if not i & step:
-                one, other = rows[i], rows[i + step]
+                one = rows[i]
+                other = rows[i + step]
                 rows[i], rows[i + step] = (b.shuffle_vector(one, other, mask) for mask in masks)
         step *= 2
     return rows
@@ -74,7 +79,8 @@ def laid_out() -> str:
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 4, 2)
     start, stop, k, tokens, x, out = function.args
-    whole, runs = b.sdiv(k, LONG(RUN)), divided_up(b, k, RUN)
+    whole = b.sdiv(k, LONG(RUN))
+    runs = divided_up(b, k, RUN)
     aside = buffer(b, HALF, RUN)
     last = b.sub(tokens, LONG(1))
 
@@ -94,7 +100,8 @@ def laid_out() -> str:
             lay(run, [loaded(at(b, row, b.mul(run, LONG(RUN)), HALF)) for row in rows])
 
         def lay_rest(run: ir.Value) -> None:
-            done, given = b.mul(run, LONG(RUN)), []
+            done = b.mul(run, LONG(RUN))
+            given = []
             for row in rows:
                 b.store(zeros(ir.ArrayType(HALF, RUN)), aside)
                 copy(b, at(b, row, done, HALF), aside, b.sub(k, done), HALF)
@@ -123,7 +130,8 @@ class _Product:
     """Builder of the function of ``product``."""
 
     def __init__(self, kind: Packed, use: Instructions, biased: bool):
-        self.kind, self.biased = kind, biased
+        self.kind = kind
+        self.biased = biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 6, 6)
         use_whole_registers(self.function)
@@ -135,11 +143,13 @@ class _Product:
         # [CHUNK, STRIP, RUN] weights, and sums [tiles of tokens, STRIP, TILE]
         self.placed = buffer(b, HALF, CHUNK * STRIP * RUN)
         self.sums = buffer(b, FLOAT, STRIP * TOKENS)
-        self.bias_aside, self.out_aside = buffer(b, TYPES[kind.x], STRIP), buffer(b, TYPES[kind.x], STRIP)
+        self.bias_aside = buffer(b, TYPES[kind.x], STRIP)
+        self.out_aside = buffer(b, TYPES[kind.x], STRIP)
 
     def assembly(self) -> str:
         b = self.b
-        before, own = buffer(b, BYTE, 64), buffer(b, BYTE, 64)
+        before = buffer(b, BYTE, 64)
+        own = buffer(b, BYTE, 64)
         b.store(ir.Constant(ir.ArrayType(BYTE, 64), bytearray(TILES)), own)
         # other libraries of the process may depend on their configuration of tiles
         intrinsic(b, "llvm.x86.sttilecfg", ir.VoidType(), before)
@@ -171,7 +181,8 @@ class _Product:
 
     def _place(self, first: ir.Value, run: ir.Value, until: ir.Value) -> None:
         """Place the weights of a strip, runs [run, until) of each row, in their columns."""
-        b, weight = self.b, self.weight
+        b = self.b
+        weight = self.weight
         rows = smaller(b, LONG(STRIP), b.sub(self.rows, first))
         direct = weight.within(run, until)
         more = b.icmp_signed("<", until, weight.runs)
@@ -235,7 +246,8 @@ class _Product:
 
     def _write(self, first: ir.Value, tile: ir.Value) -> None:
         """Write the sums of a strip and a tile of tokens, token by token."""
-        b, element = self.b, TYPES[self.kind.x]
+        b = self.b
+        element = TYPES[self.kind.x]
         rows = smaller(b, LONG(STRIP), b.sub(self.rows, first))
         whole = b.icmp_signed("==", rows, LONG(STRIP))
         token = b.mul(tile, LONG(TILE))

@@ -42,8 +42,13 @@ class Weight:
     def __init__(
         self, b: ir.IRBuilder, kind: Packed, use: Instructions, form: str, values: ir.Value, bits: ir.Value, k: ir.Value
     ):
-        self.b, self.kind, self.use, self.form, self.k = b, kind, use, form, k
-        self.values, self.bits = values, bits
+        self.b = b
+        self.kind = kind
+        self.use = use
+        self.form = form
+        self.k = k
+        self.values = values
+        self.bits = bits
         # values are moved as integers of their bits
         self.element = TYPES[kind.values] if form == "floats" else ir.IntType(8 * kind.values.itemsize)
         self.lanes = RUN if form == "halves" else use.lanes
@@ -90,11 +95,13 @@ class Weight:
 
     def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         """``vectors`` of any run, with zeros after the end of the row."""
-        b, weights = self.b, self.weights_of(run)
+        b = self.b
+        weights = self.weights_of(run)
         values = b.mul(b.sdiv(weights, LONG(self.kind.m)), LONG(self.kind.n))
         elements = b.sdiv(values, LONG(self.kind.in_byte))
         copy(b, self.values_of(row, run), self.aside, elements, self.element)
-        word, source = Variable(b, WORD(0)), at(b, row[1], run, WORD)
+        word = Variable(b, WORD(0))
+        source = at(b, row[1], run, WORD)
 
         def add_byte(i: ir.Value) -> None:
             byte = b.zext(b.load(at(b, source, i, BYTE), typ=BYTE), WORD)
@@ -105,13 +112,16 @@ class Weight:
 
     def vectors(self, values: ir.Value, word: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
         """Weights of a run in order, from a pointer to values and a bitmask, times the float32 scale."""
-        b, n, m = self.b, self.kind.n, self.kind.m
+        b = self.b
+        n = self.kind.n
+        m = self.kind.m
         if self.kind.in_byte == 2:
             b.store(nibbles(b, values, self.kind.kept), self.bytes)
             values = self.bytes
         if self.form == "halves":
             return [self.use.placed(b, self._loaded(values, self.kind.kept, scale), word)]
-        out, before = [], LONG(0)
+        out = []
+        before = LONG(0)
         for lane in range(0, RUN, self.lanes):
             bits = b.trunc(b.lshr(word, WORD(lane)), ir.IntType(self.lanes))
             if self.fixed:
@@ -125,7 +135,8 @@ class Weight:
 
     def _loaded(self, pointer: ir.Value, count: int, scale: ir.Value | None) -> ir.Value:
         """Load ``count`` values in the form of vectors, as integers, in a whole vector."""
-        b, dtype = self.b, self.kind.values
+        b = self.b
+        dtype = self.kind.values
         given = b.load(pointer, typ=vector(self.element, count), align=1)
         if self.kind.scaled:
             given = b.sitofp(b.sext(given, vector(WORD, count)), vector(FLOAT, count))
@@ -152,9 +163,12 @@ def unpack(kind: Packed, use: Instructions) -> str:
     function, b = add_function(module, ENTRY, 6, 4)
     start, stop, k, first, count, stride, values, bits, scales, out = function.args
     form = "floats" if kind.scaled else "halves" if use.halves and kind.x.itemsize == 2 else "words"
-    weight, element = Weight(b, kind, use, form, values, bits, k), ir.IntType(8 * kind.x.itemsize)
-    last, aside = b.add(first, count), buffer(b, element, RUN)
-    direct, row_scales = weight.within(first, last), divided_up(b, weight.row_values, kind.group)
+    weight = Weight(b, kind, use, form, values, bits, k)
+    element = ir.IntType(8 * kind.x.itemsize)
+    last = b.add(first, count)
+    aside = buffer(b, element, RUN)
+    direct = weight.within(first, last)
+    row_scales = divided_up(b, weight.row_values, kind.group)
 
     def write(vectors: list[ir.Value], pointer: ir.Value) -> None:
         for i, given in enumerate(vectors):
@@ -165,7 +179,8 @@ def unpack(kind: Packed, use: Instructions) -> str:
             b.store(given, at(b, pointer, LONG(i * weight.lanes), element), align=1)
 
     def unpack_row(row: ir.Value) -> None:
-        place, target = weight.row(row), at(b, out, b.mul(row, stride), element)
+        place = weight.row(row)
+        target = at(b, out, b.mul(row, stride), element)
 
         def target_of(run: ir.Value) -> ir.Value:
             return at(b, target, b.mul(b.sub(run, first), LONG(RUN)), element)

@@ -18,7 +18,9 @@ CODES = (0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100)
 # Mask of the low three bits of each group of a word: selectors of tables
 CODE_INDICES: tl.constexpr = tl.constexpr(0x7777)
 # A byte of a selector names the two bytes of a 16-bit value: of the first, of the second, and of a zero after them
-_FIRST, _SECOND, _ZERO = 0x10, 0x32, 0x44
+_FIRST = 0x10
+_SECOND = 0x32
+_ZERO = 0x44
 
 
 def _table(byte_of: Callable[[tuple[int, ...]], int]) -> tuple[int, int]:
@@ -94,7 +96,8 @@ def placed_pairs(words, codes):
 @triton.jit
 def chosen_pairs(words, codes):
     """4 int32 columns of two values each: of 8 words of two values, those that 4 codes of 2:4 keep."""
-    first, second = table_bytes(codes, CHOSEN, 0), table_bytes(codes, CHOSEN, 1)
+    first = table_bytes(codes, CHOSEN, 0)
+    second = table_bytes(codes, CHOSEN, 1)
     columns = ()
     for group in tl.static_range(4):
         selector = byte_pair(first, second, group)

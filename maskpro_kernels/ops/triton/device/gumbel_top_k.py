@@ -105,8 +105,12 @@ def drawn_keys(z, group, M: tl.constexpr, key):
 @triton.jit
 def top_n_of_4(keys, N: tl.constexpr):
     """``top_n`` of four: compare each pair once, and combine the three results of a column by logic."""
-    over01, over02, over03 = keys[0] >= keys[1], keys[0] >= keys[2], keys[0] >= keys[3]
-    over12, over13, over23 = keys[1] >= keys[2], keys[1] >= keys[3], keys[2] >= keys[3]
+    over01 = keys[0] >= keys[1]
+    over02 = keys[0] >= keys[2]
+    over03 = keys[0] >= keys[3]
+    over12 = keys[1] >= keys[2]
+    over13 = keys[1] >= keys[3]
+    over23 = keys[2] >= keys[3]
     wins = (
         (over01, over02, over03),
         (~over01, over12, over13),

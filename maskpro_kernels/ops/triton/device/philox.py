@@ -14,9 +14,14 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     for _ in tl.static_range(ROUNDS):
         product0 = tl.mul(c0.to(tl.uint64), MULTIPLIERS[0], sanitize_overflow=False)
         product1 = tl.mul(c2.to(tl.uint64), MULTIPLIERS[1], sanitize_overflow=False)
-        low0, high0 = product0.to(tl.uint32), (product0 >> 32).to(tl.uint32)
-        low1, high1 = product1.to(tl.uint32), (product1 >> 32).to(tl.uint32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        low0 = product0.to(tl.uint32)
+        high0 = (product0 >> 32).to(tl.uint32)
+        low1 = product1.to(tl.uint32)
+        high1 = (product1 >> 32).to(tl.uint32)
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
         k0 = tl.add(k0, KEY_STEPS[0], sanitize_overflow=False)
         k1 = tl.add(k1, KEY_STEPS[1], sanitize_overflow=False)
     return c0, c1, c2, c3

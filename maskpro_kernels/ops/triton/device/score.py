@@ -198,7 +198,8 @@ def score_of_largest_2_of_4(x, ordered, inv_temperature):
     third = exp(saturated((ordered[2] - ordered[0]) * inv_temperature) - centre)
     fourth = exp(saturated((ordered[3] - ordered[0]) * inv_temperature) - centre)
     dropped_sum = third + fourth
-    with_first, with_second = dropped_sum + first, dropped_sum + 1.0
+    with_first = dropped_sum + first
+    with_second = dropped_sum + 1.0
     # in the order of columns
     first_leads = (x[0] >= ordered[0]) | (x[1] >= ordered[0]) & (x[0] < ordered[1])
     first_leads |= (x[2] >= ordered[0]) & (x[3] >= ordered[1])
@@ -207,16 +208,19 @@ def score_of_largest_2_of_4(x, ordered, inv_temperature):
     inverse_second = scaled_reciprocal(with_second, RECIPROCAL_SCALE)
     inverse_both = scaled_reciprocal(with_both, RECIPROCAL_SCALE)
     inverse_h = scaled_reciprocal(inverse_first + inverse_second, INVERSE_RECIPROCAL_SCALE)
-    d_first, d_second = dropped_sum * inverse_first, dropped_sum * inverse_second
+    d_first = dropped_sum * inverse_first
+    d_second = dropped_sum * inverse_second
     score_first = (d_first * inverse_both + d_first * inverse_first) * inverse_h
     score_second = (d_second * inverse_both + d_second * inverse_second) * inverse_h
     # if all dropped ones are 0, both scores are 0
     share = tl.div_rn(score_first + score_second, tl.maximum(dropped_sum, SMALLEST_NORMAL))
-    score_third, score_fourth = 0.0 - third * share, 0.0 - fourth * share
+    score_third = 0.0 - third * share
+    score_fourth = 0.0 - fourth * share
     # always true; it keeps ptxas from comparing before the divisions, which would take more predicate registers than
     # exist
     true = share >= 0.0
-    largest, dropped = tl.where(true, ordered[0], 0.0), tl.where(true, ordered[2], 0.0)
+    largest = tl.where(true, ordered[0], 0.0)
+    dropped = tl.where(true, ordered[2], 0.0)
     scores = ()
     for i in tl.static_range(4):
         of_kept = tl.where(x[i] == largest, score_first, score_second)
@@ -295,7 +299,8 @@ def exponential_race_score(z, keys, kept, M: tl.constexpr):
     largest = saturated(largest_dropped(z, kept, M))
     values = ()
     for i in tl.static_range(M):
-        least, most = tl.where(kept[i], kappa, largest), tl.where(kept[i], LARGEST_LOG_ARRIVAL, 0.0)
+        least = tl.where(kept[i], kappa, largest)
+        most = tl.where(kept[i], LARGEST_LOG_ARRIVAL, 0.0)
         e = exp(tl.minimum(saturated(z[i]) - least, most))
         values = values + (tl.where(kept[i], arrival_ratio(e), e),)
     total = tl.where(kept[0], values[0], 0.0)
