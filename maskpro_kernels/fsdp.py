@@ -488,7 +488,7 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, nn.Module]) -> None:
         return
     shards = {name: layer.shard for name, layer in layers.items()}
     ranks.agree({name: shard.layout for name, shard in shards.items()})
-    ranks.all_of(lambda: check_finite(layers))
+    ranks.run_on_all(lambda: check_finite(layers))
     for shard in shards.values():
         shard.reshard()
 
@@ -507,7 +507,7 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
 
     def own_plan():
-        first = ranks.rank == 0
+        first = ranks.is_main_process
         planner.set_up_planner(dict(tensors), writer.storage_meta(), first)
         writer.set_up_storage_writer(first)
         own = planner.create_local_plan()
@@ -515,7 +515,7 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
         own.items[:] = [item for item in own.items if item.tensor_data.chunk.sizes.numel()]
         return writer.prepare_local_plan(own)
 
-    plans, _ = planner.create_global_plan(ranks.gather_objects(ranks.all_of(own_plan)))
+    plans, _ = planner.create_global_plan(ranks.all_gather_object(ranks.run_on_all(own_plan)))
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
 
     def write() -> Path | None:

@@ -74,26 +74,32 @@ class Ranks:
 
     All ranks call the same methods in the same order, ``connect`` first. A single rank sends nothing. If a rank has
     ended, the others get torch's RuntimeError. Exchanges of a step wait ``timeout`` seconds for the others, and
-    ``connect`` at least half an hour. ``on_any``, ``gather_objects``, ``first``, ``all_of`` and ``agree`` wait without
-    a limit.
+    ``connect`` at least half an hour. ``on_any``, ``all_gather_object``, ``run_on_main``, ``run_on_all`` and ``agree``
+    wait without a limit.
 
     Attributes:
-        rank, world: rank of this process, from 0; number of ranks.
+        rank, world_size: rank of this process, from 0; number of ranks.
         bytes_sent: bytes of the tensors that this rank has sent.
     """
 
     def __init__(self, timeout: float = 600.0):
         together = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.rank = dist.get_rank() if together else 0
+        self.world_size = dist.get_world_size() if together else 1
         self.timeout = timeout
         self.bytes_sent = 0
         self._of_steps: dist.ProcessGroup | None = None
         self._patient: dist.ProcessGroup | None = None
         self._closed = False
 
+    @property
+    def is_main_process(self) -> bool:
+        """True on rank 0, which alone writes and reports."""
+        return self.rank == 0
+
     def connect(self) -> None:
         """Connect to the other ranks, once."""
-        if self.world > 1 and self._of_steps is None and not self._closed:
+        if self.world_size > 1 and self._of_steps is None and not self._closed:
             # at least half an hour: each rank loads its model before, perhaps from a slow disk
             meeting = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(1800.0, self.timeout)))
             dist.destroy_process_group(meeting)
@@ -109,43 +115,43 @@ class Ranks:
         self._patient = None
         self._closed = True
 
-    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+    def all_gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of every rank, in float64, by rank; all ranks send equally many, at least one."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [list(numbers)]
-        return self.gather_vectors(torch.tensor(numbers, dtype=torch.float64, device="cpu")).tolist()
+        return self.all_gather(torch.tensor(numbers, dtype=torch.float64, device="cpu")).tolist()
 
-    def gather_vectors(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """Return [ranks, n] from a tensor [n] on each rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return tensor.unsqueeze(0)
         self.bytes_sent += tensor.nbytes
-        rows = [torch.empty_like(tensor) for _ in range(self.world)]
+        rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(rows, tensor, group=self._group_of(tensor))
         return torch.stack(rows)
 
     def on_any(self, function: Callable[[], object] | None) -> bool:
         """Return whether a function returns a true value on any rank; a rank without a function counts as false."""
-        if self.world > 1 and not any(given for (given,) in self.gather([function is not None])):
+        if self.world_size > 1 and not any(given for (given,) in self.all_gather_numbers([function is not None])):
             return False
-        return any(self.gather_objects(function is not None and bool(function())))
+        return any(self.all_gather_object(function is not None and bool(function())))
 
-    def gather_objects(self, thing: object) -> list:
+    def all_gather_object(self, thing: object) -> list:
         """Return the objects of all ranks, by rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [thing]
-        objects = [None] * self.world
+        objects = [None] * self.world_size
         dist.all_gather_object(objects, thing, group=self._open(self._patient))
         return objects
 
-    def first(self, function: Callable[[], Result]) -> Result:
+    def run_on_main(self, function: Callable[[], Result]) -> Result:
         """Call a function on rank 0 alone, and return its result on all ranks.
 
         Rank 0 raises its error; the others raise a ValueError if it is one, else a FailedRank.
         """
-        return self._results(function, self.rank == 0)[0]
+        return self._results(function, self.is_main_process)[0]
 
-    def all_of(self, function: Callable[[], Result]) -> Result:
+    def run_on_all(self, function: Callable[[], Result]) -> Result:
         """Call a function on all ranks, wait for all, and return the result of this rank.
 
         An error of this rank is raised. If only others have one, raise a ValueError or FailedRank that names the first.
@@ -156,7 +162,7 @@ class Ranks:
 
     def _results(self, function: Callable[[], Result], called: bool) -> list:
         """Return the results of a function by rank, unless one raises an error."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [function()]
         result = error = for_others = None
         try:
@@ -167,7 +173,7 @@ class Ranks:
                 for_others = ValueError(f"rank {self.rank}: {error}" if self.rank else str(error))
             else:
                 for_others = FailedRank(f"rank {self.rank}: {type(error).__name__}: {error}")
-        results = self.gather_objects((result, for_others))
+        results = self.all_gather_object((result, for_others))
         failed = next((of_rank for _, of_rank in results if of_rank is not None), None)
         if failed is not None:
             raise error or failed
@@ -175,13 +181,13 @@ class Ranks:
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if the settings of some, JSON values, differ from those of rank 0."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         own = {
             name: hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
             for name, value in settings.items()
         }
-        first, *others = self.gather_objects(own)
+        first, *others = self.all_gather_object(own)
         differing = {
             rank: sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
             for rank, theirs in enumerate(others, 1)
@@ -193,19 +199,19 @@ class Ranks:
         if lines:
             raise ValueError(f"ranks: expected the settings of rank 0 on all of them, got {'; '.join(lines)}")
 
-    def sum_(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the ranks: the same bits on all of them."""
-        if self.world > 1:
+        if self.world_size > 1:
             self.bytes_sent += tensor.nbytes
             dist.all_reduce(tensor, group=self._group_of(tensor))
 
-    def spread_(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         """Replace a tensor by that of rank 0."""
-        if self.world > 1:
-            self.bytes_sent += tensor.nbytes if self.rank == 0 else 0
+        if self.world_size > 1:
+            self.bytes_sent += tensor.nbytes if self.is_main_process else 0
             dist.broadcast(tensor, 0, group=self._group_of(tensor))
 
-    def sum_of_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
+    def reduce_scatter_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
         """Return this rank's rows [rows, K] of the sum of a contiguous [out, K] over all ranks, equal in each copy.
 
         Dimension ``cut`` of the mesh splits rows like ``torch.chunk``; the others copy them.

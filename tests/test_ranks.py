@@ -228,7 +228,7 @@ def raise_on(raising: Sequence[int], kind: type[Exception], rank: int, first: bo
         return 10 + rank
 
     try:
-        return together.first(call) if first else together.all_of(call)
+        return together.run_on_main(call) if first else together.run_on_all(call)
     except Exception as error:
         return type(error).__name__, str(error)
 
@@ -336,7 +336,8 @@ with under_torchrun():
     trainer.run(3, progress=False)
     trainer.close()
     # a line at once, between those of other ranks
-    os.write(1, f"rank {trainer.ranks.rank} of {trainer.ranks.world} {digest(logits_of(trainer.model))}\\n".encode())
+    ranks = trainer.ranks
+    os.write(1, f"rank {ranks.rank} of {ranks.world_size} {digest(logits_of(trainer.model))}\\n".encode())
 """
 
 

@@ -75,14 +75,14 @@ def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Modul
     if expected_turns is not None:
         backward_file._reached = lambda loss, descents: list(expected_turns)
     trainer = rank_trainer("straight-through", model=model, accumulate=accumulate)
-    held, real = [], trainer.ranks.sum_
+    held, real = [], trainer.ranks.all_reduce
 
     def summed(tensor):
         descents = trainer.estimator._updaters.values()
         held.append(sum(descent.slopes is not None for descent in descents))
         real(tensor)
 
-    trainer.ranks.sum_ = summed
+    trainer.ranks.all_reduce = summed
     losses = [record.loss for record in trainer.run(steps, progress=False)]
     return logits_of(model), losses, max(held, default=0), len(held) / steps
 

@@ -120,7 +120,7 @@ class RelaxedMask(Estimator):
             for learned in self.learned.values():
                 # a layer that no loss has reached has none
                 learned.grad = torch.zeros_like(learned) if learned.grad is None else learned.grad
-                step.ranks.sum_(learned.grad)
+                step.ranks.all_reduce(learned.grad)
             norms = torch.stack([learned.grad.norm().cpu() for learned in self.learned.values()]).tolist()
             step.begin_update()
             return StepResult(value, bad_layers=self._update(step, dict(zip(self.learned, norms, strict=True))))

@@ -149,16 +149,16 @@ def learn(options: Learn) -> None:
     ranks.connect()
     resuming = options.resume is not None
     if resuming:
-        options = ranks.first(lambda: read_options(options))
+        options = ranks.run_on_main(lambda: read_options(options))
     elif options.dtype is None:  # a run that resumes on another CPU keeps it
-        options = dataclasses.replace(options, dtype=ranks.first(lambda: default_dtype(options.device)))
+        options = dataclasses.replace(options, dtype=ranks.run_on_main(lambda: default_dtype(options.device)))
     given = options
-    options = ranks.all_of(lambda: complete(options, ranks.world, resuming))
+    options = ranks.run_on_all(lambda: complete(options, ranks.world_size, resuming))
     output = Path(options.output)
     # of rank 0, from the first write to the last; a killed process frees it
     lock = FileLock(output / PROGRESS / RUN_LOCK, blocking=False)
     try:
-        ranks.first(lambda: _claim(output, lock, resuming))
+        ranks.run_on_main(lambda: _claim(output, lock, resuming))
         with _hint_at_resume(output, "before the next step"):
             run = _begin_or_resume(options, given, ranks, lock)
         with closing(run.trainer):
@@ -185,37 +185,37 @@ def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock)
     """Prepare the next step of a run with complete options; a new run stores the ``given`` ones."""
     output = Path(options.output)
     progress = output / PROGRESS
-    begun = ranks.first(lambda: (progress / START).is_file())
+    begun = ranks.run_on_main(lambda: (progress / START).is_file())
     # load
-    texts = ranks.all_of(lambda: _load_texts(options))
+    texts = ranks.run_on_all(lambda: _load_texts(options))
     device = options.device if options.device == "auto" else device_of(options.device)
     moved = f"if it has moved, change its path in {output / SETTINGS}" if begun else None
     with naming("model", moved):
-        model, tokenizer = ranks.all_of(lambda: load(options.model, options.dtype, device))
+        model, tokenizer = ranks.run_on_all(lambda: load(options.model, options.dtype, device))
     if model.device.type == "cpu":
         _keep_freed_memory()
     start = None
-    base = ranks.first(lambda: digest(tensors_of_base(model)))
+    base = ranks.run_on_main(lambda: digest(tensors_of_base(model)))
     if begun:
-        start = ranks.first(lambda: _read_start(progress, options, base))
-    apart = ranks.all_of(lambda: as_linears(model))
-    layers, skipped = ranks.all_of(lambda: layers_to_convert(model, options.pattern))
+        start = ranks.run_on_main(lambda: _read_start(progress, options, base))
+    apart = ranks.run_on_all(lambda: as_linears(model))
+    layers, skipped = ranks.run_on_all(lambda: layers_to_convert(model, options.pattern))
     skipped = apart | skipped
     if options.gradient_checkpointing:
         from ..hf import checkpoint_activations
 
         checkpoint_activations(model)
-    tests, validation, windows = ranks.all_of(lambda: _windows(options, texts, model, tokenizer))
+    tests, validation, windows = ranks.run_on_all(lambda: _windows(options, texts, model, tokenizer))
     init = options.init
     if init not in INITIAL_MASKS and not begun:
-        init = ranks.first(lambda: initial_codes(layers, options.pattern, init))
+        init = ranks.run_on_main(lambda: initial_codes(layers, options.pattern, init))
 
     # batches
     if not begun:
-        ranks.first(lambda: _write_settings(given, output, lock))
+        ranks.run_on_main(lambda: _write_settings(given, output, lock))
     sources = parse_sources(options.data)
     if SELF in windows:
-        own = ranks.first(lambda: _samples(progress, model, tokenizer, windows[SELF], options, base))
+        own = ranks.run_on_main(lambda: _samples(progress, model, tokenizer, windows[SELF], options, base))
         if not tests.keys() - {"other_perplexity"}:
             # without a text, the first samples are for evaluation
             test, validation, own = own.tensor_split([options.eval_windows, 2 * options.eval_windows])
@@ -236,19 +236,23 @@ def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock)
     cache = TeacherCache(folder=progress / TEACHER) if changes and options.loss != "ce" else None
     loss_fn = distillation_loss(options.loss, cache=cache)
     if begun:
-        ranks.all_of(lambda: convert(model, options.pattern, start["targets"], init="magnitude", gap=options.gap))
+        ranks.run_on_all(lambda: convert(model, options.pattern, start["targets"], init="magnitude", gap=options.gap))
         if options.refit != "none":
-            ranks.first(lambda: _put_back_start_weights(model, progress, start))
-            _spread_weights(model, ranks)
+            ranks.run_on_main(lambda: _put_back_start_weights(model, progress, start))
+            _broadcast_weights(model, ranks)
     else:
         if cache is not None:
             report(f"computing the dense model's outputs for {len(calibration)} batches, since weights will change")
-            ranks.all_of(lambda: loss_fn.fill(model, calibration[ranks.rank :: ranks.world], progress=wants_bars()))
+            ranks.run_on_all(
+                lambda: loss_fn.fill(model, calibration[ranks.rank :: ranks.world_size], progress=wants_bars())
+            )
         for name, reason in skipped.items():
             report(f"left dense: {name} ({reason})")
-        start = ranks.first(lambda: _evaluate_initial_masks(options, model, layers, init, tests, every[:INIT_BATCHES]))
-        if ranks.world > 1:
-            _spread_initial_mask(options, model, start["targets"], ranks)
+        start = ranks.run_on_main(
+            lambda: _evaluate_initial_masks(options, model, layers, init, tests, every[:INIT_BATCHES])
+        )
+        if ranks.world_size > 1:
+            _broadcast_initial_mask(options, model, start["targets"], ranks)
         skipped |= {name: COSTLY for name in layers if name not in start["converted"]}
 
     # train
@@ -592,24 +596,26 @@ def _set_logits(layers: Mapping[str, MaskedLinear], codes: Mapping[str, Tensor],
         layer.logits.copy_(initial_logits(codes[name], NMPattern(options.pattern), options.gap))
 
 
-def _spread_initial_mask(options: Learn, model: nn.Module, targets: Sequence[str] | None, ranks: Ranks) -> None:
+def _broadcast_initial_mask(options: Learn, model: nn.Module, targets: Sequence[str] | None, ranks: Ranks) -> None:
     """Send the mask and the weights of rank 0 to all ranks: another processor may compute others."""
     pattern = NMPattern(options.pattern)
-    ranks.all_of(lambda: ranks.rank == 0 or convert(model, pattern, targets, init="magnitude", gap=options.gap))
+    ranks.run_on_all(
+        lambda: ranks.is_main_process or convert(model, pattern, targets, init="magnitude", gap=options.gap)
+    )
     masked = masked_layers(model)
     codes = {name: top_n_mask(layer.logits.detach(), pattern) for name, layer in masked.items()}
     for code in codes.values():
-        ranks.spread_(code)
+        ranks.broadcast(code)
     _set_logits(masked, codes, options)
     if options.refit != "none":
-        _spread_weights(model, ranks)
+        _broadcast_weights(model, ranks)
 
 
-def _spread_weights(model: nn.Module, ranks: Ranks) -> None:
-    if ranks.world > 1:
+def _broadcast_weights(model: nn.Module, ranks: Ranks) -> None:
+    if ranks.world_size > 1:
         for layer in masked_layers(model).values():
             weight = layer.weight.detach().clone()
-            ranks.spread_(weight)
+            ranks.broadcast(weight)
             layer.weight.data = weight
             layer.weight_changed = True
 
@@ -656,16 +662,16 @@ class _Run:
             self._evaluate()
             write_record(self.progress / START, self.start)
 
-        self.ranks.first(write)
+        self.ranks.run_on_main(write)
 
     def resume(self) -> None:
         """Restore logits and rows from the folder."""
         with naming("resume", "restore the model, the text and the content of the folder when the run was interrupted"):
             self.trainer.resume(progress=wants_bars())
-            if self.ranks.rank == 0 and self.start["run"] != self.trainer.run_id:
+            if self.ranks.is_main_process and self.start["run"] != self.trainer.run_id:
                 raise ValueError(f"expected the {START} of this run, got another run's")
         done = self.trainer.steps_done
-        if self.ranks.rank == 0:
+        if self.ranks.is_main_process:
             with naming("resume"):
                 stored = read_progress(self.progress / VALIDATION)
             if stored["run"] != self.start["run"]:
@@ -684,7 +690,7 @@ class _Run:
                 self._evaluate()
             return trainer.steps_done < options.steps and not self._has_diverged()
 
-        more = self.ranks.first(has_more)
+        more = self.ranks.run_on_main(has_more)
         began = time.perf_counter()
         evaluating = self.evaluating
         weight = self.model.get_input_embeddings().weight
@@ -696,7 +702,7 @@ class _Run:
         with _signals() as signals, ExitStack() as stack:
             attend("eager")
             stack.callback(attend, "sdpa")
-            if more and self.ranks.rank > 0:
+            if more and not self.ranks.is_main_process:
                 trainer.run(options.steps - trainer.steps_done, progress=False, after_step=lambda _: bool(signals))
             elif more:
                 # logits of an earlier stop: if the run is killed now, they must not look like its result
@@ -730,7 +736,7 @@ class _Run:
                         self._save_logits()
                     report(f"stopped after {trainer.steps_done} steps; {resume_command(self.output)}")
                     raise
-        if self.ranks.rank > 0:
+        if not self.ranks.is_main_process:
             return False
         self.seconds += time.perf_counter() - began - (self.evaluating - evaluating)
         if trainer.steps_done == options.steps:

@@ -70,14 +70,14 @@ class BackwardPass:
 
     def sums_within(self) -> bool:
         """Return whether slopes may be summed inside backward."""
-        return self.every_pass or self.ranks.world > 1 and self.batches == 1
+        return self.every_pass or self.ranks.world_size > 1 and self.batches == 1
 
     def alike(self, loss: Tensor) -> bool:
         """Return whether the order of layers is the same on all ranks, in a pass before the last."""
         if not self.every_pass:
             return True
         own = self.order(loss)
-        return all(order == own for (order,) in self.ranks.gather([own]))
+        return all(order == own for (order,) in self.ranks.all_gather_numbers([own]))
 
     def backward(self, loss: Tensor, weight=1.0, alike=True, tokens: Tensor | None = None) -> list[str]:
         """Backpropagate the loss of the last forward to the logits; its slopes have the factor ``weight``.
@@ -95,7 +95,7 @@ class BackwardPass:
         for updater in self.updaters.values():
             updater.weight = weight
             updater.tokens = tokens
-            updater.at_once = self.ranks.world == 1 and self.batches == 1 and updater.uses <= 1
+            updater.at_once = self.ranks.world_size == 1 and self.batches == 1 and updater.uses <= 1
         torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
         self._end_pass()
         if self.left:
@@ -132,7 +132,7 @@ class BackwardPass:
             # other ranks may wait for it, even if it has no slopes on this one
             self.turns.popleft().finish()
         self.in_turn = False
-        held = self.ranks.gather([updater.slopes is not None for updater in self.updaters.values()])
+        held = self.ranks.all_gather_numbers([updater.slopes is not None for updater in self.updaters.values()])
         # the last ones first, in the order in which backward and copies of logits go
         for updater, *on_ranks in reversed(list(zip(self.updaters.values(), *held, strict=True))):
             if any(on_ranks):
@@ -240,7 +240,7 @@ class LayerUpdater:
             self.weight_grad = None if self.learner is None else torch.zeros_like(self.slopes)
         for total in (self.slopes, self.weight_grad):
             if total is not None:
-                self.backward_pass.ranks.sum_(total)
+                self.backward_pass.ranks.all_reduce(total)
         with self.backward_pass.offloaded.moving(self.layer) as logits:
             self._descend(
                 logits, self.layer.cached_codes, descent(self.layer, logits, self.slopes, self.how.max_update)
@@ -370,7 +370,7 @@ class ShardedPass(BackwardPass):
         moved = [updater for updater in self.updaters.values() if updater.own_slopes is not None]
         # at a rate of 0 nothing moves
         own = [(float(updater.descend_own(0.0)), updater.own_slopes.numel()) for updater in moved]
-        rows = self.ranks.gather([value for pair in own for value in pair])
+        rows = self.ranks.all_gather_numbers([value for pair in own for value in pair])
         for at, updater in enumerate(moved):
             pairs = [row[2 * at : 2 * at + 2] for row in rows]
             updater.move(sum(square * count for square, count in pairs if count) / sum(count for _, count in pairs))
@@ -405,18 +405,18 @@ class ShardUpdater(LayerUpdater):
         device = shard.weight.device
         if self.slopes is None:
             self.slopes = torch.zeros(shard.shape, dtype=torch.float32, device=device)
-        first = ranks.sum_of_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
+        first = ranks.reduce_scatter_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
         # free them before the next layer
         self.slopes = None
         factors = self.factors
         self.factors = []
         second = torch.zeros_like(first)
-        uses = 1 if self.backward_pass.in_turn else max(count for (count,) in ranks.gather([len(factors)]))
+        uses = 1 if self.backward_pass.in_turn else max(count for (count,) in ranks.all_gather_numbers([len(factors)]))
         for use in range(int(uses)):
             own = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
             if use < len(factors):
                 own.copy_(torch.cat(factors[use]))
-            vectors = ranks.gather_vectors(own)[shard.mesh.mesh.flatten().to(device)]
+            vectors = ranks.all_gather(own)[shard.mesh.mesh.flatten().to(device)]
             outputs, inputs = vectors.split([*shard.shape], 1)
             second.addmm_(shard.part_of(outputs.t()), inputs)
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)

@@ -125,7 +125,7 @@ class BatchStream:
 
     def of_step(self, step: int) -> list:
         """Batches of the next step, or of the last one again; ValueError if there are no more."""
-        batches = self._ranks.all_of(lambda: self._of_step(step))
+        batches = self._ranks.run_on_all(lambda: self._of_step(step))
         self._ranks.agree({"batches": self._after})
         return batches
 
@@ -203,15 +203,17 @@ class InitialLosses:
         if gone:
             raise ValueError(f"batches: expected those of the first step, got others instead of {gone}")
         names = list(index_of)
-        world = self._ranks.world
+        world = self._ranks.world_size
         by_content = {}
-        hidden = not progress or self._ranks.rank > 0
+        hidden = not progress or not self._ranks.is_main_process
         for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
             by_rank = names[first : first + world]
             own = by_rank[self._ranks.rank : self._ranks.rank + 1]
             # a rank without a batch takes part in the forwards of the others
             taken = own or (by_rank[:1] if self._together else [])
-            rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan])
+            rows = self._ranks.all_gather_numbers(
+                [loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan]
+            )
             by_content |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
         losses = [by_content[name] for name in self._contents]
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]

@@ -227,8 +227,8 @@ class Step:
         draws = range(trainer.estimator.draws)
         ranks = trainer.ranks
         self._by_rank = [
-            [(draw, place) for draw in draws for place in range(rank, len(batches), ranks.world)]
-            for rank in range(ranks.world)
+            [(draw, place) for draw in draws for place in range(rank, len(batches), ranks.world_size)]
+            for rank in range(ranks.world_size)
         ]
         self.own = self._by_rank[ranks.rank]
         self._initial_loss = initial_loss
@@ -294,7 +294,7 @@ class Step:
         """Return (loss of each draw, whether ``order`` is equal on all ranks); call it after this rank's forwards."""
         own = self._losses
         self._losses = []
-        rows = self.ranks.gather([self.index, self.flip_rate, order, *own])
+        rows = self.ranks.all_gather_numbers([self.index, self.flip_rate, order, *own])
         for name, at in (("step", 0), ("flip rate", 1)):
             others = {rank: row[at] for rank, row in enumerate(rows) if row[at] != rows[0][at]}
             if others:

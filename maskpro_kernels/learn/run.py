@@ -668,15 +668,15 @@ def write_parts(
     folder: RunFolder | None, ranks: Ranks, step: int, tensors: Mapping[str, Tensor], state: Mapping
 ) -> None:
     """Add a snapshot of sharded tensors: each rank writes its rows, and rank 0 publishes them once on disk."""
-    aside = ranks.first(lambda: folder.folder_aside())
+    aside = ranks.run_on_main(lambda: folder.folder_aside())
     try:
-        ranks.all_of(lambda: _check_seen(aside))
+        ranks.run_on_all(lambda: _check_seen(aside))
         write = planned_parts(ranks, aside, tensors)
-        own = ranks.all_of(lambda: (path := write()) and (path.name, digest_of_file(path)))
-        digests = dict(filter(None, ranks.gather_objects(own)))
-        ranks.first(lambda: folder.publish_snapshot(aside, step, digests, state))
+        own = ranks.run_on_all(lambda: (path := write()) and (path.name, digest_of_file(path)))
+        digests = dict(filter(None, ranks.all_gather_object(own)))
+        ranks.run_on_main(lambda: folder.publish_snapshot(aside, step, digests, state))
     finally:
-        if ranks.rank == 0 and aside.exists():
+        if ranks.is_main_process and aside.exists():
             # a resume removes the rest; raise the first error
             with suppress(OSError):
                 discard(aside)
@@ -694,13 +694,13 @@ def restore(
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
     spread = {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
     if is_sharded(layers):
-        ranks.all_of(lambda: _check_seen(saved.tensors.path))
-        ranks.all_of(lambda: saved.tensors.read_into(logits))
+        ranks.run_on_all(lambda: _check_seen(saved.tensors.path))
+        ranks.run_on_all(lambda: saved.tensors.read_into(logits))
     else:
         spread |= logits
-    ranks.first(lambda: saved.tensors.read_into(spread))
+    ranks.run_on_main(lambda: saved.tensors.read_into(spread))
     for tensor in spread.values():
-        ranks.spread_(tensor)
+        ranks.broadcast(tensor)
     masks = ModelMasks(layers)
     for entry in saved.entries:
         if entry.step == saved.refreshed and saved.initial_losses is None:

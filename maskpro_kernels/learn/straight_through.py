@@ -232,7 +232,7 @@ class FisherSquares:
         # one transfer, and one collective on several ranks
         device = next(iter(totals.values())).device
         flat = torch.cat([total.to(device) for total in totals.values()])
-        step.ranks.sum_(flat)
+        step.ranks.all_reduce(flat)
         rows = flat.split([len(total) for total in totals.values()])
         parts = [row[:-1] for row in rows]
         shares = torch.stack([row[-1] for row in rows])
@@ -248,7 +248,7 @@ class FisherSquares:
                 )
             elif has_come:
                 bad.append(name)
-        if bad and step.ranks.rank == 0 and not self._warned:
+        if bad and step.ranks.is_main_process and not self._warned:
             self._warned = True
             warnings.warn(
                 f"fisher_loss of step {step.index}: expected finite squares of gradients, got others in {bad}; these "

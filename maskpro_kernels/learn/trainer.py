@@ -128,13 +128,13 @@ class MaskTrainer:
         self.ranks = Ranks(timeout)
         check_sharding(self.layers)
         self._sharded = is_sharded(self.layers)
-        if accumulate % self.ranks.world:
-            raise ValueError(f"accumulate: expected a multiple of the {self.ranks.world} ranks, got {accumulate}")
+        if accumulate % self.ranks.world_size:
+            raise ValueError(f"accumulate: expected a multiple of the {self.ranks.world_size} ranks, got {accumulate}")
         _check_layers(self.layers, estimator)
-        if not self._sharded or self.ranks.world == 1:
+        if not self._sharded or self.ranks.world_size == 1:
             # for rows ``begin`` checks: here a rank would wait for one that has raised for its own rows
             check_finite(self.layers)
-            _check_reach(estimator, least_margin(self.layers, estimator.max_logit_travel), self.ranks.rank == 0)
+            _check_reach(estimator, least_margin(self.layers, estimator.max_logit_travel), self.ranks.is_main_process)
         self._batches = _batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model = model
         self.loss_fn = loss_fn
@@ -150,7 +150,7 @@ class MaskTrainer:
         self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, self._sharded)
         # on rank 0 alone
         self._folder: RunFolder | None = None
-        if self.output_dir is not None and self.ranks.rank == 0:
+        if self.output_dir is not None and self.ranks.is_main_process:
             self._folder = RunFolder(self.output_dir, estimator)
         self._snapshot_time = time.monotonic()
         self._begun = self._broken = False
@@ -190,11 +190,15 @@ class MaskTrainer:
             return
         self.ranks.connect()
         self.estimator.begin(self.layers)
-        if self.output_dir is not None or self.ranks.world > 1:
+        if self.output_dir is not None or self.ranks.world_size > 1:
             settings = self._agreed_settings(with_logits=True)
-        if self._sharded and self.ranks.world > 1:
+        if self._sharded and self.ranks.world_size > 1:
             own = least_margin(self.layers, self.estimator.max_logit_travel)
-            _check_reach(self.estimator, min(least for (least,) in self.ranks.gather([own])), self.ranks.rank == 0)
+            _check_reach(
+                self.estimator,
+                min(least for (least,) in self.ranks.all_gather_numbers([own])),
+                self.ranks.is_main_process,
+            )
         if self.output_dir is not None:
 
             def start() -> None:
@@ -203,13 +207,13 @@ class MaskTrainer:
                     # an error of rank 0 alone ends all ranks
                     self._save_snapshot()
 
-            self.ranks.first(start)
+            self.ranks.run_on_main(start)
             if self._sharded:
                 self._save_snapshot()
         with resetting(self.model):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
-            self.ranks.first(lambda: self._folder.start_journal(losses))
+            self.ranks.run_on_main(lambda: self._folder.start_journal(losses))
         if self.output_dir is None:
             self._initial_masks = {name: _top_n(layer).cpu() for name, layer in self.layers.items()}
         self._report_flips(progress)
@@ -241,9 +245,9 @@ class MaskTrainer:
             return None
 
         if not self._sharded:
-            first = read() if self._begun and self.ranks.rank == 0 else None
+            first = read() if self._begun and self.ranks.is_main_process else None
         else:
-            first = self.ranks.first(read) if self._begun else None
+            first = self.ranks.run_on_main(read) if self._begun else None
         if first is None:
             return None
         masks = {}
@@ -257,7 +261,7 @@ class MaskTrainer:
     def _report_flips(self, progress: bool) -> None:
         """Report how many groups a draw changes on average; warn if these are too few for the estimator."""
         flips = self.masks.expected_flips()
-        if self.ranks.rank > 0:
+        if not self.ranks.is_main_process:
             return
         groups = sum(layer.logits.numel() // layer.pattern.m for layer in self.layers.values())
         number = f"{flips:,.0f}" if flips >= 10 else f"{flips:.3g}"
@@ -292,7 +296,9 @@ class MaskTrainer:
         self.begin(progress)
         records = []
         try:
-            with tqdm(total=steps, desc="learning", unit="step", disable=not progress or self.ranks.rank > 0) as bar:
+            with tqdm(
+                total=steps, desc="learning", unit="step", disable=not progress or not self.ranks.is_main_process
+            ) as bar:
                 for _ in range(steps):
                     record = self.step()
                     records.append(record)
@@ -316,7 +322,7 @@ class MaskTrainer:
             self._save_snapshot()
         learned = self.estimator.state().get("mean_squares", self.layers)
         left = [name for name in self.layers if name not in learned]
-        if left and learned and self.ranks.rank == 0:
+        if left and learned and self.ranks.is_main_process:
             share = sum(self.layers[name].weight.numel() for name in left)
             share /= sum(layer.weight.numel() for layer in self.layers.values())
             what = f"no finite gradient other than 0 in {len(left)} layers, {share:.1%} of the weights with a mask"
@@ -364,7 +370,7 @@ class MaskTrainer:
         if self.output_dir is not None:
             is_due = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
             # by the clock of rank 0, the only writer unless layers are cut into rows
-            if self.ranks.first(lambda: is_due) if self._sharded else is_due:
+            if self.ranks.run_on_main(lambda: is_due) if self._sharded else is_due:
                 self._save_snapshot()
         if self._skipped:
             self._check_skipped(record, result)
@@ -410,9 +416,9 @@ class MaskTrainer:
             self.steps_done = saved.refreshed
             self._losses_of_initial_masks(progress)
 
-        saved = self.ranks.first(read)
-        self.ranks.all_of(
-            lambda: self.ranks.rank == 0 or self._batches.skip(saved.steps, saved.batches, progress=False)
+        saved = self.ranks.run_on_main(read)
+        self.ranks.run_on_all(
+            lambda: self.ranks.is_main_process or self._batches.skip(saved.steps, saved.batches, progress=False)
         )
         self._begun = self._broken = True
         self._initial_losses.losses = saved.initial_losses
@@ -424,7 +430,7 @@ class MaskTrainer:
         self._skipped = saved.skipped
         self._snapshot_time = time.monotonic()
         self._broken = False
-        for line in saved.warnings if self.ranks.rank == 0 else ():
+        for line in saved.warnings if self.ranks.is_main_process else ():
             warnings.warn(line, stacklevel=2)
         return saved.steps
 
@@ -451,7 +457,7 @@ class MaskTrainer:
         )
         if with_logits:
             settings["logits"] = digest(layer.logits for layer in self.layers.values())
-        if self.ranks.world > 1:
+        if self.ranks.world_size > 1:
             name = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__)
             self.ranks.agree(settings | {"loss_fn": name})
         return settings
@@ -502,7 +508,7 @@ class MaskTrainer:
         if self._skipped > self.max_skipped:
             others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
             raise FloatingPointError(message + others)
-        if result.bad_layers and self.ranks.rank == 0:
+        if result.bad_layers and self.ranks.is_main_process:
             warnings.warn(f"{message}; the logits of their weights did not move", stacklevel=3)
 
 

@@ -266,9 +266,9 @@ class ShardedMasks(LayerMasks):
     def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
         """Compute like one process: each rank computes a share of the rows, not of its own part of the layer."""
         out = len(tensors[0])
-        world = self._ranks.world
+        world = self._ranks.world_size
         if out < world:
-            return self._ranks.all_of(lambda: function(*tensors))
+            return self._ranks.run_on_all(lambda: function(*tensors))
         sizes = [out // world + (rank < out % world) for rank in range(world)]
         own = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors]
 
@@ -276,11 +276,11 @@ class ShardedMasks(LayerMasks):
             # bytes: not every backend gathers every dtype
             flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
             padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
-            parts = self._ranks.gather_vectors(padded.flatten()).view(world, *padded.shape)
+            parts = self._ranks.all_gather(padded.flatten()).view(world, *padded.shape)
             every = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
             return every.view(rows.dtype).view(-1, *rows.shape[1:])
 
-        return [joined(rows) for rows in self._ranks.all_of(lambda: function(*own))]
+        return [joined(rows) for rows in self._ranks.run_on_all(lambda: function(*own))]
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
         resharded(self._model)

@@ -225,7 +225,7 @@ def _agreed_calibration(calibration: Iterable | None) -> list | None:
 
     with closing(Ranks()) as ranks:
         ranks.connect()
-        found = ranks.all_of(batches)
+        found = ranks.run_on_all(batches)
         ranks.agree({"calibration": found and [content(batch, index) for index, batch in enumerate(found)]})
     return found
 
@@ -247,7 +247,7 @@ def _masks_of_shards(
 
     with closing(Ranks()) as ranks:
         ranks.connect()
-        ranks.agree({"init": ranks.all_of(described), "refit": refit, "seed": others[-1]})
+        ranks.agree({"init": ranks.run_on_all(described), "refit": refit, "seed": others[-1]})
         if refit != "none" or init in ("wanda", "reconstruction"):
             _check_all_cut(layers)
         return refitted_masks(layers, pattern, init, refit, *others)
