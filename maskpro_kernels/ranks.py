@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -144,20 +145,20 @@ class Ranks:
         dist.all_gather_object(objects, thing, group=self._open(self._patient))
         return objects
 
-    def run_on_main(self, function: Callable[[], Result]) -> Result:
-        """Call a function on rank 0 alone, and return its result on all ranks.
+    def run_on_main(self, function: Callable[..., Result], *arguments, **keywords) -> Result:
+        """Call a function with these arguments on rank 0 alone, and return its result on all ranks.
 
         Rank 0 raises its error; the others raise a ValueError if it is one, else a FailedRank.
         """
-        return self._results(function, self.is_main_process)[0]
+        return self._results(partial(function, *arguments, **keywords), self.is_main_process)[0]
 
-    def run_on_all(self, function: Callable[[], Result]) -> Result:
-        """Call a function on all ranks, wait for all, and return the result of this rank.
+    def run_on_all(self, function: Callable[..., Result], *arguments, **keywords) -> Result:
+        """Call a function with these arguments on all ranks, wait for all, and return the result of this rank.
 
         An error of this rank is raised. If only others have one, raise a ValueError or FailedRank that names the first.
         """
         result: list[Result] = []
-        self._results(lambda: result.append(function()), True)
+        self._results(lambda: result.append(function(*arguments, **keywords)), True)
         return result[0]
 
     def _results(self, function: Callable[[], Result], called: bool) -> list:

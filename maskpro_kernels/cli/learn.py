@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ from ..files import (
 )
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..functional.masks import top_n_mask
-from ..learn.estimator import Estimator, StepRecord
+from ..learn.estimator import Estimator, LossFn, StepRecord
 from ..learn.reinforce import Reinforce
 from ..learn.run import LOCK, snapshots_in
 from ..learn.straight_through import StraightThrough
@@ -56,6 +57,7 @@ from ..prune.convert import convert
 from ..prune.density import costliest_layers
 from ..prune.finalize import finalize
 from ..prune.initial_masks import INITIAL_MASKS, initial_codes, refitted_masks
+from ..prune.reconstruction import Reconstruction
 from ..prune.refit import put_weights
 from ..prune.selection import layers_to_convert
 from ..ranks import Ranks, rank_of_torchrun
@@ -148,26 +150,42 @@ def learn(options: Learn) -> None:
     ranks = Ranks()
     ranks.connect()
     resuming = options.resume is not None
-    if resuming:
-        options = ranks.run_on_main(lambda: read_options(options))
-    elif options.dtype is None:  # a run that resumes on another CPU keeps it
-        options = dataclasses.replace(options, dtype=ranks.run_on_main(lambda: default_dtype(options.device)))
-    given = options
-    options = ranks.run_on_all(lambda: complete(options, ranks.world_size, resuming))
+    settings = ranks.run_on_main(_settings_of, options)
+    options = ranks.run_on_all(complete, settings, ranks.world_size, resuming)
     output = Path(options.output)
     # of rank 0, from the first write to the last; a killed process frees it
     lock = FileLock(output / PROGRESS / RUN_LOCK, blocking=False)
     try:
-        ranks.run_on_main(lambda: _claim(output, lock, resuming))
+        ranks.run_on_main(_claim, output, lock, resuming)
         with _hint_at_resume(output, "before the next step"):
-            run = _begin_or_resume(options, given, ranks, lock)
-        with closing(run.trainer):
+            start = ranks.run_on_main(_read_start, options)
+            loaded = _load(options, ranks, start, write_settings=partial(_write_settings, settings, output, lock))
+            loss_fn = _loss_of(options)
+            begun = start is not None
+            if begun:
+                _restore_masks(options, ranks, loaded, start)
+            else:
+                start = _choose_masks(options, ranks, loaded, loss_fn)
+        trainer = _trainer_of(options, loaded, loss_fn)
+        with closing(trainer):
+            run = _Run(options, ranks, trainer, loaded, start)
+            with _hint_at_resume(output, "before the next step"):
+                run.resume() if begun else run.begin()
             if run.take_steps():
                 with _hint_at_resume(output, "before the result was written"):
                     run.end()
     finally:
         lock.release()
     ranks.close()
+
+
+def _settings_of(options: Learn) -> Learn:
+    """Options of the run to resume, or those given, with the dtype that a run keeps if it resumes on another CPU."""
+    if options.resume is not None:
+        return read_options(options)
+    if options.dtype is None:
+        return dataclasses.replace(options, dtype=default_dtype(options.device))
+    return options
 
 
 @contextmanager
@@ -181,94 +199,155 @@ def _hint_at_resume(output: Path, moment: str) -> Iterator[None]:
         raise
 
 
-def _begin_or_resume(options: Learn, given: Learn, ranks: Ranks, lock: FileLock) -> _Run:
-    """Prepare the next step of a run with complete options; a new run stores the ``given`` ones."""
+@dataclasses.dataclass
+class _Loaded:
+    """A model without masks, and the texts that it learns from and is evaluated on.
+
+    Attributes:
+        base: digest of the model.
+        layers: those that can get a mask, by name.
+        skipped: names of the others, with the reasons.
+        init: name of the initial mask, or group codes by layer if a path gives them.
+        tests: test windows by column of the table.
+        validation: windows of the validation text.
+        initial: batches for the initial mask.
+        calibration: batches of the steps.
+    """
+
+    model: nn.Module
+    tokenizer: object
+    base: str
+    layers: dict[str, nn.Module]
+    skipped: dict[str, str]
+    init: str | dict[str, Tensor]
+    tests: dict[str, Tensor]
+    validation: Tensor
+    initial: Sequence[Tensor]
+    calibration: Sequence[Tensor]
+
+    @property
+    def evaluated(self) -> str:
+        """Digest of the windows by which the run is evaluated."""
+        return digest([*self.tests.values(), self.validation])
+
+
+def _load(options: Learn, ranks: Ranks, start: dict | None, write_settings: Callable[[], None]) -> _Loaded:
+    """Load the model and the texts of a run; a new run writes its settings once all arguments are checked.
+
+    Raises:
+        ValueError: if the model or the texts are not those of the run that ``start`` belongs to.
+    """
     output = Path(options.output)
-    progress = output / PROGRESS
-    begun = ranks.run_on_main(lambda: (progress / START).is_file())
-    # load
-    texts = ranks.run_on_all(lambda: _load_texts(options))
+    texts = ranks.run_on_all(_load_texts, options)
     device = options.device if options.device == "auto" else device_of(options.device)
-    moved = f"if it has moved, change its path in {output / SETTINGS}" if begun else None
-    with naming("model", moved):
-        model, tokenizer = ranks.run_on_all(lambda: load(options.model, options.dtype, device))
+    cure = None if start is None else f"if it has moved, change its path in {output / SETTINGS}"
+    with naming("model", cure):
+        model, tokenizer = ranks.run_on_all(load, options.model, options.dtype, device)
     if model.device.type == "cpu":
         _keep_freed_memory()
-    start = None
-    base = ranks.run_on_main(lambda: digest(tensors_of_base(model)))
-    if begun:
-        start = ranks.run_on_main(lambda: _read_start(progress, options, base))
-    apart = ranks.run_on_all(lambda: as_linears(model))
-    layers, skipped = ranks.run_on_all(lambda: layers_to_convert(model, options.pattern))
-    skipped = apart | skipped
+    base = ranks.run_on_main(digest, tensors_of_base(model))
+    if start is not None and start["base"] != base:
+        raise ValueError(
+            f"resume: expected the base model of the run, got other weights in {options.model!r}; restore it"
+        )
+    skipped = ranks.run_on_all(as_linears, model)
+    layers, reasons = ranks.run_on_all(layers_to_convert, model, options.pattern)
     if options.gradient_checkpointing:
         from ..hf import checkpoint_activations
 
         checkpoint_activations(model)
-    tests, validation, windows = ranks.run_on_all(lambda: _windows(options, texts, model, tokenizer))
+    tests, validation, windows = ranks.run_on_all(_windows, options, texts, model, tokenizer)
     init = options.init
-    if init not in INITIAL_MASKS and not begun:
-        init = ranks.run_on_main(lambda: initial_codes(layers, options.pattern, init))
+    if start is None:
+        if init not in INITIAL_MASKS:
+            init = ranks.run_on_main(initial_codes, layers, options.pattern, init)
+        ranks.run_on_main(write_settings)
 
-    # batches
-    if not begun:
-        ranks.run_on_main(lambda: _write_settings(given, output, lock))
-    sources = parse_sources(options.data)
     if SELF in windows:
-        own = ranks.run_on_main(lambda: _samples(progress, model, tokenizer, windows[SELF], options, base))
+        samples = ranks.run_on_main(_samples, model, tokenizer, windows[SELF], options, base)
         if not tests.keys() - {"other_perplexity"}:
             # without a text, the first samples are for evaluation
-            test, validation, own = own.tensor_split([options.eval_windows, 2 * options.eval_windows])
+            test, validation, samples = samples.tensor_split([options.eval_windows, 2 * options.eval_windows])
             tests = {"perplexity": test, **tests}
-        windows[SELF] = own.to(model.get_input_embeddings().weight.device)
+        windows[SELF] = samples.to(model.get_input_embeddings().weight.device)
     learned_from = _learned_from(options)
+    sources = parse_sources(options.data)
     if len(sources) == 1 and SELF not in windows:
         every = batches(windows[sources[0].name], options.batch_size, options.seed)
     else:
         every = MixedBatches(windows, sources, options.batch_size, max(learned_from, INIT_BATCHES), options.seed)
-    calibration = every[:learned_from]
-    evaluated = digest([*tests.values(), validation])
-    if begun and start["evaluated"] != evaluated:
+    loaded = _Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        base=base,
+        layers=layers,
+        skipped=skipped | reasons,
+        init=init,
+        tests=tests,
+        validation=validation,
+        initial=every[:INIT_BATCHES],
+        calibration=every[:learned_from],
+    )
+    if start is not None and start["evaluated"] != loaded.evaluated:
         raise ValueError("resume: expected the texts that the run is evaluated on, got others; restore them")
+    return loaded
 
-    # convert if weights change, the dense model's outputs are needed before
-    changes = options.refit != "none" or options.train_weights is not None
-    cache = TeacherCache(folder=progress / TEACHER) if changes and options.loss != "ce" else None
-    loss_fn = distillation_loss(options.loss, cache=cache)
-    if begun:
-        ranks.run_on_all(lambda: convert(model, options.pattern, start["targets"], init="magnitude", gap=options.gap))
-        if options.refit != "none":
-            ranks.run_on_main(lambda: _put_back_start_weights(model, progress, start))
-            _broadcast_weights(model, ranks)
-    else:
-        if cache is not None:
-            report(f"computing the dense model's outputs for {len(calibration)} batches, since weights will change")
-            ranks.run_on_all(
-                lambda: loss_fn.fill(model, calibration[ranks.rank :: ranks.world_size], progress=wants_bars())
-            )
-        for name, reason in skipped.items():
-            report(f"left dense: {name} ({reason})")
-        start = ranks.run_on_main(
-            lambda: _evaluate_initial_masks(options, model, layers, init, tests, every[:INIT_BATCHES])
-        )
-        if ranks.world_size > 1:
-            _broadcast_initial_mask(options, model, start["targets"], ranks)
-        skipped |= {name: COSTLY for name in layers if name not in start["converted"]}
 
-    # train
-    how = {"seed": options.seed, "accumulate": options.accumulate, "max_skipped": MAX_SKIPPED}
-    trainer = MaskTrainer(model, loss_fn, calibration, estimator_of(options), output_dir=progress, **how)
-    run = _Run(options, ranks, trainer, tokenizer, tests, validation, start)
-    try:
-        if begun:
-            run.resume()
-        else:
-            start |= {"base": base, "evaluated": evaluated, "skipped": skipped}
-            run.begin({**start, "options": _with_absolute_paths(options)})
-    except BaseException:
-        trainer.close()
-        raise
-    return run
+def _loss_of(options: Learn) -> LossFn:
+    """Loss of the steps, with a cache of the dense model's predictions if weights change."""
+    weights_change = options.refit != "none" or options.train_weights is not None
+    cache = None
+    if weights_change and options.loss != "ce":
+        cache = TeacherCache(folder=Path(options.output) / PROGRESS / TEACHER)
+    return distillation_loss(options.loss, cache=cache)
+
+
+def _choose_masks(options: Learn, ranks: Ranks, loaded: _Loaded, loss_fn: LossFn) -> dict:
+    """Convert the model to the initial mask of a new run.
+
+    Returns:
+        Results before the first step, which ``start.json`` has: the table, the seconds from the dense model to this
+        mask, names, digests.
+    """
+    cache = getattr(loss_fn, "cache", None)
+    if cache is not None:
+        report(f"computing the dense model's outputs for {len(loaded.calibration)} batches, since weights will change")
+        share = loaded.calibration[ranks.rank :: ranks.world_size]
+        ranks.run_on_all(loss_fn.fill, loaded.model, share, progress=wants_bars())
+    for name, reason in loaded.skipped.items():
+        report(f"left dense: {name} ({reason})")
+    start = ranks.run_on_main(_evaluate_initial_masks, options, loaded)
+    if ranks.world_size > 1:
+        _broadcast_initial_mask(options, loaded.model, start["targets"], ranks)
+    costly = {name: COSTLY for name in loaded.layers if name not in start["converted"]}
+    return start | {
+        "base": loaded.base,
+        "evaluated": loaded.evaluated,
+        "skipped": loaded.skipped | costly,
+        "options": _with_absolute_paths(options),
+    }
+
+
+def _restore_masks(options: Learn, ranks: Ranks, loaded: _Loaded, start: Mapping) -> None:
+    """Convert the model as at the start of a run, with its refitted weights; the trainer restores the logits."""
+    targets = start["targets"]
+    ranks.run_on_all(convert, loaded.model, options.pattern, targets, init="magnitude", gap=options.gap)
+    if options.refit != "none":
+        ranks.run_on_main(_put_back_start_weights, loaded.model, Path(options.output) / PROGRESS, start)
+        _broadcast_weights(loaded.model, ranks)
+
+
+def _trainer_of(options: Learn, loaded: _Loaded, loss_fn: LossFn) -> MaskTrainer:
+    return MaskTrainer(
+        loaded.model,
+        loss_fn,
+        loaded.calibration,
+        estimator_of(options),
+        seed=options.seed,
+        output_dir=Path(options.output) / PROGRESS,
+        max_skipped=MAX_SKIPPED,
+        accumulate=options.accumulate,
+    )
 
 
 def read_options(given: Learn) -> Learn:
@@ -425,12 +504,13 @@ def _write_settings(options: Learn, output: Path, lock: FileLock) -> None:
     write_whole(output / SETTINGS, json.dumps(content, indent=1).encode())
 
 
-def _read_start(progress: Path, options: Learn, base: str) -> dict:
-    """Read the results before the first step; ValueError unless the base and the options are those of the run."""
+def _read_start(options: Learn) -> dict | None:
+    """Read the results before the first step; None before it. ValueError if the run began with other options."""
+    progress = Path(options.output) / PROGRESS
+    if not (progress / START).is_file():
+        return None
     with naming("resume"):
         start = read_progress(progress / START)
-        if start["base"] != base:
-            raise ValueError(f"expected the base model of the run, got other weights in {options.model!r}; restore it")
         for name, value in _with_absolute_paths(options).items():
             begun = start["options"][name]
             # model and texts may have moved: their content is compared; that of an initial mask is in the logits
@@ -497,8 +577,9 @@ def _learned_from(options: Learn) -> int:
     return all_steps if options.calibration_batches is None else min(options.calibration_batches, all_steps)
 
 
-def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: Learn, base: str) -> Tensor:
+def _samples(model: nn.Module, tokenizer, count: int, options: Learn, base: str) -> Tensor:
     """Sample int64 [windows, seq_len] from the dense model, or load those of the same settings from the folder."""
+    progress = Path(options.output) / PROGRESS
     start = start_token(tokenizer)
     settings = json.dumps([start, count, options.seq_len, options.seed, base])
     if (stored := read_samples(progress, settings)) is not None:
@@ -510,66 +591,81 @@ def _samples(progress: Path, model: nn.Module, tokenizer, count: int, options: L
     return tokens
 
 
-def _evaluate_initial_masks(options: Learn, model: nn.Module, layers: Mapping[str, nn.Module],
-                            init: str | Mapping[str, Tensor], tests: Mapping[str, Tensor],
-                            initial: Sequence[Tensor]) -> dict:  # fmt: skip
-    """Convert the model and evaluate initial masks; the model keeps that of ``--init``, with its weights.
-
-    Returns:
-        Results before the first step: the table, the seconds from the dense model to this mask, names, digests.
-    """
+def _evaluate_initial_masks(options: Learn, loaded: _Loaded) -> dict:
+    """Evaluate the dense model and initial masks; the model keeps the mask of ``--init``, with its weights."""
+    model = loaded.model
     pattern = NMPattern(options.pattern)
-    rows = {}
-    masks = {}
-    seconds = {}
-
-    def add_row(method: str, seconds: float) -> dict:
-        row = _table_row(method, model, tests, seconds)
-        if method == "dense" and math.isnan(row["perplexity"]):
-            raise ValueError(f"model: expected a finite loss, got nan in {options.dtype}; use --dtype float32")
-        if not wants_bars():
-            from_dense = "" if method == "dense" else f", {seconds:.1f} seconds from the dense model"
-            report(f"{method}: test perplexity {row['perplexity']:.2f}{from_dense}")
-        return row
-
-    dense = add_row("dense", 0.0)
-    names = {name: _name_of(name, options) for name in INITIAL_MASKS}
-    start = options.init if options.init in INITIAL_MASKS else f"mask of {Path(options.init).name}"
-    start = _name_of(start, options, _changes(options))
-    for name, mask, refit in [*((names[mask], mask, "none") for mask in BASELINES), (start, init, options.refit)]:
-        if name not in masks:
-            began = time.perf_counter()
-            bar = Progress(name, "layer")
-            masks[name] = refitted_masks(layers, pattern, mask, refit, model, initial, bar, options.seed)
-            seconds[name] = time.perf_counter() - began
-    init = masks[start].codes
+    dense = _initial_row("dense", options, loaded, 0.0)
+    chosen, masks, seconds = _initial_masks(options, loaded)
+    codes = masks[chosen].codes
     targets = None
     if options.density is not None:
         began = time.perf_counter()
-        report(f"computing by {len(initial)} batches which masks cost most")
-        costly = costliest_layers(model, layers, masks[start], pattern, causal_lm_loss, initial, options.density)
-        report(f"left dense: {len(costly)} of {len(layers)} layers ({COSTLY})")
-        if not costly:
-            report_as("warning", f"no matrix is small enough to stay dense within --density {options.density:.7g}")
-        targets = [name for name in layers if name not in costly]
-        init = {name: init[name] for name in targets}
-        seconds[start] += time.perf_counter() - began
-    conversion = convert(model, pattern, targets, init=init, gap=options.gap)
+        targets = _layers_to_mask(options, loaded, masks[chosen])
+        codes = {name: codes[name] for name in targets}
+        seconds[chosen] += time.perf_counter() - began
+    conversion = convert(model, pattern, targets, init=codes, gap=options.gap)
     masked = masked_layers(model)
     dense_weights = digest_of_weights(model)
+    rows = {}
     # last the mask that learning starts from, so that its logits and weights stay
-    for name in sorted(masks, key=lambda name: name == start):
+    for name in sorted(masks, key=lambda name: name == chosen):
         _set_logits(masked, masks[name].codes, options)
         put_weights(masked, {layer: weight for layer, weight in masks[name].weights.items() if layer in masked})
-        rows[name] = add_row(name, seconds[name])
+        rows[name] = _initial_row(name, options, loaded, seconds[name])
+    in_order = [_name_of(name, options) for name in INITIAL_MASKS] + [chosen]
     return {
-        "table": [dense, *(rows[name] for name in dict.fromkeys((*names.values(), start)) if name in rows)],
-        "seconds": seconds[start],
+        "table": [dense, *(rows[name] for name in dict.fromkeys(in_order) if name in rows)],
+        "seconds": seconds[chosen],
         "targets": targets,
         "converted": list(conversion.converted),
         "dense_weights": dense_weights,
         "start_weights": digest_of_weights(model),
     }
+
+
+def _initial_row(method: str, options: Learn, loaded: _Loaded, seconds: float) -> dict:
+    """Evaluate the model before the first step: a row of the table."""
+    row = _table_row(method, loaded.model, loaded.tests, seconds)
+    if method == "dense" and math.isnan(row["perplexity"]):
+        raise ValueError(f"model: expected a finite loss, got nan in {options.dtype}; use --dtype float32")
+    if not wants_bars():
+        from_dense = "" if method == "dense" else f", {seconds:.1f} seconds from the dense model"
+        report(f"{method}: test perplexity {row['perplexity']:.2f}{from_dense}")
+    return row
+
+
+def _initial_masks(options: Learn, loaded: _Loaded) -> tuple[str, dict[str, Reconstruction], dict[str, float]]:
+    """Compute the masks of the table: (name of the one of ``--init``, masks by name, seconds by name)."""
+    pattern = NMPattern(options.pattern)
+    method = options.init if options.init in INITIAL_MASKS else f"mask of {Path(options.init).name}"
+    chosen = _name_of(method, options, _changes(options))
+    wanted = [(_name_of(name, options), name, "none") for name in BASELINES]
+    wanted.append((chosen, loaded.init, options.refit))
+    masks = {}
+    seconds = {}
+    for name, init, refit in wanted:
+        if name in masks:
+            continue
+        began = time.perf_counter()
+        progress = Progress(name, "layer")
+        masks[name] = refitted_masks(
+            loaded.layers, pattern, init, refit, loaded.model, loaded.initial, progress, options.seed
+        )
+        seconds[name] = time.perf_counter() - began
+    return chosen, masks, seconds
+
+
+def _layers_to_mask(options: Learn, loaded: _Loaded, mask: Reconstruction) -> list[str]:
+    """Names of the layers that get a mask in a model of the density: not those whose masks cost most."""
+    pattern = NMPattern(options.pattern)
+    layers = loaded.layers
+    report(f"computing by {len(loaded.initial)} batches which masks cost most")
+    costly = costliest_layers(loaded.model, layers, mask, pattern, causal_lm_loss, loaded.initial, options.density)
+    report(f"left dense: {len(costly)} of {len(layers)} layers ({COSTLY})")
+    if not costly:
+        report_as("warning", f"no matrix is small enough to stay dense within --density {options.density:.7g}")
+    return [name for name in layers if name not in costly]
 
 
 def _table_row(method: str, model: nn.Module, tests: Mapping[str, Tensor], seconds: float) -> dict:
@@ -599,9 +695,12 @@ def _set_logits(layers: Mapping[str, MaskedLinear], codes: Mapping[str, Tensor],
 def _broadcast_initial_mask(options: Learn, model: nn.Module, targets: Sequence[str] | None, ranks: Ranks) -> None:
     """Send the mask and the weights of rank 0 to all ranks: another processor may compute others."""
     pattern = NMPattern(options.pattern)
-    ranks.run_on_all(
-        lambda: ranks.is_main_process or convert(model, pattern, targets, init="magnitude", gap=options.gap)
-    )
+
+    def convert_as_main_process() -> None:
+        if not ranks.is_main_process:
+            convert(model, pattern, targets, init="magnitude", gap=options.gap)
+
+    ranks.run_on_all(convert_as_main_process)
     masked = masked_layers(model)
     codes = {name: top_n_mask(layer.logits.detach(), pattern) for name, layer in masked.items()}
     for code in codes.values():
@@ -634,10 +733,7 @@ class _Run:
     options: Learn
     ranks: Ranks
     trainer: MaskTrainer
-    tokenizer: object
-    # test windows by column of the table
-    tests: Mapping[str, Tensor]
-    validation: Tensor
+    loaded: _Loaded
     # results before the first step
     start: dict
     # validation perplexities by step, with their seconds
@@ -650,19 +746,18 @@ class _Run:
         self.progress = self.output / PROGRESS
         self.seconds = self.start["seconds"]
 
-    def begin(self, start: dict) -> None:
+    def begin(self) -> None:
         """Prepare the first step; afterwards ``--resume`` can continue the run."""
         self.trainer.begin(progress=wants_bars())
-        self.start = {"format": FORMAT, **start, "run": self.trainer.run_id}
+        self.start = {"format": FORMAT, **self.start, "run": self.trainer.run_id}
+        self.ranks.run_on_main(self._write_start)
 
-        def write() -> None:
-            changed = changed_weights(masked_layers(self.model))
-            if changed:
-                write_logits(Logits({}, changed, {}), self.progress / START_WEIGHTS)
-            self._evaluate()
-            write_record(self.progress / START, self.start)
-
-        self.ranks.run_on_main(write)
+    def _write_start(self) -> None:
+        changed = changed_weights(masked_layers(self.model))
+        if changed:
+            write_logits(Logits({}, changed, {}), self.progress / START_WEIGHTS)
+        self._evaluate()
+        write_record(self.progress / START, self.start)
 
     def resume(self) -> None:
         """Restore logits and rows from the folder."""
@@ -758,7 +853,7 @@ class _Run:
         pattern = NMPattern(self.options.pattern)
         trained = digest_of_weights(self.model) != self.start["start_weights"]
         learned = _name_of(options.estimator, options, _changes(options, trained))
-        table = [*self.start["table"], _table_row(learned, self.model, self.tests, self.seconds)]
+        table = [*self.start["table"], _table_row(learned, self.model, self.loaded.tests, self.seconds)]
         self._save_logits()
         masked = masked_layers(self.model)
         groups = sum(layer.logits.numel() // pattern.m for layer in masked.values())
@@ -768,7 +863,7 @@ class _Run:
         for part in unfinished(output):
             # of this run, killed at this point
             discard(part)
-        save(finalize(self.model), self.tokenizer, output, options.model, str(pattern), table)
+        save(finalize(self.model), self.loaded.tokenizer, output, options.model, str(pattern), table)
         # it takes a second to import
         from matplotlib.figure import Figure
 
@@ -819,7 +914,7 @@ class _Run:
         """Compute the validation perplexity of the current step and store it."""
         began = time.perf_counter()
         step = self.trainer.steps_done
-        value = perplexity(self.model, self.validation, progress=Progress("validation", "window"))
+        value = perplexity(self.model, self.loaded.validation, progress=Progress("validation", "window"))
         if not self.rows and not math.isfinite(value):
             raise FloatingPointError(
                 f"validation perplexity at step {step}: expected a finite number, got {value}; use another --dtype, "

@@ -251,7 +251,7 @@ def test_a_run_that_is_interrupted_before_its_first_step_names_the_command_that_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(learning, "_evaluate_initial_masks", interrupt)
+        patched.setattr(learning, "_choose_masks", interrupt)
         assert main.main(learn(inputs, run)) == 130
     lines = capsys.readouterr().err.splitlines()
     assert f"stopped before the next step; continue with: maskpro learn --resume {run}" in lines

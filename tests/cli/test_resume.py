@@ -107,7 +107,7 @@ def test_a_signal_ends_a_run_after_its_step(inputs, wholes, tmp_path, monkeypatc
     assert_ends_as(run, wholes("reinforce"))
 
 
-@pytest.mark.parametrize("where", ["_evaluate_initial_masks", slow("write_whole")])
+@pytest.mark.parametrize("where", ["_choose_masks", slow("write_whole")])
 def test_a_run_that_was_killed_before_its_first_step_begins_again(inputs, wholes, tmp_path, monkeypatch, capsys, where):
     """With the samples that it has drawn; by ``--resume`` and by the same command."""
     arguments, before = [*COMMON, *WAYS["straight-through"]], getattr(learning, where)
