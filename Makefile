@@ -58,7 +58,7 @@ test-slow: $(INSTALLED) test-compiled
 test-compiled: $(INSTALLED)
 	$(VENV)/bin/python -m pytest --compiled $(TARGET) -n 2 --dist loadfile $(KERNEL_TESTS)
 
-# The emulators' own tests; CI runs them where their files have changed
+# The emulators' own tests
 test-emulators: $(INSTALLED)
 	cd emulators && ../$(VENV)/bin/python -m pytest -n 2
 
