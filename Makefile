@@ -6,8 +6,8 @@ OLDEST := .venv-oldest
 # while they wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(wildcard $(patsubst %,tests/%.py,cli/test_ranks_command ops/test_layer_groups test_packed cli/test_learn \
-	cli/test_resume ops/triton/test_masked_gemm ops/reference/test_score test_hf_trainer ops/test_bits \
+LONGEST := $(wildcard $(patsubst %,tests/%.py,cli/test_ranks_command ops/test_layer_groups packed/test_packed \
+	cli/test_learn cli/test_resume ops/triton/test_masked_gemm ops/reference/test_score hf/test_trainer ops/test_bits \
 	ops/triton/test_mutants ops/triton/test_straight_through cli/test_whole_runs ops/reference/test_distribution \
 	docs/test_documents docs/test_one_kernel benchmarks/test_benchmarks))
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*' -not -path 'tests/compiled/*'))
@@ -19,7 +19,8 @@ COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $
 	removed_synchronisation compiled_far_launches coverage verdict)
 # Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own there
 TARGET ?= sm_80
-WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through test_packed
+WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through \
+	packed/test_packed
 KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits ops/reference/test_gumbel_top_k \
 	ops/reference/test_rounding $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
 test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
@@ -57,7 +58,7 @@ test-slow: $(INSTALLED) test-compiled
 test-compiled: $(INSTALLED)
 	$(VENV)/bin/python -m pytest --compiled $(TARGET) -n 2 --dist loadfile $(KERNEL_TESTS)
 
-# The emulators' own tests; CI runs them where their files have changed
+# The emulators' own tests
 test-emulators: $(INSTALLED)
 	cd emulators && ../$(VENV)/bin/python -m pytest -n 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import book
-import pytest
 
 CONTENTS = '<a href="two.htm">2</a> <a href="mailto:x@y.htm">me</a> <a name="b" href="one.html">1</a><a href="two.htm">'
 
@@ -14,12 +13,3 @@ def test_pages_follow_the_table_of_contents(tmp_path):
     (tmp_path / "two.htm").write_bytes("<table><td>caf\xe9 &amp; tea</td><td> </td></table>end".encode("latin-1"))
     book.main([str(tmp_path / "index.htm"), str(tmp_path / "out.txt")])
     assert (tmp_path / "out.txt").read_text() == "caf\xe9 & tea\n\nend\n\nfirst of bold\n\nsecond\n"
-
-
-@pytest.mark.parametrize("content", ["no links", None])
-def test_without_pages_nothing_is_written(tmp_path, content):
-    if content is not None:
-        (tmp_path / "index.htm").write_text(content)
-    with pytest.raises(SystemExit, match=r"^error: .*index\.htm"):
-        book.main([str(tmp_path / "index.htm"), str(tmp_path / "out.txt")])
-    assert not (tmp_path / "out.txt").exists()

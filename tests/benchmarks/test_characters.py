@@ -107,9 +107,3 @@ def test_the_command_prints_a_table_and_draws_it(tmp_path, capsys):
     for path in (picture, again):
         characters.draw([curve], path)
     assert picture.read_bytes() == again.read_bytes()
-
-
-def test_fewer_forwards_than_batches_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        characters.main(["--forwards", str(BATCHES)])
-    assert f"--forwards: expected more than {BATCHES}" in capsys.readouterr().err

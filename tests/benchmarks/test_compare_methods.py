@@ -11,7 +11,7 @@ import pytest
 import rows
 import torch
 from helpers.bits import assert_same_bits
-from methods import LEARNERS, METHODS, ONE_SHOT
+from methods import LEARNERS, METHODS
 from torch import nn
 
 from maskpro_kernels.learn.trainer import MaskTrainer
@@ -106,51 +106,6 @@ def a_row(**others) -> dict:
     }
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
-    kept = rows.Rows(tmp_path, {"seed": 0})
-    kept.add([a_row()])
-    path = tmp_path / rows.ROWS
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"method": "n", "sett')
-    again = rows.Rows(tmp_path, {"seed": 0})
-    assert again.rows == [a_row()] and path.read_bytes() == whole
-    assert again.found("m", {}, 0) == a_row() and again.found("m", {}, 1) is None
-    again.add([a_row(steps=1)])
-    assert rows.Rows(tmp_path, {"seed": 0}).rows == [a_row(), a_row(steps=1)]
-
-
-def test_rows_that_belong_together_are_taken_again_where_one_is_missing(tmp_path):
-    beside, asked_for = a_row() | {"method": "m, its weights"}, a_row()
-    kept = rows.Rows(tmp_path, {})
-    kept.add([beside, asked_for])
-    path = tmp_path / rows.ROWS
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-    again = rows.Rows(tmp_path, {})
-    assert again.found(asked_for["method"], asked_for["settings"], asked_for["steps"]) is None
-    newer = beside | {"seconds": beside["seconds"] + 1}
-    again.add([newer, asked_for])
-    assert again.rows == rows.Rows(tmp_path, {}).rows == [newer, asked_for]
-
-
-def test_a_call_that_ended_before_it_had_a_row_binds_nothing(tmp_path):
-    rows.Rows(tmp_path, {"seed": 0})
-    again = rows.Rows(tmp_path, {"seed": 1})
-    again.add([a_row()])
-    assert rows.Rows(tmp_path, {"seed": 1}).rows == [a_row()]
-    with pytest.raises(ValueError, match="^output: expected the rows of a comparison with the same seed, got"):
-        rows.Rows(tmp_path, {"seed": 0})
-
-
-def test_samples_of_a_call_that_ended_before_it_had_a_row_are_of_its_seed_alone(arguments, tmp_path):
-    def samples(seed: int) -> bytes:
-        given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1", "--seed", str(seed)]
-        compare.Comparison(compare.parsed(given))
-        return (tmp_path / "output" / "samples.safetensors").read_bytes()
-
-    first = samples(0)
-    assert samples(1) != first and samples(0) == first
-
-
 def test_settings_that_fail_are_not_the_best():
     found = [a_row(settings={"lr": lr}, validation=value) for lr, value in ((1.0, math.nan), (2.0, 10.0))]
     assert rows.best(found, "m", 0)["settings"] == {"lr": 2.0}
@@ -183,28 +138,6 @@ def test_rows_of_another_initial_mask_are_others(arguments, tmp_path):
     assert len(comparison.rows.rows) == 1
 
 
-def test_a_refused_call_leaves_the_samples(arguments, tmp_path):
-    output = tmp_path / "output"
-    given = [*arguments, "--output", str(output), "--steps", "1"]
-    compare.main([*given, "--methods", "wanda"])
-    before = (output / "samples.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="^error: output: expected the rows of a comparison with the same seed, got"):
-        compare.main([*given, "--methods", "wanda", "--seed", "1"])
-    assert (output / "samples.safetensors").read_bytes() == before
-
-
-def test_a_table_is_made_where_a_process_was_killed_between_two_rows(arguments, tmp_path, capsys):
-    given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1", "--methods", "wanda"]
-    compare.main(given)
-    path = tmp_path / "output" / rows.ROWS
-    alone = lines(tmp_path / "output")[1] | {"method": "m" + rows.WITH_WEIGHTS, "settings": {"lr": 1.0}, "steps": 1}
-    path.write_bytes(path.read_bytes() + json.dumps(alone).encode() + b"\n")
-    (tmp_path / "output" / rows.TABLE).unlink()
-    capsys.readouterr()
-    compare.main(given)
-    assert "| m, its weights | lr 1 | 1 |" in capsys.readouterr().out
-
-
 def test_an_initial_mask_of_something_else_is_computed_again(arguments, tmp_path, monkeypatch):
     found, of = [], compare.initial_codes
     monkeypatch.setattr(compare, "initial_codes", lambda *args: found.append(args[2]) or of(*args))
@@ -214,16 +147,6 @@ def test_an_initial_mask_of_something_else_is_computed_again(arguments, tmp_path
         assert len(found) == count
 
 
-@pytest.mark.parametrize(
-    "content", [b"nothing\n", b"[1]\n", b'{"method": "m"}\n', b'{"shared": {}}\n{"method": "m"}\n']
-)
-def test_a_file_of_something_else_is_refused(content, tmp_path):
-    (tmp_path / rows.ROWS).write_bytes(content)
-    with pytest.raises(ValueError, match="^output: expected rows of a comparison in .*rows.jsonl"):
-        rows.Rows(tmp_path, {})
-    assert (tmp_path / rows.ROWS).read_bytes() == content
-
-
 def test_weights_are_put_back():
     layer = nn.Linear(4, 2)
     before, given = layer.weight.detach().clone(), torch.ones(2, 4)
@@ -231,25 +154,3 @@ def test_weights_are_put_back():
         assert_same_bits(layer.weight.detach(), given)
         raise KeyError
     assert_same_bits(layer.weight.detach(), before)
-
-
-@pytest.mark.parametrize(
-    ("options", "reported"),
-    [
-        ("--steps 0", "expected at least 1"),
-        ("--methods x", "invalid choice"),
-        ("--test a/text.txt b/text.txt", "expected texts whose files have different names, got a/text.txt, b/text"),
-        ("--data self", "expected a text, by which settings are chosen, got self"),
-    ],
-)
-def test_options_are_checked(options, reported, tmp_path, capsys):
-    pytest.raises(SystemExit, compare.main, ["--output", str(tmp_path), *options.split()])
-    assert reported in capsys.readouterr().err
-
-
-def test_methods_that_are_there():
-    assert METHODS == (*ONE_SHOT, *LEARNERS)
-    for learner in LEARNERS.values():
-        default, *others = learner.candidates()
-        assert learner.kind(steps=3, **default) and all(settings.keys() == default.keys() for settings in others)
-        assert default not in others

@@ -1,9 +1,8 @@
-"""The peers of the comparison as estimators: strict masks, what each papers' formulas say, resuming, known masks."""
+"""The peers of the comparison as estimators: strict masks, the formulas of each paper, known masks."""
 
 from __future__ import annotations
 
 import math
-import os
 from itertools import product
 
 import maskllm
@@ -13,10 +12,8 @@ import relaxed
 import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import cases, slow
-from helpers.children import BENCHMARKS
-from helpers.in_ranks import all_in_ranks
 from helpers.mask_toy import best_mask, inputs, learned_mask, toy
-from helpers.small_trainer import a_model, a_trainer, logits_of, some_batches
+from helpers.small_trainer import a_trainer, some_batches
 from maskllm import MaskLLM
 from proxsparse import ProxSparse
 from relaxed_top_k import RelaxedTopK, relaxed_top_k
@@ -55,93 +52,6 @@ def test_steps_move_strict_masks_and_leave_the_weights(name, pattern):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_resumes_to_the_same_bits(name, tmp_path):
-    whole, part, again = (a_trainer(a_model(), estimator=a_peer(name, 6), output_dir=tmp_path / of) for of in "abb")
-    losses = [record.loss for record in whole.run(6, progress=False)]
-    first = [record.loss for record in part.run(4, progress=False)]
-    part.close()
-    assert again.resume() == 4
-    assert losses == first + [record.loss for record in again.run(2, progress=False)]
-    assert_same_bits(logits_of(again.model), logits_of(whole.model))
-    assert_same_bits(again.estimator.tensors(), whole.estimator.tensors())
-
-
-def of_rank(rank: int, name: str):
-    """(logits, tensors) after steps of two batches."""
-    batches = some_batches(4)
-    trainer = a_trainer(estimator=a_peer(name, 3), batches=batches, accumulate=2)
-    trainer.run(3, progress=False)
-    trainer.close()
-    return logits_of(trainer.model), trainer.estimator.tensors()
-
-
-@pytest.mark.slow
-def test_two_ranks_agree_with_one_process(monkeypatch):
-    paths = [str(BENCHMARKS / "learning"), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    first, second = all_in_ranks(2, of_rank, name="proxsparse")
-    assert_same_bits(first, second)
-    alone, tensors = of_rank(0, "proxsparse")
-    assert_same_bits(first[0], alone)
-    # sums of two gradients in either order, and what Adam makes of them
-    torch.testing.assert_close(first[1], tensors, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_batches_of_a_step_are_those_of_one(name):
-    batches = some_batches(4)
-    apart = a_trainer(estimator=a_peer(name, 2), batches=batches, accumulate=2)
-    together = a_trainer(estimator=a_peer(name, 2), batches=[torch.cat(batches[:2]), torch.cat(batches[2:])])
-    for trainer in (apart, together):
-        trainer.run(2, progress=False)
-    held, expected = (trainer.estimator.tensors() for trainer in (apart, together))
-    torch.testing.assert_close(held, expected, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_what_is_not_finite_moves_nothing(name):
-    def loss_fn(model, batch):
-        loss = model(batch).square().mean()
-        if mode == "loss":
-            return loss * math.nan
-        return loss + (model[0](batch) * math.inf).mean().clamp(max=0.0) if mode == "gradient" else loss
-
-    mode = "loss"
-    trainer = a_trainer(estimator=a_peer(name, 4), loss_fn=loss_fn, max_skipped=4)
-    trainer.begin()
-    before = {key: tensor.clone() for key, tensor in trainer.estimator.tensors().items()}
-    logits = logits_of(trainer.model)
-    assert math.isnan(trainer.step().loss)
-    assert_same_bits(trainer.estimator.tensors(), before)
-    assert_same_bits(logits_of(trainer.model), logits)
-    mode = "none"
-    trainer.step()
-    assert any((trainer.estimator.tensors()[key] != tensor).any() for key, tensor in before.items())
-
-
-def test_a_gradient_that_is_not_finite_leaves_its_layer():
-    class Breaks(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * math.nan
-
-    def loss_fn(model, batch):
-        return model[2](Breaks.apply(model[0](batch))).square().mean()
-
-    trainer = a_trainer(estimator=a_peer("relaxed-top-k", 4), loss_fn=loss_fn, max_skipped=1)
-    trainer.begin()
-    before = {key: tensor.clone() for key, tensor in trainer.estimator.tensors().items()}
-    with pytest.warns(UserWarning, match=r"step 0: expected finite numbers, got others in \['0'\]"):
-        trainer.step()
-    for key, tensor in trainer.estimator.tensors().items():
-        assert torch.equal(tensor, before[key]) == key.startswith("0/")
-
-
 KNOWN = {
     "maskllm": (100, lambda steps: MaskLLM(steps, lr=3e-3)),
     "relaxed-top-k": (300, lambda steps: RelaxedTopK(steps, lr=0.03)),
@@ -166,15 +76,6 @@ def test_a_learner_finds_the_best_mask(name):
 
     mk.MaskTrainer(model, loss_fn, batches, make(steps), seed=1).run(steps, progress=False)
     assert (learned_mask(model[0]) == best).all()
-
-
-def test_maskllm_refuses_patterns_of_many_masks():
-    model = nn.Sequential(nn.Linear(32, 4))
-    mk.convert(model, "8:16")
-    before = logits_of(model)
-    with pytest.raises(ValueError, match="^pattern: expected one with at most 128 masks .* got 8:16 with 12870$"):
-        a_trainer(model, estimator=MaskLLM(2), batches=[torch.randn(3, 32)]).run(2, progress=False)
-    assert_same_bits(logits_of(model), before)
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])

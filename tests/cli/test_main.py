@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.children import environment
 from helpers.command import learn
-from helpers.source_tree import imports, modules_of
 
-import maskpro_kernels
 from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
 
@@ -83,15 +80,3 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word():
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment())
     os.close(writing)
     assert ended.returncode == 141 and ended.stderr == b""
-
-
-def test_learning_needs_few_files_of_the_package():
-    """Directly or not, and imports inside functions count."""
-    modules, name = modules_of(Path(maskpro_kernels.__file__).parent), "maskpro_kernels.cli.learn"
-    reached, left = set(), [name]
-    while left:
-        module = left.pop()
-        if module not in reached:
-            reached.add(module)
-            left += imports(module, modules) & modules.keys()
-    assert len(reached - {name}) <= 80

@@ -1,4 +1,4 @@
-"""Python files as trees: what the modules of a package import, and on which floor that puts them."""
+"""Python files as trees: what the modules of a package import, and whether that is a circle."""
 
 from __future__ import annotations
 
@@ -23,22 +23,6 @@ def modules_of(package: Path) -> dict[str, Path]:
     return names
 
 
-def statements(tree: ast.AST, inside_functions: bool = True) -> Iterator[ast.AST]:
-    """All nodes of a tree.
-
-    Args:
-        inside_functions: whether those that only a call runs are among them.
-    """
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    if inside_functions:
-        yield from (node for node in ast.walk(tree) if node is not tree)
-        return
-    for node in ast.iter_child_nodes(tree):
-        yield node
-        if not isinstance(node, functions):
-            yield from statements(node, inside_functions=False)
-
-
 def holder(base: str, name: str, modules: Mapping[str, Path]) -> str:
     """The module that ``from base import name`` is after: a submodule, or the one whose name a package passes on."""
     if f"{base}.{name}" in modules:
@@ -50,10 +34,13 @@ def holder(base: str, name: str, modules: Mapping[str, Path]) -> str:
     return base
 
 
-def imported_names(module: str, modules: Mapping[str, Path], inside_functions: bool = True) -> Iterator[tuple]:
-    """(module, name that it is bound to) of each import, ours as the modules that hold the names."""
+def imported_names(module: str, modules: Mapping[str, Path]) -> Iterator[tuple]:
+    """(module, name that it is bound to) of each import; our names have the modules that define them.
+
+    Imports inside functions are among them.
+    """
     package = module if modules[module].name == "__init__.py" else module.rpartition(".")[0]
-    for node in statements(parse(modules[module]), inside_functions):
+    for node in ast.walk(parse(modules[module])):
         if isinstance(node, ast.Import):
             yield from ((alias.name, alias.asname or alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -64,9 +51,9 @@ def imported_names(module: str, modules: Mapping[str, Path], inside_functions: b
                 yield found, alias.asname or alias.name
 
 
-def imports(module: str, modules: Mapping[str, Path], inside_functions: bool = True) -> set[str]:
+def imports(module: str, modules: Mapping[str, Path]) -> set[str]:
     """Modules that a module imports."""
-    return {name for name, _ in imported_names(module, modules, inside_functions)}
+    return {name for name, _ in imported_names(module, modules)}
 
 
 def reached_from(module: str, modules: Mapping[str, Path]) -> set[str]:
@@ -78,25 +65,21 @@ def reached_from(module: str, modules: Mapping[str, Path]) -> set[str]:
     return reached
 
 
-def floors(below: Mapping[str, set[str]]) -> list[list[str]]:
-    """Names by floor: each is one above the highest of those that it imports.
+def check_no_circle(imported: Mapping[str, set[str]]) -> None:
+    """Check that what each name imports can be below it.
 
     Raises:
         ValueError: for a circle, which it names.
     """
     try:
-        order = list(TopologicalSorter(below).static_order())
+        TopologicalSorter(imported).prepare()
     except CycleError as error:
         raise ValueError(f"a circle of imports: {' <- '.join(error.args[1])}") from None
-    floor: dict[str, int] = {}
-    for name in order:
-        floor[name] = max((floor[other] + 1 for other in below.get(name, ())), default=0)
-    return [sorted(name for name in floor if floor[name] == i) for i in range(max(floor.values(), default=-1) + 1)]
 
 
 def names_in(path: Path) -> set[str]:
     """Imports of a file, and attributes that it reads, as dotted names."""
-    nodes = list(statements(parse(path)))
+    nodes = list(ast.walk(parse(path)))
     names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -104,10 +87,3 @@ def names_in(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
-
-
-def identifiers(tree: ast.AST) -> set[str]:
-    """All names in code: of modules, functions, classes, parameters, keywords, variables and attributes."""
-    fields = ("name", "asname", "id", "attr", "arg", "module")
-    found = (getattr(node, field, None) for node in statements(tree) for field in fields)
-    return {part for name in found if isinstance(name, str) for part in name.split(".")}

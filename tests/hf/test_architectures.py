@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from helpers.architectures import MAKERS, loss_of, tiny
 from helpers.cases import cases
+from helpers.children import ROOT
 from torch import nn
 
 import maskpro_kernels as mk
@@ -54,7 +54,7 @@ def test_docs_have_the_table_of_shares():
         shares.setdefault(round(100 * conversion.masked_share), []).append(name)
     rows = [f"| {share}% | {', '.join(sorted(shares[share], key=str.lower))} |" for share in sorted(shares)[::-1]]
     table = "\n".join(["| masked | architectures |", "|---:|---|", *rows])
-    docs = Path(__file__).parents[1] / "docs" / "architectures.md"
+    docs = ROOT / "docs" / "architectures.md"
     assert table in docs.read_text(encoding="utf-8"), f"expected in {docs}:\n{table}"
 
 

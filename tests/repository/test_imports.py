@@ -1,22 +1,19 @@
-"""Modules that an import loads; imports go downward, on few floors, without a circle."""
+"""Modules that an import loads; imports go downward, without a circle."""
 
 from __future__ import annotations
 
 import functools
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from helpers.source_tree import floors, imported_names, imports, modules_of, names_in, reached_from
+from helpers.source_tree import check_no_circle, imported_names, imports, modules_of, names_in
 
 import maskpro_kernels
 
 NAME = maskpro_kernels.__name__
 MODULES = modules_of(Path(maskpro_kernels.__file__).parent)
-MOST_FLOORS = 8
-MOST_FILES_OF_LEARN = 80
 
 
 @functools.cache
@@ -28,50 +25,33 @@ def imported() -> dict[str, set[str]]:
     return {module: imports(module, MODULES) & MODULES.keys() for module in MODULES if module != NAME}
 
 
-def rooms_of(house: str) -> dict[str, set[str]]:
-    """The rooms that each room of a house imports from; a room is a folder or a file at its top."""
-    of = {
-        module: module.removeprefix(f"{house}.").split(".")[0]
+def entries_of(package: str) -> dict[str, set[str]]:
+    """The entries that each entry of a package imports from; an entry is a folder or a module at its top."""
+    entry_of = {
+        module: module.removeprefix(f"{package}.").split(".")[0]
         for module in imported()
-        if module.startswith(f"{house}.")
+        if module.startswith(f"{package}.")
     }
-    rooms = {room: set() for room in of.values()}
-    for module, room in of.items():
-        rooms[room] |= {of[other] for other in imported()[module] if other in of} - {room}
-    return rooms
-
-
-def shown(storeys: Iterable[list[str]]) -> str:
-    return "\n".join(f"floor {number}: {', '.join(names)}" for number, names in enumerate(storeys))
-
-
-def test_floors_are_the_longest_chain():
-    below = {"roof": {"attic"}, "attic": {"cellar"}, "hut": {"cellar"}, "cellar": set()}
-    assert floors(below) == [["cellar"], ["attic", "hut"], ["roof"]]
+    below = {entry: set() for entry in entry_of.values()}
+    for module, entry in entry_of.items():
+        below[entry] |= {entry_of[other] for other in imported()[module] if other in entry_of} - {entry}
+    return below
 
 
 def test_a_circle_is_named():
-    with pytest.raises(ValueError, match="^a circle of imports: .*hall"):
-        floors({"hall": {"stairs"}, "stairs": {"hall"}})
+    check_no_circle({"high": {"middle", "low"}, "middle": {"low"}, "low": set()})
+    with pytest.raises(ValueError, match="^a circle of imports: .*high"):
+        check_no_circle({"high": {"low"}, "low": {"high"}})
 
 
 def test_modules_import_in_no_circle():
-    floors({module: below - {module} for module, below in imported().items()})
+    check_no_circle({module: below - {module} for module, below in imported().items()})
 
 
-@pytest.mark.parametrize("house", [NAME, f"{NAME}.ops"])
-def test_rooms_are_on_few_floors_without_a_circle(house):
+@pytest.mark.parametrize("package", [NAME, f"{NAME}.ops"])
+def test_entries_import_downward(package):
     """Imports inside functions count too."""
-    storeys = floors(rooms_of(house))
-    assert len(storeys) <= MOST_FLOORS, f"{len(storeys)} floors, at most {MOST_FLOORS} expected:\n{shown(storeys)}"
-
-
-def test_the_command_learn_needs_few_files():
-    """It, and what it imports, directly or not, imports inside functions among them."""
-    needed = reached_from(f"{NAME}.cli.learn", MODULES)
-    # a module brings the packages that it is in
-    needed |= {name.rpartition(".")[0] for name in needed} & MODULES.keys()
-    assert len(needed) <= MOST_FILES_OF_LEARN, sorted(needed)
+    check_no_circle(entries_of(package))
 
 
 def test_no_module_imports_from_the_package_itself():

@@ -230,7 +230,7 @@ FAULTS = [
 ]
 
 
-# A training, of which tests/test_hf_trainer.py covers as well
+# A training, of which tests/hf/test_trainer.py covers as well
 TRAINING = Fault("kept_zeros.KeptZeros.restore", nothing, zeros_stay)
 
 
