@@ -300,7 +300,7 @@ def come_late(rank: int) -> list[list[float]]:
     time.sleep(2.5 * rank)
     late = ranks.Ranks(timeout=1.0)
     late.connect()
-    return late.gather([rank])
+    return late.all_gather_numbers([rank])
 
 
 def test_ranks_that_load_for_long_meet():
