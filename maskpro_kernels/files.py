@@ -194,9 +194,9 @@ def check_output(folder: str | Path) -> None:
     except OSError as error:
         raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: {error}") from error
     finally:
-        for made in missing:
+        for created in missing:
             with suppress(OSError):
-                made.rmdir()
+                created.rmdir()
     if folder.exists() and set(folder.iterdir()) - set(unfinished(folder)):
         raise ValueError(
             f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty; give another"
@@ -270,6 +270,6 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def digest_of_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Digest of tensors and metadata: names, shapes, dtypes, bytes and strings, sorted by name."""
-    parts = [[name, digest([tensors[name]])] for name in sorted(tensors)]
+    digests = [[name, digest([tensors[name]])] for name in sorted(tensors)]
     # JSON delimits the names
-    return digest_of_bytes(json.dumps([parts, sorted((metadata or {}).items())]).encode()).hex()
+    return digest_of_bytes(json.dumps([digests, sorted((metadata or {}).items())]).encode()).hex()

@@ -69,8 +69,8 @@ def like_shards(part: Tensor, like: Tensor, each: int = 1) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((like.shape[0], like.shape[1] // each))
-    how = {"shape": shape, "stride": (shape[1], 1), "run_check": False}
-    return DTensor.from_local(part, like.device_mesh, like.placements, **how)
+    stride = (shape[1], 1)
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=shape, stride=stride, run_check=False)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -162,7 +162,7 @@ def check_row_shard(name: str, weight: Tensor, params: Params) -> None:
     placements = weight.placements
     world = torch.distributed.get_world_size()
     expected = "model: expected a weight that fully_shard has split into rows"
-    cuts = {at: placement.dim for at, placement in enumerate(placements) if hasattr(placement, "dim")}
+    cuts = {mesh_dim: placement.dim for mesh_dim, placement in enumerate(placements) if hasattr(placement, "dim")}
     if list(cuts.values()) != [0] or not placements[next(iter(cuts))].is_shard():
         raise ValueError(f"{expected} once, got {placements} in {name}")
     if (mesh.mesh.movedim(next(iter(cuts)), -1).diff() < 0).any():
@@ -217,7 +217,7 @@ class RowShard:
     @property
     def mesh_dim(self) -> int:
         """Dimension of ``mesh`` that splits rows; the other one copies them."""
-        return next(at for at, placement in enumerate(self.placements) if hasattr(placement, "dim"))
+        return next(dim for dim, placement in enumerate(self.placements) if hasattr(placement, "dim"))
 
     def distributed(self, part: Tensor) -> Tensor:
         """Return the DTensor [out, K] of this rank's part."""
@@ -267,14 +267,14 @@ class RowShard:
     def bake_into(self, linear: nn.Linear) -> None:
         """Move weight and bias into a dense layer, with zeros where the mask of the N largest logits drops weights."""
         layer = self._layer
-        own = self.weight
+        local_weight = self.weight
         self.reshard()
-        own.copy_(layer.top_n_weight().to_local())
+        local_weight.copy_(layer.top_n_weight().to_local())
         linear.weight = layer.weight
         linear.bias = layer.bias
         # layer and shard refer to each other, and would keep these
         layer.weight = layer.bias = None
-        del own.fsdp_pre_all_gather, own.fsdp_post_all_gather, self._param.reset_sharded_param
+        del local_weight.fsdp_pre_all_gather, local_weight.fsdp_post_all_gather, self._param.reset_sharded_param
         self._forget()
         for param in self._group.fsdp_params:
             if param._module_info.module is layer:
@@ -328,8 +328,8 @@ class RowShard:
         m = self._layer.pattern.m
         size = k // m * n * dtype.itemsize
         # a single row is contiguous already, but must be copied too
-        parts = sent[:rows].split([size, sent.shape[1] - size], 1)
-        values, bitmask = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+        pieces = sent[:rows].split([size, sent.shape[1] - size], 1)
+        values, bitmask = (piece.clone(memory_format=torch.contiguous_format) for piece in pieces)
         # FSDP2 allocates it again for the next gather
         sent.untyped_storage().resize_(0)
         weight = ops.unpacked(values.view(dtype), bitmask, None, n, m)
@@ -347,17 +347,19 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
 
     ValueError, before any change, if one is split in a way that is not supported.
     """
-    others = {name: layer for name, layer in layers.items() if layer.shard is None}
-    params = resharded(model) if others else {}
-    cut = {name: x for name, x in others.items() if is_distributed(x.weight) or is_distributed(x.logits)}
+    unattached = {name: layer for name, layer in layers.items() if layer.shard is None}
+    params = resharded(model) if unattached else {}
+    cut = {name: x for name, x in unattached.items() if is_distributed(x.weight) or is_distributed(x.logits)}
     if cut:
         check_cut_by_fsdp(model, params)
     for name, layer in cut.items():
-        pair = layer.weight, layer.logits
-        own, other = [(x.device_mesh, x.placements) if is_distributed(x) else "none" for x in pair]
-        if own != other:
+        weight_layout, logits_layout = [
+            (x.device_mesh, x.placements) if is_distributed(x) else "none" for x in (layer.weight, layer.logits)
+        ]
+        if weight_layout != logits_layout:
             raise ValueError(
-                f"model: expected logits with the mesh and placements of their weight, {own}, got {other} in {name}"
+                f"model: expected logits with the mesh and placements of their weight, {weight_layout}, got "
+                f"{logits_layout} in {name}"
             )
         check_row_shard(name, layer.weight, params)
     for layer in cut.values():
@@ -510,10 +512,10 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
         first = ranks.is_main_process
         planner.set_up_planner(dict(tensors), writer.storage_meta(), first)
         writer.set_up_storage_writer(first)
-        own = planner.create_local_plan()
+        local_plan = planner.create_local_plan()
         # without empty tensors, such as those of a rank without rows
-        own.items[:] = [item for item in own.items if item.tensor_data.chunk.sizes.numel()]
-        return writer.prepare_local_plan(own)
+        local_plan.items[:] = [item for item in local_plan.items if item.tensor_data.chunk.sizes.numel()]
+        return writer.prepare_local_plan(local_plan)
 
     plans, _ = planner.create_global_plan(ranks.all_gather_object(ranks.run_on_all(own_plan)))
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
@@ -562,8 +564,8 @@ def _fill(parts: Iterable[Part], size: torch.Size) -> bool:
     return True
 
 
-def _overlap(one: Part, other: Part) -> bool:
-    return all(max(a, b) < min(a + size_a, b + size_b) for a, size_a, b, size_b in zip(*one, *other, strict=True))
+def _overlap(first: Part, second: Part) -> bool:
+    return all(max(a, b) < min(a + size_a, b + size_b) for a, size_a, b, size_b in zip(*first, *second, strict=True))
 
 
 @torch.no_grad()

@@ -271,8 +271,8 @@ class MaskedLinear(nn.Module):
         away = self.logits.device != self.weight.device
         # otherwise the graph keeps the copies of all layers on the device until backward
         with torch.autograd.graph.save_on_cpu() if away else nullcontext():
-            own = mask_log_prob(logits.to(self.weight.device), codes, self.pattern).sum()
-        return own if self.shard is None else self.shard.summed(own)
+            total = mask_log_prob(logits.to(self.weight.device), codes, self.pattern).sum()
+        return total if self.shard is None else self.shard.summed(total)
 
     @property
     def layer(self) -> int:
@@ -340,7 +340,7 @@ class MaskedLinear(nn.Module):
         saved = state_dict.get(f"{prefix}_extra_state")
         if saved is not None:
             *_, errors = args
-            own = [self.group_offset, self.group_row_stride]
+            layer_place = [self.group_offset, self.group_row_stride]
             _, n, m, _, step, *place, _ = saved.tolist() if saved.shape == (8,) else [0] * 8
             for fits, expected, got in (
                 (
@@ -350,7 +350,11 @@ class MaskedLinear(nn.Module):
                 ),
                 (0 <= step < MAX_STEPS, f"a step in [0, {MAX_STEPS})", step),
                 ((n, m) == (self.pattern.n, self.pattern.m), f"logits of pattern {self.pattern}", f"{n}:{m}"),
-                (place == own, f"group_offset and group_row_stride {own}", f"those of another shard, {place}"),
+                (
+                    place == layer_place,
+                    f"group_offset and group_row_stride {layer_place}",
+                    f"those of another shard, {place}",
+                ),
             ):
                 if not fits:
                     errors.append(f"state_dict: expected {expected}, got {got} in {prefix!r}")

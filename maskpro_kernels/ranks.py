@@ -133,8 +133,10 @@ class Ranks:
 
     def on_any(self, function: Callable[[], object] | None) -> bool:
         """Return whether a function returns a true value on any rank; a rank without a function counts as false."""
-        if self.world_size > 1 and not any(given for (given,) in self.all_gather_numbers([function is not None])):
-            return False
+        if self.world_size > 1:
+            has_function = self.all_gather_numbers([function is not None])
+            if not any(on_rank for (on_rank,) in has_function):
+                return False
         return any(self.all_gather_object(function is not None and bool(function())))
 
     def all_gather_object(self, thing: object) -> list:
@@ -184,19 +186,17 @@ class Ranks:
         """Raise ValueError on all ranks if the settings of some, JSON values, differ from those of rank 0."""
         if self.world_size == 1:
             return
-        own = {
+        digests = {
             name: hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
             for name, value in settings.items()
         }
-        first, *others = self.all_gather_object(own)
-        differing = {
-            rank: sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
-            for rank, theirs in enumerate(others, 1)
-        }
+        first, *other_ranks = self.all_gather_object(digests)
         lines = []
-        for rank, names in differing.items():
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            lines += [f"other {', '.join(names[:NAMED])}{more} on rank {rank}"] if names else []
+        for rank, theirs in enumerate(other_ranks, 1):
+            names = sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
+            if names:
+                unnamed = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+                lines.append(f"other {', '.join(names[:NAMED])}{unnamed} on rank {rank}")
         if lines:
             raise ValueError(f"ranks: expected the settings of rank 0 on all of them, got {'; '.join(lines)}")
 
@@ -217,19 +217,19 @@ class Ranks:
 
         Dimension ``cut`` of the mesh splits rows like ``torch.chunk``; the others copy them.
         """
-        parts = mesh.size(cut)
-        if parts > 1:
-            each = -(-len(tensor) // parts)
-            short = each * parts - len(tensor)
+        shards = mesh.size(cut)
+        if shards > 1:
+            each = -(-len(tensor) // shards)
+            short = each * shards - len(tensor)
             # pad only if needed: it copies the tensor
             whole = torch.nn.functional.pad(tensor, (0, 0, 0, short)) if short else tensor
             received = torch.empty_like(whole)
             # no reduce-scatter: gloo does not specify the order of its sum
             dist.all_to_all_single(received, whole, group=mesh.get_group(cut))
             self.bytes_sent += whole.nbytes
-            tensor, *others = received.view(parts, each, -1)
-            for other in others:
-                tensor += other
+            tensor, *addends = received.view(shards, each, -1)
+            for addend in addends:
+                tensor += addend
         tensor = tensor[:rows]
         for dim in range(mesh.ndim):
             if dim != cut and mesh.size(dim) > 1:

@@ -40,31 +40,31 @@ class Views:
     """Parameters that are views of others, one for each part; shared parameters have shared views."""
 
     def __init__(self):
-        self._made: dict[tuple[int, Hashable], tuple[nn.Parameter, nn.Parameter]] = {}
+        self._views: dict[tuple[int, Hashable], tuple[nn.Parameter, nn.Parameter]] = {}
 
     def of(self, parameter: nn.Parameter, part: Hashable, view: Callable[[Tensor], Tensor]) -> nn.Parameter:
         """Return ``view(parameter)``, a leaf with the parameter's memory; equal calls return the same object."""
         # keep the parameter too, so that no other gets its id; views of `detach` would share a version counter, and a
         # step that changes one in backward would make autograd refuse the others
-        made = self._made.setdefault(
+        _, result = self._views.setdefault(
             (id(parameter), part), (parameter, nn.Parameter(view(parameter.data), parameter.requires_grad))
         )
-        return made[1]
+        return result
 
 
 class Joins:
     """Parameters that are joined from several; shared parameters have shared results."""
 
     def __init__(self):
-        self._made: dict[tuple[int, ...], nn.Parameter] = {}
+        self._joined: dict[tuple[int, ...], nn.Parameter] = {}
 
     def of(self, parameters: list[nn.Parameter], join: Callable[[list[Tensor]], Tensor]) -> nn.Parameter:
         """Return ``join(parameters)``, frozen if all are; equal calls return the same object."""
         key = tuple(map(id, parameters))
-        if key not in self._made:
+        if key not in self._joined:
             tensor = join([parameter.detach() for parameter in parameters])
-            self._made[key] = nn.Parameter(tensor, any(parameter.requires_grad for parameter in parameters))
-        return self._made[key]
+            self._joined[key] = nn.Parameter(tensor, any(parameter.requires_grad for parameter in parameters))
+        return self._joined[key]
 
 
 class Form:
@@ -176,8 +176,8 @@ class ExpertWeight:
             x, weight, *bias = args
             # a weight [out, K] in a linear product, [K, out] in another one; a layer computes both
             if func is nn.functional.linear or (func in PRODUCTS and not bias):
-                parts = [layer(x) for layer in weight.layers]
-                y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+                outputs = [layer(x) for layer in weight.layers]
+                y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
                 return y + bias[0] if bias and bias[0] is not None else y
         raise TypeError(f"experts: expected a product with the matrix of one, got {getattr(func, '__name__', func)}")
 
@@ -224,8 +224,8 @@ def _gate_is_first(module: nn.Module) -> bool:
 
     Not every transformers has a flag for it. If they alternate, the first result depends on the second of four outputs.
     """
-    one, other = module._apply_gate(torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0]], device="cpu"))
-    return bool(one[0] == other[0])
+    first, second = module._apply_gate(torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0]], device="cpu"))
+    return bool(first[0] == second[0])
 
 
 class ExpertsForm(Form):
@@ -243,10 +243,10 @@ class ExpertsForm(Form):
         return all(hasattr(module, mark) for mark in MARKS) and bool(self._fused(module))
 
     def _fused(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        own = module.named_parameters(recurse=False)
+        parameters = module.named_parameters(recurse=False)
         # if they are distributed over ranks, it counts those of one
         spread = getattr(module, "_is_expert_parallel", False)
-        return {name: x for name, x in own if x.dim() == 3 and (spread or len(x) == module.num_experts)}
+        return {name: x for name, x in parameters if x.dim() == 3 and (spread or len(x) == module.num_experts)}
 
     def reason_against(self, module: nn.Module) -> str | None:
         if getattr(module, "_is_expert_parallel", False):
@@ -285,15 +285,15 @@ class ExpertsForm(Form):
         lists = {}
         sources = {}
         for name, parameter in fused.items():
-            how = _fusion(module, name)
+            fusion = _fusion(module, name)
 
-            def layer(part: int, expert: int, parameter=parameter, how=how) -> nn.Linear:
-                view = views.of(parameter, (how, part, expert), lambda fused: how.apart(fused)[part, expert])
+            def layer(part: int, expert: int, parameter=parameter, fusion=fusion) -> nn.Linear:
+                view = views.of(parameter, (fusion, part, expert), lambda fused: fusion.apart(fused)[part, expert])
                 return linear(view, None, training)
 
-            parts = [[layer(part, expert) for expert in range(len(parameter))] for part in range(how.parts)]
-            sources[name] = (name,) if how.parts == 1 else HALVES[name]
-            lists |= dict(zip(sources[name], map(nn.ModuleList, parts), strict=True))
+            sources[name] = (name,) if fusion.parts == 1 else HALVES[name]
+            for part, source in enumerate(sources[name]):
+                lists[source] = nn.ModuleList([layer(part, expert) for expert in range(len(parameter))])
         linears = ExpertLinears(lists, sources, config).train(training)
         for name in fused:
             del module._parameters[name]
@@ -318,7 +318,9 @@ class ExpertsForm(Form):
 
     def parts(self, module: nn.Module) -> list[nn.Module] | None:
         lists = getattr(module, CHILD, None)
-        return [layer for layers in lists.values() for layer in layers] if isinstance(lists, ExpertLinears) else None
+        if not isinstance(lists, ExpertLinears):
+            return None
+        return [layer for layers in lists.values() for layer in layers]
 
     def fuse(self, module: nn.Module, joins: Joins) -> nn.Module:
         linears = self._remove_layers(module)
@@ -330,8 +332,8 @@ class ExpertsForm(Form):
 
 def expert_groups(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
     """For each layer of an expert, the layers of all experts from the same parameter; none is an input of another."""
-    found = [module for module in model.modules() if isinstance(module, ExpertLinears)]
-    groups = (tuple(chain(*linears.of(name))) for linears in found for name in linears.sources)
+    expert_linears = [module for module in model.modules() if isinstance(module, ExpertLinears)]
+    groups = (tuple(chain(*linears.of(name))) for linears in expert_linears for name in linears.sources)
     return {layer: layers for layers in groups for layer in layers}
 
 
@@ -362,7 +364,7 @@ Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
 
 
 def _unfuse(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
-    found = {
+    candidates = {
         name: (form, module)
         for name, module in model.named_modules()
         if name
@@ -372,17 +374,17 @@ def _unfuse(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, 
     beside = {layer.get_base_layer() for layer in model.modules() if _has_adapters(layer)}
     # so that parameters of FSDP2 are DTensors
     resharded(model)
-    reasons = {name: _reason_against(form, module, beside) for name, (form, module) in found.items()}
+    reasons = {name: _reason_against(form, module, beside) for name, (form, module) in candidates.items()}
     against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
-        if name not in found or name in against:
+        if name not in candidates or name in against:
             raise ValueError(
                 f"names: expected modules that can be unfused, got {name!r}: {against.get(name, 'it is none')}"
             )
     done: list[Done] = []
     views = Views()
     try:
-        for name, (form, module) in found.items():
+        for name, (form, module) in candidates.items():
             if name not in against and (names is None or name in names):
                 after, undo = form.unfuse(module, views)
                 done.append((form, module, after, undo))
@@ -445,14 +447,16 @@ class Matrix(NamedTuple):
 
 def matrices(model: nn.Module) -> dict[str, Matrix]:
     """Matrices of nn.Linear layers and of modules that can be unfused, by names of the parameters."""
-    found = {}
+    by_name = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, nn.Linear):
-            found[f"{prefix}weight"] = Matrix(module, partial(getattr, module, "weight"))
-        for form in (form for form in FORMS if form.is_built(module)):
-            found |= {f"{prefix}{own}": Matrix(module, get) for own, get in form.matrices(module).items()}
-    return found
+            by_name[f"{prefix}weight"] = Matrix(module, partial(getattr, module, "weight"))
+        for form in FORMS:
+            if form.is_built(module):
+                for parameter_name, get in form.matrices(module).items():
+                    by_name[f"{prefix}{parameter_name}"] = Matrix(module, get)
+    return by_name
 
 
 def unfused_modules(model: nn.Module) -> list[str]:
@@ -486,11 +490,15 @@ def lost_with(module: nn.Module) -> str | None:
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is nn.Linear, or a subclass with only its own forward, of x W^T + b, like Falcon's."""
     kind = type(module)
-    if kind is nn.Linear or kind.__base__ is not nn.Linear or {x for x in vars(kind) if x[:2] != "__"} != {"forward"}:
-        return kind is nn.Linear
+    if kind is nn.Linear:
+        return True
+    if kind.__base__ is not nn.Linear or {name for name in vars(kind) if name[:2] != "__"} != {"forward"}:
+        return False
     # transformers and accelerate add some
     usual = {*vars(nn.Linear(1, 1, device="meta")), "_is_hf_initialized", "_hf_hook", "_old_forward", "forward"}
-    if vars(module).keys() - usual or module._buffers or module._modules or {*module._parameters} != {"weight", "bias"}:
+    if vars(module).keys() - usual or module._buffers or module._modules:
+        return False
+    if {*module._parameters} != {"weight", "bias"}:
         return False
     weight = module.weight
     if weight.is_meta or is_distributed(weight):
@@ -503,14 +511,14 @@ def is_linear(module: nn.Module) -> bool:
         layer = linear(*both, training=True)
         expected = nn.functional.linear(x, *both)
         layer.__class__ = kind
-        found = [layer.train(mode).forward(x) for mode in (True, False)]
+        outputs = [layer.train(mode).forward(x) for mode in (True, False)]
         bound = 1e-5 * expected.abs().max()
-        return all(y.shape == expected.shape and (y - expected).abs().max() <= bound for y in found)
+        return all(output.shape == expected.shape and (output - expected).abs().max() <= bound for output in outputs)
     return False
 
 
-def _is_dense(parts: list[nn.Module]) -> bool:
-    return all(type(part) is nn.Linear for part in parts)
+def _is_dense(layers: list[nn.Module]) -> bool:
+    return all(type(layer) is nn.Linear for layer in layers)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
@@ -543,8 +551,8 @@ def adapter_modules(model: nn.Module) -> set[str]:
         saved = "original_module" if _of_peft(layer, "AuxiliaryTrainingWrapper") else None
         base = "base_layer" if _has_adapters(layer) else saved
         if base is not None:
-            own = (child for child, _ in layer.named_modules() if child and child.split(".")[0] != base)
-            names |= {f"{name}.{child}" if name else child for child in own}
+            inner_names = (child for child, _ in layer.named_modules() if child and child.split(".")[0] != base)
+            names |= {f"{name}.{child}" if name else child for child in inner_names}
     return names
 
 

@@ -111,8 +111,10 @@ def _masks_of_torch(source: Path, most: int) -> Iterator[tuple[str, Tensor]]:
     """
     for file in sorted(source.glob("*.pt")) if source.is_dir() else [source]:
         try:
-            sizes = [part.file_size for part in zipfile.ZipFile(file).infolist()] if zipfile.is_zipfile(file) else []
-            if sum(sizes) > file.stat().st_size:
+            size = 0
+            if zipfile.is_zipfile(file):
+                size = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
+            if size > file.stat().st_size:
                 raise ValueError("torch does not compress tensors, and the sizes in this file exceed its own")
             with warnings.catch_warnings(action="ignore"):
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -168,20 +170,23 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
     names |= {name for name in shapes if f"{name}.bitmask" in where}
     config = source / "config.json"
     settings = read_object(config) if config.is_file() else {}
-    parts = [settings.get(name) for name in COMPRESSION_SETTINGS]
-    # only those of compressed-tensors, not of other quantizers
-    parts = [part for part in parts if isinstance(part, dict)]
-    parts = [part for part in parts if part.get("quant_method", "compressed-tensors") == "compressed-tensors"]
-    if not names and not parts:
+    compressions = []
+    for compression in map(settings.get, COMPRESSION_SETTINGS):
+        if isinstance(compression, dict):
+            # only those of compressed-tensors, not of other quantizers
+            method = compression.get("quant_method", "compressed-tensors")
+            if method == "compressed-tensors":
+                compressions.append(compression)
+    if not names and not compressions:
         return False
-    for part in parts:
-        sparsity = part.get("sparsity_config")
-        formats = [part.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None]
-        others = sorted(str(form) for form in formats if form not in (None, *FORMATS))
-        if others or part.get("config_groups"):
+    for compression in compressions:
+        sparsity = compression.get("sparsity_config")
+        formats = [compression.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None]
+        unknown = sorted(str(form) for form in formats if form not in (None, *FORMATS))
+        if unknown or compression.get("config_groups"):
             raise ValueError(
                 f"checkpoint: expected weights in the format {' or '.join(FORMATS)} of compressed-tensors, got "
-                f"{f'the format {others[0]}' if others else 'quantized weights'}; decompress it first, with "
+                f"{f'the format {unknown[0]}' if unknown else 'quantized weights'}; decompress it first, with "
                 "compressed-tensors"
             )
     for name in names:
@@ -203,11 +208,11 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
                     if name not in names or part not in COMPRESSED:
                         tensors[stored] = opened.get_tensor(stored)
                     elif part == "compressed":
-                        own = []
-                        for key in (f"{name}.{part}" for part in COMPRESSED):
+                        compressed = []
+                        for key in (f"{name}.{component}" for component in COMPRESSED):
                             with safe_open(where[key], framework="pt") as holder:
-                                own.append(holder.get_tensor(key))
-                        tensors[f"{name}.weight"] = decompressed_weight(name, *own)
+                                compressed.append(holder.get_tensor(key))
+                        tensors[f"{name}.weight"] = decompressed_weight(name, *compressed)
             write_tensors(tensors, output / file.name, {"format": "pt"})
             written |= dict.fromkeys(tensors, file.name)
         if [file.name for file in files] != [SINGLE]:

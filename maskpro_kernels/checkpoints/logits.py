@@ -98,8 +98,8 @@ def logits_of_run(folder: Path) -> Logits:
     """``load_logits`` of the folder of a run; ValueError if it has ended with others, as its report says."""
     learned = load_logits(folder / LOGITS_FILE)
     report = folder / REPORT
-    own = digest(learned.logits[name] for name in sorted(learned.logits))
-    if report.is_file() and json.loads(report.read_bytes()).get("logits") != own:
+    logits_digest = digest(learned.logits[name] for name in sorted(learned.logits))
+    if report.is_file() and json.loads(report.read_bytes()).get("logits") != logits_digest:
         raise ValueError(f"expected the logits that {REPORT} has the digest of, got others; restore {LOGITS_FILE}")
     return learned
 

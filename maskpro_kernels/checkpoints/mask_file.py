@@ -69,11 +69,11 @@ class MaskFile:
         """
         names = sorted(self.layers.keys() | weights.keys())
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        others = [name for name in names if self.layers.get(name) != shapes.get(name)]
-        if others:
+        differing = [name for name in names if self.layers.get(name) != shapes.get(name)]
+        if differing:
             raise ValueError(
-                f"model: expected the layers of the masks' base model, {self.model}, got {others[0]} of shape "
-                f"{shapes.get(others[0], 'none')}, but in the masks {self.layers.get(others[0], 'none')}"
+                f"model: expected the layers of the masks' base model, {self.model}, got {differing[0]} of shape "
+                f"{shapes.get(differing[0], 'none')}, but in the masks {self.layers.get(differing[0], 'none')}"
             )
         base = _fingerprint([name, digest([weights[name].detach().to(self.dtype)])] for name in names)
         if base != self.base:
@@ -123,8 +123,8 @@ def load_masks(path: str | Path) -> MaskFile:
         raise ValueError(f"mask: expected an unchanged file, got {str(path)!r}, which was damaged or changed")
     try:
         masks = MaskFile(tensors, metadata, checksum)
-        if others := masks.layers.keys() ^ tensors.keys():
-            raise ValueError(f"a layer without a tensor, or a tensor without a layer, {min(others)!r}")
+        if unpaired := masks.layers.keys() ^ tensors.keys():
+            raise ValueError(f"a layer without a tensor, or a tensor without a layer, {min(unpaired)!r}")
         if not all(type(size) is int and size >= 0 for shape in masks.layers.values() for size in shape):
             raise ValueError(f"layers {metadata['layers']}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

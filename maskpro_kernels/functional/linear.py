@@ -116,13 +116,13 @@ def labelled_tokens(loss_fn: Callable, batch) -> Tensor | None:
     count = loss_fn.labelled_tokens(batch) if hasattr(loss_fn, "labelled_tokens") else count_labels(batch)
     if count is None:
         return None
-    one = isinstance(count, Tensor) and count.numel() == 1
+    is_scalar = isinstance(count, Tensor) and count.numel() == 1
     # reading it from a GPU would wait for the forward
-    value = readable_value(count) if one else count
+    value = readable_value(count) if is_scalar else count
     if value is not None and not (isinstance(value, Real) and 0 <= value < math.inf):
         raise ValueError(f"loss_fn: expected labelled_tokens to return a number of at least 0, got {describe(count)}")
     # a loss without tokens has no gradient
-    return (count.reshape(()) if one else torch.tensor(count, device="cpu")).float().clamp(min=1)
+    return (count.reshape(()) if is_scalar else torch.tensor(count, device="cpu")).float().clamp(min=1)
 
 
 def count_labels(batch, shifted: bool = True) -> Tensor | None:
@@ -211,19 +211,18 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), total
 
 
-def _forward(ctx, x, weight, bias, source, mask, log_prob, *others):
-    given = mask
+def _forward(ctx, x, weight, bias, source, mask, log_prob, *for_backward):
     if mask.kind == "applied":
         output = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     else:
-        mask = mask.of(source, x.device)
+        used = mask.of(source, x.device)
         # a log-probability needs the logits
-        mask = mask if log_prob else mask.by_codes
-        out = ops.direct_masked_linear(x, weight, bias, log_prob, mask)
-        y, total = ops.masked_linear(x, weight, bias, log_prob, *mask.flat()) if out is None else out
+        used = used if log_prob else used.by_codes
+        out = ops.direct_masked_linear(x, weight, bias, log_prob, used)
+        y, total = ops.masked_linear(x, weight, bias, log_prob, *used.flat()) if out is None else out
         output = (y, total) if log_prob else y
     if ctx is not None:
-        _save(ctx, (x, weight, bias, source, given, log_prob, *others), output)
+        _save(ctx, (x, weight, bias, source, mask, log_prob, *for_backward), output)
     return output
 
 
@@ -288,7 +287,9 @@ class _MaskedLinear(torch.autograd.Function):
         gradients = x_grad, weight_grad, bias_grad, logits_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = grad, log_prob_grad, x, weight, source
-            gradients = [None if own is None else _FirstDerivative.apply(own, *inputs) for own in gradients]
+            gradients = [
+                None if gradient is None else _FirstDerivative.apply(gradient, *inputs) for gradient in gradients
+            ]
         return *gradients, None, None, None, None
 
 

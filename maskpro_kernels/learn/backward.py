@@ -38,7 +38,7 @@ class BackwardPass:
         self.updaters = updaters
         self.ranks = ranks
         self.batches = batches
-        self.left = batches
+        self.remaining_passes = batches
         self.hooks: list = []
         # true while every finished layer was used at most once, on each rank
         self.in_turn = True
@@ -76,8 +76,8 @@ class BackwardPass:
         """Return whether the order of layers is the same on all ranks, in a pass before the last."""
         if not self.every_pass:
             return True
-        own = self.order(loss)
-        return all(order == own for (order,) in self.ranks.all_gather_numbers([own]))
+        order = self.order(loss)
+        return all(rank_order == order for (rank_order,) in self.ranks.all_gather_numbers([order]))
 
     def backward(self, loss: Tensor, weight=1.0, alike=True, tokens: Tensor | None = None) -> list[str]:
         """Backpropagate the loss of the last forward to the logits; its slopes have the factor ``weight``.
@@ -88,7 +88,7 @@ class BackwardPass:
         """
         # forwards that compute activations again do not count
         self.unwatch()
-        self.left -= 1
+        self.remaining_passes -= 1
         self.in_turn = True
         if not alike:
             self.turns.clear()
@@ -98,7 +98,7 @@ class BackwardPass:
             updater.at_once = self.ranks.world_size == 1 and self.batches == 1 and updater.uses <= 1
         torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
         self._end_pass()
-        if self.left:
+        if self.remaining_passes:
             self.watch()
             return []
         reached = {name: updater for name, updater in self.updaters.items() if updater.latest is not None}
@@ -110,7 +110,7 @@ class BackwardPass:
         bad = []
         for name, square in values_of({name: updater.latest for name, updater in reached.items()}).items():
             updater = reached[name]
-            updater.mean_square = running_mean_square(updater.mean_square, square, updater.how.decay)
+            updater.mean_square = running_mean_square(updater.mean_square, square, updater.estimator.decay)
             if not math.isfinite(square):
                 bad.append(name)
         elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
@@ -126,15 +126,16 @@ class BackwardPass:
 
     def _end_pass(self) -> None:
         """Finish the remaining layers that have slopes on any rank."""
-        if self.left and not self.every_pass:
+        if self.remaining_passes and not self.every_pass:
             return
         while self.turns:
             # other ranks may wait for it, even if it has no slopes on this one
             self.turns.popleft().finish()
         self.in_turn = False
-        held = self.ranks.all_gather_numbers([updater.slopes is not None for updater in self.updaters.values()])
+        has_slopes = self.ranks.all_gather_numbers([updater.slopes is not None for updater in self.updaters.values()])
+        by_layer = list(zip(self.updaters.values(), *has_slopes, strict=True))
         # the last ones first, in the order in which backward and copies of logits go
-        for updater, *on_ranks in reversed(list(zip(self.updaters.values(), *held, strict=True))):
+        for updater, *on_ranks in reversed(by_layer):
             if any(on_ranks):
                 updater.finish()
 
@@ -161,7 +162,7 @@ def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
 
 
 class LayerUpdater:
-    """Moves the logits of one layer, inside backward or after it, see ``BackwardPass``, with the settings ``how``.
+    """Moves the logits of one layer, inside backward or after it, see ``BackwardPass``, with an estimator's settings.
 
     Attributes:
         mean_square: running mean square of the slopes; None before the first one above 0.
@@ -176,9 +177,9 @@ class LayerUpdater:
 
     moves_logits = True
 
-    def __init__(self, layer: MaskedLinear, how: Estimator, learner: WeightLearner | None):
+    def __init__(self, layer: MaskedLinear, estimator: Estimator, learner: WeightLearner | None):
         self.layer = layer
-        self.how = how
+        self.estimator = estimator
         self.learner = learner
         self.mean_square: float | None = None
 
@@ -198,7 +199,6 @@ class LayerUpdater:
             self.uses += 1
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
-        how = self.how
         if self.latest is not None:
             raise ValueError(
                 "loss_fn: expected a backward with one gradient for each use of a layer in the forward, got another "
@@ -209,18 +209,24 @@ class LayerUpdater:
             # without kernels the product is rounded to this dtype anyway; sums are float32
             rounded = self.at_once and not uses_kernels(grad)
             weight_grad = torch.empty_like(weight, dtype=grad.dtype if rounded else torch.float32)
-        more = weight_grad, self.tokens, self.fisher
+        curvature = self.estimator.curvature
+        max_update = self.estimator.max_update
+        tokens = self.tokens
+        fisher = self.fisher
         if self.at_once:
             self.weight_grad = weight_grad
-            of = grad, x, weight, how.curvature
             # the parameter itself: autograd may have a copy
             with self.backward_pass.offloaded.moving(self.layer) as logits:
-                own = mask._replace(tensor=logits)
-                self._descend(
-                    logits, mask.codes, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more)
-                )
+                mask_of_logits = mask._replace(tensor=logits)
+
+                def descend(rate: Tensor) -> Tensor:
+                    return ops.straight_through_update_(
+                        grad, x, weight, curvature, rate, max_update, mask_of_logits, weight_grad, tokens, fisher
+                    )
+
+                self._descend(logits, mask.codes, descend)
             return
-        slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask, *more)
+        slope = ops.straight_through_grad(grad, x, weight, curvature, mask, weight_grad, tokens, fisher)
         # scale the slope, not the loss, whose factor would be squared in the curvature
         self.slopes = self._added(self.slopes, slope)
         self.weight_grad = self._added(self.weight_grad, weight_grad)
@@ -242,9 +248,8 @@ class LayerUpdater:
             if total is not None:
                 self.backward_pass.ranks.all_reduce(total)
         with self.backward_pass.offloaded.moving(self.layer) as logits:
-            self._descend(
-                logits, self.layer.cached_codes, descent(self.layer, logits, self.slopes, self.how.max_update)
-            )
+            descend = descent(self.layer, logits, self.slopes, self.estimator.max_update)
+            self._descend(logits, self.layer.cached_codes, descend)
         self.slopes = None
 
     def end(self) -> None:
@@ -347,8 +352,8 @@ class WeightLearner:
         """
         usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient, dtype=torch.float32))
         scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
-        held = self.layer.weight, self.master, self.first, self.second
-        ops.adamw_(*held, gradient, codes, scalars, self.layer.pattern.m)
+        m = self.layer.pattern.m
+        ops.adamw_(self.layer.weight, self.master, self.first, self.second, gradient, codes, scalars, m)
         self.count += usable
         self.layer.weight_changed = True
 
@@ -365,15 +370,17 @@ class ShardedPass(BackwardPass):
 
     def _end_pass(self) -> None:
         super()._end_pass()
-        if self.left:
+        if self.remaining_passes:
             return
         moved = [updater for updater in self.updaters.values() if updater.own_slopes is not None]
         # at a rate of 0 nothing moves
-        own = [(float(updater.descend_own(0.0)), updater.own_slopes.numel()) for updater in moved]
-        rows = self.ranks.all_gather_numbers([value for pair in own for value in pair])
-        for at, updater in enumerate(moved):
-            pairs = [row[2 * at : 2 * at + 2] for row in rows]
-            updater.move(sum(square * count for square, count in pairs if count) / sum(count for _, count in pairs))
+        squares = [(float(updater.descend_own(0.0)), updater.own_slopes.numel()) for updater in moved]
+        numbers = [number for pair in squares for number in pair]
+        rows = self.ranks.all_gather_numbers(numbers)
+        for index, updater in enumerate(moved):
+            pairs = [row[2 * index : 2 * index + 2] for row in rows]
+            total = sum(square * count for square, count in pairs if count)
+            updater.move(total / sum(count for _, count in pairs))
 
 
 class ShardUpdater(LayerUpdater):
@@ -387,14 +394,14 @@ class ShardUpdater(LayerUpdater):
 
     takes_shards = True
 
-    def begin(self, *how) -> None:
-        super().begin(*how)
+    def begin(self, *arguments) -> None:
+        super().begin(*arguments)
         self.factors: list[tuple[Tensor, Tensor]] = []
         self.own_slopes: Tensor | None = None
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         self.slopes = self._added(self.slopes, ops.weight_gradient(grad, x))
-        curvature = self.weight * self.how.curvature
+        curvature = self.weight * self.estimator.curvature
         self.factors.append(ops.curvature_factors(grad, x, curvature, self.tokens, self.fisher))
         self.backward_pass.move_next()
 
@@ -411,12 +418,14 @@ class ShardUpdater(LayerUpdater):
         factors = self.factors
         self.factors = []
         second = torch.zeros_like(first)
-        uses = 1 if self.backward_pass.in_turn else max(count for (count,) in ranks.all_gather_numbers([len(factors)]))
-        for use in range(int(uses)):
-            own = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
+        uses = 1
+        if not self.backward_pass.in_turn:
+            uses = max(int(count) for (count,) in ranks.all_gather_numbers([len(factors)]))
+        for use in range(uses):
+            rank_factors = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
             if use < len(factors):
-                own.copy_(torch.cat(factors[use]))
-            vectors = ranks.all_gather(own)[shard.mesh.mesh.flatten().to(device)]
+                rank_factors.copy_(torch.cat(factors[use]))
+            vectors = ranks.all_gather(rank_factors)[shard.mesh.mesh.flatten().to(device)]
             outputs, inputs = vectors.split([*shard.shape], 1)
             second.addmm_(shard.part_of(outputs.t()), inputs)
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
@@ -426,7 +435,7 @@ class ShardUpdater(LayerUpdater):
         """Move the logits of this rank's rows, and return the mean square of their slopes."""
         logits = self.layer.own_logits
         rate = torch.full((), rate, dtype=torch.float32, device=logits.device)
-        return descent(self.layer, logits, self.own_slopes, self.how.max_update)(rate)
+        return descent(self.layer, logits, self.own_slopes, self.estimator.max_update)(rate)
 
     def move(self, square: float) -> None:
         """Move the logits; ``square`` is the mean square of the slopes of all rows."""

@@ -22,33 +22,35 @@ def content(batch, index: int) -> str:
     For a batch with other objects: a digest of its tensors, and its index.
     """
     tensors = []
-    parts = []
+    descriptions = []
 
     def plain(part) -> bool:
         """Add the content of a part; return whether all of it can be compared."""
         if isinstance(part, Mapping):
             names = sorted(part, key=str)
-            parts.append(f"mapping {names!r}")
+            descriptions.append(f"mapping {names!r}")
             return all([plain(part[name]) and isinstance(name, (str, int)) for name in names])
         if isinstance(part, (tuple, list)):
             # the length, so that [1, [2]] and [[1], 2] differ
-            parts.append(f"list {len(part)}")
-            return all([plain(one) for one in part])
+            descriptions.append(f"list {len(part)}")
+            return all([plain(element) for element in part])
         if isinstance(part, (np.ndarray, np.generic)) and not part.dtype.hasobject:
             values = hashlib.blake2b(part.tobytes(), digest_size=SIZE).hexdigest()
-            parts.append(f"array {part.dtype.str} {part.shape} {values}")
+            descriptions.append(f"array {part.dtype.str} {part.shape} {values}")
             return True
         if isinstance(part, Tensor):
             tensors.append(part)
-        is_plain = part is None or isinstance(part, (Tensor, str, bytes, int, float))
-        parts.append("tensor" if isinstance(part, Tensor) else repr(part) if is_plain else "")
+            descriptions.append("tensor")
+            return True
+        is_plain = part is None or isinstance(part, (str, bytes, int, float))
+        descriptions.append(repr(part) if is_plain else "")
         return is_plain
 
     is_plain = plain(batch)
     of_tensors = digest(tensors)
     if not is_plain:
         return f"batch {index} {of_tensors}"
-    return hashlib.blake2b(" ".join([of_tensors, *parts]).encode(), digest_size=SIZE).hexdigest()
+    return hashlib.blake2b(" ".join([of_tensors, *descriptions]).encode(), digest_size=SIZE).hexdigest()
 
 
 def weights_of(batches: Sequence) -> list[Fraction]:
@@ -194,8 +196,10 @@ class InitialLosses:
                 "estimator: expected needs_initial_losses=True, since it asks for the loss under the initial masks and "
                 "batches are not a sequence, got False"
             )
-        # their order may have changed
-        names = [content(batch, index) for index, batch in enumerate(self._batches)] if steps_done else self._contents
+        names = self._contents
+        if steps_done:
+            # their order may have changed
+            names = [content(batch, index) for index, batch in enumerate(self._batches)]
         index_of = {}
         for index, name in enumerate(names):
             index_of.setdefault(name, index)
@@ -208,12 +212,11 @@ class InitialLosses:
         hidden = not progress or not self._ranks.is_main_process
         for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
             by_rank = names[first : first + world]
-            own = by_rank[self._ranks.rank : self._ranks.rank + 1]
+            names_of_rank = by_rank[self._ranks.rank : self._ranks.rank + 1]
             # a rank without a batch takes part in the forwards of the others
-            taken = own or (by_rank[:1] if self._together else [])
-            rows = self._ranks.all_gather_numbers(
-                [loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan]
-            )
+            taken = names_of_rank or (by_rank[:1] if self._together else [])
+            losses_of_rank = [loss_of(self._batches[index_of[name]]) for name in taken]
+            rows = self._ranks.all_gather_numbers(losses_of_rank or [math.nan])
             by_content |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
         losses = [by_content[name] for name in self._contents]
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]

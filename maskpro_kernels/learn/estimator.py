@@ -226,10 +226,10 @@ class Step:
         self._estimator = trainer.estimator
         draws = range(trainer.estimator.draws)
         ranks = trainer.ranks
-        self._by_rank = [
-            [(draw, place) for draw in draws for place in range(rank, len(batches), ranks.world_size)]
-            for rank in range(ranks.world_size)
-        ]
+        self._by_rank = []
+        for rank in range(ranks.world_size):
+            places = range(rank, len(batches), ranks.world_size)
+            self._by_rank.append([(draw, place) for draw in draws for place in places])
         self.own = self._by_rank[ranks.rank]
         self._initial_loss = initial_loss
         self._begin_update = begin_update
@@ -270,7 +270,7 @@ class Step:
             if draw:
                 # of the first draw, before the others
                 _ = self.flip_rate
-            tokens = [count_tokens(self.batches[place]) for own, place in self.own if own == draw]
+            tokens = [count_tokens(self.batches[place]) for place_draw, place in self.own if place_draw == draw]
             gradients = torch.is_grad_enabled()
             uses = Uses(
                 tokens=max(tokens, default=0),
@@ -292,14 +292,14 @@ class Step:
 
     def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
         """Return (loss of each draw, whether ``order`` is equal on all ranks); call it after this rank's forwards."""
-        own = self._losses
+        losses_of_rank = self._losses
         self._losses = []
-        rows = self.ranks.all_gather_numbers([self.index, self.flip_rate, order, *own])
-        for name, at in (("step", 0), ("flip rate", 1)):
-            others = {rank: row[at] for rank, row in enumerate(rows) if row[at] != rows[0][at]}
-            if others:
+        rows = self.ranks.all_gather_numbers([self.index, self.flip_rate, order, *losses_of_rank])
+        for name, column in (("step", 0), ("flip rate", 1)):
+            differing = {rank: row[column] for rank, row in enumerate(rows) if row[column] != rows[0][column]}
+            if differing:
                 raise RuntimeError(
-                    f"ranks: expected the {name} of rank 0 on all of them, {rows[0][at]:g}, got by rank {others}"
+                    f"ranks: expected the {name} of rank 0 on all of them, {rows[0][column]:g}, got by rank {differing}"
                 )
         losses = {}
         for pairs, (_, _, _, *row) in zip(self._by_rank, rows, strict=True):

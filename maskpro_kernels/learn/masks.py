@@ -109,8 +109,8 @@ class ModelMasks:
         finally:
             self._inside = False
             self._free_codes()
-            for state, own in zip(states, before, strict=bool(before)):
-                state.draw.copy_(own)
+            for state, draw_before in zip(states, before, strict=bool(before)):
+                state.draw.copy_(draw_before)
 
     def _free_codes(self) -> None:
         for layer in self.layers.values():
@@ -183,11 +183,11 @@ class ModelMasks:
         for i, (names, group) in enumerate(self._grouped()):
             if name not in names:
                 continue
-            at = names.index(name)
+            index = names.index(name)
             if self._inside and layer.cached_mask is not None and i in self._last:
-                return group.flips_of(at)
+                return group.flips_of(index)
             # the kernel that draws counts them
-            alone = LayerGroup([group.layers[at]], group.n, group.m)
+            alone = LayerGroup([group.layers[index]], group.n, group.m)
             counter = layer.counter()
             draw_layers_(alone, 1.0, counter.seed, counter.step, counter.draw)
             return alone.flips_of(0)
@@ -248,13 +248,13 @@ class ModelMasks:
         ids = stacked(ids, torch.int64, group.device)
         return group, factors, 1.0, *scalars, ids, by_codes
 
-    def _counter(self, name: str, *given) -> tuple:
+    def _counter(self, name: str, *values) -> tuple:
         """(seed, step, draw) as given, or else those of the layer."""
-        if all(value is not None for value in given):
-            return given
+        if all(value is not None for value in values):
+            return values
         counter = self.layers[name].counter()
-        own = counter.seed, counter.step, counter.draw
-        return tuple(mine if value is None else value for value, mine in zip(given, own, strict=True))
+        defaults = counter.seed, counter.step, counter.draw
+        return tuple(default if value is None else value for value, default in zip(values, defaults, strict=True))
 
     def _grouped(self) -> list[tuple[list[str], LayerGroup]]:
         """(Names of layers, LayerGroup) of each kind; made again if tensors have moved in memory."""

@@ -205,16 +205,16 @@ def read_journal(path: str | Path) -> Records:
     entries = []
     chains = [chain]
     start = HEAD.size + SIZE + size
-    for at in range(start, len(content), length):
-        record = content[at : at + length]
+    for offset in range(start, len(content), length):
+        record = content[offset : offset + length]
         entry = unpack_entry(record, chains[-1]) if len(record) == length else None
         if entry is None:
-            if at + length < len(content):
+            if offset + length < len(content):
                 raise ValueError(
-                    f"journal: expected the record of step {len(entries)} of this run at byte {at}, got a damaged one "
-                    f"or another's in {str(path)!r}"
+                    f"journal: expected the record of step {len(entries)} of this run at byte {offset}, got a damaged "
+                    f"one or another's in {str(path)!r}"
                 )
-            return Records(head["run"], entries, len(record), head["draws"], chains, at)
+            return Records(head["run"], entries, len(record), head["draws"], chains, offset)
         entries.append(entry)
         chains.append(record[-SIZE:])
     return Records(head["run"], entries, 0, head["draws"], chains, len(content))
@@ -306,8 +306,8 @@ def newest_snapshot(
         if step == step_of(path) and (run is None or state.get("run") == run):
             return step, StoredTensors(path), state, passed
         passed.append(path)
-    others = f", {len(passed)} are damaged or of another run" if passed else ""
-    raise ValueError(f"snapshot: expected an intact one in {str(folder)!r}, got none{others}")
+    reason = f", {len(passed)} are damaged or of another run" if passed else ""
+    raise ValueError(f"snapshot: expected an intact one in {str(folder)!r}, got none{reason}")
 
 
 def _read_state(path: Path) -> tuple[int, dict] | None:
@@ -546,26 +546,26 @@ class RunFolder:
         return SavedRun(steps, tensors, entries[snapshot_step:], kept, losses, refreshed, skipped, batches, warnings)
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
-        for name, own in settings.items():
-            other = run.get(name)
-            if own == other:
+        for name, expected in settings.items():
+            stored = run.get(name)
+            if expected == stored:
                 continue
-            if isinstance(own, dict) and isinstance(other, dict):
-                key = next(key for key in {**own, **other} if own.get(key, ...) != other.get(key, ...))
+            if isinstance(expected, dict) and isinstance(stored, dict):
+                key = next(key for key in {**expected, **stored} if expected.get(key, ...) != stored.get(key, ...))
                 name = f"{name} {key}"
-                own = own.get(key)
-                other = other.get(key)
+                expected = expected.get(key)
+                stored = stored.get(key)
             # digests would not help
             is_digest = name in ("batches", "weights")
-            values = "of this trainer, got others" if is_digest else f"{own!r}, got {other!r}"
+            values = "of this trainer, got others" if is_digest else f"{expected!r}, got {stored!r}"
             raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
 
     def _check_tensors(self, stored: StoredTensors) -> None:
-        own = {PREFIX + name: (list(x.shape), x.dtype) for name, x in self.estimator.tensors().items()}
+        expected = {PREFIX + name: (list(x.shape), x.dtype) for name, x in self.estimator.tensors().items()}
         kinds = {name: kind for name, kind in stored.kinds.items() if name.startswith(PREFIX)}
-        if own != kinds:
+        if expected != kinds:
             raise ValueError(
-                f"output_dir: expected a snapshot with the tensors of {self.estimator.name}, {own}, got {kinds}"
+                f"output_dir: expected a snapshot with the tensors of {self.estimator.name}, {expected}, got {kinds}"
             )
 
     def _read_rows(self, run: str, steps: int) -> dict[int, dict]:
@@ -672,8 +672,12 @@ def write_parts(
     try:
         ranks.run_on_all(lambda: _check_seen(aside))
         write = planned_parts(ranks, aside, tensors)
-        own = ranks.run_on_all(lambda: (path := write()) and (path.name, digest_of_file(path)))
-        digests = dict(filter(None, ranks.all_gather_object(own)))
+
+        def write_and_digest() -> tuple[str, str] | None:
+            path = write()
+            return None if path is None else (path.name, digest_of_file(path))
+
+        digests = dict(filter(None, ranks.all_gather_object(ranks.run_on_all(write_and_digest))))
         ranks.run_on_main(lambda: folder.publish_snapshot(aside, step, digests, state))
     finally:
         if ranks.is_main_process and aside.exists():

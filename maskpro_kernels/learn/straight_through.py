@@ -135,15 +135,16 @@ class StraightThrough(Estimator):
 
     def step(self, step: Step) -> StepResult:
         """Move the logits by their slopes, in the last backward; there is none if the loss is not finite."""
-        *others, last = places = [place for _, place in step.own]
+        places = [place for _, place in step.own]
+        *earlier, last = places
         with step.drawing():
             fisher = self._fisher_squares(step)
             with self.attached(step.index, step.ranks, len(places), fisher) as backward_pass:
-                for place in others:
-                    one = step.forward(place)
-                    alike = backward_pass.alike(one)
+                for place in earlier:
+                    loss = step.forward(place)
+                    alike = backward_pass.alike(loss)
                     tokens = labelled_tokens(step.loss_fn, step.batches[place])
-                    backward_pass.backward(one, float(step.weights[place]), alike, tokens)
+                    backward_pass.backward(loss, float(step.weights[place]), alike, tokens)
                 loss = step.forward(last)
                 tokens = labelled_tokens(step.loss_fn, step.batches[last])
                 (value,), alike = step.exchange(backward_pass.order(loss))
@@ -189,8 +190,8 @@ class StraightThrough(Estimator):
                 yield backward_pass
         finally:
             backward_pass.unwatch()
-            for layer, own in before.items():
-                layer.logits_backward = own
+            for layer, logits_backward in before.items():
+                layer.logits_backward = logits_backward
                 layer.logits.grad = None
             for updater in updaters:
                 updater.end()
@@ -234,19 +235,20 @@ class FisherSquares:
         flat = torch.cat([total.to(device) for total in totals.values()])
         step.ranks.all_reduce(flat)
         rows = flat.split([len(total) for total in totals.values()])
-        parts = [row[:-1] for row in rows]
+        square_sums = [row[:-1] for row in rows]
         shares = torch.stack([row[-1] for row in rows])
-        finite = torch.stack([part.isfinite().all() for part in parts])
+        finite = torch.stack([square_sum.isfinite().all() for square_sum in square_sums])
         after = self.current()
         bad = []
-        usable, came = torch.stack([finite & (shares > 0), shares > 0]).tolist()
-        for name, part, share, is_usable, has_come in zip(totals, parts, shares, usable, came, strict=True):
+        usable, reached = torch.stack([finite & (shares > 0), shares > 0]).tolist()
+        for name, square_sum, share, is_usable, is_reached in zip(
+            totals, square_sums, shares, usable, reached, strict=True
+        ):
             if is_usable:
-                own = self.squares[name]
-                after[name] = own.lerp(
-                    (part / share).to(own.device), max(1.0 - self.decay, 1.0 / (self.passes[name] + 1))
-                )
-            elif has_come:
+                squares = self.squares[name]
+                weight = max(1.0 - self.decay, 1.0 / (self.passes[name] + 1))
+                after[name] = squares.lerp((square_sum / share).to(squares.device), weight)
+            elif is_reached:
                 bad.append(name)
         if bad and step.ranks.is_main_process and not self._warned:
             self._warned = True
@@ -276,8 +278,8 @@ class FisherSquares:
                 raise ValueError(f"loss_fn: expected a fisher_loss with a gradient, got {describe(loss)}")
             torch.autograd.backward(loss, inputs=[layer.logits for layer in self.layers.values()])
         finally:
-            for layer, own in before.items():
-                layer.logits_backward = own
+            for layer, logits_backward in before.items():
+                layer.logits_backward = logits_backward
         return {name: collector.total for name, collector in collectors.items() if collector.total is not None}
 
 

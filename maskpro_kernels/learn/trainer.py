@@ -193,12 +193,9 @@ class MaskTrainer:
         if self.output_dir is not None or self.ranks.world_size > 1:
             settings = self._agreed_settings(with_logits=True)
         if self._sharded and self.ranks.world_size > 1:
-            own = least_margin(self.layers, self.estimator.max_logit_travel)
-            _check_reach(
-                self.estimator,
-                min(least for (least,) in self.ranks.all_gather_numbers([own])),
-                self.ranks.is_main_process,
-            )
+            margin = least_margin(self.layers, self.estimator.max_logit_travel)
+            least = min(rank_margin for (rank_margin,) in self.ranks.all_gather_numbers([margin]))
+            _check_reach(self.estimator, least, self.ranks.is_main_process)
         if self.output_dir is not None:
 
             def start() -> None:
@@ -321,12 +318,12 @@ class MaskTrainer:
         if self.output_dir is not None:
             self._save_snapshot()
         learned = self.estimator.state().get("mean_squares", self.layers)
-        left = [name for name in self.layers if name not in learned]
-        if left and learned and self.ranks.is_main_process:
-            share = sum(self.layers[name].weight.numel() for name in left)
+        unlearned = [name for name in self.layers if name not in learned]
+        if unlearned and learned and self.ranks.is_main_process:
+            share = sum(self.layers[name].weight.numel() for name in unlearned)
             share /= sum(layer.weight.numel() for layer in self.layers.values())
-            what = f"no finite gradient other than 0 in {len(left)} layers, {share:.1%} of the weights with a mask"
-            warnings.warn(f"{what}; their masks have not been learned: {', '.join(left)}", stacklevel=2)
+            what = f"no finite gradient other than 0 in {len(unlearned)} layers, {share:.1%} of the weights with a mask"
+            warnings.warn(f"{what}; their masks have not been learned: {', '.join(unlearned)}", stacklevel=2)
         return records
 
     def step(self) -> StepRecord:
@@ -492,9 +489,9 @@ class MaskTrainer:
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
 
     def _check_steps(self, steps: int) -> None:
-        left = MAX_STEPS - 1 - self.steps_done
-        if steps > left:
-            raise ValueError(f"steps: expected at most {left} more, as the counter allows, got {steps}")
+        remaining = MAX_STEPS - 1 - self.steps_done
+        if steps > remaining:
+            raise ValueError(f"steps: expected at most {remaining} more, as the counter allows, got {steps}")
         most = self.estimator.steps
         if most is not None and self.steps_done + steps > most:
             whose = f"{type(self.estimator).__name__}'s {most}"
@@ -503,11 +500,11 @@ class MaskTrainer:
     def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
         message = f"loss of step {record.step}: expected a finite number, got {record.loss}"
         if result.bad_layers:
-            others = list(result.bad_layers)
-            message = f"gradients of step {record.step}: expected finite numbers, got others in {others}"
+            names = list(result.bad_layers)
+            message = f"gradients of step {record.step}: expected finite numbers, got others in {names}"
         if self._skipped > self.max_skipped:
-            others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
-            raise FloatingPointError(message + others)
+            earlier = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
+            raise FloatingPointError(message + earlier)
         if result.bad_layers and self.ranks.is_main_process:
             warnings.warn(f"{message}; the logits of their weights did not move", stacklevel=3)
 

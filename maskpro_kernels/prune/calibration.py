@@ -197,10 +197,10 @@ class LayerMasks:
                 layer.forward = partial(forward, name, layer)
             yield
         finally:
-            for layer, own in before.items():
+            for layer, instance_forward in before.items():
                 del layer.forward
-                if own is not None:
-                    layer.forward = own
+                if instance_forward is not None:
+                    layer.forward = instance_forward
 
     def enter_block(self, block: nn.Module) -> None:
         """Prepare for the layers of a block; no block before it runs again."""
@@ -270,17 +270,17 @@ class ShardedMasks(LayerMasks):
         if out < world:
             return self._ranks.run_on_all(lambda: function(*tensors))
         sizes = [out // world + (rank < out % world) for rank in range(world)]
-        own = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors]
+        rows_of_rank = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors]
 
         def joined(rows: Tensor) -> Tensor:
             # bytes: not every backend gathers every dtype
             flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
             padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
-            parts = self._ranks.all_gather(padded.flatten()).view(world, *padded.shape)
-            every = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+            gathered = self._ranks.all_gather(padded.flatten()).view(world, *padded.shape)
+            every = torch.cat([padded_rows[:size] for padded_rows, size in zip(gathered, sizes, strict=True)])
             return every.view(rows.dtype).view(-1, *rows.shape[1:])
 
-        return [joined(rows) for rows in self._ranks.run_on_all(lambda: function(*own))]
+        return [joined(rows) for rows in self._ranks.run_on_all(lambda: function(*rows_of_rank))]
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
         resharded(self._model)
@@ -348,11 +348,11 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
                         for name, _ in zip(names, steps, strict=True):
                             visited.append(name)
                             report(len(visited), len(layers))
-    left = [name for name in layers if name not in set(visited)]
-    _warn_of_experts(left, unvisited, stacklevel=5)
-    if left:
+    without_tokens = [name for name in layers if name not in set(visited)]
+    _warn_of_experts(without_tokens, unvisited, stacklevel=5)
+    if without_tokens:
         report(len(layers), len(layers))
-    return left
+    return without_tokens
 
 
 def calls_by_block(
@@ -374,9 +374,9 @@ def calls_by_block(
     if recorded is None:
         yield model, calls
         return
-    hidden, others = recorded
+    hidden, other_arguments = recorded
     for index, block in enumerate(chain):
-        block_calls = [((x, *args), kwargs) for x, (args, kwargs) in zip(hidden, others[index], strict=True)]
+        block_calls = [((x, *args), kwargs) for x, (args, kwargs) in zip(hidden, other_arguments[index], strict=True)]
         yield block, block_calls
         if index + 1 < len(chain):
             hidden = [_hidden_state(run_call(block, call)) for call in block_calls]
@@ -390,7 +390,7 @@ def _record_chain(
     None if the output of a block is not the input of the next.
     """
     hidden: list[Tensor] = []
-    others: list[list[Call]] = [[] for _ in chain]
+    other_arguments: list[list[Call]] = [[] for _ in chain]
     entered = 0
     output = None
 
@@ -401,7 +401,7 @@ def _record_chain(
             raise StopForward
         if entered == 0:
             hidden.append(args[0])
-        others[entered].append((args[1:], kwargs))
+        other_arguments[entered].append((args[1:], kwargs))
         entered += 1
 
     def after(module: nn.Module, args: tuple, result) -> None:
@@ -424,7 +424,7 @@ def _record_chain(
     finally:
         for handle in handles:
             handle.remove()
-    return hidden, others
+    return hidden, other_arguments
 
 
 def _hidden_state(output):
@@ -468,21 +468,25 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
             # the next forward may reuse this one's memory, so identity proves nothing
             last = None
     _check_all_reached(module, waiting)
-    return [(groups, len(groups) == 1 and all(once[name] for name in groups[0])) for groups in stages.values()]
+    in_order = []
+    for groups in stages.values():
+        runs_once = len(groups) == 1 and all(once[name] for name in groups[0])
+        in_order.append((groups, runs_once))
+    return in_order
 
 
 def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
     """Split the groups of a stage into parts whose Gram matrices take at most GRAM_BYTES, or one group."""
     part = []
-    held = 0
+    part_bytes = 0
     for names in groups:
-        own = 4 * layers[names[0]].weight.shape[1] ** 2
-        if part and held + own > GRAM_BYTES:
+        gram_bytes = 4 * layers[names[0]].weight.shape[1] ** 2
+        if part and part_bytes + gram_bytes > GRAM_BYTES:
             yield part
             part = []
-            held = 0
+            part_bytes = 0
         part.append(names)
-        held += own
+        part_bytes += gram_bytes
     yield part
 
 

@@ -143,14 +143,14 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
             if place not in states:
                 states[place] = CounterState(device=place)
             codes = masks.codes.pop(name)
-            how = {"layer": layer_id, "counter_state": states[place]}
+            keywords = {"layer": layer_id, "counter_state": states[place]}
             if is_distributed(layer.weight):
                 masked = _masked_linear_of_shards(
-                    layer, pattern, initial_logits(codes, pattern, gap, logits_dtype), **how
+                    layer, pattern, initial_logits(codes, pattern, gap, logits_dtype), **keywords
                 )
             else:
-                how |= {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
-                masked = MaskedLinear.from_linear(layer, pattern, codes, **how)
+                keywords |= {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
+                masked = MaskedLinear.from_linear(layer, pattern, codes, **keywords)
             replacements[id(layer)] = masked
         put_weights({name: replacements[id(layers[name])] for name in masks.weights}, masks.weights)
         replace_layers(model, replacements)
@@ -183,13 +183,13 @@ def one_layer_a_weight(model: nn.Module) -> Iterator[None]:
         for name, child in parent._modules.items()
         if joined.get(id(child), child) is not child
     ]
-    for parent, name, _, one in places:
-        setattr(parent, name, one)
+    for parent, name, _, owner in places:
+        setattr(parent, name, owner)
     try:
         yield
     finally:
-        for parent, name, child, one in places:
-            if getattr(parent, name) is one:
+        for parent, name, child, owner in places:
+            if getattr(parent, name) is owner:
                 setattr(parent, name, child)
 
 
@@ -202,9 +202,10 @@ def _masked_linear_of_shards(
     """
     weight = linear.weight
     bias = linear.bias
-    empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") if x is not None else None for x in (weight, bias))
-    every = torch.empty(weight.shape, dtype=logits.dtype, device="meta")
-    masked = MaskedLinear(*empty, every, pattern, layer=layer, counter_state=counter_state)
+    meta_weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    meta_bias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device="meta")
+    meta_logits = torch.empty(weight.shape, dtype=logits.dtype, device="meta")
+    masked = MaskedLinear(meta_weight, meta_bias, meta_logits, pattern, layer=layer, counter_state=counter_state)
     # the same objects: FSDP2 identifies parameters by them
     masked.weight = weight.requires_grad_(False)
     masked.bias = None if bias is None else bias.requires_grad_(False)
@@ -225,15 +226,15 @@ def _agreed_calibration(calibration: Iterable | None) -> list | None:
 
     with closing(Ranks()) as ranks:
         ranks.connect()
-        found = ranks.run_on_all(batches)
-        ranks.agree({"calibration": found and [content(batch, index) for index, batch in enumerate(found)]})
-    return found
+        loaded = ranks.run_on_all(batches)
+        ranks.agree({"calibration": loaded and [content(batch, index) for index, batch in enumerate(loaded)]})
+    return loaded
 
 
-def _masks_of_shards(
-    layers: Mapping[str, nn.Linear], pattern: NMPattern, init: Init, refit: str, *others
-) -> Reconstruction:
-    """``refitted_masks`` for this rank, after a check that all ranks got the same; ``others`` end with the seed."""
+def _masks_of_shards(layers: Mapping[str, nn.Linear], pattern: NMPattern, init: Init, refit: str, model: nn.Module,
+                     calibration: Iterable | None, progress: Progress | None,
+                     seed: int) -> Reconstruction:  # fmt: skip
+    """``refitted_masks`` for this rank, after a check that all ranks got the same."""
 
     def described() -> str:
         if isinstance(init, Mapping):
@@ -247,19 +248,20 @@ def _masks_of_shards(
 
     with closing(Ranks()) as ranks:
         ranks.connect()
-        ranks.agree({"init": ranks.run_on_all(described), "refit": refit, "seed": others[-1]})
+        ranks.agree({"init": ranks.run_on_all(described), "refit": refit, "seed": seed})
         if refit != "none" or init in ("wanda", "reconstruction"):
             _check_all_cut(layers)
-        return refitted_masks(layers, pattern, init, refit, *others)
+        return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
 
 
 def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
     cut = {name: is_distributed(layer.weight) for name, layer in layers.items()}
     if not all(cut.values()):
-        one, other = (next(name for name in cut if cut[name] is kind) for kind in (True, False))
+        cut_name = next(name for name, is_cut in cut.items() if is_cut)
+        whole_name = next(name for name, is_cut in cut.items() if not is_cut)
         raise ValueError(
-            f"targets: expected layers that are all cut over ranks, or none of them, got {one}, which is cut, and "
-            f"{other}, which is not"
+            f"targets: expected layers that are all cut over ranks, or none of them, got {cut_name}, which is cut, "
+            f"and {whole_name}, which is not"
         )
     owners: dict[int, str] = {}
     for name, layer in layers.items():

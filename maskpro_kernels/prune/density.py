@@ -66,10 +66,10 @@ def costliest_layers(model: nn.Module, layers: Mapping[str, nn.Module], masks: R
         raise FloatingPointError(f"density: expected finite gradients, got others in {len(bad)} layers, first {bad[0]}")
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     least = pattern.n / pattern.m
-    left = round((density - least) / (1 - least) * sum(sizes.values()))
+    budget = round((density - least) / (1 - least) * sum(sizes.values()))
     chosen = []
     for name in sorted(layers, key=lambda name: -costs[name] / sizes[name]):
-        if sizes[name] <= left:
+        if sizes[name] <= budget:
             chosen.append(name)
-            left -= sizes[name]
+            budget -= sizes[name]
     return chosen

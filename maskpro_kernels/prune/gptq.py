@@ -63,10 +63,10 @@ def gptq(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, 
             kept = expand_mask(codes[name], pattern)
             rows = max(PIECE // weight.shape[1], 1)
             pieces = [
-                _round(piece.float(), own, pattern, gram, upper, group, weight.dtype)
-                for piece, own in zip(weight.split(rows), kept.split(rows), strict=True)
+                _round(piece.float(), kept_piece, pattern, gram, upper, group, weight.dtype)
+                for piece, kept_piece in zip(weight.split(rows), kept.split(rows), strict=True)
             ]
-            integers, scales, masks.weights[name] = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+            integers, scales, masks.weights[name] = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
             values = two_a_byte(integers[kept].view(len(kept), -1).to(torch.int8))
             rounded[name] = PackedNM(values, bitmask_of(codes[name], pattern.m), pattern, scales.to(weight.dtype))
             masks.weights[name] = masks.weights[name].to(weight.dtype)
@@ -95,8 +95,12 @@ def _round(weight: Tensor, kept: Tensor, pattern: NMPattern, gram: Tensor, upper
     block = (kept.cumsum(1) - 1).clamp_(min=0) // group
     blocks = -(-count // group)
     # columns in which a block has values in some row
-    spans = [slice(at * group // n * m, min(-(-(at + 1) * group // n) * m, k)) for at in range(blocks)]
-    begins = {span.start: at for at, span in enumerate(spans)}
+    spans = []
+    for index in range(blocks):
+        begin = index * group // n * m
+        end = min(-(-(index + 1) * group // n) * m, k)
+        spans.append(slice(begin, end))
+    begins = {span.start: index for index, span in enumerate(spans)}
     scales = weight.new_zeros(rows, blocks)
     worth = upper.diagonal().pow(-2)
 
@@ -105,18 +109,18 @@ def _round(weight: Tensor, kept: Tensor, pattern: NMPattern, gram: Tensor, upper
 
     def choose(i: int, w: Tensor) -> Tensor:
         if i in begins:
-            own = columns[:, begins[i] * group : (begins[i] + 1) * group]
-            scales[:, begins[i]] = least_squares_scales(w.gather(1, own), dtype, worth[own]).float()
+            block_columns = columns[:, begins[i] * group : (begins[i] + 1) * group]
+            scales[:, begins[i]] = least_squares_scales(w.gather(1, block_columns), dtype, worth[block_columns]).float()
         scale = scales.gather(1, block[:, i : i + 1]).squeeze(1)
         return torch.where(kept[:, i], nearest(w[:, i], scale) * scale, 0.0)
 
     product = column_by_column(weight.clone(), upper, choose)
     integers = torch.where(kept, nearest(product, scales.gather(1, block)), 0.0)
     target = weight @ gram
-    for at in range(ROUNDS + 1):
+    for rounds_done in range(ROUNDS + 1):
         fitted = _fit_scales(target, integers, block, spans, gram).to(dtype).float()
         scales = torch.where(fitted.isfinite(), fitted, scales)
-        if at < ROUNDS:
+        if rounds_done < ROUNDS:
             integers = _descend(weight, integers, scales.gather(1, block), kept, gram, nearest)
     return integers, scales, integers * scales.gather(1, block)
 
@@ -127,8 +131,8 @@ def _fit_scales(target: Tensor, integers: Tensor, block: Tensor, spans: Sequence
     ``target``: w H [rows, K]. ``block``: the block of each column.
     """
     products = []
-    for at, span in enumerate(spans):
-        part = torch.where(block[:, span] == at, integers[:, span], 0.0)
+    for index, span in enumerate(spans):
+        part = torch.where(block[:, span] == index, integers[:, span], 0.0)
         products.append(_by_block(part @ gram[span] * integers, block, len(spans)))
     matrix = torch.stack(products, 1)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
@@ -151,14 +155,14 @@ def _descend(weight: Tensor, integers: Tensor, scale: Tensor, kept: Tensor, gram
     product = integers * scale
     k = weight.shape[1]
     rest = (weight - product) @ gram
-    for left in range(0, k, BLOCK):
-        right = min(left + BLOCK, k)
-        moved = torch.zeros_like(product[:, left:right])
-        for i in range(left, right):
+    for begin in range(0, k, BLOCK):
+        end = min(begin + BLOCK, k)
+        moved = torch.zeros_like(product[:, begin:end])
+        for i in range(begin, end):
             value = nearest(product[:, i] + rest[:, i] / gram[i, i], scale[:, i]) * scale[:, i]
             value = torch.where(kept[:, i], value, 0.0)
-            moved[:, i - left] = value - product[:, i]
+            moved[:, i - begin] = value - product[:, i]
             product[:, i] = value
-            rest[:, i:right].addr_(moved[:, i - left], gram[i, i:right], alpha=-1)
-        rest[:, right:] -= moved @ gram[left:right, right:]
+            rest[:, i:end].addr_(moved[:, i - begin], gram[i, i:end], alpha=-1)
+        rest[:, end:] -= moved @ gram[begin:end, end:]
     return torch.where(kept, nearest(product, scale), 0.0)

@@ -249,11 +249,11 @@ def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> 
         raise ValueError(f"init: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others")
     _check_pattern(NMPattern(metadata["pattern"]), pattern, path)
     _check_layers({name: logits.shape for name, logits in learned.logits.items()}, layers, path)
-    own = digest(layer.weight.detach().to(DTYPES[metadata["dtype"]]) for layer in layers.values())
-    if own != metadata["dense_weights"]:
+    base_digest = digest(layer.weight.detach().to(DTYPES[metadata["dtype"]]) for layer in layers.values())
+    if base_digest != metadata["dense_weights"]:
         raise ValueError(
             f"model: expected the base of the run in {str(path)!r}, whose weights have the digest "
-            f"{metadata['dense_weights']} in {metadata['dtype']}, got weights of digest {own}"
+            f"{metadata['dense_weights']} in {metadata['dtype']}, got weights of digest {base_digest}"
         )
     for name, logits in learned.logits.items():
         _check_finite("logits", logits, name, path)
@@ -308,8 +308,8 @@ def _of_checkpoint(
                 # weights that are zero in both: keeping them changes nothing, and perhaps they were kept
                 size = weight.abs().float().masked_fill_(weight == 0, torch.finfo(torch.float32).max)
                 codes[name] = top_n_mask(size.masked_fill_(kept, torch.inf), pattern)
-                more = expand_mask(codes[name], pattern) & ~kept & (weight != 0)
-                filled += int(more.view(len(kept), -1, pattern.m).any(-1).sum())
+                added = expand_mask(codes[name], pattern) & ~kept & (weight != 0)
+                filled += int(added.view(len(kept), -1, pattern.m).any(-1).sum())
             if isinstance(module, NMLinear) and module.kind != KEEP:
                 rounded.append(module.kind)
             elif not torch.equal(module.weight[kept], weight[kept]):
@@ -355,9 +355,9 @@ def _check_finite(what: str, values: Tensor, name: str, path: Path) -> None:
 
 def _check_layers(shapes: Mapping[str, torch.Size], layers: Mapping[str, nn.Module], path: Path) -> None:
     names = sorted(shapes.keys() | layers.keys())
-    others = [n for n in names if n not in layers or shapes.get(n) != layers[n].weight.shape]
-    if others:
+    differing = [n for n in names if n not in layers or shapes.get(n) != layers[n].weight.shape]
+    if differing:
         raise ValueError(
             f"init: expected masks of this model's {len(layers)} masked layers, got others in "
-            f"{str(path)!r}: {len(others)} differ, such as {others[0]}"
+            f"{str(path)!r}: {len(differing)} differ, such as {differing[0]}"
         )

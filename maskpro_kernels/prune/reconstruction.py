@@ -77,8 +77,8 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
     masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 
     def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
-        ordered, own = by_place(gram, pattern.m, DAMPING)
-        swapped = partial(descend_rows, gram=ordered, blocks=own, pattern=pattern, sweeps=SWEEPS)
+        ordered, group_blocks = by_place(gram, pattern.m, DAMPING)
+        swapped = partial(descend_rows, gram=ordered, blocks=group_blocks, pattern=pattern, sweeps=SWEEPS)
 
         def fitted(weight: Tensor, codes: Tensor) -> list[Tensor]:
             kept = kept_of(codes, pattern.m).view(weight.shape) > 0
@@ -86,17 +86,17 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
 
         for name in names:
             weight = masks.dense(name)
-            found = masks.whole_codes(name)
+            layer_codes = masks.whole_codes(name)
             refitted = None
             if refit == "weights":
-                blocks = conditional_blocks(found, ordered, pattern)
+                blocks = conditional_blocks(layer_codes, ordered, pattern)
                 both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern)
-                found, refitted, _ = masks.by_rows(both, weight, found)
+                layer_codes, refitted, _ = masks.by_rows(both, weight, layer_codes)
             else:
-                found, _ = masks.by_rows(swapped, weight, found)
+                layer_codes, _ = masks.by_rows(swapped, weight, layer_codes)
                 if refit != "none":
-                    (refitted,) = masks.by_rows(fitted, weight, found)
-            masks.put(name, found, refitted)
+                    (refitted,) = masks.by_rows(fitted, weight, layer_codes)
+            masks.put(name, layer_codes, refitted)
             yield
 
     layer_by_layer(model, layers, calls, masks, visit, "keep their masks and weights", progress)
@@ -234,8 +234,8 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
     rows, groups = codes.shape
     n = pattern.n
     m = pattern.m
-    own = gram.view(m, groups, m, groups).diagonal(dim1=1, dim2=3)
-    by_group = own.permute(2, 0, 1).double()
+    diagonal_blocks = gram.view(m, groups, m, groups).diagonal(dim1=1, dim2=3)
+    by_group = diagonal_blocks.permute(2, 0, 1).double()
     each = torch.arange(groups, device=gram.device)
     total = torch.zeros_like(by_group)
     count = min(SAMPLED_ROWS, rows)
@@ -248,16 +248,18 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
         inverse = torch.linalg.inv_ex(of_kept[:, s])[0]
         across = of_kept[:, d]
         follows = (inverse @ across).view(-1, groups, m - n)
-        left = by_group[each[:, None, None], order[:, n:, None], order[:, None, n:]]
-        left = left - across.T.view(groups, m - n, -1) @ follows.transpose(0, 1)
+        of_dropped = by_group[each[:, None, None], order[:, n:, None], order[:, None, n:]]
+        complement = of_dropped - across.T.view(groups, m - n, -1) @ follows.transpose(0, 1)
         follows = follows.view(groups, n, groups, m - n)[each, :, each]
         # the formula for the inverse of a block matrix, from H_SS^-1 and H_DD - H_DS H_SS^-1 H_SD
         alone = torch.linalg.inv_ex(inverse.view(groups, n, groups, n)[each, :, each])[0]
         mixed = alone @ follows
-        block = torch.cat([torch.cat([alone, mixed], 2), torch.cat([mixed.mT, left + follows.mT @ mixed], 2)], 1)
+        upper = torch.cat([alone, mixed], 2)
+        lower = torch.cat([mixed.mT, complement + follows.mT @ mixed], 2)
+        block = torch.cat([upper, lower], 1)
         total[each[:, None, None], order[:, :, None], order[:, None, :]] += block
     blocks = (total / count).permute(1, 2, 0).float()
-    return torch.where(torch.isfinite(blocks), blocks, own).contiguous()
+    return torch.where(torch.isfinite(blocks), blocks, diagonal_blocks).contiguous()
 
 
 def swap_and_refit(
@@ -281,8 +283,8 @@ def swap_and_refit(
     for w, start in zip(weight.split(rows), codes.split(rows), strict=True):
         ordered = to_places(w, pattern.m)
         dense = ordered.float()
-        found, fitted = _descend_refitted(dense, start, gram, blocks, pattern, sweeps)
-        kept = kept_of(found, pattern.m).view(dense.shape)
+        swapped_codes, fitted = _descend_refitted(dense, start, gram, blocks, pattern, sweeps)
+        kept = kept_of(swapped_codes, pattern.m).view(dense.shape)
         fitted = conjugate_gradients(dense, fitted, kept, gram)[0].to(w.dtype)
         before = row_errors(dense - dense * kept_of(start, pattern.m).view(dense.shape), gram)
         after = row_errors(dense - fitted.float() * kept, gram)
@@ -290,8 +292,8 @@ def swap_and_refit(
         better = (after < before)[:, None]
         refitted = torch.where(better & (kept > 0), fitted, ordered)
         errors = torch.stack([before, torch.where(better[:, 0], after, before)], 1)
-        pieces.append((torch.where(better, found, start), from_places(refitted, pattern.m), errors))
-    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+        pieces.append((torch.where(better, swapped_codes, start), from_places(refitted, pattern.m), errors))
+    return tuple(torch.cat(tensors) for tensors in zip(*pieces, strict=True))
 
 
 def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
@@ -319,13 +321,13 @@ def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor
         if not swap.any():
             break
         swapped = kept_of(codes ^ swap, m).view(rows, -1)
-        *found, fallen = refitted(values * swapped, swapped)
-        accepted = fallen < (1 - LEAST_FALL) * error
+        new_fitted, new_product, new_error = refitted(values * swapped, swapped)
+        accepted = new_error < (1 - LEAST_FALL) * error
         count = torch.where(accepted, count, count // 2)
-        error = torch.where(accepted, fallen, error)
+        error = torch.where(accepted, new_error, error)
         accepted = accepted[:, None]
         codes = torch.where(accepted, codes ^ swap, codes)
-        kept, fitted, product = (
-            torch.where(accepted, new, old) for new, old in zip((swapped, *found), (kept, fitted, product), strict=True)
-        )
+        kept = torch.where(accepted, swapped, kept)
+        fitted = torch.where(accepted, new_fitted, fitted)
+        product = torch.where(accepted, new_product, product)
     return codes, fitted

@@ -107,9 +107,9 @@ def refit_layers(
             def fitted(weight: Tensor, codes: Tensor, pattern: NMPattern = patterns[name]) -> tuple[Tensor, Tensor]:
                 return refit_rows(weight, expand_mask(codes, pattern), gram, FITS[to])
 
-            found = masks.whole_codes(name)
-            refitted, errors = masks.by_rows(fitted, masks.dense(name), found)
-            masks.put(name, found, refitted)
+            layer_codes = masks.whole_codes(name)
+            refitted, errors = masks.by_rows(fitted, masks.dense(name), layer_codes)
+            masks.put(name, layer_codes, refitted)
             before, after = errors.double().sum(0).tolist()
             shares[name] = after / before if before > 0 else 1.0
             yield
@@ -241,4 +241,4 @@ def refit_rows(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Te
         better = after < before
         errors = torch.stack([before, torch.where(better, after, before)], 1)
         pieces.append((torch.where(better[:, None], fitted, piece), errors))
-    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return tuple(torch.cat(tensors) for tensors in zip(*pieces, strict=True))

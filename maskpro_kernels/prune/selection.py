@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -69,11 +70,11 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
     if not linears:
         raise ValueError(f"model: expected a module that contains nn.Linear layers, got none{_why_none(model)}")
     # they compute something other than x @ w.T + b, or other code depends on their type
-    subclasses = {
-        name: ITSELF_SHARDED if hasattr(module, "reshard") else f"subclass of nn.Linear: {type(module).__name__}"
-        for name, module in everything.items()
-        if name not in linears and name not in adapters
-    }
+    subclasses = {}
+    for name, module in everything.items():
+        if name not in linears and name not in adapters:
+            is_sharded = hasattr(module, "reshard")
+            subclasses[name] = ITSELF_SHARDED if is_sharded else f"subclass of nn.Linear: {type(module).__name__}"
     bypassed = _bypassed(model)
     if targets is None:
         layers, skipped = _by_default(model, linears, pattern, bypassed)
@@ -138,17 +139,19 @@ def _by_targets(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     matched = set()
-    exact = {name: own for own, module in linears.items() for name in names[id(module)]}
+    exact = {alias: name for name, module in linears.items() for alias in names[id(module)]}
     for target in targets:
         if not isinstance(target, str):
             raise TypeError(f"{expected}, got {describe(target)} in it")
         if target in exact:
             matched.add(exact[target])
             continue
-        found = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
-        if not found:
+        matches = [
+            name for name, module in linears.items() if any(fnmatchcase(alias, target) for alias in names[id(module)])
+        ]
+        if not matches:
             raise ValueError(f"targets: expected each to match an nn.Linear, {target!r} matches none")
-        matched.update(found)
+        matched.update(matches)
     if not matched:
         raise ValueError(f"targets: expected at least one pattern, got {targets!r}")
     chosen = {name: module for name, module in linears.items() if name in matched}
@@ -194,11 +197,11 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> tuple[float, dict[
         if isinstance(module, (MaskedLinear, NMLinear)):
             masked += module.in_features * module.out_features
             continue
-        for own, parameter in module.named_parameters(recurse=False):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            full = f"{name}.{own}" if name else own
+            full = f"{name}.{parameter_name}" if name else parameter_name
             apart = EMBEDDING if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
             apart = HEAD if module in heads else apart
             unmasked[full] = apart or skipped.get(name) or f"of {type(module).__name__}, which is not an nn.Linear"
@@ -269,12 +272,16 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}
 
+    def enter(layer_names: set[str], *_) -> None:
+        reads.running.append(layer_names)
+
     def leave(*_) -> None:
         reads.running.pop()
 
     for module in model.modules():
-        if own := {reads.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in reads.weights}:
-            handles.append(module.register_forward_pre_hook(lambda *_, own=own: reads.running.append(own)))
+        layer_names = {reads.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in reads.weights}
+        if layer_names:
+            handles.append(module.register_forward_pre_hook(partial(enter, layer_names)))
             handles.append(module.register_forward_hook(leave))
         if hasattr(module, "reshard"):
             # by then FSDP2 has replaced the shards by gathered weights
@@ -315,8 +322,9 @@ class _Reads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if _tensors(result) and not name.endswith("_like") and not name.startswith("new_"):
             # these read the values of the first argument alone
-            given = args[:1] if name == "to" or name.endswith("_as") else (args, kwargs or {})
-            read = {self.weights[id(tensor)] for tensor in _tensors(given) if id(tensor) in self.weights}
+            first_alone = name == "to" or name.endswith("_as")
+            arguments = args[:1] if first_alone else (args, kwargs or {})
+            read = {self.weights[id(tensor)] for tensor in _tensors(arguments) if id(tensor) in self.weights}
             self.elsewhere |= read.difference(*self.running)
         return result
 
@@ -324,5 +332,7 @@ class _Reads(TorchFunctionMode):
 def _tensors(value) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    if not isinstance(value, (dict, tuple, list)):
+        return []
+    elements = value.values() if isinstance(value, dict) else value
+    return [tensor for element in elements for tensor in _tensors(element)]

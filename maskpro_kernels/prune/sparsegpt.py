@@ -55,16 +55,16 @@ def column_by_column(w: Tensor, upper: Tensor, choose: Callable[[int, Tensor], T
             before; returns the column's new value [out].
     """
     k = w.shape[1]
-    for left in range(0, k, BLOCK):
-        right = min(left + BLOCK, k)
-        errors = torch.zeros_like(w[:, left:right])
-        for i in range(left, right):
+    for begin in range(0, k, BLOCK):
+        end = min(begin + BLOCK, k)
+        errors = torch.zeros_like(w[:, begin:end])
+        for i in range(begin, end):
             value = choose(i, w)
-            errors[:, i - left] = (w[:, i] - value) / upper[i, i]
-            w[:, i:right] -= errors[:, i - left, None] * upper[i, i:right]
+            errors[:, i - begin] = (w[:, i] - value) / upper[i, i]
+            w[:, i:end] -= errors[:, i - begin, None] * upper[i, i:end]
             # exactly
             w[:, i] = value
-        w[:, right:] -= errors @ upper[left:right, right:]
+        w[:, end:] -= errors @ upper[begin:end, end:]
     return w
 
 

@@ -80,7 +80,8 @@ def _source(word: str) -> tuple[str, Fraction | None]:
 def texts_of(data: str) -> tuple[Source, ...]:
     """Sources of a list that are texts, with shares that add up to 1; none if "self" is the only source."""
     texts = [source for source in parse_sources(data) if source.name != SELF]
-    return tuple(Source(name, share / sum(source.share for source in texts)) for name, share in texts)
+    total = sum(source.share for source in texts)
+    return tuple(Source(name, share / total) for name, share in texts)
 
 
 def other_kind(data: str) -> str | None:
@@ -96,7 +97,11 @@ def resolved(data: str) -> str:
     sources = parse_sources(data)
     if not any(is_path(name) for name, _ in sources):
         return data
-    return ",".join(f"{Path(name).resolve() if is_path(name) else name}:{share}" for name, share in sources)
+    words = []
+    for name, share in sources:
+        place = Path(name).resolve() if is_path(name) else name
+        words.append(f"{place}:{share}")
+    return ",".join(words)
 
 
 def windows(text: str, tokenizer: Callable, length: int) -> Tensor:
@@ -312,12 +317,13 @@ def sample_windows(model: torch.nn.Module, start: int | None, windows: int, leng
             tokens[:, 0] = (uniform[:, 0] * vocabulary).long() if start is None else start
             finite = torch.ones((), dtype=torch.bool, device=device)
             cache = preallocated_cache(model, length - 1)
-            for at in range(1, length):
-                probabilities = next_logits(model, tokens[:, at - 1 : at], cache).softmax(-1, dtype=torch.float32)
+            for position in range(1, length):
+                previous = tokens[:, position - 1 : position]
+                probabilities = next_logits(model, previous, cache).softmax(-1, dtype=torch.float32)
                 finite &= probabilities.sum(-1).isfinite().all()
-                tokens[:, at] = drawn_indices(probabilities, uniform[:, at])
+                tokens[:, position] = drawn_indices(probabilities, uniform[:, position])
                 if progress is not None:
-                    progress(batch * (length - 1) + at, batches * (length - 1))
+                    progress(batch * (length - 1) + position, batches * (length - 1))
             if not finite:
                 raise ValueError("model: expected finite logits, got NaN or infinity; use another --dtype or model")
             drawn.append(tokens.cpu())
@@ -355,6 +361,6 @@ def _passed(weights: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     sought = part * sums[:, -1:]
     # right: an index with weight 0 is never drawn
     index = torch.searchsorted(sums, sought, right=True).clamp(max=weights.shape[1] - 1)
-    own = weights.gather(-1, index)
-    rest = (sought - (sums.gather(-1, index) - own)) / own
+    weight_at_index = weights.gather(-1, index)
+    rest = (sought - (sums.gather(-1, index) - weight_at_index)) / weight_at_index
     return index[:, 0], rest.clamp(0.0, BELOW_ONE)

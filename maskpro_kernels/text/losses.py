@@ -260,7 +260,7 @@ class TeacherCache:
             raise ValueError(f"k: expected an int of at least 1, got {k!r}")
         self.k = k
         self.folder = None if folder is None else Path(folder)
-        self._held: dict[str, TopLogProbs] = {}
+        self._tops: dict[str, TopLogProbs] = {}
         self._bound: str | None = None
         self._used: str | None = None
         # for each model: its parameters, kept alive so that no new tensor gets the same id; their versions; their
@@ -278,7 +278,7 @@ class TeacherCache:
         key = f"{digest([input_ids])} {temperature!r} {self.k} {teacher}"
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         path = None
-        top = self._held.get(name)
+        top = self._tops.get(name)
         if self.folder is not None:
             path = self.folder / f"{name}.safetensors"
             top = _read_top(path) if path.exists() else None
@@ -288,7 +288,7 @@ class TeacherCache:
             top = _top_of(teacher_logits(model, input_ids), self.k, temperature)
             top = TopLogProbs(*(tensor.cpu().contiguous() for tensor in top))
             if path is None:
-                self._held[name] = top
+                self._tops[name] = top
             else:
                 make_folder(self.folder)
                 tensors = top._asdict()
@@ -329,14 +329,15 @@ class TeacherCache:
         learned = {id(layer.logits) for layer in _masked_layers(model)}
         # a weight that two modules share is one parameter before a conversion, and two after it
         every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
-        own = [parameter for parameter in every if id(parameter) not in learned and not parameter.is_meta]
+        dense_parameters = [parameter for parameter in every if id(parameter) not in learned and not parameter.is_meta]
+        writes = None
         # torch does not count writes to inference tensors
-        counted = not any(parameter.is_inference() for parameter in own)
-        writes = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in own] if counted else None
-        _, before, teacher = self._digests.get(model, (own, None, ""))
+        if not any(parameter.is_inference() for parameter in dense_parameters):
+            writes = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in dense_parameters]
+        _, before, teacher = self._digests.get(model, (dense_parameters, None, ""))
         if writes is None or before != writes:
-            teacher = digest(own)
-            self._digests[model] = own, writes, teacher
+            teacher = digest(dense_parameters)
+            self._digests[model] = dense_parameters, writes, teacher
         if {self._used, self.teacher} - {None, teacher}:
             raise ValueError(
                 "cache: expected logits of this model alone, got some of a model with other weights, or of earlier "
@@ -373,11 +374,11 @@ def _read_top(path: Path) -> TopLogProbs:
 def _top_of(logits: Tensor, k: int, temperature: float) -> TopLogProbs:
     batch, length, vocabulary = logits.shape
     k = min(k, vocabulary - 1)
-    at = {"device": logits.device}
+    device = logits.device
     top = TopLogProbs(
-        torch.empty(batch, length - 1, k, dtype=torch.int32, **at),
-        torch.empty(batch, length - 1, k, dtype=torch.float32, **at),
-        torch.empty(batch, length - 1, dtype=torch.float32, **at),
+        torch.empty(batch, length - 1, k, dtype=torch.int32, device=device),
+        torch.empty(batch, length - 1, k, dtype=torch.float32, device=device),
+        torch.empty(batch, length - 1, dtype=torch.float32, device=device),
     )
     for row, tokens in _pieces(logits):
         values = logits[row, tokens].float()

@@ -103,10 +103,11 @@ def check_causal(model: torch.nn.Module, tokens: torch.Tensor) -> None:
         return
     tokens = tokens[:PROBED]
     half = len(tokens) // 2
-    others = torch.cat([tokens[:half], tokens[:-half].flip(0)])
-    one, other = (model(ids[None], use_cache=False).logits[0, :half] for ids in (tokens, others))
-    rounding = max(1e-4, 4 * torch.finfo(one.dtype).eps)
-    if (one.float() - other.float()).abs().max() > rounding * one.float().abs().max():
+    changed = torch.cat([tokens[:half], tokens[:-half].flip(0)])
+    logits = model(tokens[None], use_cache=False).logits[0, :half]
+    changed_logits = model(changed[None], use_cache=False).logits[0, :half]
+    rounding = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
+    if (logits.float() - changed_logits.float()).abs().max() > rounding * logits.float().abs().max():
         raise ValueError(
             f"model: expected a causal language model, got {type(model).__name__}, whose predictions depend on later "
             "tokens, as those of an encoder do"
@@ -207,7 +208,9 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
         special = {"add_special_tokens": False} if text.startswith(opening) else {}
         # verbose=False silences the warning that the text is longer than the model's context
         tokens.append(tokenizer(text, verbose=False, **special)["input_ids"])
-    windows = [window for own in tokens for window in rolling_windows(own, first, length)]
+    windows = []
+    for document_tokens in tokens:
+        windows.extend(rolling_windows(document_tokens, first, length))
     if not windows:
         raise ValueError("text: expected at least 1 token, got none")
     check_vocabulary(torch.tensor([first, *chain.from_iterable(tokens)]), model.get_input_embeddings().num_embeddings)
@@ -223,8 +226,8 @@ def word_perplexity(model: torch.nn.Module, tokenizer: Callable, documents: Sequ
             logits = model(torch.tensor([inputs], device=device), use_cache=False).logits[0, -len(targets) :]
             labels = torch.tensor(targets, device=logits.device)
             nats += sum(
-                F.cross_entropy(part.float(), own, reduction="sum").item()
-                for part, own in zip(logits.split(POSITIONS), labels.split(POSITIONS), strict=True)
+                F.cross_entropy(logits_piece.float(), labels_piece, reduction="sum").item()
+                for logits_piece, labels_piece in zip(logits.split(POSITIONS), labels.split(POSITIONS), strict=True)
             )
             if progress is not None:
                 progress(done, len(windows))

@@ -91,7 +91,9 @@ def load_text(source: str, text_column: str = "text", documents: int | None = No
         files = filter(Path.is_file, (folder / f"{name}.py" for name in names))
         in_packages = (path for name in names for path in sorted((folder / name).rglob("*.py")))
         learned = (path for path in in_packages if not NOT_LEARNED.intersection(path.relative_to(folder).parts))
-        texts = _split(*((path.read_text(encoding="utf-8") for path in paths) for paths in (files, learned)))
+        texts = _split(
+            (path.read_text(encoding="utf-8") for path in files), (path.read_text(encoding="utf-8") for path in learned)
+        )
     elif is_dataset(source):
         texts = _texts_of_dataset(source, text_column, documents)
     else:
@@ -187,11 +189,11 @@ def _texts_of_dataset(source: str, text_column: str, documents: int | None) -> d
     held_out = [name for name in ("validation", "test") if name in splits]
     if not held_out:
         return _split(read("train"))
-    parts = {"calibration": read("train")} | {name: read(name) for name in held_out}
+    documents_of = {"calibration": read("train")} | {name: read(name) for name in held_out}
     if len(held_out) == 1:
-        alone = parts[held_out[0]]
-        parts |= {"test": alone[::2], "validation": alone[1::2]}
-    return {part: "\n\n".join(parts[part]) for part in SPLITS}
+        alone = documents_of[held_out[0]]
+        documents_of |= {"test": alone[::2], "validation": alone[1::2]}
+    return {split: "\n\n".join(documents_of[split]) for split in SPLITS}
 
 
 def _reader(source: str) -> str | None:
@@ -236,8 +238,8 @@ def _documents(source: str, rows: Iterable[Mapping], column: str) -> list[str]:
             f"source: expected a column {column!r} in {source!r}, got the columns {columns}; set one of them as the "
             "text column"
         )
-    if others := {type(document).__name__ for document in documents} - {"str", "NoneType"}:
-        raise ValueError(f"source: expected texts in column {column!r} of {source!r}, got {', '.join(sorted(others))}")
+    if kinds := {type(document).__name__ for document in documents} - {"str", "NoneType"}:
+        raise ValueError(f"source: expected texts in column {column!r} of {source!r}, got {', '.join(sorted(kinds))}")
     return [document for document in documents if document is not None]
 
 
