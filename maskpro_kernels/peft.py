@@ -1,8 +1,7 @@
 """LoRA for masked and packed layers.
 
-After ``import maskpro_kernels.peft`` peft adds LoRA to MaskedLinear and NMLinear modules, like to nn.Linear: by
-``get_peft_model`` and ``PeftModel.from_pretrained``, and by transformers' ``add_adapter``, ``load_adapter`` and
-``from_pretrained`` of an adapter's folder. The import raises ModuleNotFoundError without the extra ``peft``.
+peft adds LoRA to MaskedLinear and NMLinear modules, like to nn.Linear, by a configuration that ``beside_masks`` has
+prepared; nothing of peft itself changes. The import raises ModuleNotFoundError without the extra ``peft``.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from .packed import SPARSE, NMLinear
 from .unfuse import ExpertLinears, refuse_merging
 
 try:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftMixedModel, PeftModel
 except ModuleNotFoundError:
     require("maskpro_kernels.peft", "peft")
     raise
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -54,46 +52,40 @@ class SparseLoraLinear(lora.Linear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
 
-class SparseLoraModel(lora.LoraModel):
-    """LoraModel with support of masked and packed layers, also by "all-linear".
+def beside_masks(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
+    """Let a configuration add LoRA to MaskedLinear and NMLinear modules.
 
-    Raises:
-        ValueError: if an adapter does not work with such a layer, see ``SparseLoraLinear``. The model does not change.
-    """
+    peft takes classes for other layers from each configuration, and does not save them: a loaded one needs this call
+    too.
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Add an adapter to its targets; peft calls this for each adapter."""
-        config = self.peft_config[adapter_name]
-        if config.target_modules and _sparse_layers(model):
-            self.peft_config[adapter_name] = _resolved(model, config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    Args:
+        config: for ``get_peft_model``, mixed or not, ``add_adapter``, and ``load_adapter`` or ``from_pretrained`` of a
+            saved adapter.
+        model: the one that gets the adapter; it may have others. Needed for the target "all-linear" and if ``convert``
+            has unfused its experts.
 
-    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        sparse = _sparse_layers(self.model)
-        if not sparse:
-            return peft_config
-        if any(self._check_target_module_exists(peft_config, name) for name in sparse):
-            _check_leaves_base_weight(peft_config)
-        return beside_masks(peft_config)
-
-
-PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = SparseLoraModel
-
-
-def beside_masks(config: LoraConfig) -> LoraConfig:
-    """Let a configuration add LoRA to MaskedLinear and NMLinear modules, and return it.
-
-    The import of this module is enough if all adapters are LoRA. With adapters of several kinds, by
-    ``get_peft_model(..., mixed=True)``, each configuration needs this call.
+    Returns:
+        ``config``; or if peft alone would choose other targets in ``model``, a copy that names them.
 
     Raises:
         TypeError: if ``config`` is no LoraConfig.
+        ValueError: if an adapter does not work with such a layer, see ``SparseLoraLinear``, or the model is missing.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
+    _check_leaves_base_weight(config)
+    if model is None and _is_all_linear(config):
+        raise ValueError("model: expected the one that gets the adapter, for target_modules='all-linear', got None")
     config._register_custom_module(dict.fromkeys(SPARSE, SparseLoraLinear))
-    return config
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        model = model.base_model.model
+    if model is None or not config.target_modules or not _sparse_layers(model):
+        return config
+    return _resolved(model, config)
+
+
+def _is_all_linear(config: LoraConfig) -> bool:
+    return str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def _sparse_layers(model: nn.Module) -> set[str]:
@@ -109,7 +101,7 @@ def _resolved(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Copy a configuration, with names of modules as targets, if peft alone would choose others."""
     targets = config.target_modules
     modules = dict(model.named_modules())
-    every = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    every = _is_all_linear(config)
     experts = any(isinstance(module, ExpertLinears) for module in modules.values())
     if not (every or experts):
         return config

@@ -163,38 +163,29 @@ REFUSED = {
 
 @pytest.mark.parametrize("reported", REFUSED)
 def test_what_reads_or_changes_the_base_weight_is_refused_before_anything_changes(reported):
-    sound, refused = config(target_modules=["lm_head", "q_proj"]), config(**REFUSED[reported])
-    model = sparse("masked")
-    before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=reported):
-        get_peft_model(model, refused)
-    assert repr(model) == repr(before)
-    assert_same_bits(model(tokens()).logits, before(tokens()).logits)
-    # among adapters of several kinds each layer looks for itself
-    with pytest.raises(ValueError, match=reported):
-        get_peft_model(model, beside_masks(copy.deepcopy(refused)), mixed=True)
+        beside_masks(config(**REFUSED[reported]))
     # a dense layer alone may have it
-    get_peft_model(before, config(**REFUSED[reported], target_modules=["lm_head"]))
-    assert get_peft_model(sparse("masked"), sound)
+    assert get_peft_model(sparse("masked"), config(**REFUSED[reported], target_modules=["lm_head"]))
+    assert get_peft_model(sparse("masked"), beside_masks(config(target_modules=["lm_head", "q_proj"])))
 
 
 @pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
 @pytest.mark.parametrize("reported", [reported for reported in REFUSED if "kasa" not in reported])
 def test_a_second_adapter_is_held_to_the_same(reported, kind, tmp_path):
-    model = get_peft_model(sparse(kind), config(target_modules=["embed_tokens", "q_proj"]))
+    model = get_peft_model(sparse(kind), beside_masks(config(target_modules=["embed_tokens", "q_proj"])))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refused = config(**REFUSED[reported], target_modules=["embed_tokens", "q_proj"])
+    # the layers have an adapter, so peft asks none for a second one
     with pytest.raises(ValueError, match=reported):
-        model.add_adapter("two", refused)
+        model.add_adapter("two", config(**REFUSED[reported], target_modules=["q_proj"]))
     assert "two" not in model.peft_config and model.state_dict().keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     # one that was trained beside a dense model
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | REFUSED[reported]))
     with pytest.raises(ValueError, match=reported):
         model.load_adapter(tmp_path, "two")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     model.add_adapter("two", config(target_modules=["q_proj"]))
 
 
@@ -203,32 +194,39 @@ def test_a_configuration_of_another_kind_is_refused():
         beside_masks({})
 
 
+def test_the_import_changes_nothing_of_peft():
+    assert peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] is peft.LoraModel
+    with pytest.raises(ValueError, match="Target module MaskedLinear"):
+        get_peft_model(sparse("masked"), config())
+
+
 @pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
-def test_the_import_alone_adds_lora_to_sparse_layers(kind, tmp_path):
+def test_a_saved_adapter_is_loaded_by_its_configuration(kind, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     sparse(kind).save_pretrained(base)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), beside_masks(config()))
     train(model, 2)
     model.save_pretrained(adapter)
     expected = model.eval()(tokens()).logits
     again = AutoModelForCausalLM.from_pretrained(base)
-    again.load_adapter(adapter)
-    loaded = {
-        "peft": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter),
-        "load_adapter": again,
-        "from_pretrained": AutoModelForCausalLM.from_pretrained(adapter),
-    }
-    for found in loaded.values():
-        assert_same_bits(found.eval()(tokens()).logits, expected)
+    again.load_adapter(adapter, peft_config=beside_masks(LoraConfig.from_pretrained(adapter), again))
+    assert_same_bits(again.eval()(tokens()).logits, expected)
+    again = AutoModelForCausalLM.from_pretrained(base)
+    again = PeftModel.from_pretrained(again, adapter, config=beside_masks(LoraConfig.from_pretrained(adapter), again))
+    assert_same_bits(again.eval()(tokens()).logits, expected)
     with pytest.raises(ValueError, match="merge: expected a dense base layer"):
-        loaded["peft"].merge_and_unload()
+        again.merge_and_unload()
 
 
 def test_all_linear_layers_are_the_sparse_ones_too():
-    model = get_peft_model(sparse("packed"), LoraConfig(r=2, target_modules="all-linear"))
+    shorthand = LoraConfig(r=2, target_modules="all-linear")
+    with pytest.raises(ValueError, match="model: expected the one that gets the adapter, .* got None"):
+        beside_masks(shorthand)
+    model = sparse("packed")
+    model = get_peft_model(model, beside_masks(shorthand, model))
     adapted = {name for name, layer in model.named_modules() if isinstance(layer, SparseLoraLinear)}
     assert len(adapted) == 14 and not any("lm_head" in name for name, _ in model.named_modules() if "lora_A" in name)
-    model.add_adapter("two", LoraConfig(r=2, target_modules="all-linear"))
+    model.add_adapter("two", beside_masks(LoraConfig(r=2, target_modules="all-linear"), model))
     assert {name for name, layer in model.named_modules() if "two" in getattr(layer, "lora_A", {})} == adapted
 
 
@@ -236,7 +234,8 @@ def test_a_configuration_serves_models_of_any_depth():
     for targets in (["q_proj"], r".*\.q_proj", "all-linear"):
         shared = LoraConfig(r=2, target_modules=targets)
         before = copy.copy(shared.target_modules)
-        get_peft_model(sparse("packed"), shared)
+        model = sparse("packed")
+        get_peft_model(model, beside_masks(shared, model))
         assert shared.target_modules == before
 
 
@@ -252,10 +251,13 @@ def test_targets_of_a_model_with_experts_are_whole_names(tmp_path):
         return {name for name, layer in model.named_modules() if "default" in getattr(layer, "lora_A", ())}
 
     config = LoraConfig(r=2, target_modules=r"model\.layers\.0\.self_attn\.q_proj")
-    model = get_peft_model(made(), config)
+    model = made()
+    model = get_peft_model(model, beside_masks(config, model))
     assert adapted(model) == {"base_model.model.model.layers.0.self_attn.q_proj"}
     model.save_pretrained(tmp_path)
-    assert adapted(PeftModel.from_pretrained(made(), tmp_path)) == adapted(model)
+    again = made()
+    again = PeftModel.from_pretrained(again, tmp_path, config=beside_masks(LoraConfig.from_pretrained(tmp_path), again))
+    assert adapted(again) == adapted(model)
 
 
 @pytest.mark.parametrize("kind", ["masked", "packed"])
@@ -274,14 +276,17 @@ def test_layers_of_experts_are_among_the_targets(name, kind, tmp_path):
         model, batch = made()
         config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
         with warnings.catch_warnings(action="error", category=RuntimeWarning):
-            model = get_peft_model(model, config).eval()
+            model = get_peft_model(model, beside_masks(config, model)).eval()
         assert len(adapted(model)) == count
         sparse = {key for key, layer in model.named_modules() if isinstance(layer, SparseLoraLinear)}
         assert len(sparse) == count - 2 * (targets == "all-linear")
-        model.save_pretrained(tmp_path / str(count))
-        again = PeftModel.from_pretrained(made()[0], tmp_path / str(count)).eval()
+        folder = tmp_path / str(count)
+        model.save_pretrained(folder)
+        again, _ = made()
+        saved = beside_masks(LoraConfig.from_pretrained(folder), again)
+        again = PeftModel.from_pretrained(again, folder, config=saved).eval()
         assert_same_bits(again(**batch).logits, model(**batch).logits)
-        model.add_adapter("two", LoraConfig(r=2, target_modules=targets))
+        model.add_adapter("two", beside_masks(LoraConfig(r=2, target_modules=targets), model))
         assert adapted(model, "two") == adapted(model)
 
 
@@ -314,7 +319,7 @@ def test_lora_on_masked_experts_is_saved_and_merged_after_finalize(tmp_path):
 @pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
 def test_a_model_with_adapters_in_it_is_not_saved(options, kind, tmp_path):
-    model, folder = get_peft_model(sparse(kind), config(**options)), tmp_path / "out"
+    model, folder = get_peft_model(sparse(kind), beside_masks(config(**options))), tmp_path / "out"
     with pytest.raises(ValueError, match=r"model: expected one without adapters of peft .*; save the adapter .*unload"):
         hf.save_model(model.base_model.model, tiny_tokenizer(), folder)
     assert not folder.exists()
@@ -327,7 +332,7 @@ def test_a_model_with_adapters_in_it_is_not_saved(options, kind, tmp_path):
 
 def test_a_checkpoint_with_adapters_in_it_is_not_loaded(tmp_path):
     """That of save_pretrained of the model inside, which transformers lets pass."""
-    get_peft_model(sparse("packed"), config()).base_model.model.save_pretrained(tmp_path)
+    get_peft_model(sparse("packed"), beside_masks(config())).base_model.model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="checkpoint: expected one without adapters of peft, .*unload"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -336,9 +341,9 @@ def test_adapters_that_transformers_has_added_are_saved_alone(tmp_path, monkeypa
     # it asks for the newest peft
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
     model = sparse("packed")
-    model.add_adapter(config(init_lora_weights=False))
+    model.add_adapter(beside_masks(config(init_lora_weights=False), model))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "config.json").exists()
     again = sparse("packed")
-    again.load_adapter(tmp_path)
+    again.load_adapter(tmp_path, peft_config=beside_masks(LoraConfig.from_pretrained(tmp_path), again))
     assert_same_bits(again(tokens()).logits, model.eval()(tokens()).logits)
