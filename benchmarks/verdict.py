@@ -229,7 +229,7 @@ def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
         limit = masked_gemm.one_pass_tokens
         masked_gemm.one_pass_tokens = lambda *_: most
         try:
-            return ops.masked_linear(x, layer.weight, None, False, *mask.flat())[0]
+            return ops.masked_linear(x, layer.weight, None, False, mask)[0]
         finally:
             masked_gemm.one_pass_tokens = limit
 

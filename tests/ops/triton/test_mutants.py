@@ -122,7 +122,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern=pattern, **COUNTER)
     expected = nn.functional.linear(x, torch.where(mask, weight, 0), bias)
     upstream = normal(*y.shape, seed=4)
-    of_groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), torch.tensor(1 / TEMPERATURE), n=2, m=4)
+    of_groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), 2, 4, 1 / TEMPERATURE)
     results = {"y": (y, expected), "log_prob": (log_prob.cpu(), of_groups.sum())}
     if counted is not None:
         # two tiles of rows times two of columns, whatever the blocks of tokens
