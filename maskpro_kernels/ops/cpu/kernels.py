@@ -375,7 +375,7 @@ def draw_layers_(group, inv_temperature: float, seed: Tensor, step: Tensor, draw
         shard = integers(0, logits.shape[1] // group.m, row_stride, offset)
         given.append(([logits.view(-1, group.m)], rest, shard, group.codes[i].view(-1)))
     if not _run_over_layers(determined_mask, given, spread_levels, drawn_mask, n=group.n):
-        layers.draw_layers_(group, inv_temperature, seed, step, draw)
+        layers.draw_layers_(group, inv_temperature, seed, step, draw, sample_mask)
 
 
 def _no_level(number, *rest, m):
@@ -420,7 +420,7 @@ def update_layers_(
     # random numbers for rounding to 16 bits are consecutive here
     numbered = group.dtype == torch.float32 or group.whole
     if len(coef) > 1 or group.n > reference.EXACT_SCORE_MAX_N or not numbered:
-        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
+        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
         return
     drawn = group
     if not by_codes:
@@ -430,7 +430,7 @@ def update_layers_(
         drawn.allocate_codes()
         draw_layers_(drawn, inv_temperature, seed, step, draws)
     if not _update_by_codes_(drawn, coef, scalar(inv_temperature, seed), seed, step, draws):
-        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
+        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
 
 
 def _update_by_codes_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, step: Tensor, draws: Tensor) -> bool:
