@@ -110,7 +110,7 @@ class Layer:
         self.logits = gap * kept + 0.1 * run.random(run.rows, run.k, seed=2).float()
         numbers = (torch.tensor(number, device=run.device) for number in (0x123456789ABCDEF, 7, 3, 0))
         self.counter = Counter(*numbers, 0, run.k // M)
-        self.codes = on_cpu(ops.sample_mask, self.logits, N, M, 1.0, *self.counter).to(run.device)
+        self.codes = on_cpu(ops.sample_mask, self.logits, N, M, 1.0, self.counter).to(run.device)
         self.masked = torch.where(mk.expand_mask(self.codes, PATTERN), self.weight, 0)
 
 
