@@ -13,6 +13,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.counter import MaskSource
 from maskpro_kernels.ops.pattern import NMPattern
 
 PATTERN = "2:4"
@@ -62,8 +63,7 @@ class Case:
     def masked_by_reference(self):
         keywords = {name: value for name, value in self.counter.items() if name != "pattern"}
         counter = counter_of(self.logits, NMPattern(PATTERN), **keywords)
-        one = torch.tensor(1.0, device=DEVICE)
-        return reference.sample_masked_weight(self.weight, self.logits, counter, one, n=N, m=M)
+        return reference.masked_weight(self.weight, MaskSource(self.logits, "drawn", N, M, 1.0, counter))
 
     def by_reference(self):
         return nn.functional.linear(self.x, self.masked_by_reference())

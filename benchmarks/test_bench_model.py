@@ -14,6 +14,7 @@ from harness import DEVICE, Work
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.counter import MaskSource
 from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
@@ -85,16 +86,16 @@ class Layers:
     def check(self):
         """The smallest layer has the bits of the reference."""
         layer = min(self.layers, key=lambda layer: layer.weight.numel())
-        one = torch.tensor(1.0, device=DEVICE)
         counter = counter_of(layer.logits, NMPattern(PATTERN), **self.counter(layer))
         masked = mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
-        assert torch.equal(masked, reference.sample_masked_weight(layer.weight, layer.logits, counter, one, n=N, m=M))
+        source = MaskSource(layer.logits, "drawn", N, M, 1.0, counter)
+        assert torch.equal(masked, reference.masked_weight(layer.weight, source))
         ours = layer.logits.clone()
         expected = layer.logits.clone()
         mk.score_update_(ours, 0.37, pattern=PATTERN, **self.counter(layer))
         coef = torch.tensor([0.37], device=DEVICE)
         by_draws = counter._replace(draw=counter.draw[None])
-        reference.score_update_(expected, coef, by_draws, one, n=N, m=M)
+        reference.score_update_(expected, coef, N, M, 1.0, by_draws)
         assert torch.equal(ours, expected)
 
 

@@ -21,10 +21,11 @@ float(logits.sum())
 CHECK = f"""
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-coef, one = (torch.tensor(i, device="{DEVICE}") for i in (1e-3, 1.0))
+from maskpro_kernels.ops.counter import MaskSource
+coef = torch.tensor([1e-3], device="{DEVICE}")
 counter = counter_of(before, mk.NMPattern("2:4"), seed=11)
-assert torch.equal(masked, reference.sample_masked_weight(weight, before, counter, one, n=2, m=4))
-reference.score_update_(before, coef[None], counter._replace(draw=counter.draw[None]), one, n=2, m=4)
+assert torch.equal(masked, reference.masked_weight(weight, MaskSource(before, "drawn", 2, 4, 1.0, counter)))
+reference.score_update_(before, coef, 2, 4, 1.0, counter._replace(draw=counter.draw[None]))
 assert torch.equal(logits, before)
 """
 

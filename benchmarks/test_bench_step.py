@@ -16,6 +16,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.modules import initial_logits
 from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.counter import MaskSource
 from maskpro_kernels.ops.pattern import NMPattern
 
 PATTERN = "2:4"
@@ -49,7 +50,6 @@ class Layer:
         # draws then leave the initial mask in places, and the score has something to say
         self.logits += torch.randn(shape, generator=self.generator, device=DEVICE)
         self.where = counter_of(self.logits, NMPattern(PATTERN), SEED, STEP, LAYER, DRAW)
-        self.inverse_temperature = torch.tensor(1.0, device=DEVICE)
         self.counter = self.where.keywords()
         self.mask = self.eager_draw()[0]
         self.codes = mk.sample_mask(self.logits, PATTERN, **self.counter)
@@ -65,13 +65,13 @@ class Layer:
         self.our_update()
 
     def reference_draw(self, rows=None):
-        tensors = self.weight[:rows], self.logits[:rows]
-        return reference.sample_masked_weight(*tensors, self.where, self.inverse_temperature, n=N, m=M)
+        source = MaskSource(self.logits[:rows], "drawn", N, M, 1.0, self.where)
+        return reference.masked_weight(self.weight[:rows], source)
 
     def reference_update(self, coef=COEF, rows=None):
         coefs = torch.tensor([coef], device=DEVICE)
         where = self.where._replace(draw=self.where.draw[None])
-        reference.score_update_(self.logits[:rows], coefs, where, self.inverse_temperature, n=N, m=M)
+        reference.score_update_(self.logits[:rows], coefs, N, M, 1.0, where)
 
     def reference_step(self):
         self.reference_draw()
@@ -81,7 +81,7 @@ class Layer:
         return mk.mask_log_prob(self.logits, self.codes, PATTERN)
 
     def reference_log_prob(self):
-        return reference.mask_log_prob(self.logits, self.codes, self.inverse_temperature, n=N, m=M)
+        return reference.mask_log_prob(self.logits, self.codes, N, M, 1.0)
 
     def eager_draw(self):
         return eager.draw(self.weight, self.logits, self.generator)
@@ -116,7 +116,7 @@ class Layer:
         assert abs(ours - eagers) <= 6 * (ours + eagers) ** 0.5, (ours, eagers)
 
         codes = mk.pack_mask(mask, PATTERN)
-        exact = reference.mask_score(self.logits, codes, torch.ones_like(codes, dtype=torch.float32), 1.0, n=N, m=M)
+        exact = reference.mask_score(self.logits, codes, torch.ones_like(codes, dtype=torch.float32), N, M, 1.0)
         torch.testing.assert_close(eager.score(self.logits, mask), exact, rtol=0, atol=EAGER_SCORE_ERROR)
 
     def check_compiled(self, op: str, compiled: Callable) -> None:

@@ -51,7 +51,7 @@ class Layer:
 
     def eager(self):
         """Step by one torch operation after another; returns the mean square of the slope."""
-        kept = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, *self.counter), PATTERN)
+        kept = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, self.counter), PATTERN)
         w = self.weight.float()
         first = (self.grad.T @ self.x).float()
         second = CURVATURE * torch.outer(self.grad.float().square().sum(0), self.x.float().square().sum(0))

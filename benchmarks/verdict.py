@@ -110,7 +110,7 @@ class Layer:
         self.logits = gap * kept + 0.1 * run.random(run.rows, run.k, seed=2).float()
         numbers = (torch.tensor(number, device=run.device) for number in (0x123456789ABCDEF, 7, 3, 0))
         self.counter = Counter(*numbers, 0, run.k // M)
-        self.codes = on_cpu(ops.sample_mask, self.logits, N, M, 1.0, *self.counter).to(run.device)
+        self.codes = on_cpu(ops.sample_mask, self.logits, N, M, 1.0, self.counter).to(run.device)
         self.masked = torch.where(mk.expand_mask(self.codes, PATTERN), self.weight, 0)
 
 
@@ -128,7 +128,13 @@ def reference() -> Iterator[None]:
 def on_cpu(call: Callable, *arguments: object):
     """Call the reference with copies of the arguments on the CPU."""
     with reference():
-        return call(*(value.cpu().clone() if isinstance(value, Tensor) else value for value in arguments))
+        return call(*map(copy_on_cpu, arguments))
+
+
+def copy_on_cpu(argument: object):
+    if isinstance(argument, Counter):
+        return Counter(*map(copy_on_cpu, argument))
+    return argument.cpu().clone() if isinstance(argument, Tensor) else argument
 
 
 def assert_same_bits(found: Tensor, expected: Tensor) -> None:
@@ -200,7 +206,7 @@ def over_groups(run: Run, kernel: str) -> Work:
     layer = run.layer(GAP)
     if kernel == "sample_mask":
         call = ops.sample_mask
-        arguments = [layer.logits, N, M, 1.0, *layer.counter]
+        arguments = [layer.logits, N, M, 1.0, layer.counter]
     elif kernel == "mask_score":
         grad = run.random(run.rows, run.k // M, seed=3).float()
         call = ops.mask_score
@@ -208,7 +214,7 @@ def over_groups(run: Run, kernel: str) -> Work:
     else:
         coef = torch.tensor([0.37], device=run.device)
         counter = layer.counter._replace(draw=layer.counter.draw[None])
-        arguments = [layer.logits.clone(), coef, N, M, 1.0, *counter]
+        arguments = [layer.logits.clone(), coef, N, M, 1.0, counter]
 
         def call(logits: Tensor, *others) -> Tensor:
             ops.score_update_(logits, *others)
@@ -229,7 +235,7 @@ def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
         limit = masked_gemm.one_pass_tokens
         masked_gemm.one_pass_tokens = lambda *_: most
         try:
-            return ops.masked_linear(x, layer.weight, None, False, *mask.flat())[0]
+            return ops.masked_linear(x, layer.weight, None, False, mask)[0]
         finally:
             masked_gemm.one_pass_tokens = limit
 

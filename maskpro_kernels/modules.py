@@ -240,7 +240,8 @@ class MaskedLinear(nn.Module):
     def masked_weight(self, drawn: bool | None = None) -> Tensor:
         """The weight [out, K] under the drawn mask, or under the N largest logits; by default as the mode asks."""
         mask = self._mask(self.training if drawn is None else drawn)
-        weight = ops.masked_weight(self.own_weight.contiguous(), mask.of(mask.tensor.detach(), self.weight.device))
+        mask = mask.of(mask.tensor.detach(), self.weight.device).by_codes
+        weight = ops.masked_weight(self.own_weight.contiguous(), mask)
         return weight if self.shard is None else self.shard.distributed(weight)
 
     def top_n_weight(self) -> Tensor:

@@ -25,6 +25,7 @@ from .functional.checks import (
     check_weight,
     describe,
     linear_input,
+    needs_gradient,
     tokens_of,
 )
 from .functional.masks import expand_mask
@@ -374,7 +375,7 @@ def packed_linear(
     for name, part in (("bitmask", bitmask), ("scales", scales)):
         if part is not None and part.device != values.device:
             raise ValueError(f"{name}: expected a tensor on the values' device {values.device}, got {describe(part)}")
-    check_transforms("Grad", "a packed layer has jacobian, hessian and hvp of torch.autograd.functional")
+    transformed = check_transforms("Grad", "a packed layer has jacobian, hessian and hvp of torch.autograd.functional")
     x = linear_input(x, bias, (rows, k), own.dtype, values.device)
     # a private variable of torch: asking each tensor takes longer than a small product
     if getattr(forward_ad, "_current_level", 0) >= 0:
@@ -391,9 +392,10 @@ def packed_linear(
     if in_onnx_export():
         values = values if scales is None else dequantized(values, scales, scales.dtype)
         return nn.functional.linear(x, _onnx_weight(values, as_bitmask(bitmask, k, rows), pattern.n, pattern.m), bias)
-    bias = None if bias is None else bias.contiguous()
-    y = ops.nm_linear(tokens_of(x), values, bitmask, scales, bias, pattern.n, pattern.m)
-    return y.view(*x.shape[:-1], rows)
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in (values, bitmask, scales, bias)]
+    product = ops.differentiable_nm_linear if transformed or needs_gradient(x, values, bias) else ops.nm_linear
+    y = product(tokens_of(x), *tensors, pattern.n, pattern.m)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
 
 def _onnx_weight(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
@@ -505,8 +507,7 @@ class NMLinear(nn.Module):
         except KeyError:
             # DataParallel and FSDP replace parameters by plain attributes
             parts = self.values, self.bitmask, self.scales, self.bias
-        y = ops.direct_nm_linear(input, *parts, pattern.n, pattern.m)
-        return packed_linear(input, *parts, pattern) if y is None else y
+        return packed_linear(input, *parts, pattern)
 
     def convert_bitmask(self) -> None:
         """Convert the bitmask to the form for its device, see ``PackedNM``."""

@@ -172,6 +172,13 @@ def check_transforms(refused: str, works: str) -> bool:
     return True
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records a call with these arguments."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
     """Raise unless every code keeps exactly N of M; waits for the device."""
     value = codes.to(torch.int64)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.counter import NO_COUNTER, MaskSource
+from ..ops.dispatch import without_autocast
 from ..ops.pattern import NMPattern
 from .checks import (
     FLOAT32_MAX,
@@ -23,6 +24,7 @@ from .checks import (
     describe,
     drawn_from,
     linear_input,
+    needs_gradient,
     on_device,
     readable_value,
     tokens_of,
@@ -201,26 +203,34 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
         # the product needs no more than the codes, if there are any
         mask = mask.by_codes
         mask = mask._replace(tensor=mask.tensor.detach())
-    out = None if mask.kind == "applied" else ops.direct_masked_linear(tokens, matrix, vector, log_prob, mask)
-    if out is None:
+    if transformed or needs_gradient(tokens, matrix, vector, mask.tensor):
         inputs = tokens, matrix, vector, mask.tensor, mask._replace(tensor=None), log_prob, logits_backward, is_current
-        out = (_TransformedMaskedLinear if transformed else _MaskedLinear).apply(*inputs)
-        out = out if log_prob else (out, None)
-    y, total = out
+        outputs = (_TransformedMaskedLinear if transformed else _MaskedLinear).apply(*inputs)
+        y, total = outputs if log_prob else (outputs, None)
+    else:
+        y, total = _product(tokens, matrix, vector, mask, log_prob)
     # FSDP2 warns if a module returns a view
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), total
 
 
-def _forward(ctx, x, weight, bias, source, mask, log_prob, *for_backward):
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSource, log_prob: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(x [tokens, K] @ (weight * mask).T + bias, log p of the drawn mask or None), without gradients."""
     if mask.kind == "applied":
-        output = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    else:
-        used = mask.of(source, x.device)
-        # a log-probability needs the logits
-        used = used if log_prob else used.by_codes
-        out = ops.direct_masked_linear(x, weight, bias, log_prob, used)
-        y, total = ops.masked_linear(x, weight, bias, log_prob, *used.flat()) if out is None else out
-        output = (y, total) if log_prob else y
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
+    mask = mask.of(mask.tensor, x.device)
+    if log_prob:
+        y, total = ops.masked_linear(x, weight, bias, True, mask)
+        return y, total
+    # a log-probability alone needs the logits
+    (y,) = ops.masked_linear(x, weight, bias, False, mask.by_codes)
+    return y, None
+
+
+def _forward(ctx, x, weight, bias, source, mask, log_prob, *for_backward):
+    y, total = _product(x, weight, bias, mask._replace(tensor=source), log_prob)
+    output = (y, total) if log_prob else y
     if ctx is not None:
         _save(ctx, (x, weight, bias, source, mask, log_prob, *for_backward), output)
     return output
@@ -244,6 +254,14 @@ def _save(ctx, inputs, output):
     # save the given weight, not autocast's copy: FSDP2 frees the weight between forward and backward
     operands = x if needs_weight or slopes else None, weight if needs_x or slopes else None
     ops.save_mask(ctx, mask, *operands)
+
+
+def _input_grad(grad: Tensor, weight: Tensor, mask: MaskSource) -> Tensor:
+    """grad [tokens, rows] @ (weight * mask), in the dtype of grad."""
+    if mask.kind == "applied":
+        with without_autocast(grad.device.type):
+            return grad @ weight.to(grad.dtype)
+    return ops.masked_linear_input_grad(grad, weight, mask.by_codes)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -272,8 +290,10 @@ class _MaskedLinear(torch.autograd.Function):
         with torch.no_grad():
             if grad is not None:
                 dense = grad.contiguous()
-                x_grad = ops.masked_linear_input_grad(dense, weight, mask) if needs_x else None
-                weight_grad = ops.masked_linear_weight_grad(dense, x, mask).to(ctx.dtypes[0]) if needs_weight else None
+                x_grad = _input_grad(dense, weight, mask) if needs_x else None
+                weight_grad = (
+                    ops.masked_linear_weight_grad(dense, x, mask.by_codes).to(ctx.dtypes[0]) if needs_weight else None
+                )
                 bias_grad = dense.sum(0).to(ctx.dtypes[1]) if needs_bias else None
             if needs_logits and log_prob_grad is not None:
                 codes = ops.codes_under(mask)
@@ -294,7 +314,10 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 class _TransformedMaskedLinear(_MaskedLinear):
-    """``_MaskedLinear`` for transforms and compilers, which need ``setup_context``; torch calls it more slowly."""
+    """``_MaskedLinear`` for transforms and compilers, which need ``setup_context``.
+
+    torch binds the arguments of such a function at each call, which doubles the host time of a small layer.
+    """
 
     setup_context = staticmethod(_save)
 

@@ -211,10 +211,10 @@ def score_update_(logits: Tensor, coef: float | Tensor | Sequence[float | Tensor
         raise ValueError("logits: expected a tensor that may change, got one made in inference mode, outside of it")
     inverse = inverse_of(temperature)
     coefs, draws = coefs_and_draws(coef, draw, inverse)
-    where = counter_of(matrix, pattern, **counter)._replace(draw=stacked(draws, torch.int64, logits.device))
+    counter_of_draws = counter_of(matrix, pattern, **counter)._replace(draw=stacked(draws, torch.int64, logits.device))
     with torch.no_grad():
         factors = stacked(coefs, torch.float32, logits.device)
-        ops.score_update_(matrix, factors, pattern.n, pattern.m, inverse, *where)
+        ops.score_update_(matrix, factors, pattern.n, pattern.m, inverse, counter_of_draws)
         if not logits.is_contiguous():
             logits.copy_(matrix.view(logits.shape))
     return logits

@@ -15,7 +15,7 @@ from .. import ops
 from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ops.counter import MaskSource
-from ..ops.dispatch import uses_kernels
+from ..ops.dispatch import uses_triton
 from ..ops.reference import adamw_scalars
 from ..ranks import Ranks
 from .estimator import Estimator, check_float
@@ -207,7 +207,7 @@ class LayerUpdater:
         weight_grad = None
         if self.learner is not None:
             # without kernels the product is rounded to this dtype anyway; sums are float32
-            rounded = self.at_once and not uses_kernels(grad)
+            rounded = self.at_once and not uses_triton(grad.device.type)
             weight_grad = torch.empty_like(weight, dtype=grad.dtype if rounded else torch.float32)
         curvature = self.estimator.curvature
         max_update = self.estimator.max_update
@@ -259,7 +259,7 @@ class LayerUpdater:
     def _descend(self, logits: Tensor, codes: Tensor | None, descend: Callable[[Tensor], Tensor]) -> None:
         if self.learner is not None and codes is None:
             # before the logits move, from which the mask of the step is drawn
-            codes = ops.sample_mask(logits, self.layer.pattern.n, self.layer.pattern.m, 1.0, *self.layer.counter())
+            codes = ops.sample_mask(logits, self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter())
         self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
         # drawn from the logits before the move
         self.layer.cached_mask = None
@@ -279,7 +279,7 @@ def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: flo
     """Return a function that moves logits by -rate * slope, and returns the mean square of the slopes."""
     m = layer.pattern.m
     counter = layer.counter()
-    return lambda rate: ops.descend_(logits, slopes, rate, max_update, m, *counter)
+    return lambda rate: ops.descend_(logits, slopes, rate, max_update, m, counter)
 
 
 def descend_by_rms(

@@ -138,7 +138,7 @@ class ModelMasks:
                 with copies.reading(layer) as logits:
                     n = layer.pattern.n
                     m = layer.pattern.m
-                    self._cache(name, sample_mask(logits.contiguous(), n, m, 1.0, *layer.counter()))
+                    self._cache(name, sample_mask(logits.contiguous(), n, m, 1.0, layer.counter()))
         self._last = drawn
 
     def _cache(self, name: str, codes: Tensor) -> None:

@@ -1,13 +1,12 @@
 """Operations. All but products, and results of products, have the same bits on every route."""
 
-from .registry import (
+from .curvature import curvature_factors, token_squares
+from .definitions import (
     adamw_,
     best_swaps,
     codes_under,
-    curvature_factors,
     descend_,
-    direct_masked_linear,
-    direct_nm_linear,
+    differentiable_nm_linear,
     mask_log_prob,
     mask_score,
     mask_slope,
@@ -22,7 +21,6 @@ from .registry import (
     score_update_,
     straight_through_grad,
     straight_through_update_,
-    token_squares,
     top_n_mask,
     unpack_nm,
     unpacked,

@@ -28,6 +28,9 @@ class Counter(NamedTuple):
     group_offset: int
     group_row_stride: int
 
+    # a schema of torch.library
+    SCHEMA = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
+
     @property
     def key(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Seed, step, layer and draw, which all groups of a draw share."""
@@ -36,6 +39,15 @@ class Counter(NamedTuple):
     def keywords(self) -> dict[str, Tensor | int]:
         """Keywords of the public functions: ``score_update_(..., **layer.counter().keywords())``."""
         return self._asdict()
+
+    def flat(self) -> tuple:
+        """Arguments of an operation by ``SCHEMA``."""
+        return tuple(self)
+
+    @classmethod
+    def unflat(cls, *arguments) -> Counter:
+        """Make a counter of the arguments that ``flat`` returned."""
+        return cls(*arguments)
 
 
 class CounterState(nn.Module):
@@ -122,6 +134,12 @@ class MaskSource(NamedTuple):
     counter: Counter = NO_COUNTER
     codes: Tensor | None = None
 
+    # a schema of torch.library
+    SCHEMA = (
+        "Tensor? source, str kind, int n, int m, float inv_temperature, Tensor? seed, Tensor? step, Tensor? layer, "
+        "Tensor? draw, int group_offset, int group_row_stride, Tensor? codes"
+    )
+
     @property
     def by_codes(self) -> MaskSource:
         """Mask of kind "codes" if there are codes, else itself."""
@@ -131,14 +149,14 @@ class MaskSource(NamedTuple):
         """Mask with another tensor, moved to the device unless there are codes, which suffice."""
         if tensor is not None and self.codes is None and self.kind != "applied":
             tensor = tensor.to(device)
-        return self._replace(tensor=tensor)
+        return self if tensor is self.tensor else self._replace(tensor=tensor)
 
     def flat(self) -> tuple:
-        """Flatten it to arguments of operations: schemas of torch.library have no tuples of tensors and numbers."""
+        """Arguments of an operation by ``SCHEMA``."""
         *source, counter, codes = self
         return *source, *counter, codes
 
     @classmethod
-    def unflat(cls, *parts) -> MaskSource:
+    def unflat(cls, *arguments) -> MaskSource:
         """Make a source of the arguments that ``flat`` returned."""
-        return cls(*parts[:5], Counter(*parts[5:-1]), parts[-1])
+        return cls(*arguments[:5], Counter(*arguments[5:-1]), arguments[-1])

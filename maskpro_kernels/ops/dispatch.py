@@ -1,15 +1,17 @@
-"""The one rule of dispatch: which code runs an operation, by device.
+"""How a call of an operation reaches its code.
 
-All routes give the same bits for draws, scores and updates by a given score or slope. Products, and the
-straight-through slopes of products, agree within an error budget, since each route sums in its own order.
+``definitions`` defines each operation once, as an operation of torch. torch's dispatcher calls the function of the same
+name and arguments in the table of the tensors' device:
 
-CUDA tensors use the kernels. CPU tensors use the kernels under Triton's interpreter (``TRITON_INTERPRET=1``). Otherwise
-they use the reference: as machine code if LLVM compiles for the machine, else eager.
+    ``triton.table``: Triton kernels, on CUDA and ROCm; on a CPU under Triton's interpreter (``TRITON_INTERPRET=1``).
+    ``cpu.table``: machine code, on a CPU for which LLVM compiles.
+    ``reference.table``: plain torch, on another CPU.
 
-A new device, neither CUDA nor ROCm, is added here. If Triton compiles for it: accept its tensors in ``uses_kernels``,
-name its type in ``operation``, and give it a target in ``triton.tiles`` and its current-device context in
-``triton.launch``. If not: write the functions of ``reference`` in a folder beside ``cpu``, and choose it in
-``run_reference``.
+All tables give the same bits for draws, scores and updates by a given score or slope. Products, and straight-through
+slopes, which contain one, agree within an error budget, since each table sums in its own order.
+
+A new device gets a table of its own, a line in ``table``, and its type in ``DEVICES``. If Triton compiles for it, it
+needs instead a target in ``triton.tiles`` and its current-device context in ``triton.launch``.
 """
 
 from __future__ import annotations
@@ -19,13 +21,12 @@ import functools
 import importlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from . import reference
+from .counter import Counter, MaskSource
 from .triton import tiles
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ ROOT = __name__.removesuffix(".ops.dispatch")
 # Namespace of the torch operations. The hub of kernels loads a copy of the package under another name, which then needs
 # another namespace
 NAMESPACE = "maskpro" if ROOT == "maskpro_kernels" else re.sub(r"\W", "_", ROOT)
+
+# Devices with a table
+DEVICES = ("cpu", "cuda")
 
 
 def interpreting() -> bool:
@@ -53,20 +57,23 @@ def compiler_available() -> bool:
 
 
 @functools.cache
-def kernels(file: str) -> ModuleType:
-    """Import a module of Triton kernels; the first call imports Triton."""
-    return importlib.import_module(f"{__package__}.triton.{file}")
+def _imported(folder: str) -> ModuleType:
+    # at the first call: Triton and LLVM take long to import, and may be missing
+    return importlib.import_module(f"{__package__}.{folder}.table")
 
 
-@functools.cache
-def machine_code(file: str) -> ModuleType:
-    """Import a module of machine code; the first call imports llvmlite, which may be missing."""
-    return importlib.import_module(f"{__package__}.cpu.{file}")
+def uses_triton(device_type: str) -> bool:
+    """Return whether operations on a device use the Triton kernels."""
+    return device_type == "cuda" or (device_type == "cpu" and interpreting())
 
 
-def uses_kernels(tensor: Tensor) -> bool:
-    """Return whether operations on a tensor use the Triton kernels."""
-    return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
+def table(device_type: str) -> ModuleType:
+    """Table of the operations' functions on a device."""
+    if uses_triton(device_type):
+        return _imported("triton")
+    if device_type == "cpu" and compiler_available():
+        return _imported("cpu")
+    return _imported("reference")
 
 
 @functools.cache
@@ -75,7 +82,7 @@ def holds_metadata(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        kernels("sparse_mma")
+        importlib.import_module(f"{__package__}.triton.sparse_mma")
     except (ImportError, AttributeError) as error:
         logger.warning(
             "triton lacks the Gluon that sparse tensor cores need (%s): 2:4 products run without them", error
@@ -84,56 +91,83 @@ def holds_metadata(device: torch.device) -> bool:
     return True
 
 
-def uses_machine_code(tensor: Tensor) -> bool:
-    """Return whether operations on a tensor without a kernel run as machine code, not eagerly."""
-    return tensor.device.type == "cpu" and compiler_available()
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Disable autocast, so that products keep the dtype of their operands, also in a backward inside of autocast."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
 
-def run_reference(name: str, *args, **constants: int):
-    """Run a function of the reference: as machine code if possible, else eagerly."""
-    module = machine_code("kernels") if uses_machine_code(args[0]) else reference
-    return getattr(module, name)(*args, **constants)
+def operation(schema: str, last: type[Counter] | type[MaskSource] | None = None) -> Callable[[Callable], Callable]:
+    """Define a torch operation, which the function of its name in the device's table runs.
 
+    The decorated function returns tensors like the results, without content: from it compilers learn their shapes.
 
-def packed_products(tensor: Tensor) -> ModuleType:
-    """Module of packed products without a Triton kernel: machine code, or torch on unpacked weights."""
-    return machine_code("packed.products") if uses_machine_code(tensor) else reference
+    Like ``torch.library.custom_op`` without its wrapper, which takes longer than a small product.
 
-
-def scalar(value: float, like: Tensor) -> Tensor:
-    """Make a 0-dim float32 tensor of a number, on a tensor's device, so that no compiled loop contains its value."""
-    return _scalar(value, like.device)
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _scalar(value: float, device: torch.device) -> Tensor:
-    # cached and only read: a layer needs the same few numbers at each step
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def operation(schema: str, fake: Callable):
-    """Register a function as the torch op of its name; ``fake`` returns tensors like its results, without content.
-
-    Like ``torch.library.custom_op`` without its wrapper, which is slow for a small layer. So an operation that changes
-    an argument must increment its version itself.
+    Args:
+        schema: of torch.library.
+        last: type of one more argument, the last. Schemas have no tuples of tensors and numbers, so the operation takes
+            its parts; the functions take the tuple.
     """
 
-    def register(function: Callable) -> Callable:
+    def define(function: Callable) -> Callable:
         name = function.__name__.removeprefix("_")
-        torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"))(function)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+        qualified_name = f"{NAMESPACE}::{name}"
+        arguments, results = schema.split(" -> ")
+        if last is not None:
+            arguments = f"{arguments.removesuffix(')')}, {last.SCHEMA})"
+        changed = [i for i, argument in enumerate(arguments.split(", ")) if "!" in argument]
+        torch.library.define(qualified_name, f"{arguments} -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified_name, _joining(function, last))
+        for device_type in DEVICES:
+            torch.library.impl(qualified_name, device_type)(_implementation(name, device_type, last, changed))
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if last is None:
+            return overload
 
-    return register
+        @functools.wraps(function)
+        def call(*arguments):
+            return overload(*arguments[:-1], *arguments[-1].flat())
+
+        return call
+
+    return define
 
 
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Disable autocast, so that products keep the dtype of their operands, also in a backward inside of autocast."""
-    device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+def _joining(function: Callable, last: type[Counter] | type[MaskSource] | None) -> Callable:
+    """Make of a function whose last argument is a tuple a function of the tuple's parts."""
+    if last is None:
+        return function
+    count = last.SCHEMA.count(",") + 1
+    return lambda *arguments: function(*arguments[:-count], last.unflat(*arguments[-count:]))
+
+
+def _implementation(
+    name: str, device_type: str, last: type[Counter] | type[MaskSource] | None, changed: Sequence[int]
+) -> Callable:
+    """Make the function that torch's dispatcher calls on a device; ``changed`` are the arguments that it writes to."""
+
+    def run(*arguments):
+        function = getattr(table(device_type), name)
+        if torch.is_autocast_enabled(device_type):
+            # products keep the dtype of their operands
+            with torch.autocast(device_type, enabled=False):
+                return function(*arguments)
+        return function(*arguments)
+
+    run = _joining(run, last)
+    if not changed:
+        return run
+
+    def run_in_place(*arguments):
+        results = run(*arguments)
+        for i in changed:
+            if arguments[i] is not None and not arguments[i].is_inference():
+                # what autograd has saved of it is no longer valid
+                torch.autograd.graph.increment_version(arguments[i])
+        return results
+
+    return run_in_place
 
 
 def in_onnx_export() -> bool:

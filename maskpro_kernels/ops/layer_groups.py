@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import reference
 from .counter import Counter
-from .dispatch import kernels, machine_code, run_reference, scalar, uses_kernels, uses_machine_code
+from .definitions import top_n_mask
+from .dispatch import table, uses_triton
 from .pattern import code_dtype
-from .registry import top_n_mask
 from .triton import tiles
 
 # Alignment of loads of 16 bytes
@@ -70,7 +70,7 @@ class LayerGroup:
         self.codes: list[Tensor] | None = None
         self.flips: Sequence[Tensor] | None = None
         self.spreads: dict = {}
-        self._table: Tensor | None = None
+        self._addresses: Tensor | None = None
 
     def allocate_codes(self) -> None:
         """Allocate memory for codes, once."""
@@ -85,17 +85,25 @@ class LayerGroup:
                 part[:count].view(len(layer.logits), layer.logits.shape[1] // self.m)
                 for part, count, layer in zip(memory.split(sizes), self.counts, self.layers, strict=True)
             ]
-        if self._table is not None:
+        if self._addresses is not None:
             # in place, since a captured graph may read it
-            self._table.copy_(kernels("grouped").table_of(self))
+            self._addresses.copy_(self._current_addresses())
 
-    def table(self) -> Tensor:
-        """Table of the layers' addresses for kernels, on the device, made once."""
-        if self._table is None:
+    def addresses(self) -> Tensor:
+        """Table of the layers for kernels, int64 [layers, 7], on the device, made once."""
+        if self._addresses is None:
             # inference tensors would be useless to a later step with autograd
             with torch.inference_mode(False):
-                self._table = kernels("grouped").table_of(self)
-        return self._table
+                self._addresses = self._current_addresses()
+        return self._addresses
+
+    def _current_addresses(self) -> Tensor:
+        rows = []
+        for i, (logits, layer, offset, row_stride) in enumerate(self.layers):
+            codes = 0 if self.codes is None else self.codes[i].data_ptr()
+            columns = logits.shape[1] // self.m
+            rows.append((logits.data_ptr(), codes, self.counts[i], columns, offset, row_stride, layer))
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def flips_of(self, i: int) -> int:
         """Number of groups of the i-th layer whose codes differ from those of the N largest logits."""
@@ -111,14 +119,7 @@ class LayerGroup:
 def draw_layers_(group: LayerGroup, inv_temperature: float, seed: Tensor, step: Tensor, draw: Tensor) -> None:
     """Set the codes of a group of layers to those of ``sample_mask``; seed, step and draw are 0-dim int64."""
     group.allocate_codes()
-    # kernels take the number: a copy to the device would wait for it, and a CUDA graph cannot capture that
-    inverse = None if uses_kernels(seed) else scalar(inv_temperature, seed)
-    if uses_kernels(seed):
-        group.flips = kernels("grouped").draw_layers_(group, inv_temperature, seed, step, draw)
-    elif not (uses_machine_code(seed) and machine_code("kernels").draw_layers_(group, inverse, seed, step, draw)):
-        for layer, codes in zip(group.layers, group.codes, strict=True):
-            where = group.counter_of(layer, seed, step, draw.view(()))
-            codes.copy_(run_reference("sample_mask", layer.logits, where, inverse, n=group.n, m=group.m))
+    table(seed.device.type).draw_layers_(group, inv_temperature, seed, step, draw)
     for codes in group.codes:
         # inference tensors would be useless to a later step with autograd
         torch.autograd.graph.increment_version(codes)
@@ -136,31 +137,11 @@ def update_layers_(
             above, the score needs the noise of the draw.
     """
     by_codes = by_codes and len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
-    if uses_kernels(seed):
-        kernels("grouped").update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
-    elif not (uses_machine_code(seed) and _update_compiled_(group, coef, inv_temperature, seed, step, draws, by_codes)):
-        for layer in group.layers:
-            where = group.counter_of(layer, seed, step, draws)
-            run_reference(
-                "score_update_", layer.logits, coef, where, scalar(inv_temperature, seed), n=group.n, m=group.m
-            )
+    table(seed.device.type).update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
     for layer in group.layers:
         if not layer.logits.is_inference():
             # invalidates logits that autograd has saved
             torch.autograd.graph.increment_version(layer.logits)
-
-
-def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draws, by_codes) -> bool:
-    # codes determine the score of one draw for small N; random numbers for rounding to 16 bits are consecutive here
-    exact = len(coef) == 1 and group.n <= reference.EXACT_SCORE_MAX_N
-    if not (exact and (group.dtype == torch.float32 or group.whole)):
-        return False
-    if not by_codes:
-        # no machine code draws and updates at once, since draws take less time than updates. A temporary group, since
-        # the codes of this one are another draw's
-        group = LayerGroup(group.layers, group.n, group.m)
-        draw_layers_(group, inv_temperature, seed, step, draws)
-    return machine_code("kernels").update_layers_(group, coef, scalar(inv_temperature, seed), seed, step, draws)
 
 
 class Uses(NamedTuple):
@@ -211,7 +192,7 @@ COSTS["gfx942"] = COSTS["sm_90"]
 
 def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
     """Return whether a step with these uses of each mask costs less if it draws all masks once, into codes."""
-    row = tiles.architecture(device) if uses_kernels(torch.empty(0, device=device)) else "cpu"
+    row = tiles.architecture(device) if uses_triton(device.type) else "cpu"
     costs = COSTS[row]
     one_pass = [row != "cpu" and 0 < uses.tokens <= tiles.one_pass_tokens(kind, row) for kind in ("drawn", "codes")]
     of_product = [(costs.one_pass if whole else costs.weight)[way] for way, whole in enumerate(one_pass)]

@@ -29,7 +29,7 @@ harness.VISIT_SECONDS[harness.DEVICE] = 0.0
 
 def draw(logits, step):
     counter = counter_of(logits, NMPattern("2:4"), 3, step)
-    return reference.sample_mask(logits, counter, torch.tensor(1.0), n=2, m=4)
+    return reference.sample_mask(logits, 2, 4, 1.0, counter)
 
 @pytest.mark.parametrize("op", ["draw", "again"])
 def test_draw(op, compare, visit):

@@ -78,7 +78,7 @@ def test_sums_of_negative_zeros_are_negative(target, pattern, compiled_for):
 
     def update():
         logits = of.logits.clone()
-        ops.score_update_(logits, torch.full((2,), -0.5), of.n, of.m, INVERSE, *of.draws(2))
+        ops.score_update_(logits, torch.full((2,), -0.5), of.n, of.m, INVERSE, of.draws(2))
         return [logits]
 
     assert_bits_of_reference(update)

@@ -10,7 +10,7 @@ from helpers.compiled import Matrix, adamw, assert_bits_of_reference, mask_score
 from helpers.compiled_products import PackedProduct, Product, SparseProduct
 from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
-from maskpro_kernels.ops.triton import masked_gemm, packed
+from maskpro_kernels.ops.triton import masked_gemm, packed, table
 from maskpro_kernels.ops.triton.tiles import tiles_of
 
 pytestmark = pytest.mark.compiled
@@ -213,12 +213,12 @@ def test_a_mutant_is_found(mutation, compiled_for, emulator, monkeypatch, tmp_pa
     if module is packed:
         config = tiles_of("packed_linear", "sm_80", 2)[0]
         mutant.tiles_for = lambda *_: config
-        monkeypatch.setattr(packed, "nm_linear", mutant.nm_linear)
+        monkeypatch.setattr(table, "nm_linear", mutant.nm_linear)
         call = PackedProduct(config).assert_right
     else:
         tile = tiles_of(LINEAR, "sm_80", 2)[0]
         mutant.tiles_for = lambda *_: tile
-        monkeypatch.setattr(masked_gemm, LINEAR, mutant.masked_linear)
+        monkeypatch.setattr(table, LINEAR, mutant.masked_linear)
         call = Product(LINEAR, tile, log_prob=True).assert_right
     found = what_is_found(emulator, call, str)
     assert any(kind in each for each in found), found

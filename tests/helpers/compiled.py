@@ -115,7 +115,7 @@ def unmoved(tensor: Tensor) -> Tensor:
 
 
 def sample_mask(of: Matrix, moved=unmoved):
-    return [ops.sample_mask(moved(of.logits), of.n, of.m, INVERSE, *of.counter)]
+    return [ops.sample_mask(moved(of.logits), of.n, of.m, INVERSE, of.counter)]
 
 
 def masked_weight(of: Matrix, moved=unmoved, kind: str = "drawn"):
@@ -138,7 +138,7 @@ def mask_score(of: Matrix, moved=unmoved):
 
 def score_update(of: Matrix, moved=unmoved, draws: int = 1):
     logits, coef = moved(of.logits.clone()), moved(torch.tensor([0.37, -1.2, 0.05][:draws]))
-    ops.score_update_(logits, coef, of.n, of.m, INVERSE, *of.draws(draws))
+    ops.score_update_(logits, coef, of.n, of.m, INVERSE, of.draws(draws))
     return [logits]
 
 
@@ -150,7 +150,7 @@ def descend(of: Matrix, moved=unmoved):
     logits, gradient = moved(of.logits.clone()), of.normal(seed=3)
     # what is not finite moves no logit
     gradient[0, : of.m], gradient[2, of.m : 2 * of.m] = torch.inf, torch.nan
-    ops.descend_(logits, moved(gradient), torch.tensor(0.3), 2.0, of.m, *of.counter)
+    ops.descend_(logits, moved(gradient), torch.tensor(0.3), 2.0, of.m, of.counter)
     return [logits]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.bits import assert_same_bits
-from helpers.compiled import INVERSE, Matrix, by_both, unmoved
+from helpers.compiled import Matrix, by_both, unmoved
 from helpers.packed_codes import CODES
 from helpers.products import normal, within_budget
 from maskpro_kernels import ops
@@ -101,11 +101,7 @@ class Product:
 def masked(of: Product, weight: Tensor) -> Tensor:
     """The weight under the reference's mask."""
     matrix = of.matrix
-    codes = matrix.codes
-    if of.kind == "drawn":
-        where = matrix.counter, torch.tensor(INVERSE)
-        codes = reference.sample_mask(matrix.logits, *where, n=of.n, m=of.m)
-    return reference.code_masked_weight(weight, codes, n=of.n, m=of.m)
+    return reference.masked_weight(weight, matrix.source(of.kind))
 
 
 def assert_product(of: Product, found: Tensor, by_torch: Tensor, exact: Tensor) -> None:
@@ -123,7 +119,7 @@ def linear(of: Product, moved) -> None:
     source = of.matrix.source(of.kind)
     source = source._replace(tensor=moved(source.tensor))
     here = [None if tensor is None else moved(tensor) for tensor in (x, weight, bias)]
-    (found, total), (by_torch, expected) = by_both(lambda: ops.masked_linear(*here, of.log_prob, *source.flat()))
+    (found, *total), (by_torch, *expected) = by_both(lambda: ops.masked_linear(*here, of.log_prob, source))
     exact = x.double() @ masked(of, weight.to(of.operand)).double().t()
     assert_product(of, found, by_torch, exact if bias is None else exact + bias.double())
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)

@@ -10,7 +10,6 @@ from torch import Tensor
 from helpers.compiled import DRAW, INVERSE, SEED, STEP, Matrix, unmoved
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.counter import Counter
-from maskpro_kernels.ops.dispatch import scalar
 from maskpro_kernels.ops.layer_groups import GroupedLayer, LayerGroup, draw_layers_, update_layers_
 
 # Rows and groups in a row: one that no block divides, a single group, one without groups
@@ -82,14 +81,14 @@ class ManyLayers:
     def drawn_alone(self) -> list[Tensor]:
         """By the reference, one layer after the other."""
         return [
-            reference.sample_mask(logits, counter, scalar(INVERSE, logits), n=self.n, m=self.m)
+            reference.sample_mask(logits, self.n, self.m, INVERSE, counter)
             for logits, counter in self._alone(torch.tensor(DRAWS[0]))
         ]
 
     def updated_alone(self, draws: int = 1) -> list[Tensor]:
         coef, found = torch.tensor(COEFS[:draws]), []
         for logits, counter in self._alone(torch.tensor(DRAWS[:draws])):
-            reference.score_update_(logits, coef, counter, scalar(INVERSE, logits), n=self.n, m=self.m)
+            reference.score_update_(logits, coef, self.n, self.m, INVERSE, counter)
             found.append(logits)
         return found
 

@@ -38,13 +38,12 @@ def within_budget(result, same_by_torch, exact):
 
 def mask_of(kind, logits, pattern):
     """(group codes, bool mask) by the eager reference on the CPU."""
-    scores, sizes = logits.detach().cpu(), {"n": pattern.n, "m": pattern.m}
+    scores = logits.detach().cpu()
     if kind == "drawn":
-        codes = reference.sample_mask(
-            scores, counter_of(scores, pattern, **DRAW), torch.tensor(1 / TEMPERATURE), **sizes
-        )
+        counter = counter_of(scores, pattern, **DRAW)
+        codes = reference.sample_mask(scores, pattern.n, pattern.m, 1 / TEMPERATURE, counter)
     else:
-        codes = reference.top_n_mask(scores, **sizes)
+        codes = reference.top_n_mask(scores, pattern.n, pattern.m)
     codes = codes.to(logits.device)
     return codes, mk.expand_mask(codes, pattern)
 

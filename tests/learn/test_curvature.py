@@ -22,7 +22,9 @@ from maskpro_kernels import ops
 from maskpro_kernels.functional.linear import labelled_tokens
 from maskpro_kernels.learn.backward import LayerUpdater
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ops import registry
+from maskpro_kernels.ops import curvature
+from maskpro_kernels.ops.reference import products
+from maskpro_kernels.ops.triton import straight_through
 from maskpro_kernels.text.losses import distillation_loss
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
@@ -118,7 +120,7 @@ def test_rows_of_rounding_errors_have_no_gradient():
 @pytest.fixture
 def factors(monkeypatch):
     """The factors of F that steps have taken, of each layer."""
-    taken, current, real = defaultdict(list), [], registry.curvature_factors
+    taken, current, real = defaultdict(list), [], curvature.curvature_factors
     of_layer = LayerUpdater.__call__
 
     def recorded(*operands):
@@ -129,7 +131,8 @@ def factors(monkeypatch):
         current.append(updater.layer)
         return of_layer(updater, *operands)
 
-    monkeypatch.setattr(registry, "curvature_factors", recorded)
+    for module in (products, straight_through):
+        monkeypatch.setattr(module, "curvature_factors", recorded)
     monkeypatch.setattr(LayerUpdater, "__call__", called)
     return taken
 
@@ -345,7 +348,7 @@ def test_the_rows_with_a_gradient_are_squared_without_a_copy_of_all_columns():
                 sizes.append(out.numel())
             return out
 
-    grad, x = normal(6, 8, seed=0), normal(6, 2 * registry.COLUMNS + 4, seed=1)
+    grad, x = normal(6, 8, seed=0), normal(6, 2 * curvature.COLUMNS + 4, seed=1)
     grad[4:] = 0.0
     with Sizes():
         found = ops.curvature_factors(grad, x, 0.5, None, None)[1]

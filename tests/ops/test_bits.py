@@ -92,18 +92,13 @@ def counter(logits, n, m, draw=DRAW, row_stride=None):
 
 
 def draw(route, n, m, logits):
-    if route is sampling:
-        return sampling.sample_mask(logits, n, m, TEMPERATURE, counter(logits, n, m))
-    return route.sample_mask(logits, counter(logits, n, m), scalar(TEMPERATURE), n=n, m=m)
+    return route.sample_mask(logits, n, m, TEMPERATURE, counter(logits, n, m))
 
 
 def update(route, n, m, logits, draws=(DRAW,), row_stride=None):
     logits, coef = logits.clone(), torch.tensor([0.37 / (k + 1) for k in range(len(draws))])
     where = counter(logits, n, m, row_stride=row_stride)._replace(draw=torch.tensor(draws))
-    if route is sampling:
-        sampling.score_update_(logits, coef, n, m, TEMPERATURE, where)
-    else:
-        route.score_update_(logits, coef, where, scalar(TEMPERATURE), n=n, m=m)
+    route.score_update_(logits, coef, n, m, TEMPERATURE, where)
     return logits
 
 
@@ -212,16 +207,10 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
     codes = draw(sampling, n, m, logits)
     mask = (codes.to(torch.int64)[..., None] >> torch.arange(m) & 1).bool().view(weight.shape)
     expected = torch.where(mask, weight, torch.zeros((), dtype=dtype))
-    where = counter(logits, n, m)
-    for result in (
-        sampling.masked_weight(weight, MaskSource(logits, "drawn", n, m, TEMPERATURE, where)),
-        sampling.masked_weight(weight, MaskSource(codes, "codes", n, m, 1.0)),
-        reference.code_masked_weight(weight, codes, n=n, m=m),
-        kernels.code_masked_weight(weight, codes, n=n, m=m),
-        reference.sample_masked_weight(weight, logits, where, scalar(TEMPERATURE), n=n, m=m),
-        kernels.sample_masked_weight(weight, logits, where, scalar(TEMPERATURE), n=n, m=m),
-    ):
-        assert_same_bits(result, expected, m)
+    drawn = MaskSource(logits, "drawn", n, m, TEMPERATURE, counter(logits, n, m))
+    for route in (sampling, reference, kernels):
+        for source in (drawn, MaskSource(codes, "codes", n, m, 1.0)):
+            assert_same_bits(route.masked_weight(weight, source), expected, m)
 
 
 @pytest.mark.parametrize(
@@ -239,11 +228,7 @@ def test_log_prob_and_score_have_the_same_bits_on_all_routes(n, m, route):
     logits = problem(m, torch.float32, 515)
     codes = draw(reference, n, m, logits)
     grad = torch.randn(codes.shape)
-    inverse = scalar(TEMPERATURE)
-    assert_same_bits(
-        route.mask_log_prob(logits, codes, inverse, n=n, m=m), sampling.mask_log_prob(logits, codes, n, m, TEMPERATURE)
-    )
-    assert_same_bits(
-        route.mask_score(logits, codes, grad, inverse, n=n, m=m),
-        sampling.mask_score(logits, codes, grad, n, m, TEMPERATURE),
-    )
+    expected = sampling.mask_log_prob(logits, codes, n, m, TEMPERATURE)
+    assert_same_bits(route.mask_log_prob(logits, codes, n, m, TEMPERATURE), expected)
+    expected = sampling.mask_score(logits, codes, grad, n, m, TEMPERATURE)
+    assert_same_bits(route.mask_score(logits, codes, grad, n, m, TEMPERATURE), expected)

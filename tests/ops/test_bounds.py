@@ -16,6 +16,7 @@ from helpers.cases import cases, slow
 
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import bounds, reference
+from maskpro_kernels.ops.counter import MaskSource
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.pattern import NMPattern
 
@@ -106,15 +107,15 @@ def updated(route, logits, n, m, draws=(2,), shard=None):
     logits = logits.new_empty(start + logits.numel())[start:].view(logits.shape).copy_(logits)
     coef = torch.tensor([3e3 / (k + 1) for k in range(len(draws))])
     where = counter(logits, n, m, shard)._replace(draw=torch.tensor(draws))
-    route.score_update_(logits, coef, where, scalar(INVERSE_TEMPERATURE), n=n, m=m)
+    route.score_update_(logits, coef, n, m, INVERSE_TEMPERATURE, where)
     return logits
 
 
 def drawn(route, logits, n, m, weight=None, shard=None):
-    where, inverse = counter(logits, n, m, shard), scalar(INVERSE_TEMPERATURE)
+    where = counter(logits, n, m, shard)
     if weight is None:
-        return route.sample_mask(logits, where, inverse, n=n, m=m)
-    return route.sample_masked_weight(weight, logits, where, inverse, n=n, m=m)
+        return route.sample_mask(logits, n, m, INVERSE_TEMPERATURE, where)
+    return route.masked_weight(weight, MaskSource(logits, "drawn", n, m, INVERSE_TEMPERATURE, where))
 
 
 @pytest.mark.parametrize("gap", [0.0, 4.0, 10.0, 30.0])
@@ -270,8 +271,9 @@ def test_weights_are_masked_as_words_of_several(m, dtype):
         result = drawn(kernels, logits, m // 2, m, weight)
         assert_same_bits(result.view(integers), expected.view(integers))
         codes = reference.top_n_mask(logits, n=m // 2, m=m)
-        expected = reference.code_masked_weight(weight, codes, n=m // 2, m=m)
-        result = kernels.code_masked_weight(weight, codes, n=m // 2, m=m)
+        mask = MaskSource(codes, "codes", m // 2, m, 1.0)
+        expected = reference.masked_weight(weight, mask)
+        result = kernels.masked_weight(weight, mask)
         assert_same_bits(result.view(integers), expected.view(integers))
 
 

@@ -14,7 +14,7 @@ from llvmlite import binding
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import dispatch, reference
-from maskpro_kernels.ops.cpu import kernels, loops
+from maskpro_kernels.ops.cpu import loops, table
 from maskpro_kernels.ops.cpu.loops import CompiledLoop
 from maskpro_kernels.ops.pattern import NMPattern
 
@@ -22,12 +22,12 @@ from maskpro_kernels.ops.pattern import NMPattern
 def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkeypatch):
     calls = []
 
-    def recorded(scores, *, n, m):
+    def recorded(scores, n, m):
         calls.append((n, m))
-        return reference.top_n_mask(scores, n=n, m=m)
+        return reference.top_n_mask(scores, n, m)
 
     take_route(monkeypatch, "compiled")
-    monkeypatch.setattr(kernels, "top_n_mask", recorded)
+    monkeypatch.setattr(table, "top_n_mask", recorded)
     assert mk.top_n_mask(torch.tensor([3.0, 1.0, 2.0, 0.0]), "2:4").tolist() == [0b0101]
     assert calls == [(2, 4)]
 
@@ -79,7 +79,7 @@ def test_results_do_not_follow_the_default_dtype(compiled_route):
         torch.set_default_dtype(torch.float32)
     assert log_prob.dtype == logits.grad.dtype == torch.float32
     codes = reference.top_n_mask(logits.detach(), n=2, m=4)
-    expected = reference.mask_score(logits.detach(), codes, torch.ones(8, 2), 1.0, n=2, m=4)
+    expected = reference.mask_score(logits.detach(), codes, torch.ones(8, 2), 2, 4, 1.0)
     assert_same_bits(logits.grad, expected)
 
 
@@ -87,7 +87,7 @@ def reference_update(logits: torch.Tensor) -> torch.Tensor:
     """Result of ``score_update_(logits, 0.5, pattern="2:4", seed=3)`` by the eager reference."""
     updated = logits.clone()
     counter = counter_of(logits, NMPattern("2:4"), seed=3)._replace(draw=torch.tensor([0]))
-    reference.score_update_(updated, torch.tensor([0.5]), counter, torch.tensor(1.0), n=2, m=4)
+    reference.score_update_(updated, torch.tensor([0.5]), 2, 4, 1.0, counter)
     return updated
 
 

@@ -12,7 +12,7 @@ from helpers.compiled import DTYPES, STEP, misaligned
 from helpers.layers import COEFS, DRAWS, ManyLayers, numbers
 from helpers.routes import take_route
 
-from maskpro_kernels.ops import layer_groups, reference
+from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import kernels as cpu_kernels
 from maskpro_kernels.ops.layer_groups import draw_layers_, kind_of, update_layers_
 from maskpro_kernels.ops.triton import tiles
@@ -123,22 +123,14 @@ def test_numbers_are_read_at_their_places(route):
     of = ManyLayers(2, 4)
     group, (seed, step), draw = of.group(), numbers(STEP - 1), torch.tensor(0)
     draw_layers_(group, 1 / 0.7, seed, step, draw)
-    table, addresses = group._table, [codes.data_ptr() for codes in group.codes]
+    table, addresses = group._addresses, [codes.data_ptr() for codes in group.codes]
     first = [codes.clone() for codes in group.codes]
     step.fill_(STEP)
     draw.fill_(DRAWS[0])
     draw_layers_(group, 1 / 0.7, seed, step, draw)
     assert_same_bits(group.codes, of.drawn())
     assert not all(map(torch.equal, first, group.codes))
-    assert group._table is table and [codes.data_ptr() for codes in group.codes] == addresses
-
-
-def test_kernels_take_the_temperature_as_a_number(monkeypatch):
-    """A tensor on the device would wait for it, and fail while a CUDA graph is captured."""
-    take_route(monkeypatch, "kernels")
-    monkeypatch.setattr(layer_groups, "scalar", None)
-    of = ManyLayers(2, 4, sizes=[(2, 3)])
-    of.drawn(), of.updated(by_codes=True)
+    assert group._addresses is table and [codes.data_ptr() for codes in group.codes] == addresses
 
 
 def test_what_autograd_has_saved_of_them_is_known_to_have_changed(route):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import philox, reference
-from maskpro_kernels.ops.counter import Counter
+from maskpro_kernels.ops.counter import Counter, MaskSource
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import device as device
@@ -169,10 +169,10 @@ def test_a_step_beyond_its_range_is_no_remainder_on_any_route(beyond, nearest):
     on_device = [t.to(KERNEL_DEVICE) for t in (groups, *key(beyond))]
     group_words_kernel[(1,)](*on_device, out, STREAM=philox.STREAM_DRAW, COUNT=len(groups))
     assert_same_bits(out.cpu(), words(nearest))
-    logits, one = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(1.0)
+    logits = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 
     def drawn(route, step):
-        return route.sample_mask(logits, Counter(*key(step), 0, 4), one, n=2, m=4)
+        return route.sample_mask(logits, 2, 4, 1.0, Counter(*key(step), 0, 4))
 
     for route in (reference, kernels):
         assert_same_bits(drawn(route, beyond), drawn(route, nearest))
@@ -210,11 +210,14 @@ def plain(name, tensors, n, m, seed, step, layer, draw, group_offset, group_row_
     """The eager reference."""
     tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
     key = [torch.tensor(i) for i in (seed, step, layer, draw)]
-    counter, one = Counter(*key, group_offset, group_row_stride), torch.tensor(1.0)
+    counter = Counter(*key, group_offset, group_row_stride)
     if name == "score_update_":
-        reference.score_update_(tensors[0], torch.tensor([3.0]), counter._replace(draw=key[3][None]), one, n=n, m=m)
+        reference.score_update_(tensors[0], torch.tensor([3.0]), n, m, 1.0, counter._replace(draw=key[3][None]))
         return tensors[0]
-    return getattr(reference, name)(*tensors, counter, one, n=n, m=m)
+    if name == "sample_mask":
+        return reference.sample_mask(*tensors, n, m, 1.0, counter)
+    weight, logits = tensors
+    return reference.masked_weight(weight, MaskSource(logits, "drawn", n, m, 1.0, counter))
 
 
 ROWS, GROUPS = 6, 10

@@ -13,13 +13,14 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import cases, slow
+from helpers.routes import take_route
 from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels import NMPattern, ops
 from maskpro_kernels import packed as packed_file
-from maskpro_kernels.ops import reference, registry
-from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.cpu.packed import products
 from maskpro_kernels.ops.pattern import GROUP_SIZES, bitmask_of, codes_of
 from maskpro_kernels.ops.triton import packed as kernels_file
 from maskpro_kernels.packed import HUGE_PAGE, move_into_huge_pages, ranges
@@ -147,7 +148,7 @@ def test_the_compiled_reference_unpacks_as_the_eager_one(pattern, dtype):
     for groups in (40, 41):
         packed = mk.pack_nm(sparse(523, groups * m, pattern, dtype), pattern)
         expected = reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m)
-        assert_same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=n, m=m), expected)
+        assert_same_bits(products.unpack_nm(packed.values, packed.bitmask, n=n, m=m), expected)
 
 
 def within_budget(y, by_torch, exact) -> bool:
@@ -261,7 +262,7 @@ def test_gradients_are_those_of_the_unpacked_weight(pattern):
 @pytest.mark.parametrize("route", ["kernels", "compiled"])
 def test_second_derivatives_are_those_of_the_unpacked_weight(route, monkeypatch):
     if route == "compiled":
-        monkeypatch.setattr(registry, "uses_kernels", lambda tensor: False)
+        take_route(monkeypatch, "compiled")
     weight, x = sparse(6, 16, "2:4"), torch.randn(3, 16, requires_grad=True)
     packed = mk.pack_24(weight)
     packed.values.requires_grad_()
@@ -280,19 +281,66 @@ def test_second_derivatives_are_those_of_the_unpacked_weight(route, monkeypatch)
     torch.testing.assert_close(places, of_weight * kept, **near)
 
 
-@pytest.mark.parametrize("by_kernels", [False, True])
+@pytest.mark.parametrize("route", ["kernels", "compiled"])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_operands_of_any_strides(by_kernels, tokens, monkeypatch):
-    """The operations themselves, past the checks of functions."""
-    monkeypatch.setattr(registry, "uses_kernels", lambda tensor: by_kernels)
+def test_activations_and_biases_of_any_strides(route, tokens, monkeypatch):
+    take_route(monkeypatch, route)
     packed = mk.pack_24(sparse(8, 16, "2:4", torch.bfloat16))
-    x, bias = torch.randn(16, 2 * tokens).bfloat16().t()[::2], torch.randn(16).bfloat16()[::2]
+    x = torch.randn(16, 2 * tokens).bfloat16().t()[::2]
+    bias = torch.randn(16).bfloat16()[::2]
     expected = nn.functional.linear(x, packed.unpack(), bias)
-    values = torch.cat([packed.values, packed.values], 1)[:, :8]
-    assert not any(part.is_contiguous() for part in (x, values, bias))
-    found = ops.nm_linear(x, values, packed.bitmask, None, bias, 2, 4)
-    torch.testing.assert_close(found, expected)
-    assert_same_bits(ops.unpack_nm(values, packed.bitmask, 2, 4), packed.unpack())
+    assert not x.is_contiguous() and not bias.is_contiguous()
+    torch.testing.assert_close(mk.nm_linear(x, packed, bias), expected)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+CALLS = {
+    "autocast": lambda layer, x: torch.autocast("cpu")(layer)(x),
+    "a negation": lambda layer, x: layer(torch._neg_view(-x)),
+    "a tensor of another type": lambda layer, x: layer(x.as_subclass(Subclass)),
+    "a trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
+    "a graph": lambda layer, x: torch.compile(layer, backend="eager", fullgraph=True)(x),
+    "an exported program": lambda layer, x: torch.export.export(layer, (x,)).module()(x),
+    "a replica": lambda layer, x: replica(layer)(x),
+}
+
+
+def replica(layer: mk.NMLinear) -> mk.NMLinear:
+    """As DataParallel and FSDP make them, with plain attributes for parameters."""
+    copy = layer._replicate_for_data_parallel()
+    for name in ("values", "bias"):
+        setattr(copy, name, getattr(layer, name).detach())
+    assert not copy._parameters.get("values")
+    return copy
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("route", ["kernels", "compiled"])
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_sees_a_layer(name, route, monkeypatch):
+    take_route(monkeypatch, route)
+    layer = mk.NMLinear(mk.pack_24(sparse(8, 32, "2:4")), torch.randn(8))
+    x = torch.randn(4, 32)
+    y = CALLS[name](layer, x)
+    tolerance = 1e-5 if y.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(y.float(), layer(x), rtol=tolerance, atol=tolerance)
+
+
+def test_parts_on_other_devices_are_named():
+    layer = mk.NMLinear(mk.pack_24(sparse(8, 32, "2:4")), torch.randn(8))
+    x = torch.randn(1, 32)
+    with pytest.raises(ValueError, match="bitmask: expected a tensor on the values' device cpu"):
+        packed_file.packed_linear(x, layer.values, layer.bitmask.to("meta"), None, None, layer.pattern)
+    with pytest.raises(ValueError, match=r"bias: expected a tensor \[8\] of torch.float32 on cpu"):
+        packed_file.packed_linear(x, layer.values, layer.bitmask, None, layer.bias.detach().to("meta"), layer.pattern)
+
+
+def test_float64_is_refused():
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, got torch.float64"):
+        mk.NMLinear(mk.pack_24(sparse(8, 32, "2:4")), None).double()
 
 
 def test_a_state_dict_of_values_alone_is_checked():
@@ -336,8 +384,10 @@ def test_opcheck(biased):
     torch.library.opcheck(ops.unpack_nm, (packed.values, packed.bitmask, 2, 4))
     bias = torch.randn(8, requires_grad=True) if biased else None
     x = torch.randn(3, 32, requires_grad=True)
-    torch.library.opcheck(ops.nm_linear, (x, packed.values, packed.bitmask, None, bias, 2, 4))
-    torch.library.opcheck(ops.nm_linear, (x, packed.values.requires_grad_(), packed.bitmask, None, bias, 2, 4))
+    torch.library.opcheck(ops.nm_linear, (x.detach(), packed.values, packed.bitmask, None, None, 2, 4))
+    with_gradients = ops.differentiable_nm_linear
+    torch.library.opcheck(with_gradients, (x, packed.values, packed.bitmask, None, bias, 2, 4))
+    torch.library.opcheck(with_gradients, (x, packed.values.requires_grad_(), packed.bitmask, None, bias, 2, 4))
 
 
 def test_nothing_comes_of_nothing(launched):
@@ -372,7 +422,7 @@ def test_inputs_and_values_may_lie_anywhere(launched):
     torch.testing.assert_close(mk.nm_linear(x, mk.PackedNM(values, bitmask, "2:4")), expected)
     # words cannot be loaded from there
     assert launched["unpack"] == 1
-    assert_same_bits(kernels.unpack_nm(values, bitmask, n=2, m=4), weight)
+    assert_same_bits(products.unpack_nm(values, bitmask, n=2, m=4), weight)
 
 
 def test_autocast():

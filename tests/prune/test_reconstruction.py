@@ -16,7 +16,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops.cpu import kernels, table
 from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.prune import calibration
 from maskpro_kernels.prune.calibration import calls_by_block, layers_in_order, run_call, watching_inputs
@@ -58,18 +58,19 @@ def test_all_routes_find_the_same_swaps(pattern, launched, monkeypatch):
     change, swap = torch.ops.maskpro.best_swaps(*operands, NMPattern(pattern).n, m)
     assert launched["best_swaps"] == 1
     cpu = [t.cpu() for t in operands]
-    expected = reference.best_swaps(*cpu, m=m)
+    expected = reference.best_swaps(*cpu, NMPattern(pattern).n, m)
     assert_same_bits([change, swap], expected)
     strided = *operands[:2], codes.T.contiguous().T, operands[3]
     assert_same_bits(torch.ops.maskpro.best_swaps(*strided, NMPattern(pattern).n, m), expected)
     # two of the seven rows at a time
     monkeypatch.setattr(kernels, "COPIED_BYTES", 4 * m * m * codes.shape[1])
     monkeypatch.setattr(kernels, "LEAST_SHARED", 0)
-    assert_same_bits(kernels.best_swaps(*cpu, m=m), expected)
+    assert_same_bits(kernels.best_swaps(*cpu, NMPattern(pattern).n, m), expected)
     for rows, columns in ((0, 3), (7, 0)):
         w, r, code, block = cpu
         none = w[:rows, :, :columns], r[:rows, :, :columns], code[:rows, :columns], block[..., :columns]
-        assert_same_bits(kernels.best_swaps(*none, m=m), reference.best_swaps(*none, m=m))
+        n = NMPattern(pattern).n
+        assert_same_bits(kernels.best_swaps(*none, n, m), reference.best_swaps(*none, n, m))
     swapped = mk.expand_mask(codes ^ swap, pattern).view(-1, m)
     assert (swapped.sum(1) == NMPattern(pattern).n).all()
 
@@ -77,10 +78,15 @@ def test_all_routes_find_the_same_swaps(pattern, launched, monkeypatch):
 def test_a_cpu_finds_swaps_by_machine_code(compiled_reference, monkeypatch):
     weight, gram = (tensor.cpu() for tensor in problem(3, 16))
     operands = by_place(weight, weight @ gram, mk.top_n_mask(weight.abs(), "2:4"), gram, 4)
-    best_swaps, calls = kernels.best_swaps, []
-    monkeypatch.setattr(kernels, "best_swaps", lambda *args, **how: calls.append(how) or best_swaps(*args, **how))
-    assert_same_bits(torch.ops.maskpro.best_swaps(*operands, 2, 4), reference.best_swaps(*operands, m=4))
-    assert calls == [{"m": 4}]
+    calls = []
+
+    def recorded(*arguments):
+        calls.append(arguments[-2:])
+        return kernels.best_swaps(*arguments)
+
+    monkeypatch.setattr(table, "best_swaps", recorded)
+    assert_same_bits(torch.ops.maskpro.best_swaps(*operands, 2, 4), reference.best_swaps(*operands, 2, 4))
+    assert calls == [(2, 4)]
 
 
 def test_opcheck():
@@ -98,7 +104,7 @@ def test_the_change_is_that_of_the_error(pattern):
     codes = mk.top_n_mask(weight.abs(), pattern)
     difference = torch.where(mk.expand_mask(codes, pattern), 0.0, -weight)
     operands = by_place(weight, difference @ gram, codes, gram, m)
-    change, swap = reference.best_swaps(*(t.cpu() for t in operands), m=m)
+    change, swap = reference.best_swaps(*(t.cpu() for t in operands), NMPattern(pattern).n, m)
     before = errors(weight, codes, gram, pattern)
     for row, group in itertools.product(range(3), range(2)):
         code = int(codes[row, group])

@@ -15,8 +15,9 @@ from torch import Tensor
 from .. import bounds, reference
 from ..counter import Counter
 from ..pattern import code_dtype
+from ..reference import layers
+from ..reference.arithmetic import scalar
 from .loops import LEAST_SHARED, compiled_loop, run
-from .packed import products
 
 # Most groups whose indices, 8 bytes each, are made at a time
 PIECE = 1 << 18
@@ -80,9 +81,6 @@ def _draw_into(out: Tensor, by_bounds: Callable, full: Callable, groups: _Groups
     rest = (*groups.counter.key, *rest)
     how = {"shard": integers(*groups.shard), "levels": spread_levels, "full": full}
     run(by_bounds, [groups.logits, *others], rest, out=out, **how, **constants)
-
-
-unpack_nm = products.unpack_nm
 
 
 def _weight_words(weight: Tensor, m: int) -> Tensor:
@@ -156,64 +154,70 @@ def _code_masked_weight(codes, words, *, m):
     return _mask_words(words, reference.decode(codes, m))
 
 
-def sample_mask(logits, counter, inv_temperature, *, n, m):
+def sample_mask(logits, n, m, inv_temperature, counter):
     """``reference.sample_mask``."""
     codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m))
     groups = _Groups(logits.view(-1, m), codes.shape[1], counter)
-    _draw_into(codes.view(-1), determined_mask, drawn_mask, groups, (inv_temperature,), n=n)
+    _draw_into(codes.view(-1), determined_mask, drawn_mask, groups, (scalar(inv_temperature, logits),), n=n)
     return codes
 
 
-def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
-    """``reference.sample_masked_weight``."""
+def masked_weight(weight, mask):
+    """``reference.masked_weight``."""
+    mask = mask.by_codes
+    m = mask.m
     out = torch.empty_like(weight)
-    groups = _Groups(logits.view(-1, m), logits.shape[1] // m, counter)
-    words = [_weight_words(weight, m)]
-    masked = _weight_words(out, m)
-    _draw_into(masked, _determined_masked_weight, _drawn_masked_weight, groups, (inv_temperature,), words, n=n)
+    words = _weight_words(weight, m)
+    masked_words = _weight_words(out, m)
+    if mask.kind == "codes":
+        run(_code_masked_weight, [mask.tensor.view(-1), words], out=masked_words, m=m)
+        return out
+    groups = _Groups(mask.tensor.view(-1, m), weight.shape[1] // m, mask.counter)
+    inverse = scalar(mask.inv_temperature, weight)
+    by_bounds = _determined_masked_weight
+    _draw_into(masked_words, by_bounds, _drawn_masked_weight, groups, (inverse,), [words], n=mask.n)
     return out
 
 
-def top_n_mask(scores, *, n, m):
+def top_n_mask(scores, n, m):
     """``reference.top_n_mask``."""
     codes = torch.empty(scores.shape[0], scores.shape[1] // m, dtype=code_dtype(m))
     run(_top_n_mask, [scores.view(-1, m)], out=codes.view(-1), n=n)
     return codes
 
 
-def code_masked_weight(weight, codes, *, n, m):
-    """``reference.code_masked_weight``."""
-    out = torch.empty_like(weight)
-    run(_code_masked_weight, [codes.view(-1), _weight_words(weight, m)], out=_weight_words(out, m), m=m)
-    return out
-
-
-def mask_log_prob(logits, codes, inv_temperature, *, n, m):
+def mask_log_prob(logits, codes, n, m, inv_temperature):
     """``reference.mask_log_prob``."""
+    if n > reference.EXACT_SCORE_MAX_N:
+        # unrolled nodes of the quadrature would take minutes to compile
+        return reference.mask_log_prob(logits, codes, n, m, inv_temperature)
     out = torch.empty(codes.shape, dtype=torch.float32)
     tensors = [logits.view(-1, m), codes.view(-1)]
-    run(reference.group_mask_log_prob, tensors, (inv_temperature,), out=out.view(-1), n=n)
+    run(reference.group_mask_log_prob, tensors, (scalar(inv_temperature, logits),), out=out.view(-1), n=n)
     return out
 
 
-def mask_score(logits, codes, grad, inv_temperature, *, n, m):
+def mask_score(logits, codes, grad, n, m, inv_temperature):
     """``reference.mask_score``."""
+    if n > reference.EXACT_SCORE_MAX_N:
+        return reference.mask_score(logits, codes, grad, n, m, inv_temperature)
     out = torch.empty(logits.shape, dtype=torch.float32)
     tensors = [logits.view(-1, m), codes.view(-1), grad.view(-1)]
-    run(reference.group_mask_score, tensors, (inv_temperature,), out=out.view(-1, m), n=n)
+    run(reference.group_mask_score, tensors, (scalar(inv_temperature, logits),), out=out.view(-1, m), n=n)
     return out
 
 
-def score_update_(logits, coef, counter, inv_temperature, *, n, m):
+def score_update_(logits, coef, n, m, inv_temperature, counter):
     """``reference.score_update_``."""
+    inverse = scalar(inv_temperature, logits)
     flat = logits.view(-1, m)
     whole = _Groups(flat, logits.shape[1] // m, counter)
     if logits.dtype == torch.float32:
-        _update(whole, coef, inv_temperature, n)
+        _update(whole, coef, inverse, n)
         return
     for part in _copied(flat):
         groups = whole.part(part.start, flat[part].float())
-        _update(groups, coef, inv_temperature, n)
+        _update(groups, coef, inverse, n)
         _round_into(flat[part], groups.by_draw(counter.draw[0]))
 
 
@@ -247,49 +251,53 @@ def _update(groups: _Groups, coef: Tensor, inv_temperature: Tensor, n: int) -> N
         piece.logits.sub_(delta)
 
 
-def straight_through_grad(weight, grad, square, codes, *, m):
-    """``reference.straight_through_grad``."""
+def mask_slope(weight, first, second, codes, m):
+    """``reference.mask_slope``."""
     out = torch.empty(weight.shape, dtype=torch.float32)
-    tensors = [*(x.view(-1, m) for x in (weight, grad, square)), codes.view(-1)]
+    tensors = [*(x.view(-1, m) for x in (weight, first, second)), codes.view(-1)]
     run(reference.group_mask_slope, tensors, out=out.view(-1, m))
     return out
 
 
-def straight_through_update_(logits, weight, grad, factors, codes, rate, counter, max_update, *, m):
-    """``reference.straight_through_update_``."""
+def descend_by_slope_(logits, weight, first, factors, codes, rate, max_update, m, counter):
+    """``reference.descend_by_slope_``."""
     of_rows, of_columns = factors
 
     def tensors(rows: slice) -> list[Tensor]:
         # in pieces: the whole outer product would go through memory twice
         square = torch.outer(of_rows[rows], of_columns)
-        return [*(x.view(-1, m) for x in (weight[rows], grad[rows], square)), codes[rows].view(-1)]
+        return [*(x.view(-1, m) for x in (weight[rows], first[rows], square)), codes[rows].view(-1)]
 
-    return _descend(reference.group_straight_through_logits, tensors, logits, rate, counter, max_update, m)
+    return _descend(reference.group_straight_through_logits, tensors, logits, rate, max_update, m, counter)
 
 
-def descend_(logits, gradient, rate, counter, max_update, *, m):
+def descend_(logits, gradient, rate, max_update, m, counter):
     """``reference.descend_``."""
-    how = logits, rate, counter, max_update, m
-    return _descend(reference.group_descended_logits, lambda rows: [gradient[rows].view(-1, m)], *how)
+
+    def tensors(rows: slice) -> list[Tensor]:
+        return [gradient[rows].view(-1, m)]
+
+    return _descend(reference.group_descended_logits, tensors, logits, rate, max_update, m, counter)
 
 
-def _descend(function, tensors, logits, rate, counter, max_update, m):
+def _descend(function, tensors, logits, rate, max_update, m, counter):
     """``function`` of ``tensors(rows)`` and logits, for pieces of rows; returns the mean of its squares."""
     columns = logits.shape[1] // m
     whole = _Groups(logits.view(-1, m), columns, counter)
     total = torch.zeros((), dtype=torch.float32)
+    most = scalar(max_update, logits)
     for rows in _pieces(len(logits), max(COPIED_BYTES // (4 * logits.shape[1]), 1)):
         own = out = logits[rows].view(-1, m)
         if logits.dtype != torch.float32:
             out = torch.empty(out.shape, dtype=torch.float32)
-        _, squares = run(function, [*tensors(rows), own], (rate, max_update), out=out)
+        _, squares = run(function, [*tensors(rows), own], (rate, most), out=out)
         total += squares.sum()
         if logits.dtype != torch.float32:
             _round_into(own, whole.part(rows.start * columns, out))
     return total / max(logits.numel(), 1)
 
 
-def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
+def adamw_(weight, master, first, second, gradient, codes, scalars, m):
     """``reference.adamw_``."""
     groups = [x.view(-1, m) for x in (gradient, master, first, second)]
     codes = codes.view(-1)
@@ -302,8 +310,9 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
             held.copy_(new)
 
 
-def best_swaps(weight, product, codes, blocks, *, m):
+def best_swaps(weight, product, codes, blocks, n, m):
     """``reference.best_swaps``."""
+    codes = codes.contiguous()
     change = torch.empty(codes.shape, dtype=torch.float32)
     swap = torch.empty(codes.shape, dtype=codes.dtype)
     if not codes.numel():
@@ -357,14 +366,16 @@ def _key(group, i: int, seed: Tensor, step: Tensor, draw: Tensor) -> tuple[Tenso
     return seed, step, integers(group.layers[i].layer).view(()), draw
 
 
-def draw_layers_(group, inv_temperature: Tensor, seed: Tensor, step: Tensor, draw: Tensor) -> bool:
-    """Draw the codes of a ``LayerGroup``; without machine code return False, with nothing changed."""
+def draw_layers_(group, inv_temperature: float, seed: Tensor, step: Tensor, draw: Tensor) -> None:
+    """``layer_groups.draw_layers_`` by one call."""
+    inverse = scalar(inv_temperature, seed)
     given = []
     for i, (logits, _, offset, row_stride) in enumerate(group.layers):
-        rest = *_key(group, i, seed, step, draw.view(())), inv_temperature
+        rest = *_key(group, i, seed, step, draw.view(())), inverse
         shard = integers(0, logits.shape[1] // group.m, row_stride, offset)
         given.append(([logits.view(-1, group.m)], rest, shard, group.codes[i].view(-1)))
-    return _run_over_layers(determined_mask, given, spread_levels, drawn_mask, n=group.n)
+    if not _run_over_layers(determined_mask, given, spread_levels, drawn_mask, n=group.n):
+        layers.draw_layers_(group, inv_temperature, seed, step, draw, sample_mask)
 
 
 def _no_level(number, *rest, m):
@@ -402,8 +413,28 @@ def _rounded_code_update(logits, codes, number, seed, step, layer, draw, coef, i
     return reference.group_round_logits(new, number, (seed, step, layer, draw[0]), dtype=dtype)
 
 
-def update_layers_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, step: Tensor, draws: Tensor) -> bool:
-    """Update the logits of a ``LayerGroup`` by the codes of a draw; False as in ``draw_layers_``."""
+def update_layers_(
+    group, coef: Tensor, inv_temperature: float, seed: Tensor, step: Tensor, draws: Tensor, by_codes: bool
+) -> None:
+    """``layer_groups.update_layers_`` by one call, where the codes of one draw determine the score."""
+    # random numbers for rounding to 16 bits are consecutive here
+    numbered = group.dtype == torch.float32 or group.whole
+    if len(coef) > 1 or group.n > reference.EXACT_SCORE_MAX_N or not numbered:
+        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
+        return
+    drawn = group
+    if not by_codes:
+        # no machine code draws and updates at once, since draws take less time than updates. A temporary group, since
+        # the codes of this one are another draw's
+        drawn = type(group)(group.layers, group.n, group.m)
+        drawn.allocate_codes()
+        draw_layers_(drawn, inv_temperature, seed, step, draws)
+    if not _update_by_codes_(drawn, coef, scalar(inv_temperature, seed), seed, step, draws):
+        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
+
+
+def _update_by_codes_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, step: Tensor, draws: Tensor) -> bool:
+    """Update the logits of a group by its codes; without machine code return False, with nothing changed."""
     given = []
     for i, layer in enumerate(group.layers):
         logits = layer.logits.view(-1, group.m)

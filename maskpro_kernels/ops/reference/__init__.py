@@ -1,6 +1,6 @@
 """Reference of each operation in plain torch: the specification, which all other routes match bit for bit."""
 
-from .arithmetic import LN2, SMALLEST_NORMAL, exp, group_round_logits, ln, round_stochastically, saturated
+from .arithmetic import LN2, SMALLEST_NORMAL, exp, group_round_logits, ln, round_stochastically, saturated, scalar
 from .groups import (
     INT4_GROUPS,
     INTEGERS,
@@ -11,9 +11,9 @@ from .groups import (
     encode,
     fixed_sum,
     group_unpacked,
-    input_grad,
     kept_values,
     nm_linear,
+    nm_linear_input_grad,
     numbers_of,
     packed_part,
     scaled_group,
@@ -21,13 +21,12 @@ from .groups import (
     unpack_nm,
 )
 from .gumbel_top_k import (
-    code_masked_weight,
     group_drawn,
     group_sample_mask,
     group_top_n_mask,
     gumbel,
+    masked_weight,
     sample_mask,
-    sample_masked_weight,
     scaled,
     top_n,
     top_n_mask,
@@ -49,11 +48,11 @@ from .straight_through import (
     adamw_,
     adamw_scalars,
     descend_,
+    descend_by_slope_,
     group_adamw,
     group_descended_logits,
     group_mask_slope,
     group_straight_through_logits,
-    straight_through_grad,
-    straight_through_update_,
+    mask_slope,
 )
 from .swaps import best_swaps, group_best_swaps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import philox
@@ -33,6 +35,18 @@ BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 FLOAT16_MAX = torch.finfo(torch.float16).max
 FLOAT16_SMALLEST_NORMAL = 2.0**-14
 FLOAT16_SUBNORMAL_STEP = 2.0**-24
+
+
+def scalar(value, like):
+    """Make a 0-dim float32 tensor of a number, on a tensor's device, so that no compiled loop contains its value."""
+    return _scalar(value, like.device)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _scalar(value, device):
+    # cached and only read: a layer needs the same few numbers at each step
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def ln(x, near_one):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import philox
-from ..pattern import codes_of
+from ..pattern import as_bitmask, codes_of
 
 # Integer dtypes for the bits of floats, by bytes
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -75,9 +75,10 @@ def group_unpacked(values, codes, *, m):
     return uncolumns(out)
 
 
-def unpack_nm(values, bitmask, *, n, m):
-    """Unpack values [rows, K N / M] and their bitmask to [rows, K], bit for bit."""
+def unpack_nm(values, bitmask, n, m):
+    """Unpack values [rows, K N / M] and their bitmask, or metadata of 2:4, to [rows, K], bit for bit."""
     k = values.shape[1] // n * m
+    bitmask = as_bitmask(bitmask, k, len(values))
     as_integers = values.view(INTEGERS[values.itemsize])
     return group_unpacked(grouped(as_integers, n), codes_of(bitmask, k, m), m=m).flatten(1).view(values.dtype)
 
@@ -111,20 +112,20 @@ def dequantized(values, scales, dtype):
 
 
 def _unpacked(values, bitmask, scales, dtype, n, m):
-    return unpack_nm(values if scales is None else dequantized(values, scales, dtype), bitmask, n=n, m=m)
+    return unpack_nm(values if scales is None else dequantized(values, scales, dtype), bitmask, n, m)
 
 
-def nm_linear(x, parts, bias, n, m):
-    """x [tokens, K] @ weight [rows, K].T + bias; parts are (values, bitmask, scales or None)."""
-    return torch.nn.functional.linear(x, _unpacked(*parts, x.dtype, n, m), bias)
+def nm_linear(x, values, bitmask, scales, bias, n, m):
+    """x [tokens, K] @ weight [rows, K].T + bias."""
+    return torch.nn.functional.linear(x, _unpacked(values, bitmask, scales, x.dtype, n, m), bias)
 
 
-def input_grad(grad, parts, n, m):
+def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
     """grad [tokens, rows] @ weight [rows, K]."""
-    return grad @ _unpacked(*parts, grad.dtype, n, m)
+    return grad @ _unpacked(values, bitmask, scales, grad.dtype, n, m)
 
 
-def packed_part(dense, bitmask, *, n, m):
+def packed_part(dense, bitmask, n, m):
     """Part of a matrix [rows, K] that the bitmask keeps: [rows, K N / M], in the order of stored values."""
     rows, k = dense.shape
     kept = uncolumns(decode(codes_of(bitmask, k, m), m))

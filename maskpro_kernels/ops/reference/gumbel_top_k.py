@@ -6,7 +6,7 @@ import torch
 
 from .. import philox
 from ..pattern import code_dtype
-from .arithmetic import ln
+from .arithmetic import ln, scalar
 from .groups import columns, decode, encode, group_index, grouped, uncolumns
 
 TWO_POW_MINUS_32 = 2.0**-32
@@ -74,23 +74,24 @@ def group_top_n_mask(scores, *, n):
     return encode(top_n(columns(scores), n), code_dtype(scores.shape[-1]))
 
 
-def sample_mask(logits, counter, inv_temperature, *, n, m):
+def sample_mask(logits, n, m, inv_temperature, counter):
     """Group codes [rows, K / M] of a draw."""
     group = group_index(logits, counter, m)
-    return group_sample_mask(grouped(logits, m), group, counter.key, inv_temperature, n=n)
+    return group_sample_mask(grouped(logits, m), group, counter.key, scalar(inv_temperature, logits), n=n)
 
 
-def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
-    """The weight [rows, K] under the mask that ``sample_mask`` draws, with exact zeros for dropped weights."""
-    kept = group_drawn(grouped(logits, m), group_index(logits, counter, m), counter.key, inv_temperature, n)
-    return masked(grouped(weight, m), kept).view(weight.shape)
+def masked_weight(weight, mask):
+    """The weight [rows, K] under a ``MaskSource``, with exact zeros for dropped weights."""
+    mask = mask.by_codes
+    if mask.kind == "codes":
+        kept = decode(mask.tensor, mask.m)
+    else:
+        group = group_index(weight, mask.counter, mask.m)
+        inverse = scalar(mask.inv_temperature, weight)
+        kept = group_drawn(grouped(mask.tensor, mask.m), group, mask.counter.key, inverse, mask.n)
+    return masked(grouped(weight, mask.m), kept).view(weight.shape)
 
 
-def top_n_mask(scores, *, n, m):
+def top_n_mask(scores, n, m):
     """Group codes [rows, K / M] of the N largest scores, ties to the lower index."""
     return group_top_n_mask(grouped(scores, m), n=n)
-
-
-def code_masked_weight(weight, codes, *, n, m):
-    """The weight [rows, K] under the mask of group codes [rows, K / M], with exact zeros for dropped weights."""
-    return masked(grouped(weight, m), decode(codes, m)).view(weight.shape)

@@ -12,7 +12,7 @@ from math import factorial
 
 import torch
 
-from .arithmetic import exp, group_round_logits, ln, saturated
+from .arithmetic import exp, group_round_logits, ln, saturated, scalar
 from .groups import columns, decode, fixed_sum, group_index, grouped, uncolumns
 from .gumbel_top_k import drawn_keys, scaled, top_n
 
@@ -386,24 +386,26 @@ def group_updated_logits(logits, group, coef, key, inv_temperature, *, n):
     return uncolumns([x - d for x, d in zip(xs, delta, strict=True)])
 
 
-def mask_log_prob(logits, codes, inv_temperature, *, n, m):
+def mask_log_prob(logits, codes, n, m, inv_temperature):
     """log p(S) of the masks with given codes, float32 [rows, K / M]."""
-    return group_mask_log_prob(grouped(logits, m), codes, inv_temperature, n=n)
+    return group_mask_log_prob(grouped(logits, m), codes, scalar(inv_temperature, logits), n=n)
 
 
-def mask_score(logits, codes, grad, inv_temperature, *, n, m):
+def mask_score(logits, codes, grad, n, m, inv_temperature):
     """Gradient of sum(grad * log p(S)) in the logits, float32 [rows, K]; grad float32 [rows, K / M]."""
-    return group_mask_score(grouped(logits, m), codes, grad, inv_temperature, n=n).view(logits.shape)
+    inverse = scalar(inv_temperature, logits)
+    return group_mask_score(grouped(logits, m), codes, grad, inverse, n=n).view(logits.shape)
 
 
-def score_update_(logits, coef, counter, inv_temperature, *, n, m):
+def score_update_(logits, coef, n, m, inv_temperature, counter):
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draw[k]), in place.
 
     All scores are taken at the given logits; coef float32 [K], the counter's draw int64 [K]. 16-bit logits are rounded
     stochastically, once, with words of the rounding stream of the first draw's id.
     """
     group = group_index(logits, counter, m)
-    new = group_updated_logits(grouped(logits, m), group, coef, counter.key, inv_temperature, n=n)
+    inverse = scalar(inv_temperature, logits)
+    new = group_updated_logits(grouped(logits, m), group, coef, counter.key, inverse, n=n)
     if logits.dtype != torch.float32:
         new = group_round_logits(new, group, counter._replace(draw=counter.draw[0]).key, dtype=logits.dtype)
     logits.copy_(new.view(logits.shape))

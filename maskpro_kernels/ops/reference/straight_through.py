@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arithmetic import group_round_logits
+from .arithmetic import group_round_logits, scalar
 from .groups import columns, decode, fixed_sum, group_index, grouped, uncolumns
 
 # Common for language models. A weight that enters the mask late has moments of 0, which the layer's bias correction
@@ -47,28 +47,28 @@ def group_straight_through_logits(weight, grad, square, codes, logits, rate, max
     return group_descended_logits(group_mask_slope(weight, grad, square, codes), logits, rate, max_update)
 
 
-def straight_through_grad(weight, grad, square, codes, *, m):
+def mask_slope(weight, first, second, codes, m):
     """Slope of a loss in the mask of ``codes`` [rows, K / M], less its mean over each group, float32 [rows, K].
 
-    ``grad`` and ``square`` [rows, K] are the loss's first and second derivatives in the masked weight.
+    ``first`` and ``second`` [rows, K] are the loss's derivatives in the masked weight.
     """
-    tensors = (grouped(x, m) for x in (weight, grad, square))
+    tensors = (grouped(x, m) for x in (weight, first, second))
     return group_mask_slope(*tensors, codes).view(weight.shape)
 
 
-def straight_through_update_(logits, weight, grad, factors, codes, rate, counter, max_update, *, m):
-    """``descend_`` by ``straight_through_grad``; the second derivative is the product of ``factors`` [rows] and [K]."""
-    gradient = straight_through_grad(weight, grad, torch.outer(*factors), codes, m=m)
-    return descend_(logits, gradient, rate, counter, max_update, m=m)
+def descend_by_slope_(logits, weight, first, factors, codes, rate, max_update, m, counter):
+    """``descend_`` by ``mask_slope``; the second derivative is the outer product of ``factors`` [rows] and [K]."""
+    gradient = mask_slope(weight, first, torch.outer(*factors), codes, m)
+    return descend_(logits, gradient, rate, max_update, m, counter)
 
 
-def descend_(logits, gradient, rate, counter, max_update, *, m):
+def descend_(logits, gradient, rate, max_update, m, counter):
     """logits [rows, K] -= rate * gradient, clamped to +-max_update; returns the gradient's mean square, 0-dim.
 
     A step that is not finite moves nothing. 16-bit logits are rounded stochastically, with words of the rounding
     stream.
     """
-    new, squares = group_descended_logits(grouped(gradient, m), grouped(logits, m), rate, max_update)
+    new, squares = group_descended_logits(grouped(gradient, m), grouped(logits, m), rate, scalar(max_update, logits))
     if logits.dtype != torch.float32:
         new = group_round_logits(new, group_index(logits, counter, m), counter.key, dtype=logits.dtype)
     logits.copy_(new.view(logits.shape))
@@ -106,7 +106,7 @@ def group_adamw(gradient, master, first, second, codes, usable, remaining, step,
     return moved, torch.where(kept, new_first, first), torch.where(kept, new_second, second), moved.to(dtype)
 
 
-def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
+def adamw_(weight, master, first, second, gradient, codes, scalars, m):
     """Update ``master``, ``first`` and ``second`` [rows, K] in place, and round ``master`` to ``weight``."""
     groups = (grouped(x, m) for x in (gradient, master, first, second))
     results = group_adamw(*groups, codes, *scalars.unbind(), dtype=weight.dtype)

@@ -7,7 +7,7 @@ import torch
 from .groups import columns, decode
 
 
-def best_swaps(weight, product, codes, blocks, *, m):
+def best_swaps(weight, product, codes, blocks, n, m):
     """Find in each group the swap of a kept with a dropped weight that lowers the reconstruction error most.
 
     The error of a row is E = d H d^T, d = weight * mask - weight. With R = d H, and c_i = -2 w_i R_i + w_i^2 H_ii

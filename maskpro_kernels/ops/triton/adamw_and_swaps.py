@@ -99,6 +99,7 @@ def best_swaps_kernel(
 
 def best_swaps(weight, product, codes, blocks, n, m):
     """``reference.best_swaps`` as one kernel."""
+    codes = codes.contiguous()
     change = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     swap = torch.empty_like(codes)
     launch(best_swaps_kernel, "best_swaps", m, codes.numel(), codes.device,

@@ -124,17 +124,6 @@ def score_update_of_layers_kernel(
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 
 
-def table_of(group):
-    """Table of a ``LayerGroup``: int64 [layers, FIELDS]."""
-    rows = []
-    for i, (logits, layer, offset, row_stride) in enumerate(group.layers):
-        codes = 0 if group.codes is None else group.codes[i].data_ptr()
-        groups = logits.numel() // group.m
-        columns = logits.shape[1] // group.m
-        rows.append((logits.data_ptr(), codes, groups, columns, offset, row_stride, layer))
-    return torch.tensor(rows, dtype=torch.int64, device=group.device)
-
-
 class Spread(NamedTuple):
     """Programs of one launch over layers.
 
@@ -166,10 +155,10 @@ def spread_of(group, name):
 
 
 def draw_layers_(group, inv_temperature, seed, step, draw):
-    """``layer_groups.draw_layers_`` by one launch; returns the programs' flips, by layer."""
+    """``layer_groups.draw_layers_`` by one launch, which counts flips."""
     spread = spread_of(group, "sample_masks")
     launch_on_group(sample_masks_kernel, "sample_masks", group, spread.memory, inv_temperature, seed, step, draw)
-    return spread.flips
+    group.flips = spread.flips
 
 
 def update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes):
@@ -192,5 +181,5 @@ def launch_on_group(kernel, name, group, *args, **how):
     }
     owners = spread_of(group, name).owners
     grid = len(owners) * SHARE.value
-    operands = group.table(), owners, *args
+    operands = group.addresses(), owners, *args
     launch_layers(kernel, name, group.m, grid, group.largest, group.device, *operands, **how, **constants)

@@ -315,8 +315,8 @@ def one_pass(tensor: torch.Tensor, mask: MaskSource) -> bool:
     return 0 < tensor.shape[0] <= one_pass_tokens(mask.kind, architecture(tensor.device))
 
 
-def masked_linear(x, weight, bias, mask, log_prob):
-    """(x @ (weight * mask).T + bias, log-probability of the drawn mask summed over the layer or None)."""
+def masked_linear(x, weight, bias, log_prob, mask):
+    """[x @ (weight * mask).T + bias], with ``log_prob`` also log p of the drawn mask, 0-dim."""
     tokens = x.shape[0]
     rows = weight.shape[0]
     if rows == 0 or not one_pass(x, mask):
@@ -324,7 +324,8 @@ def masked_linear(x, weight, bias, mask, log_prob):
         if log_prob:
             mask, total = _drawn_with_log_prob(mask)
         bias = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias), total
+        y = torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias)
+        return [y] if total is None else [y, total]
     tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
     split = SplitResult("masked_linear", tile, (tokens, rows), weight.shape[1], x, bias, weight)
     # for larger N the log-probability is a quadrature, too large for the registers of a product
@@ -335,10 +336,10 @@ def masked_linear(x, weight, bias, mask, log_prob):
                  x, weight, loaded_source(mask, tile), split.bias, split.out, partial,
                  *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, LOG_PROB=inside, **operand_constants(x.dtype))  # fmt: skip
-    total = None
-    if log_prob:
-        total = partial.sum() if inside else _drawn_with_log_prob(mask)[1]
-    return split.sum(), total
+    y = split.sum()
+    if not log_prob:
+        return [y]
+    return [y, partial.sum() if inside else _drawn_with_log_prob(mask)[1]]
 
 
 def _drawn_with_log_prob(mask):

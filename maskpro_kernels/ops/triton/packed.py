@@ -465,6 +465,13 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
     return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
 
 
+def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
+    """grad [tokens, rows] @ unpacked [rows, K], in the dtype of grad, which values or scales have too."""
+    if scales is not None:
+        values = reference.dequantized(values, scales, scales.dtype)
+    return grad @ unpack_nm(values, bitmask, n, m)
+
+
 def kernel_arguments(values, bitmask, scales, k, n, m, dtype, target):
     """(values, bitmask and scales as words, units of chunks in a row, constants) for activations of ``dtype``."""
     group = VALUES.value if scales is None else reference.scaled_group(values, scales)

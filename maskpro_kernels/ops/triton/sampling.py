@@ -265,10 +265,8 @@ def sample_mask(logits, n, m, inv_temperature, counter):
 
 
 def masked_weight(weight, mask, dtype=None):
-    """``reference.sample_masked_weight``, or with codes ``code_masked_weight``, as one kernel; ``mask`` a MaskSource.
-
-    The result is rounded to ``dtype``, by default the weight's.
-    """
+    """``reference.masked_weight`` as one kernel, rounded to ``dtype``, by default the weight's."""
+    mask = mask.by_codes
     if dtype is not None and INTERPRETED:
         # the interpreter truncates, hardware rounds
         weight = weight.to(dtype)

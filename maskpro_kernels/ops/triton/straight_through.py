@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..curvature import curvature_factors
 from . import device as d
 from .launch import launch, launch_tiles
 from .masked_gemm import (
@@ -183,16 +184,21 @@ def descend_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(sum_of_squares(g, M), 0))
 
 
-def straight_through_grad(grad, x, weight, grad_squares, x_squares, mask, weight_grad):
+def straight_through_grad(grad, x, weight, curvature, weight_grad, tokens, row_squares, mask):
     """``ops.straight_through_grad``, see ``fused``."""
+    factors = curvature_factors(grad, x, curvature, tokens, row_squares)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad)
+    _launch(grad, x, weight, *factors, mask, out, weight_grad)
     return out
 
 
-def straight_through_update_(grad, x, weight, grad_squares, x_squares, rate, max_update, mask, weight_grad):
+def straight_through_update_(
+    logits, grad, x, weight, curvature, rate, max_update, weight_grad, tokens, row_squares, mask
+):
     """``ops.straight_through_update_``, see ``fused``."""
-    partial = _launch(grad, x, weight, grad_squares, x_squares, mask, None, weight_grad, rate, max_update)
+    factors = curvature_factors(grad, x, curvature, tokens, row_squares)
+    mask = mask._replace(tensor=logits)
+    partial = _launch(grad, x, weight, *factors, mask, None, weight_grad, rate, max_update)
     return _mean_square(partial, weight)
 
 
@@ -212,7 +218,7 @@ def fused(tokens: int, kind: str, device: torch.device) -> bool:
     return tokens <= fused_tokens(kind, architecture(device))
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """G = grad [tokens, rows].T @ x [tokens, K], float32, summed in float32, written to ``out`` if given."""
     if out is None:
         out = torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32, device=grad.device)

@@ -19,7 +19,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.cpu import cache, kernels, machine
+from maskpro_kernels.ops.cpu import cache, machine
 from maskpro_kernels.ops.cpu.codegen import LONG, WORD
 from maskpro_kernels.ops.cpu.packed import Packed, products
 from maskpro_kernels.ops.cpu.packed.instructions import BYTE, chosen, intrinsic, vector, zeros
@@ -104,7 +104,7 @@ def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True,
     with warnings.catch_warnings():
         # a way that does not compile would go unseen
         warnings.simplefilter("error")
-        y, x_grad = products.nm_linear(x, parts, bias, n, m), products.input_grad(grad, parts, n, m)
+        y, x_grad = products.nm_linear(x, *parts, bias, n, m), products.nm_linear_input_grad(grad, *parts, n, m)
     exact = nn.functional.linear(x.double(), exact_weight, None if bias is None else bias.double())
     assert_within_budget(y, nn.functional.linear(x, weight, bias), exact)
     assert_within_budget(x_grad, grad @ weight, grad.double() @ weight.double())
@@ -209,7 +209,7 @@ def test_other_groups_of_int4_values(group, pattern):
     packed = mk.pack_nm(weight, pattern, "int4", group)
     for tokens in (1, 3, 20):
         x = torch.randn(tokens, weight.shape[1]).bfloat16()
-        y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, n, m)
+        y = products.nm_linear(x, packed.values, packed.bitmask, packed.scales, None, n, m)
         dense = packed.unpack()
         assert_within_budget(y, nn.functional.linear(x, dense), x.double() @ dense.double().t())
 
@@ -222,9 +222,9 @@ def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
     parts = packed.values, packed.bitmask, packed.scales
     for tokens in (16, 64):
         x = torch.randn(tokens, 4096).bfloat16()
-        products.nm_linear(x, parts, None, 2, 4)
+        products.nm_linear(x, *parts, None, 2, 4)
         # a dense weight has 8 MiB
-        assert allocated(lambda x=x: products.nm_linear(x, parts, None, 2, 4)).peak < 3 << 20
+        assert allocated(lambda x=x: products.nm_linear(x, *parts, None, 2, 4)).peak < 3 << 20
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_unpacking_keeps_every_bit(kind, pattern, cpu):
             packed.values.view(reference.INTEGERS[dtype.itemsize])[0, 0] = -1
             got, expected = (
                 route.unpack_nm(packed.values, packed.bitmask, n=n, m=m).view(torch.uint8)
-                for route in (kernels, reference)
+                for route in (products, reference)
             )
             assert_same_bits(got, expected)
 
@@ -311,9 +311,9 @@ def test_nothing_beyond_the_last_value_is_read(pattern, values, kind, cpu):
                 for tokens in (1, 6, 20):
                     x = guarded.at_the_end(torch.randn(tokens, packed.shape[1]).to(dtype))
                     bias = guarded.at_the_end(torch.randn(3).to(dtype))
-                    products.nm_linear(x, tuple(parts), bias, n, m)
+                    products.nm_linear(x, *parts, bias, n, m)
                 if packed.scales is None:
-                    products.input_grad(torch.randn(1, 3).to(dtype), tuple(parts), n, m)
+                    products.nm_linear_input_grad(torch.randn(1, 3).to(dtype), *parts, n, m)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -331,7 +331,7 @@ def test_blocks_are_multiplied_in_a_dtype_that_is_fast_on_the_cpu(fast, cpu, mon
     x, bias = torch.randn(20, 256).bfloat16(), torch.randn(8).bfloat16()
     # the check of the first use among them
     multiplied.clear()
-    y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), bias, 2, 4)
+    y = products.nm_linear(x, packed.values, packed.bitmask, packed.scales, bias, 2, 4)
     assert y.dtype == torch.bfloat16 and (torch.float32 in multiplied) == (not fast)
     assert_within_budget(y, nn.functional.linear(x, weight, bias), x.double() @ exact.T + bias.double())
 
@@ -343,7 +343,7 @@ def test_what_does_not_compile_is_unpacked(cpu, monkeypatch):
     x = torch.randn(1, 64).bfloat16()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        y = products.nm_linear(x, (packed.values, packed.bitmask, None), None, 2, 4)
+        y = products.nm_linear(x, packed.values, packed.bitmask, None, None, 2, 4)
     expected = ["packed weights are unpacked for each product", "maskpro_kernels unpacks more slowly"]
     # the loop of the reference, unless an earlier test has loaded it
     rest = ["maskpro_kernels runs eagerly on CPU"][: len(warned) - 2]
@@ -362,7 +362,7 @@ def test_what_multiplies_wrongly_is_not_used(cpu, monkeypatch):
     packed, weight, exact = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
     x = torch.randn(1, 64).bfloat16()
     with pytest.warns(UserWarning, match="differs from torch's"):
-        y = products.nm_linear(x, (packed.values, packed.bitmask, None), None, 2, 4)
+        y = products.nm_linear(x, packed.values, packed.bitmask, None, None, 2, 4)
     assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
 
 
@@ -373,7 +373,7 @@ def test_numbers_that_are_not_finite_go_where_they_do_with_a_dense_weight(values
     for odd in (float("inf"), -float("inf"), float("nan")):
         x = torch.randn(tokens, 512).bfloat16()
         x[0, 300] = odd
-        y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
+        y = products.nm_linear(x, packed.values, packed.bitmask, packed.scales, None, 2, 4)
         dense = nn.functional.linear(x, weight)
         assert torch.equal(y.isnan(), dense.isnan()) and torch.equal(y.isposinf(), dense.isposinf())
         assert not y[0].isfinite().any() and y[1:].isfinite().all()
@@ -389,7 +389,7 @@ def test_a_large_column_that_is_dropped_does_not_blur_the_others(values, size, t
     x = torch.randn(tokens, 1024)
     x[:, 300] = size
     x = x.bfloat16()
-    y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
+    y = products.nm_linear(x, packed.values, packed.bitmask, packed.scales, None, 2, 4)
     rows = (y[:, dropped], nn.functional.linear(x, weight[dropped]), x.double() @ exact[dropped].T)
     assert dropped.sum() > 10
     assert_within_budget(*rows)
@@ -402,7 +402,7 @@ def test_sums_of_the_largest_integers_are_exact(number):
     bitmask = torch.full((3, 32), 0x33, dtype=torch.uint8)
     for sign in (torch.ones(256), -torch.ones(256), torch.tensor([1.0, -1.0] * 128)):
         x = sign[None].bfloat16()
-        y = products.nm_linear(x, (values, bitmask, torch.ones(3, 2).bfloat16()), None, 2, 4)
+        y = products.nm_linear(x, values, bitmask, torch.ones(3, 2).bfloat16(), None, 2, 4)
         assert y.tolist() == [[number * float(sign.view(-1, 4)[:, :2].sum())] * 3]
 
 
@@ -413,7 +413,7 @@ def test_integers_hold_tokens_of_any_size():
         x = torch.randn(3, 1024) * factor
         x[2] = 0.0
         x = x.bfloat16()
-        y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
+        y = products.nm_linear(x, packed.values, packed.bitmask, packed.scales, None, 2, 4)
         assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
 
 
@@ -427,7 +427,7 @@ def test_what_unpacks_wrongly_is_not_used(cpu, monkeypatch):
     monkeypatch.setattr(products, "_unpacked_by", wrong)
     packed, weight, _ = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
     with pytest.warns(UserWarning, match="differ from the reference"):
-        assert_same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=2, m=4), weight)
+        assert_same_bits(products.unpack_nm(packed.values, packed.bitmask, n=2, m=4), weight)
 
 
 def test_tiles_that_the_system_does_not_permit_are_not_used(monkeypatch):

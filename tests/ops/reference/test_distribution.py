@@ -40,7 +40,7 @@ TEMPERATURES = [1.0, 0.6]
 
 def reference_codes(logits, n, m, temperature, seed, step=0, route=reference):
     counter = counter_of(logits, NMPattern(f"{n}:{m}"), seed, step)
-    return route.sample_mask(logits, counter, torch.tensor(1.0 / temperature), n=n, m=m)
+    return route.sample_mask(logits, n, m, 1.0 / temperature, counter)
 
 
 def kernel_codes(logits, n, m, temperature, seed):
@@ -124,7 +124,7 @@ def eager_codes(logits, pattern, temperature=1.0, seed=0, step=0, layer=0, draw=
     """The eager reference on logits of any shape."""
     matrix = logits.reshape(-1, logits.shape[-1]).contiguous()
     counter = counter_of(matrix, pattern, seed, step, layer, draw)
-    codes = reference.sample_mask(matrix, counter, torch.tensor(1.0 / temperature), n=pattern.n, m=pattern.m)
+    codes = reference.sample_mask(matrix, pattern.n, pattern.m, 1.0 / temperature, counter)
     return codes.view(*logits.shape[:-1], -1)
 
 

@@ -156,7 +156,7 @@ def test_kernel_and_reference_round_to_the_same_bits(dtype):
 def eager_update(logits, coefs, draws, n, m, seed=1, step=2, layer=3):
     moved = logits.clone()
     counter = counter_of(logits, NMPattern(f"{n}:{m}"), seed, step, layer)._replace(draw=torch.tensor(draws))
-    reference.score_update_(moved, torch.tensor(coefs), counter, torch.tensor(1.0), n=n, m=m)
+    reference.score_update_(moved, torch.tensor(coefs), n, m, 1.0, counter)
     return moved
 
 

@@ -118,7 +118,7 @@ def exact_scores(cases, pattern):
 def reference_score(logits, codes, pattern):
     n, m = sizes(pattern)
     flat = as_codes(codes, pattern)[:, None]
-    return reference.mask_score(logits, flat, torch.ones(flat.shape), 1.0, n=n, m=m)
+    return reference.mask_score(logits, flat, torch.ones(flat.shape), n, m, 1.0)
 
 
 def kernel_score(logits, codes, pattern):
@@ -187,7 +187,7 @@ def test_quadrature_score_is_within_2e_6_of_60_digits(score, pattern):
 
 def reference_log_prob(logits, codes, pattern):
     n, m = sizes(pattern)
-    return reference.mask_log_prob(logits, as_codes(codes, pattern)[:, None], 1.0, n=n, m=m)[:, 0]
+    return reference.mask_log_prob(logits, as_codes(codes, pattern)[:, None], n, m, 1.0)[:, 0]
 
 
 def kernel_log_prob(logits, codes, pattern):
@@ -284,7 +284,7 @@ def reference_update(logits, pattern, seed, temperature=1.0):
     n, m = sizes(pattern)
     moved = logits.clone()
     counter = counter_of(logits, NMPattern(pattern), seed)._replace(draw=torch.tensor([0]))
-    reference.score_update_(moved, torch.tensor([-AMPLIFIED]), counter, torch.tensor(1.0 / temperature), n=n, m=m)
+    reference.score_update_(moved, torch.tensor([-AMPLIFIED]), n, m, 1.0 / temperature, counter)
     return (moved.double() - logits) / AMPLIFIED
 
 

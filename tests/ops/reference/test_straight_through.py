@@ -51,18 +51,16 @@ def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype, mo
     square = torch.outer(*factors)
     place = {"layer": 3, "group_offset": 2, "group_row_stride": logits.shape[1]}
     counter = counter_of(logits, pattern, seed=5, step=6, **place)
-    step = torch.tensor(1e-3), counter, torch.tensor(0.75)
+    step = torch.tensor(1e-3), 0.75, pattern.m, counter
     ours, eager = logits.clone(), logits.clone()
     values = [
-        module.straight_through_update_(into, weight, first, factors, codes, *step, m=pattern.m)
+        module.descend_by_slope_(into, weight, first, factors, codes, *step)
         for module, into in ((kernels, ours), (reference, eager))
     ]
     assert torch.equal(ours, eager) and not torch.equal(ours, logits)
     torch.testing.assert_close(*values, rtol=1e-5, atol=0)
-    slopes = [
-        module.straight_through_grad(weight, first, square, codes, m=pattern.m) for module in (kernels, reference)
-    ]
+    slopes = [module.mask_slope(weight, first, square, codes, pattern.m) for module in (kernels, reference)]
     assert_same_bits(*slopes)
     apart = logits.clone()
-    kernels.descend_(apart, slopes[0], *step, m=pattern.m)
+    kernels.descend_(apart, slopes[0], *step)
     assert_same_bits(apart, eager)

@@ -127,7 +127,7 @@ def test_one_pass_takes_one_block_of_tokens(dtype, launched):
         launched.clear()
         x, weight, scores = normal(tokens, 64, dtype=dtype), normal(16, 64, dtype=dtype), normal(16, 64)
         mask = MaskSource(mk.top_n_mask(scores, pattern), "codes", 8, 16, 1.0)
-        y, _ = masked_gemm.masked_linear(x, weight, None, mask, False)
+        (y,) = masked_gemm.masked_linear(x, weight, None, False, mask)
         masked_gemm.masked_linear_input_grad(y, weight, mask)
         inside = tokens <= one_pass
         assert launched["masked_linear"] == launched["masked_linear_input_grad"] == inside
@@ -204,8 +204,7 @@ def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(patte
     monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
     x, weight, logits, _ = operands(pattern, tokens=40, rows=21, k=40, bias=False)
     codes, _ = mask_of("drawn", logits, pattern)
-    inverse = torch.tensor(1 / TEMPERATURE)
-    groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), inverse, n=pattern.n, m=pattern.m)
+    groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), pattern.n, pattern.m, 1 / TEMPERATURE)
     _, log_prob = mk.masked_linear(x, weight, logits, pattern=pattern, **COUNTER)
     torch.testing.assert_close(log_prob.cpu(), groups.double().sum().float(), rtol=1e-6, atol=0)
 

@@ -14,7 +14,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import NMPattern
-from maskpro_kernels.ops.triton import device, masked_gemm, packed
+from maskpro_kernels.ops.triton import device, masked_gemm, packed, table
 from maskpro_kernels.ops.triton.tiles import INTERPRETED
 
 # By mutation: the text of masked_gemm.py, by what it is replaced, and the results that then are wrong. Tiles are
@@ -114,7 +114,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     # which neither the tokens, the rows nor the columns fill
     mutant.tiles_for = lambda *args: replace(small_tiles(*args), out=32)
     for name in ("masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"):
-        monkeypatch.setattr(masked_gemm, name, getattr(mutant, name))
+        monkeypatch.setattr(table, name, getattr(mutant, name))
     pattern = NMPattern("2:4")
     x, weight, logits, bias = operands(pattern, tokens=17, rows=48, k=36)
     codes, mask = mask_of("drawn", logits, pattern)
@@ -122,7 +122,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern=pattern, **COUNTER)
     expected = nn.functional.linear(x, torch.where(mask, weight, 0), bias)
     upstream = normal(*y.shape, seed=4)
-    of_groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), torch.tensor(1 / TEMPERATURE), n=2, m=4)
+    of_groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), 2, 4, 1 / TEMPERATURE)
     results = {"y": (y, expected), "log_prob": (log_prob.cpu(), of_groups.sum())}
     if counted is not None:
         # two tiles of rows times two of columns, whatever the blocks of tokens
@@ -147,7 +147,7 @@ def test_packed_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     mutant = mutant_of(packed, *PACKED_MUTANTS[mutation], tmp_path)
     mutant.torch = poisoned
     for name in ("nm_linear", "unpack_nm"):
-        monkeypatch.setattr(packed, name, getattr(mutant, name))
+        monkeypatch.setattr(table, name, getattr(mutant, name))
     dense = normal(21, 96).bfloat16()
     weight = torch.where(mk.expand_mask(mk.top_n_mask(dense.float().abs(), "2:4"), "2:4"), dense, 0)
     stored = mk.pack_nm(weight, "2:4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import maskpro_kernels as mk
 from gpu_emulators.ptx.matrix import sparsity
 from maskpro_kernels import ops
 from maskpro_kernels.ops.pattern import as_bitmask, bitmask_of, metadata_of
-from maskpro_kernels.ops.triton import packed
+from maskpro_kernels.ops.triton import packed, sparse_mma
 
 SHAPES = [(32, 64), (64, 192), (1, 16), (33, 80), (100, 144)]
 
@@ -174,12 +175,8 @@ def test_where_gluon_is_missing_bitmasks_stay(monkeypatch):
         ((7, 5), True, False),
         ((9, 0), False, False),
     ]:
-
-        def kernels(file, gluon=gluon):
-            if not gluon:
-                raise ImportError("triton.experimental.gluon")
-
+        # an import of None raises
+        monkeypatch.setitem(sys.modules, "maskpro_kernels.ops.triton.sparse_mma", sparse_mma if gluon else None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        monkeypatch.setattr(dispatch, "kernels", kernels)
         assert dispatch.holds_metadata.__wrapped__(device) == expected
     assert not dispatch.holds_metadata(torch.device("cpu"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
-from maskpro_kernels.ops import reference, registry
+from maskpro_kernels.ops import curvature, reference
 from maskpro_kernels.ops.pattern import NMPattern
 from maskpro_kernels.ops.triton import straight_through, tiles
 
@@ -84,8 +84,8 @@ def test_updates_by_torchs_product_step_by_the_slope(dtype, by_torch, launched):
     grad, x, weight, logits = slope_operands(pattern, rows=21, k=40, dtype=torch.bfloat16, logits=dtype)
     gradient = ops.straight_through_grad(grad, x, weight, CURVATURE, source_of(logits, pattern))
     expected = logits.cpu().clone()
-    on_cpu = gradient.cpu(), rate.cpu(), counter_of(expected, pattern, **DRAW), torch.tensor(max_update)
-    mean_square = reference.descend_(expected, *on_cpu, m=pattern.m)
+    on_cpu = gradient.cpu(), rate.cpu(), max_update, pattern.m, counter_of(expected, pattern, **DRAW)
+    mean_square = reference.descend_(expected, *on_cpu)
     moved = logits.clone()
     found = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, max_update, source_of(moved, pattern))
     assert_same_bits([moved], [expected], pattern.m)
@@ -142,12 +142,12 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtypes, launched, monke
     gradient = ops.straight_through_grad(grad, x, weight, CURVATURE, source_of(logits, pattern))
     rate = torch.tensor(0.5 / float(gradient.square().mean().sqrt()), device=KERNEL_DEVICE)
     max_update, counter, expected = 0.75, source_of(logits, pattern).counter, logits.cpu().clone()
-    on_cpu = gradient.cpu(), rate.cpu(), counter_of(expected, pattern, **DRAW), torch.tensor(max_update)
-    mean_square = reference.descend_(expected, *on_cpu, m=pattern.m)
+    on_cpu = gradient.cpu(), rate.cpu(), max_update, pattern.m, counter_of(expected, pattern, **DRAW)
+    mean_square = reference.descend_(expected, *on_cpu)
     fused, apart = logits.clone(), logits.clone()
     found = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, max_update, source_of(fused, pattern))
     assert launched["straight_through"] == 2
-    also = ops.descend_(apart, gradient, rate, max_update, pattern.m, *counter)
+    also = ops.descend_(apart, gradient, rate, max_update, pattern.m, counter)
     assert launched["descend"] == 1
     assert_same_bits([fused, apart], [expected, expected], pattern.m)
     assert not torch.equal(fused, logits)
@@ -220,7 +220,7 @@ def test_given_squares_take_the_place_of_the_gradients_own(dtype):
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, tokens=16, dtype=dtype)
     mask, rate = source_of(logits, pattern), torch.tensor(0.1, device=KERNEL_DEVICE)
-    own = 16 * registry.gradient_squares(grad)[0]
+    own = 16 * curvature.gradient_squares(grad)[0]
     assert own.dtype == torch.float32 and own.shape == (len(weight),)
     assert_same_bits(ops.token_squares(grad, None), torch.cat([16 * own, own.new_tensor([16.0])]))
     assert_same_bits(ops.token_squares(grad, torch.tensor(32.0)), torch.cat([64 * own, own.new_tensor([16.0])]))
@@ -249,12 +249,12 @@ def test_opcheck():
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, rows=4, k=16)
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
-    mask, squares = source_of(logits, pattern).flat(), torch.rand(4, device=KERNEL_DEVICE)
+    mask, squares = source_of(logits, pattern), torch.rand(4, device=KERNEL_DEVICE)
     tokens = torch.tensor(3.0)
     for more in ((None, None, None), (torch.empty_like(weight), tokens, squares)):
         of = (grad, x, weight, 1.0)
-        torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (*of, *more, *mask))
+        torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (*of, *more, *mask.flat()))
         update = torch.ops.maskpro.straight_through_update_.default
-        torch.library.opcheck(update, (*of, rate, 1.0, *more, *mask))
+        torch.library.opcheck(update, (logits, *of, rate, 1.0, *more, *mask._replace(tensor=None).flat()))
     arguments = (logits, torch.randn_like(logits), rate, 1.0, 4, *source_of(logits, pattern).counter)
     torch.library.opcheck(torch.ops.maskpro.descend_.default, arguments)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ... import reference
-from ...pattern import bitmask_of, codes_of
+from ...pattern import as_bitmask, bitmask_of, codes_of
 from .. import cache, cpu_multiplies
 from ..loops import run, warn_of_failure
 from . import RUN, Packed
@@ -125,7 +125,7 @@ def _check_unpacked(unpacked: Unpacked, kind: Packed) -> None:
         scales = torch.rand((rows, -(-kept // kind.group)), generator=generator, device="cpu").to(kind.x)
     parts = values, bitmask, scales
     given = values if scales is None else reference.dequantized(values, scales, kind.x)
-    expected = reference.unpack_nm(given, bitmask, n=kind.n, m=kind.m)
+    expected = reference.unpack_nm(given, bitmask, kind.n, kind.m)
     for first, count in ((0, 4), (1, 2)):
         columns = slice(RUN * first, RUN * (first + count))
         part = unpacked(parts, first, min(count, -(-groups * kind.m // RUN) - first))
@@ -133,8 +133,9 @@ def _check_unpacked(unpacked: Unpacked, kind: Packed) -> None:
             raise RuntimeError("unpacked weights differ from the reference")
 
 
-def unpack_nm(values, bitmask, *, n, m):
+def unpack_nm(values, bitmask, n, m):
     """``reference.unpack_nm``."""
+    bitmask = as_bitmask(bitmask, values.shape[1] // n * m, len(values))
     unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
     if unpacked is not None:
         return unpacked((values, bitmask, None), 0, -(-(values.shape[1] // n * m) // RUN))
@@ -163,19 +164,21 @@ def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     return "tiles" if by_tiles else "blocks"
 
 
-def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> Tensor:
-    """x [..., K] @ weight [rows, K].T + bias, in the dtype of x; all are contiguous."""
-    rows = parts[0].shape[0]
-    k = x.shape[-1]
-    tokens = x.numel() // k
+def nm_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    """x [tokens, K] @ weight [rows, K].T + bias, in the dtype of x; all are contiguous."""
+    rows = values.shape[0]
+    tokens, k = x.shape
     if not tokens or not rows:
-        return x.new_empty(*x.shape[:-1], rows)
+        return x.new_empty(tokens, rows)
+    if bitmask.dtype != torch.uint8:
+        bitmask = as_bitmask(bitmask, k, rows)
     # all larger numbers of tokens share one runner
     bounded = min(tokens, FEW + 1)
-    values, _, scales = parts
     # int4 alone has several sizes of groups
     group = reference.scaled_group(values, scales) if values.dtype == torch.uint8 else reference.SCALED
-    return _chosen(bounded, n, m, values.dtype, x.dtype, group, bias is not None)(x, parts, bias)
+    return _chosen(bounded, n, m, values.dtype, x.dtype, group, bias is not None)(x, (values, bitmask, scales), bias)
 
 
 @functools.cache
@@ -186,16 +189,18 @@ def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, gr
     return _runner(how, kind, tokens if how in ("registers", "octets") else FEW + 1, biased)
 
 
-def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
+def nm_linear_input_grad(
+    grad: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: int
+) -> Tensor:
     """grad [tokens, rows] @ weight [rows, K], in the dtype of grad: by blocks of columns."""
-    values, bitmask, scales = parts
     if scales is not None:
         values = reference.dequantized(values, scales, grad.dtype)
     rows = values.shape[0]
     k = values.shape[1] // n * m
+    bitmask = as_bitmask(bitmask, k, rows)
     unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
     if unpacked is None or not rows:
-        return grad @ unpack_nm(values, bitmask, n=n, m=m)
+        return grad @ unpack_nm(values, bitmask, n, m)
     out = torch.empty((grad.shape[0], k), dtype=grad.dtype, device="cpu")
     runs = -(-k // RUN)
     dtype = grad.dtype if cpu_multiplies(grad.dtype) else torch.float32
@@ -230,7 +235,7 @@ def _by_unpacking(kind: Packed, x: Tensor, parts: Parts, bias: Tensor | None) ->
     values, bitmask, scales = parts
     if scales is not None:
         values = reference.dequantized(values, scales, x.dtype)
-    return linear(x, unpack_nm(values, bitmask, n=kind.n, m=kind.m), bias)
+    return linear(x, unpack_nm(values, bitmask, kind.n, kind.m), bias)
 
 
 def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None:
@@ -255,7 +260,7 @@ def _check_product(run: Runner, kind: Packed, tokens: int, biased: bool) -> None
         values = torch.randint(low, high, shape, generator=generator, device="cpu", dtype=kind.values)
     parts = values, bitmask_of(codes, kind.m), scales
     values = values if scales is None else reference.dequantized(values, scales, torch.float32)
-    weight = reference.unpack_nm(values, parts[1], n=kind.n, m=kind.m).double()
+    weight = reference.unpack_nm(values, parts[1], kind.n, kind.m).double()
     exact = linear(x.double(), weight, None if bias is None else bias.double())
     of_torch = (linear(x, weight.to(kind.x), bias).double() - exact).abs().max()
     if not (run(x, parts, bias).double() - exact).abs().max() <= 2 * of_torch + 1e-6 * exact.abs().max():

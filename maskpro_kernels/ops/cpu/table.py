@@ -1,0 +1,26 @@
+"""Operations as machine code, on a CPU for which LLVM compiles; torch multiplies where the mask changes."""
+
+from ..reference.products import (
+    masked_linear,
+    masked_linear_input_grad,
+    masked_linear_weight_grad,
+    straight_through_grad,
+    straight_through_update_,
+    weight_gradient,
+)
+from .kernels import (
+    adamw_,
+    best_swaps,
+    descend_,
+    descend_by_slope_,
+    draw_layers_,
+    mask_log_prob,
+    mask_score,
+    mask_slope,
+    masked_weight,
+    sample_mask,
+    score_update_,
+    top_n_mask,
+    update_layers_,
+)
+from .packed.products import nm_linear, nm_linear_input_grad, unpack_nm
