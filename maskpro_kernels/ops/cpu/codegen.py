@@ -32,8 +32,8 @@ TYPES = {
     torch.float16: ir.HalfType(),
     torch.bfloat16: ir.IntType(16),
 }
-WORD = ir.IntType(32)
-LONG = ir.IntType(64)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
 POINTER = ir.PointerType()
 UNSIGNED = (torch.bool, torch.uint8, torch.uint32)
 
@@ -269,12 +269,12 @@ class Body:
 
 def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Upper half of a float32's bits, rounded to the nearest, ties to even; NaN stays NaN."""
-    bits = builder.bitcast(value, WORD)
-    odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
-    carried = builder.add(bits, builder.add(odd, WORD(0x7FFF)))
+    bits = builder.bitcast(value, I32)
+    odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+    carried = builder.add(bits, builder.add(odd, I32(0x7FFF)))
     nan = builder.fcmp_unordered("uno", value, value)
-    rounded = builder.select(nan, builder.or_(bits, WORD(1 << 22)), carried)
-    return builder.trunc(builder.lshr(rounded, WORD(16)), TYPES[torch.bfloat16])
+    rounded = builder.select(nan, builder.or_(bits, I32(1 << 22)), carried)
+    return builder.trunc(builder.lshr(rounded, I32(16)), TYPES[torch.bfloat16])
 
 
 def lowered(graph: fx.Graph, groups: Sequence[tuple], rest: Sequence[tuple],
@@ -301,7 +301,7 @@ def lowered(graph: fx.Graph, groups: Sequence[tuple], rest: Sequence[tuple],
 
 def add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
     """Add a function with ``longs`` and ``pointers`` as arguments and no result; return it and its builder."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[LONG] * longs, *[POINTER] * pointers]), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[I64] * longs, *[POINTER] * pointers]), name)
     return function, ir.IRBuilder(function.append_basic_block())
 
 
@@ -313,21 +313,21 @@ def use_whole_registers(function: ir.Function) -> None:
 
 def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, count: int, dtype: torch.dtype):
     """Address of the i-th of ``count`` columns of a group."""
-    index = builder.add(builder.mul(group, LONG(count)), LONG(i))
+    index = builder.add(builder.mul(group, I64(count)), I64(i))
     return builder.gep(pointer, [index], source_etype=TYPES[dtype])
 
 
-def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
+def for_range(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], step: int = 1):
     """Add a loop over [start, stop); the builder continues after it."""
     before = builder.block
     loop = builder.append_basic_block()
     done = builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
     builder.position_at_end(loop)
-    i = builder.phi(LONG)
+    i = builder.phi(I64)
     i.add_incoming(start, before)
     body(i)
-    following = builder.add(i, LONG(by))
+    following = builder.add(i, I64(step))
     i.add_incoming(following, builder.block)
     builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
     builder.position_at_end(done)
@@ -350,7 +350,7 @@ def _add_loop(module: ir.Module, name: str, graph: fx.Graph, groups: Sequence[tu
     outputs = pointers[given:] if in_place is None else [pointers[in_place], *pointers[given:]]
     shared = {}
     for node, pointer, (dtype, *shape) in zip(nodes[len(groups) :], pointers[len(groups) : given], rest, strict=True):
-        addresses = [builder.gep(pointer, [LONG(i)], source_etype=TYPES[dtype]) for i in range(math.prod(shape))]
+        addresses = [builder.gep(pointer, [I64(i)], source_etype=TYPES[dtype]) for i in range(math.prod(shape))]
         shared[node] = Columns([builder.load(x, typ=TYPES[dtype]) for x in addresses], dtype)
 
     def body(group: ir.Value) -> None:
@@ -363,7 +363,7 @@ def _add_loop(module: ir.Module, name: str, graph: fx.Graph, groups: Sequence[tu
             count = math.prod(shape)
             _store(builder, columns.values * (count // len(columns.values)), pointer, group, dtype)
 
-    each(builder, start, stop, body)
+    for_range(builder, start, stop, body)
     builder.ret_void()
     return function, results
 
@@ -387,13 +387,13 @@ class _Numbers:
     def __init__(self, builder: ir.IRBuilder, shard: ir.Value, memory: ir.Value):
         self.builder = builder
         self.memory = memory
-        first, self.columns, row_stride, self.offset = _loaded(builder, shard, LONG(0), torch.int64, 4)
+        first, self.columns, row_stride, self.offset = _loaded(builder, shard, I64(0), torch.int64, 4)
         self.shift = builder.add(first, self.offset)
         self.gap = builder.sub(row_stride, self.columns)
 
     def put(self, i: ir.Value, group: ir.Value) -> None:
         """Write the i-th index, that of ``group``, as if rows were adjacent."""
-        _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
+        _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), I32)], self.memory, i, *NUMBER)
 
     def set_apart(self, count: ir.Value) -> None:
         """Correct ``count`` indices if rows are not adjacent; adjacent rows need no division."""
@@ -401,12 +401,12 @@ class _Numbers:
 
         def correct(i: ir.Value) -> None:
             (number,) = _loaded(builder, self.memory, i, *NUMBER, 1)
-            row = builder.sdiv(builder.sub(builder.zext(number, LONG), self.offset), self.columns)
-            skipped = builder.trunc(builder.mul(row, self.gap), WORD)
+            row = builder.sdiv(builder.sub(builder.zext(number, I64), self.offset), self.columns)
+            skipped = builder.trunc(builder.mul(row, self.gap), I32)
             _store(builder, [builder.add(number, skipped)], self.memory, i, *NUMBER)
 
-        with builder.if_then(builder.icmp_signed("!=", self.gap, LONG(0))):
-            each(builder, LONG(0), count, correct)
+        with builder.if_then(builder.icmp_signed("!=", self.gap, I64(0))):
+            for_range(builder, I64(0), count, correct)
 
 
 def _add_draws(module: ir.Module, level: ir.Function, by_bounds: ir.Function, draw: ir.Function,
@@ -425,45 +425,45 @@ def _add_draws(module: ir.Module, level: ir.Function, by_bounds: ir.Function, dr
     # read in words; the last one may go beyond the block
     flags_type = ir.ArrayType(byte, BLOCK + 8)
     flags = builder.alloca(flags_type)
-    undrawn = builder.alloca(LONG, BATCH)
-    filled = builder.alloca(LONG)
+    undrawn = builder.alloca(I64, BATCH)
+    filled = builder.alloca(I64)
     levels = builder.alloca(byte, BLOCK)
-    memory = builder.alloca(WORD, BLOCK)
+    memory = builder.alloca(I32, BLOCK)
     numbers = _Numbers(builder, pointers[given], memory)
     builder.store(flags_type(None), flags)
-    builder.store(LONG(0), filled)
+    builder.store(I64(0), filled)
 
     def draw_undrawn(size: ir.Value) -> None:
         builder.call(batch, [size, undrawn, *pointers])
-        builder.store(LONG(0), filled)
+        builder.store(I64(0), filled)
 
     def block(first: ir.Value) -> None:
-        end = smaller(builder, builder.add(first, LONG(BLOCK)), stop)
+        end = smaller(builder, builder.add(first, I64(BLOCK)), stop)
         size = builder.sub(end, first)
-        each(builder, LONG(0), size, lambda i: numbers.put(i, builder.add(first, i)))
+        for_range(builder, I64(0), size, lambda i: numbers.put(i, builder.add(first, i)))
         numbers.set_apart(size)
-        builder.call(level, [LONG(0), size, memory, *others, levels])
+        builder.call(level, [I64(0), size, memory, *others, levels])
         here, levels_here = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
         builder.call(by_bounds, [first, end, *of_groups, levels_here, *others, *written, here])
 
         def collect(group: ir.Value) -> None:
-            size = builder.load(filled, typ=LONG)
-            builder.store(group, builder.gep(undrawn, [size], source_etype=LONG))
-            size = builder.add(size, builder.zext(_flag_of(builder, here, group, byte), LONG))
+            size = builder.load(filled, typ=I64)
+            builder.store(group, builder.gep(undrawn, [size], source_etype=I64))
+            size = builder.add(size, builder.zext(_flag_of(builder, here, group, byte), I64))
             builder.store(size, filled)
-            with builder.if_then(builder.icmp_signed("==", size, LONG(BATCH)), likely=False):
+            with builder.if_then(builder.icmp_signed("==", size, I64(BATCH)), likely=False):
                 draw_undrawn(size)
 
         def word(group: ir.Value) -> None:
-            flags_here = _flag_of(builder, here, group, LONG)
-            with builder.if_then(builder.icmp_signed("!=", flags_here, LONG(0)), likely=False):
-                each(builder, group, smaller(builder, builder.add(group, LONG(8)), end), collect)
+            flags_here = _flag_of(builder, here, group, I64)
+            with builder.if_then(builder.icmp_signed("!=", flags_here, I64(0)), likely=False):
+                for_range(builder, group, smaller(builder, builder.add(group, I64(8)), end), collect)
 
-        each(builder, first, end, word, by=8)
+        for_range(builder, first, end, word, step=8)
 
-    each(builder, start, stop, block, by=BLOCK)
-    size = builder.load(filled, typ=LONG)
-    with builder.if_then(builder.icmp_signed("!=", size, LONG(0))):
+    for_range(builder, start, stop, block, step=BLOCK)
+    size = builder.load(filled, typ=I64)
+    with builder.if_then(builder.icmp_signed("!=", size, I64(0))):
         draw_undrawn(size)
     builder.ret_void()
     return function
@@ -486,7 +486,7 @@ def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorTyp
     """Copy a group as a vector of bytes; source and target are (pointer, index of the group)."""
     # the stride of vectors would be rounded up to a power of two
     read, written = (
-        builder.gep(pointer, [builder.mul(group, LONG(typ.count))], source_etype=ir.IntType(8))
+        builder.gep(pointer, [builder.mul(group, I64(typ.count))], source_etype=ir.IntType(8))
         for pointer, group in (source, target)
     )
     builder.store(builder.load(read, typ=typ, align=1), written, align=1)
@@ -509,15 +509,15 @@ def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], re
     for place in (*gathered, drawn):
         # aligned for the vectors that are read and written there
         place.align = 64
-    memory = builder.alloca(WORD, BATCH)
+    memory = builder.alloca(I32, BATCH)
     numbers = _Numbers(builder, pointers[given], memory)
     out = pointers[given + 1] if own else pointers[in_place]
     # pad to whole vectors with copies of the last group: a remainder would be processed one by one
-    padded = builder.and_(builder.add(size, LONG(VECTORS - 1)), LONG(-VECTORS))
-    last = builder.sub(size, LONG(1))
+    padded = builder.and_(builder.add(size, I64(VECTORS - 1)), I64(-VECTORS))
+    last = builder.sub(size, I64(1))
 
     def undrawn_at(i: ir.Value) -> ir.Value:
-        return builder.load(builder.gep(undrawn, [i], source_etype=LONG), typ=LONG)
+        return builder.load(builder.gep(undrawn, [i], source_etype=I64), typ=I64)
 
     def gather(i: ir.Value) -> None:
         group = undrawn_at(builder.select(builder.icmp_signed("<", i, last), i, last))
@@ -528,11 +528,11 @@ def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], re
     def scatter(i: ir.Value) -> None:
         _copy(builder, (drawn, i), (out, undrawn_at(i)), result_type)
 
-    each(builder, LONG(0), padded, gather)
+    for_range(builder, I64(0), padded, gather)
     numbers.set_apart(padded)
     results = [drawn] if own else []
-    builder.call(draw, [LONG(0), padded, *gathered, memory, *pointers[len(groups) : given], *results])
-    each(builder, LONG(0), size, scatter)
+    builder.call(draw, [I64(0), padded, *gathered, memory, *pointers[len(groups) : given], *results])
+    for_range(builder, I64(0), size, scatter)
     builder.ret_void()
     return function
 
@@ -545,37 +545,37 @@ def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
     """
     function, builder = add_function(module, LAYERS, 3, 1)
     start, stop, count, table = function.args
-    width = LONG(len(loop.args) - 1)
+    width = I64(len(loop.args) - 1)
 
     def entry(row: ir.Value, i: int, type_: ir.Type) -> ir.Value:
-        index = builder.add(builder.mul(row, width), LONG(i))
-        return builder.load(builder.gep(table, [index], source_etype=LONG), typ=type_)
+        index = builder.add(builder.mul(row, width), I64(i))
+        return builder.load(builder.gep(table, [index], source_etype=I64), typ=type_)
 
     def layer(row: ir.Value) -> None:
-        first = entry(row, 0, LONG)
-        end = entry(builder.add(row, LONG(1)), 0, LONG)
+        first = entry(row, 0, I64)
+        end = entry(builder.add(row, I64(1)), 0, I64)
         low = larger(builder, first, start)
         high = smaller(builder, end, stop)
         with builder.if_then(builder.icmp_signed("<", low, high)):
             addresses = [entry(row, 1 + i, x.type) for i, x in enumerate(loop.args[2:])]
             builder.call(loop, [builder.sub(low, first), builder.sub(high, first), *addresses])
 
-    each(builder, LONG(0), count, layer)
+    for_range(builder, I64(0), count, layer)
     builder.ret_void()
     return function
 
 
 def add_shared(module: ir.Module, loop: ir.Function, name: str = SHARED) -> None:
     """Add ``shared(data)``, an OpenMP thread's share of the loop; data is [count, *other arguments]."""
-    number = ir.FunctionType(WORD, [])
+    number = ir.FunctionType(I32, [])
     thread, threads = (module.globals.get(x) or ir.Function(module, number, x) for x in (THREAD, THREADS))
     function, builder = add_function(module, name, 0, 1)
 
     def datum(i: int, type_):
-        return builder.load(builder.gep(function.args[0], [LONG(i)], source_etype=LONG), typ=type_)
+        return builder.load(builder.gep(function.args[0], [I64(i)], source_etype=I64), typ=type_)
 
-    own, all_ = (builder.sext(builder.call(f, []), LONG) for f in (thread, threads))
-    count = datum(0, LONG)
-    bounds = [builder.sdiv(builder.mul(count, x), all_) for x in (own, builder.add(own, LONG(1)))]
+    own, all_ = (builder.sext(builder.call(f, []), I64) for f in (thread, threads))
+    count = datum(0, I64)
+    bounds = [builder.sdiv(builder.mul(count, x), all_) for x in (own, builder.add(own, I64(1)))]
     builder.call(loop, [*bounds, *(datum(1 + i, x.type) for i, x in enumerate(loop.args[2:]))])
     builder.ret_void()
