@@ -339,7 +339,7 @@ def test_slices_are_multiplied_in_a_dtype_that_is_fast_on_the_cpu(fast, cpu, mon
 
 def test_what_does_not_compile_is_unpacked(cpu, monkeypatch):
     monkeypatch.setattr(machine, "object_code", lambda assembly: b"")
-    monkeypatch.setattr(cache, "compiled", lambda name, made_of, make: make())
+    monkeypatch.setattr(cache, "compiled", lambda name, key, make: make())
     packed, weight, exact = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
     x = torch.randn(1, 64).bfloat16()
     with warnings.catch_warnings(record=True) as warned:

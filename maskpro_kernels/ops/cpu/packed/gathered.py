@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ..codegen import I32, I64, TYPES, for_range, smaller
+from ..codegen import I32, I64, TYPES, for_range, minimum
 from . import Packed
 from .instructions import (
     FLOAT,
@@ -57,7 +57,7 @@ class GatheredProduct(RowProduct):
         values, bits, *_ = self.pointers
         first = b.mul(pair, I64(2))
         # the last of an odd number is multiplied twice
-        rows = first, smaller(b, b.add(first, I64(1)), b.sub(self.rows, I64(1)))
+        rows = first, minimum(b, b.add(first, I64(1)), b.sub(self.rows, I64(1)))
         row_bytes = b.sdiv(self.k, I64(4))
         mask_bytes = ceil_div(b, self.k, 8)
         sources = [gep(b, values, b.mul(row, row_bytes), I8) for row in rows]
@@ -103,7 +103,7 @@ class GatheredProduct(RowProduct):
         # half a step has 32 values of a row
         block_halves = self.kind.group // 32
         last = b.sub(self.scales_count, I64(1))
-        blocks = [smaller(b, b.sdiv(b.add(b.mul(step, I64(2)), I64(i)), I64(block_halves)), last) for i in range(2)]
+        blocks = [minimum(b, b.sdiv(b.add(b.mul(step, I64(2)), I64(i)), I64(block_halves)), last) for i in range(2)]
         weight_scales = self._repeated([self._row_scale(row, block) for block in blocks for row in rows], 2)
         for token, total in enumerate(totals):
             sums = []

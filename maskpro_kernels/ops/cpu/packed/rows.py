@@ -13,7 +13,18 @@ from collections.abc import Callable
 import torch
 from llvmlite import ir
 
-from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, larger, smaller, use_whole_registers
+from ..codegen import (
+    ENTRY,
+    I32,
+    I64,
+    TYPES,
+    add_function,
+    add_shared,
+    for_range,
+    maximum,
+    minimum,
+    prefer_512_bit_vectors,
+)
 from . import RUN, Packed
 from .instructions import (
     FLOAT,
@@ -82,7 +93,7 @@ class RowProduct:
         self.biased = biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 4, pointers + 2)
-        use_whole_registers(self.function)
+        prefer_512_bit_vectors(self.function)
         self.start, self.stop, self.k, self.rows, *self.pointers, self.bias, self.out = self.function.args
         self.row_values = self.b.mul(self.b.sdiv(self.k, I64(kind.m)), I64(kind.n))
         # scales of a row
@@ -149,7 +160,7 @@ class FloatProduct(RowProduct):
 
             def add_block(block: ir.Value) -> None:
                 start = b.mul(block, block_runs)
-                block_sums = self._sums(pointers, start, smaller(b, self.weight.runs, b.add(start, block_runs)))
+                block_sums = self._sums(pointers, start, minimum(b, self.weight.runs, b.add(start, block_runs)))
                 scale = broadcast(b, self.scale(self.scales, row, block), self.lanes)
                 for total, block_sum in zip(row_sums, block_sums, strict=True):
                     total.set(fma(b, block_sum, scale, total.get()))
@@ -245,7 +256,7 @@ def quantizer(kind: Packed, isa: Instructions) -> str:
     """
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 3, 5)
-    use_whole_registers(function)
+    prefer_512_bit_vectors(function)
     start, stop, k, x, high, low, scales, refused = function.args
     block_columns = kind.runs_per_scale * RUN
     padded_k = b.mul(ceil_div(b, k, STEP), I64(STEP))
@@ -276,7 +287,7 @@ def quantizer(kind: Packed, isa: Instructions) -> str:
 
         def quantize_block(block: ir.Value) -> None:
             first = b.mul(block, I64(block_columns))
-            last = smaller(b, k, b.add(first, I64(block_columns)))
+            last = minimum(b, k, b.add(first, I64(block_columns)))
             # a block of one large number and zeros has the ratio of its columns
             max_ratio = min(MAX_OVER_MEAN, block_columns / 2)
             scale, accurate = _scale(b, for_columns, row, first, last, max_ratio)
@@ -366,7 +377,7 @@ class IntegerProduct(RowProduct):
         def add_block(block: ir.Value, whole: bool) -> None:
             first = b.mul(block, I64(self.block_spans))
             last = b.add(first, I64(self.block_spans))
-            sums = self._sums(values, bits, first, last if whole else smaller(b, self.spans, last), whole)
+            sums = self._sums(values, bits, first, last if whole else minimum(b, self.spans, last), whole)
             weight_scale = self.scale(self.scales, row, block)
             for token, (total, block_sum) in enumerate(zip(totals, sums, strict=True)):
                 index = b.add(b.mul(self.scales_count, I64(token)), block)
@@ -430,7 +441,7 @@ class IntegerProduct(RowProduct):
 
         def multiply_copied(span: ir.Value) -> None:
             first_column = b.mul(span, I64(SPAN))
-            columns = smaller(b, I64(SPAN), b.sub(self.k, first_column))
+            columns = minimum(b, I64(SPAN), b.sub(self.k, first_column))
             kept = b.mul(b.sdiv(columns, I64(self.kind.m)), I64(self.kind.n))
             source = gep(b, values, b.mul(span, I64(self.span_bytes)), I8)
             copy(b, source, self.values_buffer, b.sdiv(kept, I64(self.kind.values_per_element)), I8)
@@ -452,7 +463,7 @@ class IntegerProduct(RowProduct):
             else:
                 for_range(b, first, last, multiply_unrolled, step=unrolled)
         else:
-            direct_end = larger(b, first, smaller(b, self.whole_spans, last))
+            direct_end = maximum(b, first, minimum(b, self.whole_spans, last))
             for_range(b, first, direct_end, multiply_direct)
             for_range(b, direct_end, last, multiply_copied)
         if not vnni:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, smaller, use_whole_registers
+from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, minimum, prefer_512_bit_vectors
 from . import RUN, Packed
 from .instructions import (
     BFLOAT,
@@ -87,7 +87,7 @@ def laid_out() -> str:
 
     def reorder_tile(tile: ir.Value) -> None:
         first = b.mul(tile, I64(TILE))
-        rows = [gep(b, x, b.mul(smaller(b, b.add(first, I64(i)), last), k), I16) for i in range(TILE)]
+        rows = [gep(b, x, b.mul(minimum(b, b.add(first, I64(i)), last), k), I16) for i in range(TILE)]
 
         def write_transposed(run: ir.Value, pairs: list[ir.Value]) -> None:
             target = gep(b, out, b.mul(b.add(b.mul(tile, runs), run), I64(TILE_BYTES)), I8)
@@ -135,7 +135,7 @@ class TileProduct:
         self.biased = biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 6, 6)
-        use_whole_registers(self.function)
+        prefer_512_bit_vectors(self.function)
         self.start, self.stop, self.k, self.rows, self.first, self.tokens, *pointers = self.function.args
         values, bits, self.scales, self.x, self.bias, self.out = pointers
         b = self.b
@@ -170,7 +170,7 @@ class TileProduct:
             b.store(zeros(vector(FLOAT, TILE)), gep(b, self.sums, b.mul(i, I64(TILE)), FLOAT), align=64)
 
         def multiply_runs(run: ir.Value) -> None:
-            run_end = smaller(b, self.weight.runs, b.add(run, I64(STRIP_RUNS)))
+            run_end = minimum(b, self.weight.runs, b.add(run, I64(STRIP_RUNS)))
             self._expand(first_row, run, run_end)
             paired = b.mul(b.sdiv(tiles, I64(2)), I64(2))
             for_range(b, I64(0), paired, lambda tile: self._multiply(tile, 2, run, run_end), step=2)
@@ -184,7 +184,7 @@ class TileProduct:
         """Expand the weights of a strip, runs [first_run, run_end) of each row, into their columns."""
         b = self.b
         weight = self.weight
-        rows = smaller(b, I64(STRIP), b.sub(self.rows, first_row))
+        rows = minimum(b, I64(STRIP), b.sub(self.rows, first_row))
         direct_end = weight.direct_end(first_run, run_end)
         more = b.icmp_signed("<", run_end, weight.runs)
 
@@ -253,10 +253,10 @@ class TileProduct:
         """Write the sums of a strip and a tile of tokens, token by token."""
         b = self.b
         element = TYPES[self.kind.x]
-        rows = smaller(b, I64(STRIP), b.sub(self.rows, first_row))
+        rows = minimum(b, I64(STRIP), b.sub(self.rows, first_row))
         whole = b.icmp_signed("==", rows, I64(STRIP))
         first_token = b.mul(tile, I64(TILE))
-        tokens = smaller(b, I64(TILE), b.sub(self.tokens, first_token))
+        tokens = minimum(b, I64(TILE), b.sub(self.tokens, first_token))
         sums = gep(b, self.sums, b.mul(tile, I64(STRIP * TILE)), FLOAT)
         if self.biased:
             copy(b, gep(b, self.bias, first_row, element), self.bias_buffer, rows, element)
@@ -280,4 +280,4 @@ class TileProduct:
                             b.store(rounded, pointer, align=1)
                         with otherwise:
                             b.store(rounded, self.out_buffer, align=1)
-                            copy(b, self.out_buffer, pointer, smaller(b, I64(TILE), half_rows), element)
+                            copy(b, self.out_buffer, pointer, minimum(b, I64(TILE), half_rows), element)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, larger, smaller
+from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, maximum, minimum
 from . import RUN, Packed
 from .instructions import (
     BFLOAT,
@@ -63,7 +63,7 @@ class Weight:
         if not self.fixed and kind.values_per_element == 1:
             # the vector of the last lanes may start after as many values as there are lanes before it
             whole_loads = b.sdiv(b.sub(self.row_values, I64(RUN - kind.values_per_run)), I64(kind.values_per_run))
-            self.direct_runs = smaller(b, self.direct_runs, larger(b, whole_loads, I64(0)))
+            self.direct_runs = minimum(b, self.direct_runs, maximum(b, whole_loads, I64(0)))
         self.values_buffer = buffer(b, self.element, 2 * RUN)
         # int4 values of a run as bytes
         self.bytes_buffer = buffer(b, I8, 2 * RUN)
@@ -72,7 +72,7 @@ class Weight:
 
     def direct_end(self, first: ir.Value, last: ir.Value) -> ir.Value:
         """End of the direct runs among [first, last)."""
-        return larger(self.b, first, smaller(self.b, self.direct_runs, last))
+        return maximum(self.b, first, minimum(self.b, self.direct_runs, last))
 
     def row_pointers(self, row: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Pointers to a row's values and bitmask."""
@@ -91,7 +91,7 @@ class Weight:
 
     def run_length(self, run: ir.Value) -> ir.Value:
         """Number of weights of a run, i64."""
-        return smaller(self.b, I64(RUN), self.b.sub(self.k, self.b.mul(run, I64(RUN))))
+        return minimum(self.b, I64(RUN), self.b.sub(self.k, self.b.mul(run, I64(RUN))))
 
     def load_copied(self, pointers: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         """``vectors`` of any run, with zeros after the end of the row."""
