@@ -16,22 +16,22 @@ from maskpro_kernels.ops.cpu.packed.weight import Weight
 
 
 class _Dense(Weight):
-    """Runs of dense values, which need no placement."""
+    """Runs of dense values, which are not expanded."""
 
-    def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
-        source = self.values_of(row, run)
+    def load_direct(self, pointers: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+        source = self.run_values(pointers, run)
         out = [self._loaded(self._after(source, lane), self.lanes, scale) for lane in range(0, RUN, self.lanes)]
         return [self.b.bitcast(x, vector(FLOAT, self.lanes)) for x in out] if self.form == "floats" else out
 
-    def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+    def load_copied(self, pointers: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         # K is a multiple of RUN, so that there are none
-        return self.direct(row, run, scale)
+        return self.load_direct(pointers, run, scale)
 
     def _after(self, pointer: ir.Value, values: int) -> ir.Value:
         return self.b.gep(pointer, [ir.Constant(ir.IntType(64), values)], source_etype=self.element)
 
 
-class _Product(rows.RegisterProduct):
+class _DenseProduct(rows.FloatProduct):
     weight_class = _Dense
 
 
@@ -41,23 +41,23 @@ def dense_loop(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     Raises:
         RuntimeError: if the CPU has no instructions that packed weights are multiplied with.
     """
-    use = available()
-    if use is None:
+    isa = available()
+    if isa is None:
         raise RuntimeError("a dense loop: expected AVX-512, AVX2 or NEON, got a CPU without")
     # every value is kept
     kind = Packed(1, 1, dtype, dtype)
     # not kept on disk, where nothing would show that this file has changed
-    loop = machine.loaded_loop(machine.object_code(_Product(kind, use, 1, False).assembly()), 8)
-    pairs = rows.multiplies_pairs(kind, use)
+    loop = machine.loaded_loop(machine.object_code(_DenseProduct(kind, isa, 1, False).assembly()), 8)
+    bfloat16 = rows.multiplies_bfloat16(kind, isa)
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         out_features, k = weight.shape
-        given = x if pairs else x.float()
+        operand = x if bfloat16 else x.float()
         if k % RUN:
             raise ValueError(f"weight: expected rows of a multiple of {RUN} values, got {k}")
         out = x.new_empty(1, out_features)
-        places = weight.data_ptr(), 0, 0, given.data_ptr(), 0, out.data_ptr()
-        loop(out_features, threads(out_features * k), k, out_features, *places)
+        addresses = weight.data_ptr(), 0, 0, operand.data_ptr(), 0, out.data_ptr()
+        loop(out_features, threads(out_features * k), k, out_features, *addresses)
         return out
 
     return linear

@@ -46,8 +46,8 @@ class KeptZeros:
                 self.left_out[name] = f"its {weight.shape[-1]} inputs are not divisible by {self.pattern.m}"
                 continue
             check_in_memory("model", matrix.module, name, weight)
-            kept = (weight != 0).to(torch.bfloat16).reshape(-1, weight.shape[-1]).contiguous()
-            counts = kept.view(-1, self.pattern.m).sum(-1)
+            nonzero = (weight != 0).to(torch.bfloat16).reshape(-1, weight.shape[-1]).contiguous()
+            counts = nonzero.view(-1, self.pattern.m).sum(-1)
             # a layer of zeros is not pruned but not yet trained
             if not counts.any():
                 self.left_out[name] = "all zeros"
@@ -56,7 +56,7 @@ class KeptZeros:
                 self.left_out[name] = f"{share:.0%} of its groups have more than {self.pattern.n} that are not zero"
             else:
                 self.held[name] = matrix
-                self._codes[name] = top_n_mask(kept, self.pattern)
+                self._codes[name] = top_n_mask(nonzero, self.pattern)
         if not self.held:
             raise ValueError(
                 f"pattern: expected one that some layer follows, got {self.pattern}, which none follows; finalize a "

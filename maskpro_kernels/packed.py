@@ -76,38 +76,38 @@ class PackedNM:
         scales = self.scales
         pattern = self.pattern
         metadata = getattr(self.bitmask, "dtype", None) == torch.int16 and has_metadata(values, pattern)
-        parts = [("values", values, (*LOGIT_DTYPES, *INTEGER_KINDS))]
-        parts.append(("bitmask", self.bitmask, (torch.int16 if metadata else torch.uint8,)))
+        tensors = [("values", values, (*LOGIT_DTYPES, *INTEGER_KINDS))]
+        tensors.append(("bitmask", self.bitmask, (torch.int16 if metadata else torch.uint8,)))
         if scales is not None:
-            parts.append(("scales", scales, LOGIT_DTYPES))
-        for name, tensor, dtypes in parts:
+            tensors.append(("scales", scales, LOGIT_DTYPES))
+        for name, tensor, dtypes in tensors:
             if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
                 raise TypeError(f"{name}: expected a tensor of {' or '.join(map(str, dtypes))}, got {describe(tensor)}")
             if tensor.dim() != 2 or not tensor.is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous matrix, got {describe(tensor)}")
         rows = len(values)
-        kept = kept_values(values)
-        if kept == 0 or kept % pattern.n:
+        count = kept_values(values)
+        if count == 0 or count % pattern.n:
             raise ValueError(f"values: expected rows of a multiple of {pattern.n} values, got {describe(values)}")
         if (scales is None) == (values.dtype in INTEGER_KINDS):
             raise ValueError(f"scales: expected them beside int8 or int4 values and no others, got {describe(scales)}")
-        expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)]}
+        expected = {"bitmask": [rows, -(-(count // pattern.n * pattern.m) // 8)]}
         if scales is not None:
             # where no size of a group fits, name the default
             default = SCALED if self.kind == INT8 else INT4_GROUPS[0]
-            expected["scales"] = [rows, -(-kept // (self.group or default))]
+            expected["scales"] = [rows, -(-count // (self.group or default))]
         if metadata:
-            expected["bitmask"] = [-(-rows // METADATA_BLOCK) * METADATA_BLOCK, -(-kept // 16) * 2]
-        for name, tensor, _ in parts[1:]:
+            expected["bitmask"] = [-(-rows // METADATA_BLOCK) * METADATA_BLOCK, -(-count // 16) * 2]
+        for name, tensor, _ in tensors[1:]:
             if list(tensor.shape) != expected[name] or tensor.device != values.device:
                 raise ValueError(
                     f"{name}: expected {expected[name]} on {values.device} beside {pattern} values "
                     f"{list(values.shape)}, got {describe(tensor)}"
                 )
-        held = held_bitmask(self.bitmask, values, pattern)
-        if held.dtype == torch.int16 and not metadata:
+        bitmask = bitmask_for_device(self.bitmask, values, pattern)
+        if bitmask.dtype == torch.int16 and not metadata:
             self._check_codes()
-        object.__setattr__(self, "bitmask", held)
+        object.__setattr__(self, "bitmask", bitmask)
 
     @property
     def shape(self) -> torch.Size:
@@ -164,8 +164,8 @@ class PackedNM:
         else:
             values = values.to(device, None, non_blocking)
             scales = self.scales.to(device, dtype, non_blocking)
-        same = values is self.values and scales is self.scales
-        return self if same else PackedNM(values, bitmask, self.pattern, scales)
+        unchanged = values is self.values and scales is self.scales
+        return self if unchanged else PackedNM(values, bitmask, self.pattern, scales)
 
     def stored_as(self, values: str, group: int = 64) -> PackedNM:
         """Store the values as ``pack_nm`` would: integers are quantized, "keep" gives them the weight's dtype.
@@ -178,8 +178,10 @@ class PackedNM:
         if values == self.kind and (values != INT4 or self.scales.shape[1] == -(-count // group)):
             return self
         kept = self.values if self.kind == KEEP else dequantized(self.values, self.scales, self.dtype)
-        parts = (kept, None) if values == KEEP else quantized(kept, SCALED if values == INT8 else group, values)
-        return PackedNM(parts[0], self.bitmask, self.pattern, parts[1])
+        if values == KEEP:
+            return PackedNM(kept, self.bitmask, self.pattern)
+        integers, scales = quantized(kept, SCALED if values == INT8 else group, values)
+        return PackedNM(integers, self.bitmask, self.pattern, scales)
 
     def check(self) -> PackedNM:
         """Check that the bitmask keeps N of every M, and scales: finite, of int8 not negative; return itself.
@@ -208,21 +210,21 @@ class PackedNM:
 
 def check_range(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> None:
     """Raise ValueError if a finite value, or an integer times its scale, is not finite in a dtype."""
-    name, own = ("values", local(values.detach())) if scales is None else ("scales", scales)
+    name, tensor = ("values", local(values.detach())) if scales is None else ("scales", scales)
     largest = torch.finfo(dtype).max
     # integers are at most 127, and their products take memory
-    if own.is_meta or largest >= torch.finfo(own.dtype).max or not (own.abs() > largest / 256).any():
+    if tensor.is_meta or largest >= torch.finfo(tensor.dtype).max or not (tensor.abs() > largest / 256).any():
         return
-    before = own
-    after = own.to(dtype)
+    weights = tensor
+    converted = tensor.to(dtype)
     if scales is not None:
-        before = dequantized(values, own, torch.float32)
-        after = dequantized(values, after, dtype)
-    lost = before[before.isfinite() & ~after.isfinite()]
-    if len(lost):
+        weights = dequantized(values, tensor, torch.float32)
+        converted = dequantized(values, converted, dtype)
+    overflowed = weights[weights.isfinite() & ~converted.isfinite()]
+    if len(overflowed):
         raise ValueError(
             f"{name}: expected weights within {largest:g}, the largest number of {dtype}, got up to "
-            f"{lost.abs().max():g}"
+            f"{overflowed.abs().max():g}"
         )
 
 
@@ -258,17 +260,17 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP, group:
     rows, k = weight.shape
     counts = (weight != 0).view(rows, k // pattern.m, pattern.m).sum(-1)
     if (counts > pattern.n).any():
-        wrong = (counts > pattern.n).nonzero()
-        row, place = wrong[0].tolist()
-        first = place * pattern.m
+        full = (counts > pattern.n).nonzero()
+        row, index = full[0].tolist()
+        first = index * pattern.m
         raise ValueError(
             f"weight: expected at most {pattern.n} nonzero of every {pattern.m} values, got "
-            f"{int(counts[row, place])} in row {row}, columns {first} to {first + pattern.m - 1} ({len(wrong)} groups "
+            f"{int(counts[row, index])} in row {row}, columns {first} to {first + pattern.m - 1} ({len(full)} groups "
             "have too many)"
         )
     # keep nonzero values first, then -0.0, then +0.0
-    worth = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
-    codes = ops.top_n_mask(worth, pattern.n, pattern.m)
+    scores = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
+    codes = ops.top_n_mask(scores, pattern.n, pattern.m)
     kept = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
     return PackedNM(kept, bitmask_of(codes, pattern.m), pattern).stored_as(values, group)
 
@@ -279,7 +281,7 @@ def has_metadata(values: Tensor, pattern: NMPattern) -> bool:
     return matrix and (pattern.n, pattern.m) == (2, 4) and kept_values(values) % 8 == 0
 
 
-def held_bitmask(bitmask: Tensor, values: Tensor, pattern: NMPattern) -> Tensor:
+def bitmask_for_device(bitmask: Tensor, values: Tensor, pattern: NMPattern) -> Tensor:
     """Convert a bitmask or metadata to the form for the device of its values."""
     metadata = has_metadata(values, pattern) and values.itemsize == 2 and holds_metadata(values.device)
     if not metadata:
@@ -289,22 +291,22 @@ def held_bitmask(bitmask: Tensor, values: Tensor, pattern: NMPattern) -> Tensor:
 
 def quantized(values: Tensor, group: int = SCALED, kind: str = INT8) -> tuple[Tensor, Tensor]:
     """Quantize values [rows, values] into (integers, scales); ValueError if one is not finite."""
-    kept = values.shape[1]
+    count = values.shape[1]
     if not values.isfinite().all():
         raise ValueError(f"weight: expected finite values for {kind}, got others")
-    if kind == INT4 and kept % 2:
-        raise ValueError(f"weight: expected an even number of kept values in a row for int4, got {kept}")
-    blocks = nn.functional.pad(values.float(), (0, -kept % group)).unflatten(1, (-1, group))
+    if kind == INT4 and count % 2:
+        raise ValueError(f"weight: expected an even number of kept values in a row for int4, got {count}")
+    blocks = nn.functional.pad(values.float(), (0, -count % group)).unflatten(1, (-1, group))
     if kind == INT4:
         scales = least_squares_scales(blocks, values.dtype)
     else:
         largest = blocks.abs().amax(-1)
         scales = (largest / 127).to(values.dtype)
         # a scale that was rounded down is too small for the largest value; take the next number, with bits one more
-        short = scales.float() * 127 < largest
-        scales = (scales.view(INTEGERS[scales.itemsize]) + short).view(values.dtype)
-    numbers = nearest_integers(blocks, scales, kind).flatten(1)[:, :kept]
-    return (two_a_byte(numbers) if kind == INT4 else numbers.contiguous()), scales
+        too_small = scales.float() * 127 < largest
+        scales = (scales.view(INTEGERS[scales.itemsize]) + too_small).view(values.dtype)
+    numbers = nearest_integers(blocks, scales, kind).flatten(1)[:, :count]
+    return (packed_int4(numbers) if kind == INT4 else numbers.contiguous()), scales
 
 
 def nearest_integers(blocks: Tensor, scales: Tensor, kind: str) -> Tensor:
@@ -323,18 +325,18 @@ def least_squares_scales(blocks: Tensor, dtype: torch.dtype, weights: Tensor | f
     unit = (largest.frexp().mantissa / largest).nan_to_num_(1.0).clamp_(2.0**-126, 2.0**126)
     blocks = blocks * unit.unsqueeze(-1)
     best = (largest / INT4_DIVISORS[0]).to(dtype)
-    least = torch.full_like(largest, torch.inf)
+    least_error = torch.full_like(largest, torch.inf)
     for divisor in INT4_DIVISORS:
         scales = (largest / divisor).to(dtype)
-        in_units = scales.float() * unit
-        error = nearest_integers(blocks, in_units, INT4) * in_units.unsqueeze(-1) - blocks
+        scales_in_units = scales.float() * unit
+        error = nearest_integers(blocks, scales_in_units, INT4) * scales_in_units.unsqueeze(-1) - blocks
         error = error.square_().mul_(weights).sum(-1)
-        best = torch.where(error < least, scales, best)
-        least = torch.minimum(error, least)
+        best = torch.where(error < least_error, scales, best)
+        least_error = torch.minimum(error, least_error)
     return best
 
 
-def two_a_byte(numbers: Tensor) -> Tensor:
+def packed_int4(numbers: Tensor) -> Tensor:
     """int4 values of ``PackedNM``, uint8 [rows, values / 2], from int8 [rows, values] between -8 and 7."""
     numbers = numbers.view(torch.uint8)
     return numbers[:, ::2] & 15 | numbers[:, 1::2] << 4
@@ -405,8 +407,8 @@ def _onnx_weight(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
     # ONNX shifts only unsigned integers
     bits = torch.remainder(torch.div(bitmask.to(torch.int32).unsqueeze(-1), powers, rounding_mode="floor"), 2)
     kept = bits.flatten(-2)[:, :k].unflatten(-1, (-1, m))
-    place = (kept.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
-    return torch.where(kept != 0, values.unflatten(-1, (-1, n)).gather(2, place), 0.0).flatten(-2)
+    index = (kept.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+    return torch.where(kept != 0, values.unflatten(-1, (-1, n)).gather(2, index), 0.0).flatten(-2)
 
 
 def pack_24(weight: Tensor) -> PackedNM:
@@ -511,7 +513,7 @@ class NMLinear(nn.Module):
 
     def convert_bitmask(self) -> None:
         """Convert the bitmask to the form for its device, see ``PackedNM``."""
-        self._buffers["bitmask"] = held_bitmask(self.bitmask, self.values, self.pattern)
+        self._buffers["bitmask"] = bitmask_for_device(self.bitmask, self.values, self.pattern)
 
     def _apply(self, fn, recurse: bool = True) -> NMLinear:
         check_range(self.values, self.scales, check_cast(fn, self.values if self.scales is None else self.scales))
@@ -530,21 +532,21 @@ class NMLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         *_, errors = args
-        own = {"values": self.values, "bitmask": self.bitmask, "scales": self.scales}
-        given = {name: state_dict.get(f"{prefix}{name}", part) for name, part in own.items()}
+        current = {"values": self.values, "bitmask": self.bitmask, "scales": self.scales}
+        loaded = {name: state_dict.get(f"{prefix}{name}", tensor) for name, tensor in current.items()}
         dtypes = LOGIT_DTYPES if self.scales is None else (self.values.dtype,)
-        if given["values"].dtype not in dtypes:
+        if loaded["values"].dtype not in dtypes:
             expected = " or ".join(map(str, dtypes))
-            errors.append(f"state_dict: {prefix}values: expected {expected}, got {describe(given['values'])}")
+            errors.append(f"state_dict: {prefix}values: expected {expected}, got {describe(loaded['values'])}")
             return
-        if any(f"{prefix}{name}" in state_dict for name in own) and not given["bitmask"].is_meta:
+        if any(f"{prefix}{name}" in state_dict for name in current) and not loaded["bitmask"].is_meta:
             try:
-                PackedNM(**given, pattern=self.pattern).check()
+                PackedNM(**loaded, pattern=self.pattern).check()
             except (TypeError, ValueError) as error:
                 errors.append(f"state_dict: {prefix}{error}")
                 return
-            if given["bitmask"].dtype != self.bitmask.dtype:
-                bitmask = as_bitmask(given["bitmask"], self.in_features, self.out_features)
+            if loaded["bitmask"].dtype != self.bitmask.dtype:
+                bitmask = as_bitmask(loaded["bitmask"], self.in_features, self.out_features)
                 bitmask = metadata_of(bitmask) if self.bitmask.dtype == torch.int16 else bitmask
                 state_dict = {**state_dict, f"{prefix}bitmask": bitmask}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -606,11 +608,11 @@ def hold_in_huge_pages(model: nn.Module) -> None:
     The bandwidth of memory bounds decoding. A CPU prefetches sequential memory only up to the end of a page.
     """
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
-    parts = (part for layer in layers for part in (layer.values, layer.bitmask, layer.scales))
-    move_into_huge_pages(part for part in parts if part is not None)
+    tensors = (tensor for layer in layers for tensor in (layer.values, layer.bitmask, layer.scales))
+    move_into_huge_pages(tensor for tensor in tensors if tensor is not None)
 
 
-def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Whole pages [start, end) of tensors: neighbours joined, ranges that are mostly other memory left out."""
     spans = sorted((x.data_ptr(), x.nbytes) for x in tensors if x.numel())
     joined: list[tuple[int, int, int]] = []
@@ -632,5 +634,5 @@ def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 def move_into_huge_pages(tensors: Iterable[Tensor]) -> None:
     """Ask Linux to move tensors on the CPU into huge pages, without a copy; small neighbours share a page."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    for start, end in ranges(x for x in tensors if x.device.type == "cpu") if madvise is not None else ():
+    for start, end in page_ranges(x for x in tensors if x.device.type == "cpu") if madvise is not None else ():
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)

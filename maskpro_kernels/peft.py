@@ -25,7 +25,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-# Others compute the adapter from the base weight, or change this weight
+# Other values compute the adapter from the base weight, or change this weight
 INITIAL_WEIGHTS = (True, False, "gaussian")
 
 
@@ -93,17 +93,17 @@ def _sparse_layers(model: nn.Module) -> set[str]:
     modules = dict(model.named_modules())
     adapted = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     bases = modules | {name: module.get_base_layer() for name, module in adapted.items()}
-    within = tuple(f"{name}." for name in adapted)
-    return {name for name, base in bases.items() if isinstance(base, SPARSE) and not name.startswith(within)}
+    prefixes = tuple(f"{name}." for name in adapted)
+    return {name for name, base in bases.items() if isinstance(base, SPARSE) and not name.startswith(prefixes)}
 
 
 def _resolved(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Copy a configuration, with names of modules as targets, if peft alone would choose others."""
     targets = config.target_modules
     modules = dict(model.named_modules())
-    every = _is_all_linear(config)
+    all_linear = _is_all_linear(config)
     experts = any(isinstance(module, ExpertLinears) for module in modules.values())
-    if not (every or experts):
+    if not (all_linear or experts):
         return config
     config = copy.copy(config)
     gate = LoraConfig(target_modules=["gate"])
@@ -112,18 +112,19 @@ def _resolved(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
         # of some models peft translates targets, like routers, and shortens patterns to last parts of names
         convert_peft_config_for_transformers(gate, model, None)
-    translated = others = {"gate"} - gate.target_modules
-    if every:
+    translated = "gate" not in gate.target_modules
+    unmatched = {"gate"} - gate.target_modules
+    if all_linear:
         names = _maybe_include_all_linear_layers(config, model).target_modules | _sparse_layers(model)
     else:
         names = {name for name in modules if check_target_module_exists(config, name)}
         lists = {name for name in names if isinstance(modules[name], nn.ModuleList)}
         names = names - lists | {f"{name}.{expert}" for name in lists for expert in range(len(modules[name]))}
         listed = () if isinstance(targets, str) else targets
-        others = {target for target in listed if not any(f".{name}".endswith(f".{target}") for name in modules)}
+        unmatched = {target for target in listed if not any(f".{name}".endswith(f".{target}") for name in modules)}
     if names:
         # a pattern, since a listed name is also the end of others; names are those in the chosen blocks already
-        config.target_modules = names | others if translated else "|".join(map(re.escape, sorted(names)))
+        config.target_modules = names | unmatched if translated else "|".join(map(re.escape, sorted(names)))
         config.layers_to_transform = config.layers_pattern = None
     return config
 
@@ -132,6 +133,7 @@ def _check_leaves_base_weight(config: LoraConfig) -> None:
     """Raise ValueError if an adapter would read or change the base weight."""
     # the second one is in newer releases of peft
     for name, allowed in (("use_dora", (False,)), ("kasa_config", (None,)), ("init_lora_weights", INITIAL_WEIGHTS)):
-        if (got := getattr(config, name, None) or allowed[0]) not in allowed:
+        value = getattr(config, name, None) or allowed[0]
+        if value not in allowed:
             expected = f"one of {allowed}" if len(allowed) > 1 else allowed[0]
-            raise ValueError(f"{name}: expected {expected} for a masked or packed layer, got {got!r}")
+            raise ValueError(f"{name}: expected {expected} for a masked or packed layer, got {value!r}")

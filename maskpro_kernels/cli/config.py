@@ -240,8 +240,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     )
     for action in parser._actions:  # the help prints the form with hyphens first
         action.option_strings.sort(key=lambda form: "_" in form)
-    for name, number, help in positional:
-        parser.add_argument(name, nargs=number, metavar=name.upper(), help=help)
+    for name, count, help in positional:
+        parser.add_argument(name, nargs=count, metavar=name.upper(), help=help)
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(f"{message}; `{parser.prog} --help` lists the options")
@@ -265,12 +265,12 @@ def parse(command: str, words: list[str]) -> tuple[object, dict[str, object]]:
     parsed = vars(parser.parse_args(words))
     arguments = {name: parsed.pop(name) for name, *_ in positional}
     for name in ("model", "models", "output", "resume", "init", "source"):
-        given = (parsed | arguments).get(name)
+        argument = (parsed | arguments).get(name)
         try:
-            for value in given if isinstance(given, list) else [given or ""]:
+            for value in argument if isinstance(argument, list) else [argument or ""]:
                 Path(value).exists()
         except OSError as error:
-            raise ValueError(f"{name}: expected a path or a name, got {given!r}: {error.strerror}") from error
+            raise ValueError(f"{name}: expected a path or a name, got {argument!r}: {error.strerror}") from error
     return options(**parsed), arguments
 
 

@@ -76,8 +76,8 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
         # before the next one
         del model
     if options.output is not None:
-        found = {"data": data, "protocol": options.protocol, "dtype": dtype, "rows": rows}
-        write_whole(Path(options.output), (json.dumps(found, indent=1) + "\n").encode())
+        content = {"data": data, "protocol": options.protocol, "dtype": dtype, "rows": rows}
+        write_whole(Path(options.output), (json.dumps(content, indent=1) + "\n").encode())
     titles = {name: (name, 4 if name.endswith("bits a byte") else 2) for name in rows[0] if name != "method"}
     print_table(rows, titles, f"{options.protocol} perplexity, {dtype}")
 
@@ -90,13 +90,13 @@ def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
 
         def measure(model: nn.Module, tokenizer) -> dict[str, float]:
             check_context(model, options.eval_length or 0, "eval_length")
-            found = word_perplexity(model, tokenizer, documents, options.eval_length, Progress(work, "window"))
-            return {"": found.perplexity, ", bits a byte": found.bits_per_byte}
+            result = word_perplexity(model, tokenizer, documents, options.eval_length, Progress(work, "window"))
+            return {"": result.perplexity, ", bits a byte": result.bits_per_byte}
 
         return measure
     if options.protocol == "held-out":
-        most = options.documents or (settings.get("documents") if options.data is None else None)
-        text = load_text(name, options.text_column, most)["test"]
+        documents = options.documents or (settings.get("documents") if options.data is None else None)
+        text = load_text(name, options.text_column, documents)["test"]
         count = options.eval_windows or settings.get("eval_windows", EVAL_WINDOWS)
         batch_size = EVALUATED_TOGETHER
     else:
@@ -106,8 +106,8 @@ def _measure_of(options: Evaluate, name: str, settings: dict) -> Measure:
 
     def measure(model: nn.Module, tokenizer) -> dict[str, float]:
         length = options.eval_length or _default_length(model)
-        found = windows_of(text, model, tokenizer, length, "data", "--eval-length")[:count]
-        return {"": perplexity(model, found, batch_size=batch_size, progress=Progress(work, "window"))}
+        windows = windows_of(text, model, tokenizer, length, "data", "--eval-length")[:count]
+        return {"": perplexity(model, windows, batch_size=batch_size, progress=Progress(work, "window"))}
 
     return measure
 

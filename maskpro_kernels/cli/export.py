@@ -74,11 +74,11 @@ def export(options: Export, source: str, output: str) -> None:
         raise ValueError("run: expected the weights that its masks were learned on, got others")
     dtype = options.dtype or metadata["dtype"]
     # rounding runs the model
-    computed = "float32" if options.values == INT4 and not cpu_multiplies(DTYPES[dtype]) else dtype
-    if computed != metadata["dtype"]:
+    rounding_dtype = "float32" if options.values == INT4 and not cpu_multiplies(DTYPES[dtype]) else dtype
+    if rounding_dtype != metadata["dtype"]:
         # load again: the files may have more digits than the dtype of the run
         del model
-        model, tokenizer = _with_masks(name, computed, codes, pattern)
+        model, tokenizer = _with_masks(name, rounding_dtype, codes, pattern)
         put_weights(masked_layers(model), learned.weights)
     if options.to == "mask":
         weights = {key: layer.weight.detach() for key, layer in masked_layers(model).items()}
@@ -89,12 +89,12 @@ def export(options: Export, source: str, output: str) -> None:
         return
     calibration = calibration_of(Path(source), model, tokenizer) if options.values == INT4 else None
     finalize(model, options.to, options.values, calibration=calibration, progress=Progress("rounding", "layer"))
-    if computed != dtype:
+    if rounding_dtype != dtype:
         rounded = model
         # other weights have the digits of the files, and some models keep float32 for a few
         model, tokenizer = _with_masks(name, dtype, codes, pattern)
         layers = masked_layers(model).items()
-        replace_layers(model, {id(old): rounded.get_submodule(key).to(DTYPES[dtype]) for key, old in layers})
+        replace_layers(model, {id(layer): rounded.get_submodule(key).to(DTYPES[dtype]) for key, layer in layers})
     if options.values != KEEP:
         table = [{**row, "method": f"{row['method']}, before rounding"} for row in table]
     save(model, tokenizer, output, name, str(pattern), table)

@@ -29,7 +29,7 @@ def import_checkpoint(options: Import, source: str) -> None:
         raise ValueError("output: expected --output, the folder to write, got none")
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
-    pattern = given = NMPattern(options.pattern or "2:4")
+    requested = NMPattern(options.pattern or "2:4")
     check_output(options.output)
     from ..hf import fetch
 
@@ -39,11 +39,12 @@ def import_checkpoint(options: Import, source: str) -> None:
             raise ValueError(f"model: expected the base model of the mask file {source!r}, got none; add --model")
         pattern, layers, model, tokenizer = _masked(options, path)
     elif options.model is not None:
-        layers, model, tokenizer = _with_learned_masks(options, path, pattern)
+        layers, model, tokenizer = _with_learned_masks(options, path, requested)
+        pattern = requested
     else:
-        pattern, layers, model, tokenizer = _with_zeros(options, path, pattern)
-    if options.pattern is not None and str(pattern) != str(given):
-        raise ValueError(f"pattern: expected {pattern}, as {source!r} is stored, got {given}")
+        pattern, layers, model, tokenizer = _with_zeros(options, path, requested)
+    if options.pattern is not None and str(pattern) != str(requested):
+        raise ValueError(f"pattern: expected {pattern}, as {source!r} is stored, got {requested}")
     save(model, tokenizer, options.output, options.model or source, str(pattern))
     print(f"{options.to} {pattern} checkpoint of {layers} sparse layers written to {options.output}")
     if options.to == "packed":
@@ -82,12 +83,12 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
     """(pattern, layers, model, tokenizer) of a checkpoint with zeros in its weights, or with packed weights."""
     if not path.is_dir():
         raise ValueError(f"model: expected the model of the masks in {str(path)!r}, got none; add --model")
-    above = Path(options.output).absolute().parent
-    with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as folder:
+    parent = Path(options.output).absolute().parent
+    with tempfile.TemporaryDirectory(dir=parent if parent.is_dir() else None) as folder:
         with _renaming(folder, options.output):
-            plain = Path(folder) if write_plain(path, folder) else path
+            checkpoint = Path(folder) if write_plain(path, folder) else path
         with _renaming(folder, path):
-            model, tokenizer = load(str(plain), options.dtype, "cpu")
+            model, tokenizer = load(str(checkpoint), options.dtype, "cpu")
     # its card has the license
     model.name_or_path = str(path)
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]

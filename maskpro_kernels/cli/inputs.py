@@ -85,11 +85,11 @@ class Progress:
         if now - self.reported < SECONDS:
             return
         self.reported = now
-        before, began = self.first
+        first_done, first_time = self.first
         line = f"{self.work}: {self.unit} {done} of {total}"
-        if done - before >= ESTIMATED_FROM * total:
-            left = (now - began) / (done - before) * (total - done)
-            line += f", {tqdm.format_interval(left)} left"
+        if done - first_done >= ESTIMATED_FROM * total:
+            seconds = (now - first_time) / (done - first_done) * (total - done)
+            line += f", {tqdm.format_interval(seconds)} left"
         report(line)
 
 
@@ -99,18 +99,18 @@ def naming(argument: str, cure: str | None = None) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        bare = str(error).removeprefix("source: ").removeprefix("text: ").removeprefix(f"{argument}: ")
-        message = f"{argument}: {bare}"
+        reason = str(error).removeprefix("source: ").removeprefix("text: ").removeprefix(f"{argument}: ")
+        message = f"{argument}: {reason}"
         message += f"; {cure}" if cure else ""
         raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
 
 
-def check_least(options: object, **least: int) -> None:
-    """Raise ValueError unless each given option has at least this value."""
-    for name, low in least.items():
+def check_least(options: object, **minima: int) -> None:
+    """Raise ValueError unless each of these options has at least this value."""
+    for name, minimum in minima.items():
         value = getattr(options, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"{name}: expected at least {low}, got {value}")
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
 def check_new_file(path: str) -> None:
@@ -133,9 +133,9 @@ def device_of(name: str | None) -> torch.device:
             raise RuntimeError("it does not compute")
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        devices = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: expected one of {there}, got {name!r}: {reason}") from error
+        raise ValueError(f"device: expected one of {devices}, got {name!r}: {reason}") from error
 
 
 def default_dtype(device: str | None) -> str:
@@ -150,8 +150,8 @@ def load(name: str, dtype: str | None, device: torch.device | str):
 
     check_ended(name)
     show_bars(wants_bars())
-    where = {"device_map": "auto"} if device == "auto" else {"device": device}
-    return load_model(name, dtype and DTYPES[dtype], **where)
+    placement = {"device_map": "auto"} if device == "auto" else {"device": device}
+    return load_model(name, dtype and DTYPES[dtype], **placement)
 
 
 def check_ended(model: str) -> None:
@@ -171,16 +171,18 @@ def save(
     folder = Path(folder)
     with naming("output"):
         make_folder(folder)
-        for part in unfinished(folder):
-            report_as("warning", f"{part} is of a process that was killed, or still writes; remove it if none does")
+        for temporary in unfinished(folder):
+            report_as(
+                "warning", f"{temporary} is of a process that was killed, or still writes; remove it if none does"
+            )
         with folder_aside(folder / "checkpoint") as aside:
             # the card has the name of the folder
-            written = aside / folder.resolve().name
-            save_model(model, tokenizer, written, base_model=base_name(base), pattern=pattern, table=rows)
-            for part in sorted(written.iterdir()):
-                if (folder / part.name).is_dir():
-                    discard(folder / part.name)
-                os.replace(part, folder / part.name)
+            checkpoint = aside / folder.resolve().name
+            save_model(model, tokenizer, checkpoint, base_model=base_name(base), pattern=pattern, table=rows)
+            for path in sorted(checkpoint.iterdir()):
+                if (folder / path.name).is_dir():
+                    discard(folder / path.name)
+                os.replace(path, folder / path.name)
 
 
 def base_name(model: str) -> str:
@@ -228,8 +230,10 @@ def read_progress(path: Path) -> dict:
 def read_report(run: Path) -> dict:
     """Read the report of a finished run; ValueError if it has not ended, or is of another version."""
     if not (run / REPORT).is_file():
-        ended = f"its run has not ended, {resume_command(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
-        raise ValueError(f"run: expected a folder written by `maskpro learn`, got {str(run)!r}; {ended}")
+        advice = (
+            f"its run has not ended, {resume_command(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
+        )
+        raise ValueError(f"run: expected a folder written by `maskpro learn`, got {str(run)!r}; {advice}")
     return read_json(run / REPORT)
 
 
@@ -265,7 +269,7 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def check_context(model: nn.Module, length: int, argument: str) -> None:
-    """Raise ValueError unless a model's context has room for windows of a length."""
+    """Raise ValueError if windows of a length exceed a model's context."""
     positions = positions_of(model)
     if positions is not None and length > positions:
         raise ValueError(
@@ -281,9 +285,9 @@ def windows_of(text: str, model: nn.Module, tokenizer, length: int, argument: st
     """
     check_context(model, length, option.removeprefix("--").replace("-", "_") if option else argument)
     with naming(argument, f"give a longer text, or a smaller {option}" if option else "give a longer text"):
-        found = windows(text, tokenizer, length)
-    check_vocabulary(found, model.get_input_embeddings().num_embeddings)
-    return found
+        tokens = windows(text, tokenizer, length)
+    check_vocabulary(tokens, model.get_input_embeddings().num_embeddings)
+    return tokens
 
 
 def print_table(rows: Sequence[Mapping], titles: Mapping[str, tuple[str, int]], first: str) -> None:

@@ -101,8 +101,8 @@ def _report_error(error: BaseException) -> None:
     if isinstance(error, torch.OutOfMemoryError):
         # on this rank alone: no other reports it
         rank = rank_of_torchrun()
-        where = f"rank {rank}: " if rank else ""
-        line = " ".join(f"{where}{error}; use smaller windows or batches, or another --device".split())
+        prefix = f"rank {rank}: " if rank else ""
+        line = " ".join(f"{prefix}{error}; use smaller windows or batches, or another --device".split())
         print(f"maskpro: error: {line}", file=sys.stderr)
     elif isinstance(error, KeyError):
         report_as("error", f"expected an entry {error} in a file, got none")
@@ -122,11 +122,11 @@ def printed_log() -> Iterator[None]:
 
     handler = Printer()
     logger = logging.getLogger(__package__.partition(".")[0])
-    before = logger.level
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(level)

@@ -42,18 +42,18 @@ def speed(options: Speed, models: list[str]) -> int:
     for name in models:
         model, tokenizer = load(name, options.dtype, device)
         positions = positions_of(model)
-        wanted = options.prompt_tokens + options.new_tokens
-        if positions is not None and wanted > positions:
+        length = options.prompt_tokens + options.new_tokens
+        if positions is not None and length > positions:
             raise ValueError(
                 f"new_tokens: expected at most {positions} tokens together with --prompt-tokens, the context of "
-                f"{name!r}, got {wanted}"
+                f"{name!r}, got {length}"
             )
         if vocabulary is None:
             vocabulary = tokenizer.get_vocab()
             # a text in every Python
             text = load_text("pydoc")["test"]
-            found = windows_of(text, model, tokenizer, options.prompt_tokens, "prompt_tokens", "--prompt-tokens")
-            prompt = batches(found, options.batch_size, seed=0)[0].to(device)
+            windows = windows_of(text, model, tokenizer, options.prompt_tokens, "prompt_tokens", "--prompt-tokens")
+            prompt = batches(windows, options.batch_size, seed=0)[0].to(device)
         elif tokenizer.get_vocab() != vocabulary:
             raise ValueError(f"models: expected one vocabulary, got another in {name!r} than in {models[0]!r}")
         loaded[name] = model
@@ -69,15 +69,15 @@ def speed(options: Speed, models: list[str]) -> int:
         }
         for model in measured.models
     ]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     if options.output is not None:
         agreements = [asdict(agreement) for agreement in measured.agreements]
-        found = {"options": vars(options), "device": where, "agree": measured.agree, "models": rows}
-        content = json.dumps(found | {"agreements": agreements}, indent=1) + "\n"
-        write_whole(Path(options.output), content.encode())
+        content = {"options": vars(options), "device": device_name, "agree": measured.agree, "models": rows}
+        text = json.dumps(content | {"agreements": agreements}, indent=1) + "\n"
+        write_whole(Path(options.output), text.encode())
     print(
         f"prompts of {options.prompt_tokens} tokens, {options.new_tokens} new ones, batch size {options.batch_size}, "
-        f"{options.dtype}, on {where}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "")
+        f"{options.dtype}, on {device_name}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "")
     )
     table = [TITLES, *(_figures(row, rows[0]) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

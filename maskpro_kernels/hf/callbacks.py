@@ -24,7 +24,7 @@ LARGE_SLOPE = 30
 # Rows of each layer from which the gap of all is estimated
 ROWS = 64
 # requires_grad of parameters before a callback changed it. Shared: one callback may train a model that another froze
-BEFORE = WeakTensorKeyDictionary()
+REQUIRED_GRAD = WeakTensorKeyDictionary()
 
 
 class MaskCallback(TrainerCallback):
@@ -53,7 +53,7 @@ class MaskCallback(TrainerCallback):
 
     def __init__(self, *, curvature: float = 1.0, max_update: float = 2.0, decay: float = 0.9):
         check_slope_settings(curvature, max_update, decay)
-        self._how = {"curvature": curvature, "max_update": max_update, "decay": decay}
+        self._slope_settings = {"curvature": curvature, "max_update": max_update, "decay": decay}
         self._changed: list[nn.Parameter] = []
         self._hooks: list = []
 
@@ -70,28 +70,30 @@ class MaskCallback(TrainerCallback):
             raise
 
     def _begin(self, args, state, model: nn.Module, optimizer) -> None:
-        for option, given in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
-            if given:
-                raise ValueError(f"{option}: expected none with MaskCallback, which needs whole layers, got {given!r}")
+        for option, value in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
+            if value:
+                raise ValueError(f"{option}: expected none with MaskCallback, which needs whole layers, got {value!r}")
         if args.n_gpu > 1:
             raise ValueError(
                 f"model: expected a process for each device, started by torchrun, got one for {args.n_gpu} devices"
             )
         self._freeze(model)
-        own = getattr(optimizer, "optimizer", optimizer)
-        _check_rate(masked_layers(model), own, state.max_steps)
+        # without the wrapper of accelerate
+        torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+        _check_rate(masked_layers(model), torch_optimizer, state.max_steps)
         if state.global_step == 0:
             for counter_state in counter_states(model):
                 counter_state.seed.fill_(args.seed)
         for hook in self._hooks:
             # of training that an error ended
             hook.remove()
-        self._masks = MaskOptimizer(model, tokens=1.0, **self._how)
+        self._masks = MaskOptimizer(model, tokens=1.0, **self._slope_settings)
         # filled in place, so that a compiled model stays one graph
         self._tokens = self._masks.slopes.tokens
-        self._parts = 1
-        count = model.register_forward_pre_hook(self._count, with_kwargs=True)
-        self._hooks = [own.register_step_pre_hook(self._move), count]
+        self._loss_parts = 1
+        count_hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        move_hook = torch_optimizer.register_step_pre_hook(self._move)
+        self._hooks = [move_hook, count_hook]
 
     def _freeze(self, model: nn.Module) -> None:
         logits = {id(layer.logits) for layer in masked_layers(model).values()}
@@ -102,11 +104,11 @@ class MaskCallback(TrainerCallback):
                 "masks first"
             )
         for parameter in model.parameters():
-            learns = id(parameter) in logits
-            if parameter.requires_grad != learns:
-                BEFORE[parameter] = parameter.requires_grad
-                parameter.requires_grad_(learns)
-            if parameter in BEFORE:
+            is_logits = id(parameter) in logits
+            if parameter.requires_grad != is_logits:
+                REQUIRED_GRAD[parameter] = parameter.requires_grad
+                parameter.requires_grad_(is_logits)
+            if parameter in REQUIRED_GRAD:
                 self._changed.append(parameter)
 
     def on_step_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs) -> None:
@@ -115,23 +117,23 @@ class MaskCallback(TrainerCallback):
         batches = args.gradient_accumulation_steps
         # a stream has no length
         with suppress(TypeError):
-            per_epoch = len(train_dataloader)
+            epoch_batches = len(train_dataloader)
             # the last step of an epoch may have fewer batches
-            batches = min(batches, per_epoch - state.global_step % -(-per_epoch // batches) * batches)
+            batches = min(batches, epoch_batches - state.global_step % -(-epoch_batches // batches) * batches)
         self._masks.slopes.set_scale(scale / batches)
-        self._parts = batches * (args.world_size if args.average_tokens_across_devices else 1)
+        self._loss_parts = batches * (args.world_size if args.average_tokens_across_devices else 1)
 
     @torch.compiler.disable
-    def _count(self, model: nn.Module, inputs: tuple, named: dict) -> None:
+    def _count(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Set the tokens of a forward's loss; its scale is that of a mean over one batch."""
-        whole = named.get("num_items_in_batch")
+        items = kwargs.get("num_items_in_batch")
         # a T5 has the loss type of a language model, but does not shift its labels
         shifted = getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
         shifted = shifted and not getattr(model.config, "is_encoder_decoder", False)
-        count = count_labels(named, shifted) if whole is None else torch.as_tensor(whole) / self._parts
+        count = count_labels(kwargs, shifted) if items is None else torch.as_tensor(items) / self._loss_parts
         self._masks.slopes.tokens = None if count is None else self._tokens
         if count is not None:
-            self._tokens.copy_(count).clamp_(min=1 / self._parts)
+            self._tokens.copy_(count).clamp_(min=1 / self._loss_parts)
 
     def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
         """Move the logits instead of the Trainer's optimizer, which then has no gradient."""
@@ -145,9 +147,9 @@ class MaskCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and "loss" in logs:
-            moves = {"mask_moved": self._masks.moved(), "mask_flip_rate": self._masks.flip_rate()}
-            logs.update(moves)
-            state.log_history[-1].update(moves)
+            figures = {"mask_moved": self._masks.moved(), "mask_flip_rate": self._masks.flip_rate()}
+            logs.update(figures)
+            state.log_history[-1].update(figures)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.release()
@@ -160,7 +162,7 @@ class MaskCallback(TrainerCallback):
             self._masks.detach()
         self._hooks = []
         for parameter in self._changed:
-            parameter.requires_grad_(BEFORE.pop(parameter, parameter.requires_grad))
+            parameter.requires_grad_(REQUIRED_GRAD.pop(parameter, parameter.requires_grad))
         self._changed.clear()
 
 
@@ -195,21 +197,22 @@ class KeepMask(TrainerCallback):
         self.pattern = NMPattern(pattern)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.kept = KeptZeros(model, self.pattern)
+        self.zeros = KeptZeros(model, self.pattern)
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        left_out = [name for name in self.kept.left_out if model.get_submodule(name.rpartition(".")[0]) is not head]
+        matrices = self.zeros.held
+        left_out = [name for name in self.zeros.left_out if model.get_submodule(name.rpartition(".")[0]) is not head]
         if left_out:
             warnings.warn(
-                f"KeepMask: {len(self.kept.held)} matrices follow {self.pattern} and keep their zeros, {len(left_out)} "
+                f"KeepMask: {len(matrices)} matrices follow {self.pattern} and keep their zeros, {len(left_out)} "
                 f"do not and are left out: {', '.join(left_out)}",
                 stacklevel=2,
             )
-        if not any(matrix.get().requires_grad for matrix in self.kept.held.values()):
+        if not any(matrix.get().requires_grad for matrix in matrices.values()):
             warnings.warn(
-                f"KeepMask: expected weights that train, got {len(self.kept.held)} frozen ones; call requires_grad_() "
+                f"KeepMask: expected weights that train, got {len(matrices)} frozen ones; call requires_grad_() "
                 "on the model before you make the Trainer",
                 stacklevel=2,
             )
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.kept.restore()
+        self.zeros.restore()

@@ -19,15 +19,15 @@ class _PreallocatedLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._held = [
+            self._buffers = [
                 states.new_empty(*states.shape[:-2], self._length, states.shape[-1])
                 for states in (key_states, value_states)
             ]
         first = self.get_seq_length()
         end = first + key_states.shape[-2]
-        for held, states in zip(self._held, (key_states, value_states), strict=True):
-            held[..., first:end, :] = states
-        self.keys, self.values = (held[..., :end, :] for held in self._held)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., first:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
         return self.keys, self.values
 
 

@@ -94,8 +94,8 @@ def load_model(
         except Exception as error:
             # transformers' parsers raise errors of many types
             reason = " ".join(str(error).split()).partition(". ")[0]
-            where = "" if Path(name).is_dir() else ", no folder, and the hub does not have it or cannot be reached"
-            message = f"model: expected a causal language model and its tokenizer, got {name!r}{where}: {reason}"
+            place = "" if Path(name).is_dir() else ", no folder, and the hub does not have it or cannot be reached"
+            message = f"model: expected a causal language model and its tokenizer, got {name!r}{place}: {reason}"
             raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
         lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
         if lacking:
@@ -147,8 +147,10 @@ def _check_sizes(folder: Path) -> None:
         settings = read_object(folder / "config.json")
     except ValueError as error:
         raise ValueError(f"model: {str(error).removeprefix('checkpoint: ')}") from error
-    parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
-    layers = max((part[name] for part in parts for name in LAYERS if isinstance(part.get(name), int)), default=0)
+    configs = [config for config in (settings, settings.get("text_config")) if isinstance(config, dict)]
+    layers = max(
+        (config[name] for config in configs for name in LAYERS if isinstance(config.get(name), int)), default=0
+    )
     files = list(folder.glob("*.safetensors"))
     for file in files:
         # it would block forever
@@ -156,7 +158,7 @@ def _check_sizes(folder: Path) -> None:
             raise ValueError(f"model: expected regular files, got the pipe {str(file)!r}")
     files = [file for file in files if file.is_file()]
     # a packed weight takes a bit or more
-    most = 8 * sum(file.stat().st_size for file in files)
+    bits = 8 * sum(file.stat().st_size for file in files)
     tensors = 0
     weights = 0
     # damaged files and unknown models are left to transformers, which raises errors of its own
@@ -174,9 +176,9 @@ def _check_sizes(folder: Path) -> None:
             f"model: expected a config.json of at most {tensors} layers, a tensor in {str(folder)!r} for each, got "
             f"{layers}; copy or download it again"
         )
-    if 0 < most < weights:
+    if 0 < bits < weights:
         raise ValueError(
-            f"model: expected a config.json of at most {most} weights, a bit of the files in {str(folder)!r} for each, "
+            f"model: expected a config.json of at most {bits} weights, a bit of the files in {str(folder)!r} for each, "
             f"got {weights}; copy or download it again"
         )
 
@@ -206,13 +208,13 @@ def fetch(source: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
 @contextmanager
 def _only_errors_printed() -> Iterator[None]:
     """Suppress transformers' table of missing weights: one line of an error names them."""
-    before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
+    verbosities = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
     try:
-        for library, _ in before:
+        for library, _ in verbosities:
             library.set_verbosity_error()
         yield
     finally:
-        for library, verbosity in before:
+        for library, verbosity in verbosities:
             library.set_verbosity(verbosity)
 
 
@@ -237,9 +239,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         ) from error
 
 
-def show_bars(wanted: bool) -> None:
+def show_bars(enabled: bool) -> None:
     """Switch transformers' progress bars on or off, in this process."""
-    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
+    (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
 
 
 def _load_smollm2(
@@ -260,8 +262,8 @@ def _load_smollm2(
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     config = AutoConfig.from_pretrained(folder, gguf_file=gguf)
     # new versions of transformers keep weights in GGUF blocks if they have kernels for them; old ones always unpack
-    new = hasattr(transformers, "GgufConfig")
-    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if new else {}
+    has_kernels = hasattr(transformers, "GgufConfig")
+    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_kernels else {}
     # not by `model.to`, which would also round the frequencies of the rotary embedding
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf, config=config, dtype=dtype, device_map=device_map, **unpack

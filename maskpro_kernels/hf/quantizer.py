@@ -47,21 +47,26 @@ class SparseConfig(QuantizationConfigMixin):
 
     def __init__(self, layers: Mapping[str, Mapping], taken_apart: Sequence[str] = (),
                  shared: Mapping[str, str] | None = None, version: int = VERSION, loading: str = HOW_TO_LOAD,
-                 **others):  # fmt: skip
-        others.pop("quant_method", None)
-        if version != VERSION or others:
+                 **unknown):  # fmt: skip
+        unknown.pop("quant_method", None)
+        if version != VERSION or unknown:
             raise ValueError(
                 f"quantization_config: expected version {VERSION} without other settings, got version {version!r} and "
-                f"{sorted(others) or 'none'}; a newer maskpro_kernels may have written it"
+                f"{sorted(unknown) or 'none'}; a newer maskpro_kernels may have written it"
             )
         if not isinstance(layers, Mapping) or isinstance(taken_apart, str):
             raise TypeError(f"quantization_config: expected layers by name and a list taken_apart, got {layers!r}")
         for name, layer in layers.items():
-            given = layer if isinstance(layer, Mapping) else {}
-            own = {"layer"} if "layer" in given else {"values", "group"} if given.get("values") == INT4 else {"values"}
-            values = given.get("values", INT8)
-            group = given.get("group", SCALED)
-            if set(given) != own | {"pattern"} or values not in VALUE_KINDS or group not in INT4_GROUPS:
+            settings = layer if isinstance(layer, Mapping) else {}
+            values = settings.get("values", INT8)
+            group = settings.get("group", SCALED)
+            if "layer" in settings:
+                keys = {"pattern", "layer"}
+            elif settings.get("values") == INT4:
+                keys = {"pattern", "values", "group"}
+            else:
+                keys = {"pattern", "values"}
+            if set(settings) != keys or values not in VALUE_KINDS or group not in INT4_GROUPS:
                 raise ValueError(
                     f"quantization_config: expected the pattern, and layer or values, of {name}, got {layer!r}"
                 )
@@ -77,24 +82,24 @@ class SparseConfig(QuantizationConfigMixin):
         self.loading = loading
 
     @classmethod
-    def of(cls, model: nn.Module) -> SparseConfig | None:
+    def from_model(cls, model: nn.Module) -> SparseConfig | None:
         """Make the config of a model's masked and packed layers; None if it has none."""
         layers = {}
         shared = {}
-        first = {}
+        first_names = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if not isinstance(module, SPARSE):
                 continue
-            if first.setdefault(module, name) != name:
-                shared[name] = first[module]
+            if first_names.setdefault(module, name) != name:
+                shared[name] = first_names[module]
             elif isinstance(module, MaskedLinear):
                 layers[name] = {"pattern": str(module.pattern), "layer": module.layer}
             else:
                 group = {"group": module.packed.group} if module.kind == INT4 else {}
                 layers[name] = {"pattern": str(module.pattern), "values": module.kind, **group}
         # dense modules may stay unfused because of adapters of peft
-        apart = unfused_modules(model)
-        return cls(layers, apart, shared) if layers or apart else None
+        unfused = unfused_modules(model)
+        return cls(layers, unfused, shared) if layers or unfused else None
 
 
 def describe(model: nn.Module) -> None:
@@ -107,13 +112,13 @@ def describe(model: nn.Module) -> None:
         ValueError: if another library has quantized one of the models.
     """
     check_not_quantized(model)
-    seen = set()
+    configs = set()
     for module in model.modules():
         # parts share the config of the whole model, which comes first
-        if not isinstance(module, PreTrainedModel) or id(module.config) in seen:
+        if not isinstance(module, PreTrainedModel) or id(module.config) in configs:
             continue
-        seen.add(id(module.config))
-        config = SparseConfig.of(module)
+        configs.add(id(module.config))
+        config = SparseConfig.from_model(module)
         if config is not None:
             module.config.quantization_config = config
         elif getattr(module.config, "quantization_config", None) is not None:
@@ -162,8 +167,8 @@ class SparseQuantizer(HfQuantizer):
 
     def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
         """Prepare a model for its weights; ValueError if layers would be split over devices."""
-        how = getattr(model.config, "distributed_config", None)
-        split = {name: getattr(how, name, None) for name in ("tp_size", "tp_plan", "ep_size", "ep_plan")}
+        config = getattr(model.config, "distributed_config", None)
+        split = {name: getattr(config, name, None) for name in ("tp_size", "tp_plan", "ep_size", "ep_plan")}
         split = [f"{name}={value!r}" for name, value in split.items() if value not in (None, 1, {})]
         if split:
             raise ValueError(
@@ -197,7 +202,7 @@ class SparseQuantizer(HfQuantizer):
                 f"{sorted(self._extra_states)} for {len(masked)} layers; save the model again with other layer ids"
             )
         try:
-            as_linears(model, list(_own_names(model, self.quantization_config.taken_apart).values()))
+            as_linears(model, list(_model_names(model, self.quantization_config.taken_apart).values()))
         except ValueError as error:
             raise ValueError(f"quantization_config: taken_apart: {error}") from error
         if layers or not self.quantization_config.taken_apart:
@@ -211,18 +216,18 @@ class SparseQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected.add(rf"^({names})\.weight$")
         shared = self.quantization_config.shared
         modules = dict(model.named_modules(remove_duplicate=False))
-        first = _own_names(model, shared.values())
-        self._shared = {own: first[shared[name]] for name, own in _own_names(model, shared).items()}
-        for own, name in self._shared.items():
+        names_of_layers = _model_names(model, shared.values())
+        self._shared = {alias: names_of_layers[shared[name]] for name, alias in _model_names(model, shared).items()}
+        for alias, name in self._shared.items():
             # some models put one module in both places themselves
-            if not isinstance(modules.get(own), nn.Linear) and modules.get(own) is not modules[name]:
-                raise ValueError(f"quantization_config: shared: expected names of nn.Linear modules, got {own!r}")
+            if not isinstance(modules.get(alias), nn.Linear) and modules.get(alias) is not modules[name]:
+                raise ValueError(f"quantization_config: shared: expected names of nn.Linear modules, got {alias!r}")
             # no parameters while weights are loaded: the checkpoint has each tensor under one name
-            model.set_submodule(own, nn.Identity())
-            for part in ("weight", "bias"):
-                model.all_tied_weights_keys.pop(f"{own}.{part}", None)
+            model.set_submodule(alias, nn.Identity())
+            for parameter in ("weight", "bias"):
+                model.all_tied_weights_keys.pop(f"{alias}.{parameter}", None)
             # of the extra state, which is stored under each name
-            model._keys_to_ignore_on_load_unexpected.add(re.escape(f"{own}."))
+            model._keys_to_ignore_on_load_unexpected.add(re.escape(f"{alias}."))
         # for missing tensors transformers would only warn and set random values
         names = {_bare_name(name, model) for name in stored}
         for module in unfused_modules(model) if layers else ():
@@ -234,8 +239,8 @@ class SparseQuantizer(HfQuantizer):
                     )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for own, name in self._shared.items():
-            model.set_submodule(own, model.get_submodule(name))
+        for alias, name in self._shared.items():
+            model.set_submodule(alias, model.get_submodule(name))
         states: dict[torch.device, CounterState] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, NMLinear):
@@ -254,15 +259,15 @@ class SparseQuantizer(HfQuantizer):
                 # loading leaves buffers that are not stored uninitialized
                 layer.layer_id = torch.empty((), dtype=torch.int64, device=device)
                 state = self._extra_states[layer.layer]
-                own = [layer.pattern.n, layer.pattern.m, layer.group_offset, layer.group_row_stride]
-                if [*state[1:3].tolist(), *state[5:7].tolist()] != own:
+                whole = [layer.pattern.n, layer.pattern.m, layer.group_offset, layer.group_row_stride]
+                if [*state[1:3].tolist(), *state[5:7].tolist()] != whole:
                     raise ValueError(
                         f"checkpoint: expected the extra state of a whole {layer.pattern} layer, got {state} of {name}"
                     )
                 layer.set_extra_state(state)
-                for frozen in (layer.weight, layer.bias):
-                    if frozen is not None:
-                        frozen.requires_grad_(False)
+                for parameter in (layer.weight, layer.bias):
+                    if parameter is not None:
+                        parameter.requires_grad_(False)
         hold_in_huge_pages(model)
         return model
 
@@ -289,14 +294,14 @@ class SparseQuantizer(HfQuantizer):
         fit_adapters(model)
         refuse_merging(model, SPARSE)
         # not by `model.to`, which would round the frequencies of the rotary embedding, and tensors kept in float32
-        before = {linear.weight.dtype for linear in dense.values()}
+        dtypes = {linear.weight.dtype for linear in dense.values()}
         for parameter in model.parameters():
-            if parameter.dtype in before:
+            if parameter.dtype in dtypes:
                 parameter.data = parameter.data.to(dtype)
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
                 for name in ("_is_quantized", "quantization_config"):
-                    vars(part.config).pop(name, None)
+                    vars(module.config).pop(name, None)
         return model
 
     def is_serializable(self) -> bool:
@@ -315,8 +320,8 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
     replacements = {}
     modules = dict(model.named_modules())
     state = CounterState(device="meta")
-    for name, own in _own_names(model, layers).items():
-        linear = modules.get(own)
+    for name, model_name in _model_names(model, layers).items():
+        linear = modules.get(model_name)
         pattern = NMPattern(layers[name]["pattern"])
         if linear is None or not is_linear(linear):
             raise ValueError(
@@ -339,11 +344,11 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
                 raise ValueError(f"quantization_config: {name}: {error}") from error
         else:
             kind = layers[name]["values"]
-            kept = k // pattern.m * pattern.n
-            _, stored = INTEGERS.get(kind, (None, dtype))
-            values = empty(rows, kept // 2 if kind == INT4 else kept, dtype=stored)
+            count = k // pattern.m * pattern.n
+            _, values_dtype = INTEGERS.get(kind, (None, dtype))
+            values = empty(rows, count // 2 if kind == INT4 else count, dtype=values_dtype)
             group = layers[name].get("group", SCALED)
-            scales = empty(rows, -(-kept // group), dtype=dtype) if kind in INTEGERS else None
+            scales = empty(rows, -(-count // group), dtype=dtype) if kind in INTEGERS else None
             packed = PackedNM(values, empty(rows, -(-k // 8), dtype=torch.uint8), pattern, scales)
             layer = packed_class(pattern)(packed, bias)
         replacements[id(linear)] = layer.train(linear.training)
@@ -357,18 +362,22 @@ def _bare_name(name: str, model: nn.Module) -> str:
     return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
-def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def _model_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Map names of a checkpoint's modules to those of the model; an unknown name stays unchanged.
 
     The checkpoint may have a head that the model lacks, or another one. Modules of the checkpoint's head are then left
     out, as transformers leaves out their weights.
     """
-    own = {_bare_name(name, model): name for name, _ in model.named_modules()}
-    stored = getattr(getattr(model, "config", None), "architectures", None)
-    same = not stored or type(model).__name__ in stored
-    parts = {name.split(".")[0] for name in own}
-    bare = {name: _bare_name(name, model) for name in names}
-    return {name: own.get(key, name) for name, key in bare.items() if same or key.split(".")[0] in parts}
+    names_by_bare = {_bare_name(name, model): name for name, _ in model.named_modules()}
+    architectures = getattr(getattr(model, "config", None), "architectures", None)
+    same_class = not architectures or type(model).__name__ in architectures
+    children = {name.split(".")[0] for name in names_by_bare}
+    bare_names = {name: _bare_name(name, model) for name in names}
+    return {
+        name: names_by_bare.get(bare, name)
+        for name, bare in bare_names.items()
+        if same_class or bare.split(".")[0] in children
+    }
 
 
 def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> None:
@@ -385,19 +394,19 @@ def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> N
     # the extra state is checked by layer ids
     expected = {"logits": masked} if masked else {}
     packed = len(kinds) - masked
-    beside = {"values": "bitmask", "scales": "bitmask", "bitmask": "values"}
-    for part, count in (expected | {"values": packed, "bitmask": packed, "scales": scaled}).items():
-        found = [name.rpartition(".")[0] for name in stored if name.endswith(f".{part}")]
-        if part in beside:
+    companions = {"values": "bitmask", "scales": "bitmask", "bitmask": "values"}
+    for tensor, count in (expected | {"values": packed, "bitmask": packed, "scales": scaled}).items():
+        modules = [name.rpartition(".")[0] for name in stored if name.endswith(f".{tensor}")]
+        if tensor in companions:
             # other modules may have tensors of these names, and a shared layer has a bitmask under each name
-            found = [name for name in found if f"{name}.{beside[part]}" in stored]
-        if len(found) != count:
+            modules = [name for name in modules if f"{name}.{companions[tensor]}" in stored]
+        if len(modules) != count:
             raise ValueError(
-                f"checkpoint: expected {part} of {count} layers by its quantization_config, got {len(found)}; "
+                f"checkpoint: expected {tensor} of {count} layers by its quantization_config, got {len(modules)}; "
                 f"{COPY_AGAIN}, with its config.json; if the model is dense and shared its config with a sparse "
                 "one, remove quantization_config"
             )
-        for name in found if part == "scales" else ():
+        for name in modules if tensor == "scales" else ():
             # transformers would cast them silently
             dtypes = dict(INTEGERS[kind] for kind in INTEGERS if kind in kinds)
             if stored.get(f"{name}.values") not in dtypes:

@@ -83,9 +83,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         OSError: if a file cannot be written, or the upload fails. Files that were written stay.
     """
     folder = Path(folder)
-    cut = next((name for name, parameter in model.named_parameters() if is_distributed(parameter)), None)
-    if cut is not None:
-        raise ValueError(f"model: expected whole tensors, got a DTensor in {cut}")
+    shard = next((name for name, parameter in model.named_parameters() if is_distributed(parameter)), None)
+    if shard is not None:
+        raise ValueError(f"model: expected whole tensors, got a DTensor in {shard}")
     sparse = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
     adapters = adapter_modules(model)
     if sparse and adapters:
@@ -139,8 +139,8 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
     # in a dense checkpoint zeros show which layers have a mask
     linears = {name: layer.weight for name, layer in model.named_modules() if type(layer).__name__ == "Linear"}
     if not layers:
-        kept = NMPattern(pattern).n / NMPattern(pattern).m if pattern else 1.0
-        linears = {name: w for name, w in linears.items() if not w.is_meta and w.count_nonzero() > kept * w.numel()}
+        density = NMPattern(pattern).n / NMPattern(pattern).m if pattern else 1.0
+        linears = {name: w for name, w in linears.items() if not w.is_meta and w.count_nonzero() > density * w.numel()}
     on_hub = base_model is not None and base_model.count("/") == 1
     return ModelCard.from_template(
         ModelCardData(

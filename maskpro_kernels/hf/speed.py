@@ -34,7 +34,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> Spread:
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -78,13 +78,13 @@ class Agreement:
         if self.differs_in is not None:
             weights = "weights rounded to integers, else those of" if self.is_rounded else "other weights than"
             return f"{self.model}: {weights} {self.other}, first in {self.differs_in}; {tokens}"
-        line = f"{self.model}: same weights as {self.other}; {tokens}"
+        equality = f"{self.model}: same weights as {self.other}; {tokens}"
         if self.gap is None:
-            return line
+            return equality
         gap = f"{self.gap:.2g} apart; rounding explains {self.rounding:.2g}"
         if self.holds:
-            return f"{line}; then two candidates are equal within rounding ({gap})"
-        return f"{line}; THE MODELS DIFFER: then two candidates are {gap}"
+            return f"{equality}; then two candidates are equal within rounding ({gap})"
+        return f"{equality}; THE MODELS DIFFER: then two candidates are {gap}"
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class SpeedReport:
 
     def prefill_rate(self, model: ModelSpeed) -> Spread:
         """Tokens of the prompts a second."""
-        return Spread.of([self.batch_size * self.prompt_tokens / seconds for seconds in model.prefill_seconds])
+        return Spread.from_values([self.batch_size * self.prompt_tokens / seconds for seconds in model.prefill_seconds])
 
     def decode_rate(self, model: ModelSpeed) -> Spread:
         """New tokens a second, all rows together."""
-        return Spread.of([self.batch_size / seconds for seconds in model.step_seconds])
+        return Spread.from_values([self.batch_size / seconds for seconds in model.step_seconds])
 
     @property
     def agree(self) -> bool:
@@ -165,26 +165,29 @@ def measure_speed(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tok
         for model in models.values():
             stack.enter_context(evaluating(model))
             stack.enter_context(plain_generation(model))
-        written = {name: greedy(model, prompt, new_tokens) for name, model in models.items()}
+        continuations = {name: greedy(model, prompt, new_tokens) for name, model in models.items()}
         agreements = []
         # models whose weights no earlier model has
         distinct = [next(iter(models))]
         for name, model in list(models.items())[1:]:
-            same = [one for one in distinct if first_difference(model, models[one]) is None]
-            near = same or [one for one in distinct if first_difference(model, models[one], rounded=True) is None]
-            other = (near or distinct)[0]
+            equal = [x for x in distinct if first_difference(model, models[x]) is None]
+            equal_if_rounded = equal or [
+                x for x in distinct if first_difference(model, models[x], rounded=True) is None
+            ]
+            other = (equal_if_rounded or distinct)[0]
             differs_in = first_difference(model, models[other])
-            agreement = _agreement((name, other), differs_in, models[other], prompt, written[name], written[other])
-            agreements.append(replace(agreement, is_rounded=bool(near) and not same))
-            if not same:
+            tokens = continuations[name]
+            agreement = _agreement((name, other), differs_in, models[other], prompt, tokens, continuations[other])
+            agreements.append(replace(agreement, is_rounded=bool(equal_if_rounded) and not equal))
+            if not equal:
                 distinct.append(name)
         timers = [_Timer(name, model, prompt, new_tokens) for name, model in models.items()]
         progress(0, rounds)
-        for done in range(WARM_UP + rounds):
-            first = done % len(timers)
+        for i in range(WARM_UP + rounds):
+            first = i % len(timers)
             for timer in (*timers[first:], *timers[:first]):
-                timer.measure(counted=done >= WARM_UP)
-            progress(max(done + 1 - WARM_UP, 0), rounds)
+                timer.measure(counted=i >= WARM_UP)
+            progress(max(i + 1 - WARM_UP, 0), rounds)
     return SpeedReport(*prompt.shape, new_tokens, [timer.speed() for timer in timers], agreements)
 
 
@@ -193,9 +196,9 @@ def _check(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: in
         raise ValueError("models: expected at least one, got none")
     if prompt.dtype != torch.int64 or prompt.dim() != 2 or not prompt.numel():
         raise ValueError(f"prompt: expected int64 [rows, tokens], got {prompt.dtype} {list(prompt.shape)}")
-    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 1)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    for name, value, minimum in (("new_tokens", new_tokens, 2), ("rounds", rounds, 1)):
+        if value < minimum:
+            raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     vocabulary = next(iter(models.values())).get_input_embeddings().num_embeddings
     for name, model in models.items():
         embeddings = model.get_input_embeddings()
@@ -216,48 +219,48 @@ def _check(models: Mapping[str, PreTrainedModel], prompt: Tensor, new_tokens: in
         raise ValueError(f"prompt: expected tokens below {vocabulary}, the vocabulary, got {low} to {high}")
 
 
-def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **how) -> Tensor:
+def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **options) -> Tensor:
     """Greedy continuation of a prompt, int64 [rows, new_tokens]; call it within ``plain_generation``."""
     mask = torch.ones_like(prompt)
-    tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **how)
+    tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options)
     return tokens[:, prompt.shape[1] :]
 
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Ignore a checkpoint's settings of sampling, penalties and ends of texts, but keep its kind of cache."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig(cache_implementation=before.cache_implementation)
+    config = model.generation_config
+    model.generation_config = GenerationConfig(cache_implementation=config.cache_implementation)
     try:
         yield
     finally:
-        model.generation_config = before
+        model.generation_config = config
 
 
 def _agreement(names: tuple[str, str], differs_in: str | None, other_model: PreTrainedModel,
-               prompt: Tensor, written: Tensor, other: Tensor) -> Agreement:  # fmt: skip
-    differ = written != other
-    new_tokens = written.shape[1]
+               prompt: Tensor, tokens: Tensor, other_tokens: Tensor) -> Agreement:  # fmt: skip
+    differ = tokens != other_tokens
+    new_tokens = tokens.shape[1]
     if not differ.any():
         return Agreement(*names, differs_in, new_tokens, new_tokens)
-    places = []
+    positions = []
     gaps = []
     for row in differ.any(1).nonzero().flatten().tolist():
-        place = int(differ[row].int().argmax())
-        read = torch.cat([prompt[row], other[row, :place]])
-        logits = other_model(read[None]).logits[0, -1].float()
-        gap = float((logits[other[row, place]] - logits[written[row, place]]).abs())
-        places.append(place)
+        position = int(differ[row].int().argmax())
+        context = torch.cat([prompt[row], other_tokens[row, :position]])
+        logits = other_model(context[None]).logits[0, -1].float()
+        gap = float((logits[other_tokens[row, position]] - logits[tokens[row, position]]).abs())
+        positions.append(position)
         gaps.append((gap, rounding_of(logits, other_model.dtype)))
     # rounding does not explain NaN
     gap, rounding = max(gaps, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] - pair[1])
-    return Agreement(*names, differs_in, min(places), new_tokens, gap, rounding)
+    return Agreement(*names, differs_in, min(positions), new_tokens, gap, rounding)
 
 
 def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
     """Largest difference of two logits at one position whose order rounding alone may change.
 
-    Two ways to compute the same products give four logits, two each. In 16 bits each is rounded by up to half a unit in
+    Two methods for the same products give four logits, two each. In 16 bits each is rounded by up to half a unit in
     the last place: two units together. The layers before round too, for which we allow as much again: 4 units. A
     float32 product rounds at each of hundreds of additions: 64 units. The unit is that of the position's largest logit,
     since errors grow with the vectors that are multiplied, not with their product.
@@ -275,23 +278,23 @@ def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
 def first_difference(model: nn.Module, other: nn.Module, rounded: bool = False) -> str | None:
     """Name of the first weight, unpacked or masked, or buffer in which two models differ; None if there is none."""
     with torch.no_grad(), in_linear_form(model), in_linear_form(other):
-        own = _tensors(model)
-        others = _tensors(other)
-        named = (*model.named_modules(), *other.named_modules()) if rounded else ()
+        tensors = _tensors(model)
+        other_tensors = _tensors(other)
+        modules = (*model.named_modules(), *other.named_modules()) if rounded else ()
         # integers are near where the largest scale of their row sets them apart; int4 clips by up to 6 of its scales
-        near = {
+        tolerances = {
             f"{name}.weight": x.scales.abs() * (6 if x.kind == INT4 else 1)
-            for name, x in named
+            for name, x in modules
             if isinstance(x, NMLinear) and x.kind != KEEP
         }
-        for name in [*own, *(name for name in others if name not in own)]:
-            if name not in own or name not in others:
+        for name in [*tensors, *(name for name in other_tensors if name not in tensors)]:
+            if name not in tensors or name not in other_tensors:
                 return name
-            first = own[name]()
-            second = others[name]()
-            if name in near and first.shape == second.shape:
-                scale = near[name].float().amax(1, keepdim=True)
-                second = torch.where((first.float() - second.float()).abs() <= scale, first, second)
+            first = tensors[name]()
+            second = other_tensors[name]()
+            if name in tolerances and first.shape == second.shape:
+                tolerance = tolerances[name].float().amax(1, keepdim=True)
+                second = torch.where((first.float() - second.float()).abs() <= tolerance, first, second)
             if first.dtype != second.dtype or not torch.equal(first, second):
                 return name
     return None
@@ -304,11 +307,11 @@ def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         prefix = f"{name}." if name else ""
         if isinstance(module, CounterState):
             continue
-        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        direct = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         if isinstance(module, (NMLinear, MaskedLinear)):
-            own = {} if module.bias is None else {"bias": module.bias}
+            direct = {} if module.bias is None else {"bias": module.bias}
             tensors[f"{prefix}weight"] = module.packed.unpack if isinstance(module, NMLinear) else module.top_n_weight
-        tensors |= {f"{prefix}{part}": lambda tensor=tensor: tensor for part, tensor in own.items()}
+        tensors |= {f"{prefix}{key}": lambda tensor=tensor: tensor for key, tensor in direct.items()}
     return tensors
 
 
@@ -342,20 +345,20 @@ class _Timer(BaseStreamer):
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+            allocated = torch.cuda.memory_allocated(device)
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         # like ``generate``: with a cache, for the last logits alone
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
-        self._model(self._prompt, attention_mask=torch.ones_like(self._prompt), use_cache=True, **last)
+        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
+        self._model(self._prompt, attention_mask=torch.ones_like(self._prompt), use_cache=True, **options)
         if on_gpu:
             torch.cuda.synchronize(device)
         prefill = time.perf_counter() - began
         self._times.clear()
         greedy(self._model, self._prompt, self._new_tokens, streamer=self)
         if on_gpu:
-            own = torch.cuda.max_memory_allocated(device) - before + self._weight_bytes
-            self._device_bytes = max(own, self._device_bytes or 0)
+            peak = torch.cuda.max_memory_allocated(device) - allocated + self._weight_bytes
+            self._device_bytes = max(peak, self._device_bytes or 0)
         if counted:
             self._prefill_seconds.append(prefill)
             # first the prompt, then the first token, which prefill computed

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..functional.masks import expand_mask
 from ..ops.pattern import NMPattern, bitmask_of
-from ..packed import INT4, PackedNM, least_squares_scales, nearest_integers, two_a_byte
+from ..packed import INT4, PackedNM, least_squares_scales, nearest_integers, packed_int4
 from .calibration import calls_of, layer_by_layer
 from .refit import DAMPING, PIECE
 from .sparsegpt import BLOCK, WeightsOfBlock, column_by_column, inverse_factor
@@ -67,7 +67,7 @@ def gptq(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, 
                 for piece, kept_piece in zip(weight.split(rows), kept.split(rows), strict=True)
             ]
             integers, scales, masks.weights[name] = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
-            values = two_a_byte(integers[kept].view(len(kept), -1).to(torch.int8))
+            values = packed_int4(integers[kept].view(len(kept), -1).to(torch.int8))
             rounded[name] = PackedNM(values, bitmask_of(codes[name], pattern.m), pattern, scales.to(weight.dtype))
             masks.weights[name] = masks.weights[name].to(weight.dtype)
             yield

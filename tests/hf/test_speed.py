@@ -186,8 +186,8 @@ def test_rates_are_tokens_over_seconds(models, monkeypatch):
 
 
 def test_quartiles():
-    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4)
-    assert Spread.of([7.0]) == Spread(7, 7, 7)
+    assert Spread.from_values([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4)
+    assert Spread.from_values([7.0]) == Spread(7, 7, 7)
 
 
 def test_what_a_checkpoint_says_of_generation_is_left_aside(models):

@@ -430,7 +430,9 @@ def test_evaluation_and_the_best_model(tmp_path):
 def test_mask_callback_counts_the_first_labels_of_models_that_do_not_shift(loss_type, encoder_decoder, expected):
     model, callback = SimpleNamespace(loss_type=loss_type, config=SimpleNamespace()), MaskCallback()
     model.config.is_encoder_decoder = encoder_decoder
-    callback._tokens, callback._parts, callback._masks = torch.ones(()), 1, SimpleNamespace(slopes=SimpleNamespace())
+    callback._tokens = torch.ones(())
+    callback._loss_parts = 1
+    callback._masks = SimpleNamespace(slopes=SimpleNamespace())
     ids = torch.ones(3, 8, dtype=torch.int64)
     callback._count(model, (), {"input_ids": ids, "labels": ids})
     assert float(callback._masks.slopes.tokens) == expected

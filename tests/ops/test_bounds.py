@@ -242,7 +242,7 @@ def test_threads_may_draw_at_the_same_time():
 
 def test_several_draws_and_a_shard_with_rows_apart():
     logits = sharp_logits(300 * 1_000, 2, 4, 8.0).view(300, -1)
-    assert logits.numel() > 4 * kernels.PIECE
+    assert logits.numel() > 4 * kernels.INDEXED_GROUPS
     shard = (1_000, 1_277)
     assert_same_bits(drawn(kernels, logits, 2, 4, shard=shard), drawn(reference, logits, 2, 4, shard=shard))
     for draws in [(2,), (5, 9)]:

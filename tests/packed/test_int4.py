@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import maskpro_kernels as mk
 import maskpro_kernels.hf  # noqa: F401  registers the quantizer
 from maskpro_kernels.ops import reference
-from maskpro_kernels.packed import bits_a_weight, two_a_byte
+from maskpro_kernels.packed import bits_a_weight, packed_int4
 from maskpro_kernels.prune.finalize import pack, repack
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -43,7 +43,7 @@ def test_whole_numbers_of_scales_come_back_at_every_pattern(dtype):
             each = scales.repeat_interleave(32, dim=1)[:, :kept]
             weight[mk.expand_mask(codes, pattern)] = (numbers * each).flatten()
             bitmask = mk.pack_nm(mk.expand_mask(codes, pattern).to(dtype), pattern).bitmask
-            stored = mk.PackedNM(two_a_byte(numbers), bitmask, pattern, scales.to(dtype)).check()
+            stored = mk.PackedNM(packed_int4(numbers), bitmask, pattern, scales.to(dtype)).check()
             assert stored.kind == "int4" and list(stored.shape) == [3, groups * pattern.m]
             assert_same_bits(stored.unpack() + 0.0, weight.to(dtype) + 0.0)
             assert_same_bits(reference.numbers_of(stored.values), numbers)

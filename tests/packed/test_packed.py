@@ -23,7 +23,7 @@ from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu.packed import products
 from maskpro_kernels.ops.pattern import GROUP_SIZES, bitmask_of, codes_of
 from maskpro_kernels.ops.triton import packed as kernels_file
-from maskpro_kernels.packed import HUGE_PAGE, move_into_huge_pages, ranges
+from maskpro_kernels.packed import HUGE_PAGE, move_into_huge_pages, page_ranges
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:16", "15:16"]
 MULTIPLIED = ["2:4", "1:4", "4:8", "8:16"]
@@ -613,11 +613,11 @@ def test_ranges_are_whole_pages_of_neighbours_and_hold_little_else():
 
     whole = Piece(3 * PAGE + 100, HUGE_PAGE), Piece(HUGE_PAGE + 100 * PAGE, HUGE_PAGE)
     small, scattered = Piece(6 * HUGE_PAGE, PAGE), (Piece(5 * HUGE_PAGE, PAGE), Piece(6 * HUGE_PAGE - PAGE, PAGE))
-    found = ranges([small, *whole, Piece(0, 0)])
+    found = page_ranges([small, *whole, Piece(0, 0)])
     assert all(start % PAGE == end % PAGE == 0 for start, end in found)
     end = whole[1].start + HUGE_PAGE
     assert found == [(whole[0].start // PAGE * PAGE, -(-end // PAGE) * PAGE)]
-    assert not ranges([*scattered, small])
+    assert not page_ranges([*scattered, small])
 
 
 def test_tensors_stay_what_and_where_they_are():

@@ -64,7 +64,7 @@ def test_all_routes_find_the_same_swaps(pattern, launched, monkeypatch):
     assert_same_bits(torch.ops.maskpro.best_swaps(*strided, NMPattern(pattern).n, m), expected)
     # two of the seven rows at a time
     monkeypatch.setattr(kernels, "COPIED_BYTES", 4 * m * m * codes.shape[1])
-    monkeypatch.setattr(kernels, "LEAST_SHARED", 0)
+    monkeypatch.setattr(kernels, "MIN_SHARED_GROUPS", 0)
     assert_same_bits(kernels.best_swaps(*cpu, NMPattern(pattern).n, m), expected)
     for rows, columns in ((0, 3), (7, 0)):
         w, r, code, block = cpu

@@ -29,71 +29,71 @@ logger = logging.getLogger(__name__)
 # Files that were not loaded for this long are removed
 KEPT_SECONDS = 90 * 24 * 3600
 
-# (dtype, *shape) of tensors
-Likes = tuple[tuple, ...]
+# (dtype, *shape) of each tensor
+Specs = tuple[tuple, ...]
 
 
-def compiled(name: str, made_of: object, make: Callable[[], tuple[bytes, Likes]]) -> tuple[bytes, Likes]:
+def compiled(name: str, key: object, make: Callable[[], tuple[bytes, Specs]]) -> tuple[bytes, Specs]:
     """(machine code, results) of a loop: loaded from disk, or made by ``make`` and stored."""
     try:
-        path = folder() / f"{name}-{digest(made_of)}.o"
+        path = folder() / f"{name}-{digest(key)}.o"
         # the folder may be deleted at any time
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock")
-        held = FileLock(lock).acquire()
-        # keeps the lock, for which others may wait, from removal
-        os.utime(lock)
+        lock_path = path.with_suffix(".lock")
+        lock = FileLock(lock_path).acquire()
+        # keeps the file, whose lock other processes may wait for, from removal
+        os.utime(lock_path)
     except OSError as error:
         logger.warning("%s is compiled, and not stored: %s", name, error)
         return make()
-    with held:
-        kept = intact(path)
-        if kept is not None:
+    with lock:
+        loop = load(path)
+        if loop is not None:
             os.utime(path)
-            return kept
+            return loop
         logger.info("compiling %s once, to store it in %s", name, path.parent)
         code, results = make()
         try:
-            keep(path, code, results)
+            store(path, code, results)
             remove_unused(path.parent)
         except OSError as error:
             logger.warning("%s is not stored: %s", path, error)
         return code, results
 
 
-def digest(made_of: object) -> str:
-    """Digest of all that compiled code depends on: compiler, processor, sources, and the ``repr`` of the rest."""
-    made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
-    return hashlib.sha256(repr((made_of, made_by)).encode()).hexdigest()[:32]
+def digest(key: object) -> str:
+    """Digest of all that compiled code depends on: compiler, processor, sources, and the ``repr`` of its key."""
+    environment = (torch.__version__, version("llvmlite"), processor(), CODE)
+    return hashlib.sha256(repr((key, environment)).encode()).hexdigest()[:32]
 
 
-def keep(path: Path, code: bytes, results: Likes) -> None:
+def store(path: Path, code: bytes, results: Specs) -> None:
     """Write a loop's file: a digest of its name and the rest, a line of its results, and machine code."""
-    likes = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
-    body = likes + b"\n" + code
+    specs = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
+    body = specs + b"\n" + code
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         # whatever the umask
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as file:
-            file.write(_seal(path, body) + body)
+            file.write(_checksum(path, body) + body)
         os.replace(unfinished, path)
 
 
-def intact(path: Path) -> tuple[bytes, Likes] | None:
+def load(path: Path) -> tuple[bytes, Specs] | None:
     """(machine code, results) of a loop's file; None unless it is whole, of this name and of this user alone."""
-    data = _own_content(path)
-    if data is None or _seal(path, data[32:]) != data[:32]:
+    data = _trusted_content(path)
+    if data is None or _checksum(path, data[32:]) != data[:32]:
         return None
-    likes, _, code = data[32:].partition(b"\n")
-    return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(likes))
+    specs, _, code = data[32:].partition(b"\n")
+    return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(specs))
 
 
-def _seal(path: Path, body: bytes) -> bytes:
+def _checksum(path: Path, body: bytes) -> bytes:
     return hashlib.sha256(path.name.encode() + b"\n" + body).digest()
 
 
-def _own_content(path: Path) -> bytes | None:
+def _trusted_content(path: Path) -> bytes | None:
     """Content of a regular file that this user owns and nobody else may write to; else None."""
     try:
         # do not follow a link, or wait for the writer of a pipe
@@ -145,8 +145,8 @@ def folder() -> Path:
     except OSError:
         pass
     # it exists as long as this object
-    folder.own = tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
-    return Path(folder.own.name)
+    folder.temporary = tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
+    return Path(folder.temporary.name)
 
 
 @functools.cache

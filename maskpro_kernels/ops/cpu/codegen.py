@@ -32,12 +32,13 @@ TYPES = {
     torch.float16: ir.HalfType(),
     torch.bfloat16: ir.IntType(16),
 }
-WORD = ir.IntType(32)
-LONG = ir.IntType(64)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
 POINTER = ir.PointerType()
 UNSIGNED = (torch.bool, torch.uint8, torch.uint32)
 
-SAME = ("unsqueeze", "alias", "detach", "clone", "lift_fresh_copy", "expand", "view", "_unsafe_view", "reshape")
+# Operations that keep the values of all columns
+VIEWS = ("unsqueeze", "alias", "detach", "clone", "lift_fresh_copy", "expand", "view", "_unsafe_view", "reshape")
 INTEGER_OPERATIONS = {
     "add": "add",
     "sub": "sub",
@@ -125,11 +126,11 @@ def traced(function: Callable, sample: Sequence[Tensor]) -> fx.Graph:
 class Body:
     """Body of a loop, translated operation by operation."""
 
-    def __init__(self, graph: fx.Graph, builder: ir.IRBuilder, group: ir.Value, known: Mapping[fx.Node, Columns]):
+    def __init__(self, graph: fx.Graph, builder: ir.IRBuilder, group: ir.Value, columns: Mapping[fx.Node, Columns]):
         self.graph = graph
         self.builder = builder
         self.group = group
-        self.known: dict[fx.Node, Columns | list[Columns]] = dict(known)
+        self.columns: dict[fx.Node, Columns | list[Columns]] = dict(columns)
 
     def run(self) -> list[Columns]:
         """All operations; gives the results."""
@@ -137,36 +138,36 @@ class Body:
         for node in nodes:
             if node.op == "get_attr":
                 number = node.meta["val"]
-                self.known[node] = Columns([self.constant(number.item(), number.dtype)], number.dtype)
+                self.columns[node] = Columns([self.constant(number.item(), number.dtype)], number.dtype)
             elif node.target is operator.getitem:
                 source, i = node.args
-                self.known[node] = self.known[source][i]
+                self.columns[node] = self.columns[source][i]
             elif node.op == "call_function":
                 name = node.target._schema.name.split("::")[1]
                 if name == "unbind":
-                    columns = self.known[node.args[0]]
-                    self.known[node] = [Columns([value], columns.dtype) for value in columns.values]
+                    source = self.columns[node.args[0]]
+                    self.columns[node] = [Columns([value], source.dtype) for value in source.values]
                 else:
                     dtype = node.meta["val"].dtype
-                    self.known[node] = Columns(self.translated(node, name, dtype), dtype)
-        return [self.known[x] for x in output.args[0]]
+                    self.columns[node] = Columns(self.translated(node, name, dtype), dtype)
+        return [self.columns[x] for x in output.args[0]]
 
     def translated(self, node: fx.Node, name: str, dtype: torch.dtype) -> list:
         """Values of the columns of a result."""
         args = node.args
         builder = self.builder
-        given = self.known.get(args[0]) if args and isinstance(args[0], fx.Node) else None
+        operand = self.columns.get(args[0]) if args and isinstance(args[0], fx.Node) else None
         match name:
             case "view" if isinstance(args[1], torch.dtype):
-                return [builder.bitcast(value, TYPES[dtype]) for value in given.values]
-            case _ if name in SAME:
-                return given.values
+                return [builder.bitcast(value, TYPES[dtype]) for value in operand.values]
+            case _ if name in VIEWS:
+                return operand.values
             case "select":
-                return [given.values[args[2]]]
+                return [operand.values[args[2]]]
             case "stack":
-                return [value for x in args[0] for value in self.known[x].values]
+                return [value for x in args[0] for value in self.columns[x].values]
             case "_to_copy":
-                return [self.cast(value, given.dtype, dtype) for value in given.values]
+                return [self.cast(value, operand.dtype, dtype) for value in operand.values]
             case "arange":
                 return [self.group]
             case "scalar_tensor":
@@ -176,15 +177,16 @@ class Body:
             case "zeros" | "zeros_like" | "new_zeros" | "empty_like":
                 return [self.constant(0, dtype)]
             case "bitwise_not" | "logical_not":
-                return [builder.not_(self.cast(value, given.dtype, dtype)) for value in given.values]
+                return [builder.not_(self.cast(value, operand.dtype, dtype)) for value in operand.values]
             case "abs" | "sqrt":
                 intrinsic = builder.module.declare_intrinsic(f"llvm.{name.replace('abs', 'fabs')}", [TYPES[dtype]])
-                return [builder.call(intrinsic, [value]) for value in given.values]
+                return [builder.call(intrinsic, [value]) for value in operand.values]
             case "reciprocal":
-                return [builder.fdiv(self.constant(1.0, dtype), value) for value in given.values]
+                return [builder.fdiv(self.constant(1.0, dtype), value) for value in operand.values]
             case "where":
-                operands = [given.values, *(self.operand(x, dtype) for x in args[1:])]
-                return [builder.select(*three) for three in zip(*self.spread(operands), strict=True)]
+                operands = [operand.values, *(self.operand(x, dtype) for x in args[1:])]
+                columns = zip(*self.broadcast(operands), strict=True)
+                return [builder.select(condition, x, y) for condition, x, y in columns]
             case "minimum" | "maximum":
                 sign = "<" if name == "minimum" else ">"
                 pairs = list(self.pairs(node, dtype))
@@ -197,7 +199,7 @@ class Body:
             case "clamp" | "clamp_min" | "clamp_max":
                 names = ("max",) if name == "clamp_max" else ("min", "max")
                 limits = dict(zip(names, args[1:], strict=False)) | node.kwargs
-                values = given.values
+                values = operand.values
                 for sign, limit in (("<", limits.get("min")), (">", limits.get("max"))):
                     if limit is not None:
                         limit = self.constant(limit, dtype)
@@ -228,15 +230,15 @@ class Body:
     def operand(self, x, dtype: torch.dtype) -> list:
         if not isinstance(x, fx.Node):
             return [self.constant(x, dtype)]
-        columns = self.known[x]
+        columns = self.columns[x]
         return [self.cast(value, columns.dtype, dtype) for value in columns.values]
 
-    def spread(self, operands: list[list]) -> list[list]:
+    def broadcast(self, operands: list[list]) -> list[list]:
         count = max(map(len, operands))
         return [values * count if len(values) == 1 else values for values in operands]
 
     def pairs(self, node: fx.Node, dtype: torch.dtype):
-        return zip(*self.spread([self.operand(x, dtype) for x in node.args[:2]]), strict=True)
+        return zip(*self.broadcast([self.operand(x, dtype) for x in node.args[:2]]), strict=True)
 
     def compare(self, sign: str, dtype: torch.dtype, a, b):
         """Compare like torch: with NaN only != is true."""
@@ -269,12 +271,12 @@ class Body:
 
 def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Upper half of a float32's bits, rounded to the nearest, ties to even; NaN stays NaN."""
-    bits = builder.bitcast(value, WORD)
-    odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
-    carried = builder.add(bits, builder.add(odd, WORD(0x7FFF)))
+    bits = builder.bitcast(value, I32)
+    odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+    carried = builder.add(bits, builder.add(odd, I32(0x7FFF)))
     nan = builder.fcmp_unordered("uno", value, value)
-    rounded = builder.select(nan, builder.or_(bits, WORD(1 << 22)), carried)
-    return builder.trunc(builder.lshr(rounded, WORD(16)), TYPES[torch.bfloat16])
+    rounded = builder.select(nan, builder.or_(bits, I32(1 << 22)), carried)
+    return builder.trunc(builder.lshr(rounded, I32(16)), TYPES[torch.bfloat16])
 
 
 def lowered(graph: fx.Graph, groups: Sequence[tuple], rest: Sequence[tuple],
@@ -301,11 +303,11 @@ def lowered(graph: fx.Graph, groups: Sequence[tuple], rest: Sequence[tuple],
 
 def add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
     """Add a function with ``longs`` and ``pointers`` as arguments and no result; return it and its builder."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[LONG] * longs, *[POINTER] * pointers]), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[I64] * longs, *[POINTER] * pointers]), name)
     return function, ir.IRBuilder(function.append_basic_block())
 
 
-def use_whole_registers(function: ir.Function) -> None:
+def prefer_512_bit_vectors(function: ir.Function) -> None:
     """Use the widest registers, which is faster here; LLVM's tuning for some CPUs uses half of them."""
     # llvmlite does not support attributes with values
     set.add(function.attributes, '"prefer-vector-width"="512"')
@@ -313,21 +315,21 @@ def use_whole_registers(function: ir.Function) -> None:
 
 def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, count: int, dtype: torch.dtype):
     """Address of the i-th of ``count`` columns of a group."""
-    index = builder.add(builder.mul(group, LONG(count)), LONG(i))
+    index = builder.add(builder.mul(group, I64(count)), I64(i))
     return builder.gep(pointer, [index], source_etype=TYPES[dtype])
 
 
-def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
+def for_range(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], step: int = 1):
     """Add a loop over [start, stop); the builder continues after it."""
     before = builder.block
     loop = builder.append_basic_block()
     done = builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
     builder.position_at_end(loop)
-    i = builder.phi(LONG)
+    i = builder.phi(I64)
     i.add_incoming(start, before)
     body(i)
-    following = builder.add(i, LONG(by))
+    following = builder.add(i, I64(step))
     i.add_incoming(following, builder.block)
     builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
     builder.position_at_end(done)
@@ -339,31 +341,31 @@ def _add_loop(module: ir.Module, name: str, graph: fx.Graph, groups: Sequence[tu
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.nodes if node.op == "output")
     results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
-    given = len(groups) + len(rest)
-    function, builder = add_function(module, name, 2, given + len(results) - (in_place is not None))
-    use_whole_registers(function)
+    inputs = len(groups) + len(rest)
+    function, builder = add_function(module, name, 2, inputs + len(results) - (in_place is not None))
+    prefer_512_bit_vectors(function)
     # inlined, its arguments would lose noalias
     function.attributes.add("noinline")
     start, stop, *pointers = function.args
     for pointer in pointers:
         pointer.add_attribute("noalias")
-    outputs = pointers[given:] if in_place is None else [pointers[in_place], *pointers[given:]]
+    outputs = pointers[inputs:] if in_place is None else [pointers[in_place], *pointers[inputs:]]
     shared = {}
-    for node, pointer, (dtype, *shape) in zip(nodes[len(groups) :], pointers[len(groups) : given], rest, strict=True):
-        addresses = [builder.gep(pointer, [LONG(i)], source_etype=TYPES[dtype]) for i in range(math.prod(shape))]
+    for node, pointer, (dtype, *shape) in zip(nodes[len(groups) :], pointers[len(groups) : inputs], rest, strict=True):
+        addresses = [builder.gep(pointer, [I64(i)], source_etype=TYPES[dtype]) for i in range(math.prod(shape))]
         shared[node] = Columns([builder.load(x, typ=TYPES[dtype]) for x in addresses], dtype)
 
     def body(group: ir.Value) -> None:
-        known = dict(shared)
+        columns_of = dict(shared)
         for node, pointer, (dtype, *shape) in zip(nodes, pointers, groups, strict=False):
-            known[node] = Columns(_loaded(builder, pointer, group, dtype, math.prod(shape)), dtype)
-        operations = Body(graph, builder, group, known)
+            columns_of[node] = Columns(_loaded(builder, pointer, group, dtype, math.prod(shape)), dtype)
+        operations = Body(graph, builder, group, columns_of)
         # all loads before all stores: a result may overwrite a tensor of groups
         for pointer, (dtype, *shape), columns in zip(outputs, results, operations.run(), strict=True):
             count = math.prod(shape)
             _store(builder, columns.values * (count // len(columns.values)), pointer, group, dtype)
 
-    each(builder, start, stop, body)
+    for_range(builder, start, stop, body)
     builder.ret_void()
     return function, results
 
@@ -387,13 +389,13 @@ class _Numbers:
     def __init__(self, builder: ir.IRBuilder, shard: ir.Value, memory: ir.Value):
         self.builder = builder
         self.memory = memory
-        first, self.columns, row_stride, self.offset = _loaded(builder, shard, LONG(0), torch.int64, 4)
+        first, self.columns, row_stride, self.offset = _loaded(builder, shard, I64(0), torch.int64, 4)
         self.shift = builder.add(first, self.offset)
         self.gap = builder.sub(row_stride, self.columns)
 
     def put(self, i: ir.Value, group: ir.Value) -> None:
         """Write the i-th index, that of ``group``, as if rows were adjacent."""
-        _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
+        _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), I32)], self.memory, i, *NUMBER)
 
     def set_apart(self, count: ir.Value) -> None:
         """Correct ``count`` indices if rows are not adjacent; adjacent rows need no division."""
@@ -401,12 +403,12 @@ class _Numbers:
 
         def correct(i: ir.Value) -> None:
             (number,) = _loaded(builder, self.memory, i, *NUMBER, 1)
-            row = builder.sdiv(builder.sub(builder.zext(number, LONG), self.offset), self.columns)
-            skipped = builder.trunc(builder.mul(row, self.gap), WORD)
+            row = builder.sdiv(builder.sub(builder.zext(number, I64), self.offset), self.columns)
+            skipped = builder.trunc(builder.mul(row, self.gap), I32)
             _store(builder, [builder.add(number, skipped)], self.memory, i, *NUMBER)
 
-        with builder.if_then(builder.icmp_signed("!=", self.gap, LONG(0))):
-            each(builder, LONG(0), count, correct)
+        with builder.if_then(builder.icmp_signed("!=", self.gap, I64(0))):
+            for_range(builder, I64(0), count, correct)
 
 
 def _add_draws(module: ir.Module, level: ir.Function, by_bounds: ir.Function, draw: ir.Function,
@@ -414,90 +416,92 @@ def _add_draws(module: ir.Module, level: ir.Function, by_bounds: ir.Function, dr
                result: tuple) -> ir.Function:  # fmt: skip
     """Add ``loop``, which tries BLOCK groups at a time by the bounds, and draws BATCH undetermined groups at a time."""
     batch = _add_batch(module, draw, groups, rest, in_place, result)
-    given = len(groups) + len(rest)
-    own = in_place is None
-    function, builder = add_function(module, ENTRY, 2, given + 1 + own)
+    inputs = len(groups) + len(rest)
+    has_result = in_place is None
+    function, builder = add_function(module, ENTRY, 2, inputs + 1 + has_result)
     start, stop, *pointers = function.args
-    of_groups = pointers[: len(groups)]
-    others = pointers[len(groups) : given]
-    written = pointers[given + 1 :]
+    group_pointers = pointers[: len(groups)]
+    rest_pointers = pointers[len(groups) : inputs]
+    result_pointers = pointers[inputs + 1 :]
     byte = ir.IntType(8)
-    # read in words; the last one may go beyond the block
+    # read eight at a time; the last ones may be beyond the block
     flags_type = ir.ArrayType(byte, BLOCK + 8)
     flags = builder.alloca(flags_type)
-    undrawn = builder.alloca(LONG, BATCH)
-    filled = builder.alloca(LONG)
+    undrawn = builder.alloca(I64, BATCH)
+    filled = builder.alloca(I64)
     levels = builder.alloca(byte, BLOCK)
-    memory = builder.alloca(WORD, BLOCK)
-    numbers = _Numbers(builder, pointers[given], memory)
+    memory = builder.alloca(I32, BLOCK)
+    numbers = _Numbers(builder, pointers[inputs], memory)
     builder.store(flags_type(None), flags)
-    builder.store(LONG(0), filled)
+    builder.store(I64(0), filled)
 
     def draw_undrawn(size: ir.Value) -> None:
         builder.call(batch, [size, undrawn, *pointers])
-        builder.store(LONG(0), filled)
+        builder.store(I64(0), filled)
 
-    def block(first: ir.Value) -> None:
-        end = smaller(builder, builder.add(first, LONG(BLOCK)), stop)
+    def draw_block(first: ir.Value) -> None:
+        end = minimum(builder, builder.add(first, I64(BLOCK)), stop)
         size = builder.sub(end, first)
-        each(builder, LONG(0), size, lambda i: numbers.put(i, builder.add(first, i)))
+        for_range(builder, I64(0), size, lambda i: numbers.put(i, builder.add(first, i)))
         numbers.set_apart(size)
-        builder.call(level, [LONG(0), size, memory, *others, levels])
-        here, levels_here = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
-        builder.call(by_bounds, [first, end, *of_groups, levels_here, *others, *written, here])
+        builder.call(level, [I64(0), size, memory, *rest_pointers, levels])
+        # by the index of a group instead of its index in the block
+        group_flags, group_levels = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
+        arguments = [*group_pointers, group_levels, *rest_pointers, *result_pointers, group_flags]
+        builder.call(by_bounds, [first, end, *arguments])
 
         def collect(group: ir.Value) -> None:
-            size = builder.load(filled, typ=LONG)
-            builder.store(group, builder.gep(undrawn, [size], source_etype=LONG))
-            size = builder.add(size, builder.zext(_flag_of(builder, here, group, byte), LONG))
+            size = builder.load(filled, typ=I64)
+            builder.store(group, builder.gep(undrawn, [size], source_etype=I64))
+            size = builder.add(size, builder.zext(_load_flag(builder, group_flags, group, byte), I64))
             builder.store(size, filled)
-            with builder.if_then(builder.icmp_signed("==", size, LONG(BATCH)), likely=False):
+            with builder.if_then(builder.icmp_signed("==", size, I64(BATCH)), likely=False):
                 draw_undrawn(size)
 
-        def word(group: ir.Value) -> None:
-            flags_here = _flag_of(builder, here, group, LONG)
-            with builder.if_then(builder.icmp_signed("!=", flags_here, LONG(0)), likely=False):
-                each(builder, group, smaller(builder, builder.add(group, LONG(8)), end), collect)
+        def collect_eight(group: ir.Value) -> None:
+            eight_flags = _load_flag(builder, group_flags, group, I64)
+            with builder.if_then(builder.icmp_signed("!=", eight_flags, I64(0)), likely=False):
+                for_range(builder, group, minimum(builder, builder.add(group, I64(8)), end), collect)
 
-        each(builder, first, end, word, by=8)
+        for_range(builder, first, end, collect_eight, step=8)
 
-    each(builder, start, stop, block, by=BLOCK)
-    size = builder.load(filled, typ=LONG)
-    with builder.if_then(builder.icmp_signed("!=", size, LONG(0))):
+    for_range(builder, start, stop, draw_block, step=BLOCK)
+    size = builder.load(filled, typ=I64)
+    with builder.if_then(builder.icmp_signed("!=", size, I64(0))):
         draw_undrawn(size)
     builder.ret_void()
     return function
 
 
-def smaller(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
-    return builder.select(builder.icmp_signed("<", one, other), one, other)
+def minimum(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed("<", x, y), x, y)
 
 
-def larger(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
-    return builder.select(builder.icmp_signed(">", one, other), one, other)
+def maximum(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed(">", x, y), x, y)
 
 
-def _flag_of(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, typ: ir.Type) -> ir.Value:
-    """Pointer to a group's flag; as a word it also reads flags of later groups."""
-    return builder.load(builder.gep(flags, [group], source_etype=ir.IntType(8)), typ=typ, align=1)
+def _load_flag(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, type_: ir.Type) -> ir.Value:
+    """Load a group's flag; a larger type than a byte also has the flags of later groups."""
+    return builder.load(builder.gep(flags, [group], source_etype=ir.IntType(8)), typ=type_, align=1)
 
 
-def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorType) -> None:
+def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, type_: ir.VectorType) -> None:
     """Copy a group as a vector of bytes; source and target are (pointer, index of the group)."""
     # the stride of vectors would be rounded up to a power of two
-    read, written = (
-        builder.gep(pointer, [builder.mul(group, LONG(typ.count))], source_etype=ir.IntType(8))
+    source_group, target_group = (
+        builder.gep(pointer, [builder.mul(group, I64(type_.count))], source_etype=ir.IntType(8))
         for pointer, group in (source, target)
     )
-    builder.store(builder.load(read, typ=typ, align=1), written, align=1)
+    builder.store(builder.load(source_group, typ=type_, align=1), target_group, align=1)
 
 
 def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], rest: Sequence[tuple],
                in_place: int | None, result: tuple) -> ir.Function:  # fmt: skip
     """Add ``batch(size, undetermined groups, *addresses)``: gather up to BATCH groups, draw and scatter them."""
-    given = len(groups) + len(rest)
-    own = in_place is None
-    function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)
+    inputs = len(groups) + len(rest)
+    has_result = in_place is None
+    function, builder = add_function(module, "batch", 1, 1 + inputs + 1 + has_result)
     function.attributes.add("noinline")
     size, undrawn, *pointers = function.args
     # copy each group as a vector: loops over columns would use slow gather and scatter instructions
@@ -505,34 +509,34 @@ def _add_batch(module: ir.Module, draw: ir.Function, groups: Sequence[tuple], re
         ir.VectorType(ir.IntType(8), dtype.itemsize * math.prod(shape)) for dtype, *shape in (*groups, result)
     )
     gathered = [builder.alloca(group, BATCH) for group in types]
-    drawn = builder.alloca(result_type, BATCH) if own else gathered[in_place]
-    for place in (*gathered, drawn):
+    drawn = builder.alloca(result_type, BATCH) if has_result else gathered[in_place]
+    for buffer in (*gathered, drawn):
         # aligned for the vectors that are read and written there
-        place.align = 64
-    memory = builder.alloca(WORD, BATCH)
-    numbers = _Numbers(builder, pointers[given], memory)
-    out = pointers[given + 1] if own else pointers[in_place]
+        buffer.align = 64
+    memory = builder.alloca(I32, BATCH)
+    numbers = _Numbers(builder, pointers[inputs], memory)
+    out = pointers[inputs + 1] if has_result else pointers[in_place]
     # pad to whole vectors with copies of the last group: a remainder would be processed one by one
-    padded = builder.and_(builder.add(size, LONG(VECTORS - 1)), LONG(-VECTORS))
-    last = builder.sub(size, LONG(1))
+    padded = builder.and_(builder.add(size, I64(VECTORS - 1)), I64(-VECTORS))
+    last = builder.sub(size, I64(1))
 
     def undrawn_at(i: ir.Value) -> ir.Value:
-        return builder.load(builder.gep(undrawn, [i], source_etype=LONG), typ=LONG)
+        return builder.load(builder.gep(undrawn, [i], source_etype=I64), typ=I64)
 
     def gather(i: ir.Value) -> None:
         group = undrawn_at(builder.select(builder.icmp_signed("<", i, last), i, last))
-        for source, target, typ in zip(pointers, gathered, types, strict=False):
-            _copy(builder, (source, group), (target, i), typ)
+        for source, target, type_ in zip(pointers, gathered, types, strict=False):
+            _copy(builder, (source, group), (target, i), type_)
         numbers.put(i, group)
 
     def scatter(i: ir.Value) -> None:
         _copy(builder, (drawn, i), (out, undrawn_at(i)), result_type)
 
-    each(builder, LONG(0), padded, gather)
+    for_range(builder, I64(0), padded, gather)
     numbers.set_apart(padded)
-    results = [drawn] if own else []
-    builder.call(draw, [LONG(0), padded, *gathered, memory, *pointers[len(groups) : given], *results])
-    each(builder, LONG(0), size, scatter)
+    results = [drawn] if has_result else []
+    builder.call(draw, [I64(0), padded, *gathered, memory, *pointers[len(groups) : inputs], *results])
+    for_range(builder, I64(0), size, scatter)
     builder.ret_void()
     return function
 
@@ -545,37 +549,37 @@ def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
     """
     function, builder = add_function(module, LAYERS, 3, 1)
     start, stop, count, table = function.args
-    width = LONG(len(loop.args) - 1)
+    width = I64(len(loop.args) - 1)
 
     def entry(row: ir.Value, i: int, type_: ir.Type) -> ir.Value:
-        index = builder.add(builder.mul(row, width), LONG(i))
-        return builder.load(builder.gep(table, [index], source_etype=LONG), typ=type_)
+        index = builder.add(builder.mul(row, width), I64(i))
+        return builder.load(builder.gep(table, [index], source_etype=I64), typ=type_)
 
     def layer(row: ir.Value) -> None:
-        first = entry(row, 0, LONG)
-        end = entry(builder.add(row, LONG(1)), 0, LONG)
-        low = larger(builder, first, start)
-        high = smaller(builder, end, stop)
+        first = entry(row, 0, I64)
+        end = entry(builder.add(row, I64(1)), 0, I64)
+        low = maximum(builder, first, start)
+        high = minimum(builder, end, stop)
         with builder.if_then(builder.icmp_signed("<", low, high)):
             addresses = [entry(row, 1 + i, x.type) for i, x in enumerate(loop.args[2:])]
             builder.call(loop, [builder.sub(low, first), builder.sub(high, first), *addresses])
 
-    each(builder, LONG(0), count, layer)
+    for_range(builder, I64(0), count, layer)
     builder.ret_void()
     return function
 
 
 def add_shared(module: ir.Module, loop: ir.Function, name: str = SHARED) -> None:
     """Add ``shared(data)``, an OpenMP thread's share of the loop; data is [count, *other arguments]."""
-    number = ir.FunctionType(WORD, [])
-    thread, threads = (module.globals.get(x) or ir.Function(module, number, x) for x in (THREAD, THREADS))
+    openmp_type = ir.FunctionType(I32, [])
+    thread_num, num_threads = (module.globals.get(x) or ir.Function(module, openmp_type, x) for x in (THREAD, THREADS))
     function, builder = add_function(module, name, 0, 1)
 
-    def datum(i: int, type_):
-        return builder.load(builder.gep(function.args[0], [LONG(i)], source_etype=LONG), typ=type_)
+    def load_argument(i: int, type_: ir.Type) -> ir.Value:
+        return builder.load(builder.gep(function.args[0], [I64(i)], source_etype=I64), typ=type_)
 
-    own, all_ = (builder.sext(builder.call(f, []), LONG) for f in (thread, threads))
-    count = datum(0, LONG)
-    bounds = [builder.sdiv(builder.mul(count, x), all_) for x in (own, builder.add(own, LONG(1)))]
-    builder.call(loop, [*bounds, *(datum(1 + i, x.type) for i, x in enumerate(loop.args[2:]))])
+    thread, threads = (builder.sext(builder.call(f, []), I64) for f in (thread_num, num_threads))
+    count = load_argument(0, I64)
+    bounds = [builder.sdiv(builder.mul(count, x), threads) for x in (thread, builder.add(thread, I64(1)))]
+    builder.call(loop, [*bounds, *(load_argument(1 + i, x.type) for i, x in enumerate(loop.args[2:]))])
     builder.ret_void()

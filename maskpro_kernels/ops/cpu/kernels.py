@@ -15,26 +15,26 @@ from torch import Tensor
 from .. import bounds, reference
 from ..counter import Counter
 from ..pattern import code_dtype
-from ..reference import layers
+from ..reference import layers as one_by_one
 from ..reference.arithmetic import scalar
-from .loops import LEAST_SHARED, compiled_loop, run
+from .loops import MIN_SHARED_GROUPS, compiled_loop, run
 
 # Most groups whose indices, 8 bytes each, are made at a time
-PIECE = 1 << 18
+INDEXED_GROUPS = 1 << 18
 
 # Bytes of temporary float32 values: copies of 16-bit logits, terms of an update, outer products, or blocks for swaps
 COPIED_BYTES = 1 << 21
 
 
-def _pieces(count: int, size: int = PIECE) -> Iterator[slice]:
+def _slices(count: int, size: int = INDEXED_GROUPS) -> Iterator[slice]:
     """Slices of at most ``size`` consecutive groups or rows."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
-def _copied(logits: Tensor) -> Iterator[slice]:
+def _copied_slices(logits: Tensor) -> Iterator[slice]:
     """Slices of logits [groups, M] for temporary float32 values."""
-    return _pieces(logits.shape[0], COPIED_BYTES // (4 * logits.shape[1]))
+    return _slices(logits.shape[0], COPIED_BYTES // (4 * logits.shape[1]))
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -69,37 +69,37 @@ class _Groups:
             (first,) = integers(offset + start)
             run(function, tensors, rest, first=first, out=out, **constants)
             return
-        for which in _pieces(len(out)):
-            local = torch.arange(start + which.start, start + which.stop)
+        for part in _slices(len(out)):
+            local = torch.arange(start + part.start, start + part.stop)
             number = local // columns * row_stride + local % columns + offset
-            run(function, [*(x[which] for x in tensors), number], rest, out=out[which], **constants)
+            run(function, [*(x[part] for x in tensors), number], rest, out=out[part], **constants)
 
 
 def _draw_into(out: Tensor, by_bounds: Callable, full: Callable, groups: _Groups, rest: Sequence[Tensor],
-               others: Sequence[Tensor] = (), **constants) -> None:  # fmt: skip
-    """Write ``by_bounds`` by levels to out, and ``full`` of (logits, others, indices, key, rest) for other groups."""
+               operands: Sequence[Tensor] = (), **constants) -> None:  # fmt: skip
+    """Write ``by_bounds`` by levels to out, where undetermined ``full`` of (logits, operands, indices, key, rest)."""
     rest = (*groups.counter.key, *rest)
-    how = {"shard": integers(*groups.shard), "levels": spread_levels, "full": full}
-    run(by_bounds, [groups.logits, *others], rest, out=out, **how, **constants)
+    shard = integers(*groups.shard)
+    run(by_bounds, [groups.logits, *operands], rest, out=out, shard=shard, levels=spread_levels, full=full, **constants)
 
 
-def _weight_words(weight: Tensor, m: int) -> Tensor:
-    """View a matrix [rows, K] as int32 [groups, words]; a word has one or two weights, and masks apply to words."""
+def _weight_int32(weight: Tensor, m: int) -> Tensor:
+    """View a matrix [rows, K] as int32 [groups, integers] for masks; an integer has the bits of one or two weights."""
     if weight.storage_offset() * weight.element_size() % 4:
         weight = weight.clone()
     # a single row may have any stride
     return weight.view(-1).view(torch.int32).view(-1, m * weight.element_size() // 4)
 
 
-def _mask_words(words, kept):
-    """Mask groups of ``_weight_words``, zeros for dropped weights."""
-    columns = reference.columns(words)
+def _mask_int32(integers, kept):
+    """Mask groups of ``_weight_int32``, zeros for dropped weights."""
+    columns = reference.columns(integers)
     if len(columns) == len(kept):
-        return reference.uncolumns([torch.where(k, word, 0) for word, k in zip(columns, kept, strict=True)])
-    halves = zip(columns, kept[::2], kept[1::2], strict=True)
+        return reference.uncolumns([torch.where(k, column, 0) for column, k in zip(columns, kept, strict=True)])
+    pairs = zip(columns, kept[::2], kept[1::2], strict=True)
     return reference.uncolumns([
-        word & (torch.where(low, 0xFFFF, 0) | torch.where(high, -0x10000, 0)).to(torch.int32)
-        for word, low, high in halves
+        column & (torch.where(low, 0xFFFF, 0) | torch.where(high, -0x10000, 0)).to(torch.int32)
+        for column, low, high in pairs
     ])  # fmt: skip
 
 
@@ -117,13 +117,13 @@ def drawn_mask(logits, group, *key, n):
     return reference.group_sample_mask(logits, group, key[:4], key[4], n=n)
 
 
-def _determined_masked_weight(logits, words, levels, seed, step, layer, draw, inv_temperature, *, n):
+def _determined_masked_weight(logits, weight_bits, levels, seed, step, layer, draw, inv_temperature, *, n):
     kept, undetermined = bounds.group_expected_mask(logits, levels, inv_temperature, n)
-    return _mask_words(words, kept), undetermined
+    return _mask_int32(weight_bits, kept), undetermined
 
 
-def _drawn_masked_weight(logits, words, group, *key, n):
-    return _mask_words(words, reference.group_drawn(logits, group, key[:4], key[4], n))
+def _drawn_masked_weight(logits, weight_bits, group, *key, n):
+    return _mask_int32(weight_bits, reference.group_drawn(logits, group, key[:4], key[4], n))
 
 
 def _determined_update(logits, levels, seed, step, layer, draw, coef, inv_temperature, *, n):
@@ -150,8 +150,8 @@ def _top_n_mask(scores, *, n):
     return reference.group_top_n_mask(scores.float(), n=n)
 
 
-def _code_masked_weight(codes, words, *, m):
-    return _mask_words(words, reference.decode(codes, m))
+def _code_masked_weight(codes, weight_bits, *, m):
+    return _mask_int32(weight_bits, reference.decode(codes, m))
 
 
 def sample_mask(logits, n, m, inv_temperature, counter):
@@ -165,17 +165,16 @@ def sample_mask(logits, n, m, inv_temperature, counter):
 def masked_weight(weight, mask):
     """``reference.masked_weight``."""
     mask = mask.by_codes
-    m = mask.m
     out = torch.empty_like(weight)
-    words = _weight_words(weight, m)
-    masked_words = _weight_words(out, m)
+    weight_bits = _weight_int32(weight, mask.m)
+    masked_bits = _weight_int32(out, mask.m)
     if mask.kind == "codes":
-        run(_code_masked_weight, [mask.tensor.view(-1), words], out=masked_words, m=m)
+        run(_code_masked_weight, [mask.tensor.view(-1), weight_bits], out=masked_bits, m=mask.m)
         return out
-    groups = _Groups(mask.tensor.view(-1, m), weight.shape[1] // m, mask.counter)
-    inverse = scalar(mask.inv_temperature, weight)
-    by_bounds = _determined_masked_weight
-    _draw_into(masked_words, by_bounds, _drawn_masked_weight, groups, (inverse,), [words], n=mask.n)
+    groups = _Groups(mask.tensor.view(-1, mask.m), weight.shape[1] // mask.m, mask.counter)
+    rest = (scalar(mask.inv_temperature, weight),)
+    operands = [weight_bits]
+    _draw_into(masked_bits, _determined_masked_weight, _drawn_masked_weight, groups, rest, operands, n=mask.n)
     return out
 
 
@@ -215,7 +214,7 @@ def score_update_(logits, coef, n, m, inv_temperature, counter):
     if logits.dtype == torch.float32:
         _update(whole, coef, inverse, n)
         return
-    for part in _copied(flat):
+    for part in _copied_slices(flat):
         groups = whole.part(part.start, flat[part].float())
         _update(groups, coef, inverse, n)
         _round_into(flat[part], groups.by_draw(counter.draw[0]))
@@ -236,19 +235,19 @@ def _update(groups: _Groups, coef: Tensor, inv_temperature: Tensor, n: int) -> N
         else:
             groups.run(_drawn_update, [groups.logits], rest, groups.logits, n=n)
         return
-    for which in _copied(groups.logits):
-        piece = groups.part(which.start, groups.logits[which])
-        terms = torch.empty_like(piece.logits)
+    for part in _copied_slices(groups.logits):
+        part_groups = groups.part(part.start, groups.logits[part])
+        terms = torch.empty_like(part_groups.logits)
         delta = None
         for factor, draw in zip(coef, groups.counter.draw, strict=True):
-            here = piece.by_draw(draw)
+            drawn_groups = part_groups.by_draw(draw)
             rest = (factor, inv_temperature)
             if exact:
-                _draw_into(terms, _determined_terms, _drawn_terms, here, rest, n=n)
+                _draw_into(terms, _determined_terms, _drawn_terms, drawn_groups, rest, n=n)
             else:
-                here.run(_drawn_terms, [here.logits], rest, terms, n=n)
+                drawn_groups.run(_drawn_terms, [drawn_groups.logits], rest, terms, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
-        piece.logits.sub_(delta)
+        part_groups.logits.sub_(delta)
 
 
 def mask_slope(weight, first, second, codes, m):
@@ -261,11 +260,11 @@ def mask_slope(weight, first, second, codes, m):
 
 def descend_by_slope_(logits, weight, first, factors, codes, rate, max_update, m, counter):
     """``reference.descend_by_slope_``."""
-    of_rows, of_columns = factors
+    row_factors, column_factors = factors
 
     def tensors(rows: slice) -> list[Tensor]:
-        # in pieces: the whole outer product would go through memory twice
-        square = torch.outer(of_rows[rows], of_columns)
+        # in slices: the whole outer product would go through memory twice
+        square = torch.outer(row_factors[rows], column_factors)
         return [*(x.view(-1, m) for x in (weight[rows], first[rows], square)), codes[rows].view(-1)]
 
     return _descend(reference.group_straight_through_logits, tensors, logits, rate, max_update, m, counter)
@@ -281,19 +280,20 @@ def descend_(logits, gradient, rate, max_update, m, counter):
 
 
 def _descend(function, tensors, logits, rate, max_update, m, counter):
-    """``function`` of ``tensors(rows)`` and logits, for pieces of rows; returns the mean of its squares."""
+    """``function`` of ``tensors(rows)`` and logits, for slices of rows; returns the mean of its squares."""
     columns = logits.shape[1] // m
     whole = _Groups(logits.view(-1, m), columns, counter)
     total = torch.zeros((), dtype=torch.float32)
-    most = scalar(max_update, logits)
-    for rows in _pieces(len(logits), max(COPIED_BYTES // (4 * logits.shape[1]), 1)):
-        own = out = logits[rows].view(-1, m)
+    largest_update = scalar(max_update, logits)
+    for rows in _slices(len(logits), max(COPIED_BYTES // (4 * logits.shape[1]), 1)):
+        row_logits = logits[rows].view(-1, m)
+        out = row_logits
         if logits.dtype != torch.float32:
             out = torch.empty(out.shape, dtype=torch.float32)
-        _, squares = run(function, [*tensors(rows), own], (rate, most), out=out)
+        _, squares = run(function, [*tensors(rows), row_logits], (rate, largest_update), out=out)
         total += squares.sum()
         if logits.dtype != torch.float32:
-            _round_into(own, whole.part(rows.start * columns, out))
+            _round_into(row_logits, whole.part(rows.start * columns, out))
     return total / max(logits.numel(), 1)
 
 
@@ -302,12 +302,13 @@ def adamw_(weight, master, first, second, gradient, codes, scalars, m):
     groups = [x.view(-1, m) for x in (gradient, master, first, second)]
     codes = codes.view(-1)
     rounded = weight.view(-1, m)
-    for part in _copied(groups[0]):
-        given = [*(x[part] for x in groups), codes[part]]
+    for part in _copied_slices(groups[0]):
+        tensors = [*(x[part] for x in groups), codes[part]]
+        _, part_master, part_first, part_second, _ = tensors
         # the first result overwrites the master
-        _, *rest = run(reference.group_adamw, given, scalars.unbind(), out=given[1], dtype=weight.dtype)
-        for held, new in zip((given[2], given[3], rounded[part]), rest, strict=True):
-            held.copy_(new)
+        results = run(reference.group_adamw, tensors, scalars.unbind(), out=part_master, dtype=weight.dtype)
+        for target, result in zip((part_first, part_second, rounded[part]), results[1:], strict=True):
+            target.copy_(result)
 
 
 def best_swaps(weight, product, codes, blocks, n, m):
@@ -318,16 +319,16 @@ def best_swaps(weight, product, codes, blocks, n, m):
     if not codes.numel():
         return change, swap
     columns = codes.shape[1]
-    # a loop takes the block of each group: copies for some rows serve all pieces, as many as stay in cache, but
+    # a loop takes the block of each group: copies for some rows serve all slices, as many as stay in cache, but
     # enough for all threads
-    at_once = min(max(COPIED_BYTES // (4 * m * m), LEAST_SHARED) // columns + 1, len(codes))
-    of_groups = blocks.reshape(m * m, columns).T.repeat(at_once, 1)
-    for rows in _pieces(len(codes), at_once):
+    slice_rows = min(max(COPIED_BYTES // (4 * m * m), MIN_SHARED_GROUPS) // columns + 1, len(codes))
+    group_blocks = blocks.reshape(m * m, columns).T.repeat(slice_rows, 1)
+    for rows in _slices(len(codes), slice_rows):
         # always copies, contiguous for one row, too
         w, r = (torch.stack(x[rows].unbind(1), -1).view(-1, m) for x in (weight, product))
-        tensors = [w, r, codes[rows].view(-1), of_groups[: len(w)]]
-        _, found = run(reference.group_best_swaps, tensors, out=change[rows].view(-1))
-        swap[rows] = found.view(-1, columns)
+        tensors = [w, r, codes[rows].view(-1), group_blocks[: len(w)]]
+        _, row_swaps = run(reference.group_best_swaps, tensors, out=change[rows].view(-1))
+        swap[rows] = row_swaps.view(-1, columns)
     return change, swap
 
 
@@ -335,25 +336,30 @@ def best_swaps(weight, product, codes, blocks, n, m):
 
 
 # Arguments of a loop for one layer: tensors of groups, the rest, the last tensor, and memory for results
-_Given = tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]
+LayerArguments = tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]
 
 
-def _run_over_layers(function: Callable, given: Sequence[_Given], *how, in_place: bool = False, **constants) -> bool:
+def _run_over_layers(
+    function: Callable, layers: Sequence[LayerArguments], *draw_functions, in_place: bool = False, **constants
+) -> bool:
     """Run the loop of a function over layers; without machine code return False, with nothing changed.
 
-    ``how`` are the arguments of ``CompiledLoop`` after ``in_place``; without them the groups are numbered. With
+    ``draw_functions`` are ``levels`` and ``full`` of ``CompiledLoop``; without them the groups are numbered. With
     ``in_place`` the results overwrite the first tensor of groups.
     """
-    groups, rest, last, out = max(given, key=lambda one: len(one[3]))
-    likes = tuple([(x.dtype, *x.shape[1:]) for x in groups]), tuple([(x.dtype, *x.shape) for x in rest])
-    like_out = (out.dtype, *out.shape[1:])
-    loop = compiled_loop(function, *likes, not how, like_out, 0 if in_place else None, *how, **constants)
+    groups, rest, last, out = max(layers, key=lambda arguments: len(arguments[3]))
+    group_specs = tuple([(x.dtype, *x.shape[1:]) for x in groups])
+    rest_specs = tuple([(x.dtype, *x.shape) for x in rest])
+    out_spec = (out.dtype, *out.shape[1:])
+    numbered = not draw_functions
+    index = 0 if in_place else None
+    loop = compiled_loop(function, group_specs, rest_specs, numbered, out_spec, index, *draw_functions, **constants)
     run = loop.over_layers([*groups, *rest, last])
     if run is None:
         return False
     rows = []
     first = 0
-    for groups, rest, last, out in given:
+    for groups, rest, last, out in layers:
         rows.append([first, *(x.data_ptr() for x in (*groups, *rest, last, *([] if in_place else [out])))])
         first += len(out)
     rows.append([first, *[0] * (len(rows[0]) - 1)])
@@ -369,13 +375,13 @@ def _key(group, i: int, seed: Tensor, step: Tensor, draw: Tensor) -> tuple[Tenso
 def draw_layers_(group, inv_temperature: float, seed: Tensor, step: Tensor, draw: Tensor) -> None:
     """``layer_groups.draw_layers_`` by one call."""
     inverse = scalar(inv_temperature, seed)
-    given = []
+    layers = []
     for i, (logits, _, offset, row_stride) in enumerate(group.layers):
         rest = *_key(group, i, seed, step, draw.view(())), inverse
         shard = integers(0, logits.shape[1] // group.m, row_stride, offset)
-        given.append(([logits.view(-1, group.m)], rest, shard, group.codes[i].view(-1)))
-    if not _run_over_layers(determined_mask, given, spread_levels, drawn_mask, n=group.n):
-        layers.draw_layers_(group, inv_temperature, seed, step, draw, sample_mask)
+        layers.append(([logits.view(-1, group.m)], rest, shard, group.codes[i].view(-1)))
+    if not _run_over_layers(determined_mask, layers, spread_levels, drawn_mask, n=group.n):
+        one_by_one.draw_layers_(group, inv_temperature, seed, step, draw, sample_mask)
 
 
 def _no_level(number, *rest, m):
@@ -389,10 +395,10 @@ def _expected_update(logits, codes, level, coef, inv_temperature, *, n):
     expected = bounds.Expected(xs, level, inv_temperature, n)
     # a tie at the N-th largest would keep more than N
     distinct = expected.descending[n] < expected.descending[n - 1]
-    same = expected.ordered & distinct & (reference.encode(expected.kept, codes.dtype) == codes)
+    is_expected = expected.ordered & distinct & (reference.encode(expected.kept, codes.dtype) == codes)
     scale = coef[0] * inv_temperature
-    new = [torch.where(same, x - s * scale, x) for x, s in zip(xs, expected.score(), strict=True)]
-    return reference.uncolumns(new), torch.where(same, 0, 1).to(torch.uint8)
+    new = [torch.where(is_expected, x - s * scale, x) for x, s in zip(xs, expected.score(), strict=True)]
+    return reference.uncolumns(new), torch.where(is_expected, 0, 1).to(torch.uint8)
 
 
 def _drawn_code_update(logits, codes, number, coef, inv_temperature, *, n):
@@ -420,7 +426,7 @@ def update_layers_(
     # random numbers for rounding to 16 bits are consecutive here
     numbered = group.dtype == torch.float32 or group.whole
     if len(coef) > 1 or group.n > reference.EXACT_SCORE_MAX_N or not numbered:
-        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
+        one_by_one.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
         return
     drawn = group
     if not by_codes:
@@ -430,12 +436,12 @@ def update_layers_(
         drawn.allocate_codes()
         draw_layers_(drawn, inv_temperature, seed, step, draws)
     if not _update_by_codes_(drawn, coef, scalar(inv_temperature, seed), seed, step, draws):
-        layers.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
+        one_by_one.update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes, score_update_)
 
 
 def _update_by_codes_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, step: Tensor, draws: Tensor) -> bool:
     """Update the logits of a group by its codes; without machine code return False, with nothing changed."""
-    given = []
+    layers = []
     for i, layer in enumerate(group.layers):
         logits = layer.logits.view(-1, group.m)
         rest = (coef, inv_temperature)
@@ -443,7 +449,7 @@ def _update_by_codes_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor
         if group.dtype != torch.float32:
             rest = (*_key(group, i, seed, step, draws), *rest)
             first = integers(layer.group_offset)
-        given.append(([logits, group.codes[i].view(-1)], rest, first, logits))
+        layers.append(([logits, group.codes[i].view(-1)], rest, first, logits))
     if group.dtype == torch.float32:
-        return _run_over_layers(_expected_update, given, _no_level, _drawn_code_update, in_place=True, n=group.n)
-    return _run_over_layers(_rounded_code_update, given, in_place=True, n=group.n, dtype=group.dtype)
+        return _run_over_layers(_expected_update, layers, _no_level, _drawn_code_update, in_place=True, n=group.n)
+    return _run_over_layers(_rounded_code_update, layers, in_place=True, n=group.n, dtype=group.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..reference.groups import INTEGERS
 from . import cache
-from .cache import Likes
+from .cache import Specs
 
 # Groups of the traced tensors, a number that no group has of columns
 TRACED = 7
@@ -29,10 +29,10 @@ SAMPLE = 5_003
 SAMPLE_SHARD = (3, 1_000, 1_777, 5)
 
 # Fewest groups for several threads
-LEAST_SHARED = 1 << 14
+MIN_SHARED_GROUPS = 1 << 14
 
 # Each loop is compiled once, whichever thread calls it first
-_making = threading.Lock()
+_compile_lock = threading.Lock()
 
 # Types of a group's index, and of many indices, which compiled code stores in half the width for more in a vector
 NUMBER = (torch.int64,)
@@ -77,9 +77,9 @@ class _Drawn(nn.Module):
         local = torch.arange(start, start + len(groups[0]), device="cpu")
         number = local // columns * row_stride + local % columns + offset
         result, undetermined = self.by_bounds(*groups, *self.levels(number, *rest), *rest)
-        (which,) = undetermined.nonzero(as_tuple=True)
-        (drawn,) = self.full(*(x[which] for x in groups), number[which], *rest)
-        return (result.index_put((which,), drawn),)
+        (indices,) = undetermined.nonzero(as_tuple=True)
+        (drawn,) = self.full(*(x[indices] for x in groups), number[indices], *rest)
+        return (result.index_put((indices,), drawn),)
 
 
 class CompiledLoop:
@@ -103,7 +103,7 @@ class CompiledLoop:
             row_stride, offset): group i has the index l // columns * row_stride + l % columns + offset, l = start + i.
     """
 
-    def __init__(self, function: Callable, groups: Likes, rest: Likes, numbered: bool = False,
+    def __init__(self, function: Callable, groups: Specs, rest: Specs, numbered: bool = False,
                  out: tuple | None = None, in_place: int | None = None, levels: Callable | None = None,
                  full: Callable | None = None, constants: Mapping = MappingProxyType({})):  # fmt: skip
         self.name = function.__name__.strip("_")
@@ -119,7 +119,7 @@ class CompiledLoop:
         self.run = self._over_layers = None
 
     def __call__(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
-        self._make(tensors)
+        self._compile_once(tensors)
         return self.run(tensors, out)
 
     def over_layers(self, tensors: list[Tensor]) -> Callable[[Tensor], None] | None:
@@ -132,16 +132,16 @@ class CompiledLoop:
         Args:
             tensors: those of one layer: the first call compiles the loop.
         """
-        self._make(tensors)
+        self._compile_once(tensors)
         return self._over_layers
 
-    def _make(self, tensors: list[Tensor]) -> None:
+    def _compile_once(self, tensors: list[Tensor]) -> None:
         if self.run is None:
-            with _making:
+            with _compile_lock:
                 if self.run is None:
-                    self.run = self._made(tensors)
+                    self.run = self._compiled_or_eager(tensors)
 
-    def _made(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+    def _compiled_or_eager(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
         try:
             return self._compiled(tensors)
         except Exception as error:
@@ -156,24 +156,24 @@ class CompiledLoop:
         return results
 
     def _compiled(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
-        def make() -> tuple[bytes, Likes]:
+        def make() -> tuple[bytes, Specs]:
             # inference tensors cannot be traced
             with torch.inference_mode(False), torch.no_grad():
                 code, results = self._build()
                 self._check(self._loaded(code, results), tensors)
             return code, results
 
-        return self._loaded(*cache.compiled(self.name, self.made_of, make))
+        return self._loaded(*cache.compiled(self.name, self.key, make))
 
     @property
-    def made_of(self) -> tuple:
+    def key(self) -> tuple:
         """Parts of this loop that its code depends on."""
         functions = [bound.function for bound in (self.function, self.levels, self.full) if bound]
         names = [(function.__module__, function.__qualname__) for function in functions]
         constants = sorted(map(str, self.function.constants.items()))
         return names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place
 
-    def _build(self) -> tuple[bytes, Likes]:
+    def _build(self) -> tuple[bytes, Specs]:
         """(Machine code, (dtype, *shape of one group) of each result)."""
         # imported here, since it loads LLVM
         from . import codegen, machine
@@ -193,23 +193,23 @@ class CompiledLoop:
             raise ValueError(f"out: expected {results[0]}, got {self.out}")
         return machine.object_code(assembly), results
 
-    def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
+    def _loaded(self, code: bytes, results: Specs) -> Callable[..., list[Tensor]]:
         from . import machine
 
         # a first result in place of a tensor has its address already
         written = results if self.in_place is None else results[1:]
-        made = results if self.out is None else results[1:]
+        allocated = results if self.out is None else results[1:]
         addresses = len(self.groups) + len(self.rest) + (self.full is not None) + len(written)
         loop, layers = machine.loaded_loop_and_layers(code, addresses)
 
         def run(tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
             count = tensors[0].shape[0]
-            filled = [] if out is None else [out]
-            filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
+            outputs = [] if out is None else [out]
+            outputs += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in allocated]
             addresses = [x.data_ptr() for x in tensors]
-            addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
+            addresses += [x.data_ptr() for x in outputs[len(outputs) - len(written) :]]
             loop(count, _threads(count), *addresses)
-            return filled
+            return outputs
 
         def over_layers(table: Tensor) -> None:
             count = int(table[-1, 0])
@@ -220,17 +220,18 @@ class CompiledLoop:
 
     def _check(self, run: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
         """Raise unless ``run`` matches the function bit for bit: translations and compilers may have bugs."""
-        given = self._sample(tensors)
-        found_in = self._sample(tensors)
-        expected = self._eager(given)
+        eager_tensors = self._sample(tensors)
+        loop_tensors = self._sample(tensors)
+        expected = self._eager(eager_tensors)
         out = None
         if self.in_place is not None:
-            out = found_in[self.in_place]
-            given[self.in_place] = expected[0]
+            out = loop_tensors[self.in_place]
+            eager_tensors[self.in_place] = expected[0]
         elif self.out:
             out = torch.empty_like(expected[0])
-        for one, other in zip([*expected, *given], [*run(found_in, out), *found_in], strict=True):
-            if not _same_bits(one, other):
+        results = run(loop_tensors, out)
+        for x, y in zip([*expected, *eager_tensors], [*results, *loop_tensors], strict=True):
+            if not _same_bits(x, y):
                 raise RuntimeError(f"the loop of {self.name} differs from the function")
 
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -241,14 +242,14 @@ class CompiledLoop:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
 
         # gaps that determine some draws and not others, and factors that keep them so
-        some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
+        indices = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
         groups = tensors[: len(self.groups)]
         rest = tensors[len(self.groups) :]
         if self.full:
             *rest, _ = rest
             rest.append(torch.tensor(SAMPLE_SHARD, device="cpu"))
         return [
-            *(16.0 * like(x, SAMPLE, *x.shape[1:]) if x.is_floating_point() else x[some] for x in groups),
+            *(16.0 * like(x, SAMPLE, *x.shape[1:]) if x.is_floating_point() else x[indices] for x in groups),
             *(1.0 + like(x, *x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),
         ]
 
@@ -261,22 +262,22 @@ def warn_of_failure(error: Exception, consequence: str) -> None:
 
 def _threads(groups: int) -> int:
     # all or one: OpenMP restarts threads when their number changes
-    return torch.get_num_threads() if groups >= LEAST_SHARED else 1
+    return torch.get_num_threads() if groups >= MIN_SHARED_GROUPS else 1
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def _same_bits(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors have the same bits, except for the bits of a NaN, which may differ."""
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    nan = one.isnan()
-    bits = [x.masked_fill(nan, 0.0).view(INTEGERS[x.itemsize]) for x in (one, other)]
-    return torch.equal(nan, other.isnan()) and torch.equal(*bits)
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    nan = x.isnan()
+    bits = [tensor.masked_fill(nan, 0.0).view(INTEGERS[tensor.itemsize]) for tensor in (x, y)]
+    return torch.equal(nan, y.isnan()) and torch.equal(*bits)
 
 
 @functools.cache
-def compiled_loop(*given, **constants: int | torch.dtype) -> CompiledLoop:
+def compiled_loop(*arguments, **constants: int | torch.dtype) -> CompiledLoop:
     """``CompiledLoop`` of these arguments, cached."""
-    return CompiledLoop(*given, constants=constants)
+    return CompiledLoop(*arguments, constants=constants)
 
 
 def run(function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor] = (), *, out: Tensor,
@@ -289,9 +290,10 @@ def run(function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor] = 
     """
     if not tensors[0].shape[0]:
         return [out]
-    like_groups = tuple([(x.dtype, *x.shape[1:]) for x in tensors])
-    like_rest = tuple([(x.dtype, *x.shape) for x in rest])
+    group_specs = tuple([(x.dtype, *x.shape[1:]) for x in tensors])
+    rest_specs = tuple([(x.dtype, *x.shape) for x in rest])
     in_place = next((i for i, x in enumerate(tensors) if x.data_ptr() == out.data_ptr()), None)
-    how = first is not None, (out.dtype, *out.shape[1:]), in_place, levels, full
-    made = compiled_loop(function, like_groups, like_rest, *how, **constants)
-    return made([*tensors, *rest, *(x for x in (first, shard) if x is not None)], out)
+    out_spec = (out.dtype, *out.shape[1:])
+    numbered = first is not None
+    loop = compiled_loop(function, group_specs, rest_specs, numbered, out_spec, in_place, levels, full, **constants)
+    return loop([*tensors, *rest, *(x for x in (first, shard) if x is not None)], out)

@@ -28,10 +28,10 @@ _TILE_STATE = 18
 @functools.cache
 def features() -> dict[str, bool]:
     """Features of this machine's processor that the system allows, by LLVM's names."""
-    own = dict(binding.get_host_cpu_features())
-    if own.get("amx-tile") and not _tiles_permitted():
-        own = {name: has and not name.startswith("amx") for name, has in own.items()}
-    return own
+    host_features = dict(binding.get_host_cpu_features())
+    if host_features.get("amx-tile") and not _tiles_permitted():
+        host_features = {name: has and not name.startswith("amx") for name, has in host_features.items()}
+    return host_features
 
 
 def _tiles_permitted() -> bool:
@@ -45,8 +45,8 @@ def machine() -> binding.TargetMachine:
     """Target machine of LLVM for this processor, with all its features."""
     _initialize()
     target = binding.Target.from_default_triple()
-    flat = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features().items()))
-    return target.create_target_machine(binding.get_host_cpu_name(), flat, opt=3, reloc="pic", codemodel="default")
+    flags = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features().items()))
+    return target.create_target_machine(binding.get_host_cpu_name(), flags, opt=3, reloc="pic", codemodel="default")
 
 
 def object_code(assembly: str) -> bytes:
@@ -72,33 +72,33 @@ def loaded_loop_and_layers(code: bytes, addresses: int) -> tuple[Callable[..., N
 
 
 def _loaded(code: bytes, entries: Sequence[tuple[str, str, int]]) -> tuple[Callable[..., None], ...]:
-    """Load functions (count, threads, *arguments) of an object file; entries are (name, name of a share, arguments)."""
+    """Load functions (count, threads, *arguments) of an object file; entries are (name, shared name, arguments)."""
     _initialize()
     jit = binding.create_lljit_compiler()
     builder = binding.JITLibraryBuilder().add_object_img(code)
-    for whole, share, _ in entries:
-        builder.export_symbol(whole).export_symbol(share)
+    for name, shared_name, _ in entries:
+        builder.export_symbol(name).export_symbol(shared_name)
     openmp = _openmp()
     for name in (THREAD, THREADS):
         # without OpenMP nothing calls them, but the symbols need an address
         builder.import_symbol(name, ctypes.cast(getattr(openmp, name, _NO_THREAD), ctypes.c_void_p).value)
     library = builder.link(jit, entries[0][0])
 
-    def function_of(name: str, share: str, arguments: int) -> Callable[..., None]:
-        whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * arguments)(library[name])
-        given = ctypes.c_int64 * (1 + arguments)
-        shared = ctypes.c_void_p(library[share])
+    def function_of(name: str, shared_name: str, arguments: int) -> Callable[..., None]:
+        loop = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * arguments)(library[name])
+        shared_loop = ctypes.c_void_p(library[shared_name])
+        data_type = ctypes.c_int64 * (1 + arguments)
 
         def function(count: int, threads: int, *values: int) -> None:
             # ctypes would accept any number of arguments
             assert len(values) == arguments
             if threads > 1 and openmp:
-                openmp.GOMP_parallel(shared, given(count, *values), threads, 0)
+                openmp.GOMP_parallel(shared_loop, data_type(count, *values), threads, 0)
             else:
-                whole(0, count, *values)
+                loop(0, count, *values)
 
         # the code exists as long as these
-        function.kept = jit, library
+        function.references = jit, library
         return function
 
     return tuple(function_of(*entry) for entry in entries)

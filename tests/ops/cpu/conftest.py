@@ -26,7 +26,7 @@ def builds(monkeypatch):
         return build(loop)
 
     monkeypatch.setattr(CompiledLoop, "_build", counted)
-    monkeypatch.setattr(CompiledLoop, "_made", CompiledLoop._compiled)
+    monkeypatch.setattr(CompiledLoop, "_compiled_or_eager", CompiledLoop._compiled)
     return count
 
 

@@ -30,7 +30,7 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
         drawn = ((None, None), (oddness, by_bounds), (oddness, draw_full), (scaled_sum, draw_full))
         for in_place, by in itertools.product((None, 0, 1), drawn):
             loops.append(CompiledLoop(scaled_sum, *LIKE, True, out, in_place, *by, constants))
-    names = [cache.digest(loop.made_of) for loop in loops]
+    names = [cache.digest(loop.key) for loop in loops]
     for module, name, value in (
         (cache, "processor", lambda: "another"),
         (cache, "CODE", "edited"),
@@ -38,9 +38,9 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            names.append(cache.digest(a_loop().made_of))
+            names.append(cache.digest(a_loop().key))
     assert len(set(names)) == len(names)
-    assert cache.digest(a_loop().made_of) == names[0]
+    assert cache.digest(a_loop().key) == names[0]
 
 
 def test_the_name_of_a_loop_changes_with_all_that_it_is_made_from(tmp_path, monkeypatch):
@@ -133,24 +133,24 @@ def test_a_folder_that_was_deleted_is_made_again_and_all_is_of_its_owner_alone(t
         os.umask(before)
     (path,) = folder.glob("*.o")
     assert folder.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o777 == 0o600
-    assert cache.intact(path) == NOTHING
+    assert cache.load(path) == NOTHING
 
 
 def test_damage_of_any_kind_is_seen(tmp_path):
     path = tmp_path / "loop.o"
-    assert cache.intact(path) is None
-    cache.keep(path, b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    assert cache.load(path) is None
+    cache.store(path, b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
     whole = path.read_bytes()
-    assert cache.intact(path) == (b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    assert cache.load(path) == (b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
     for place in range(len(whole)):
         for bit in (0, 3, 7):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
             # and nothing is raised
-            assert cache.intact(path) is None
+            assert cache.load(path) is None
         path.write_bytes(whole[:place])
-        assert cache.intact(path) is None
+        assert cache.load(path) is None
 
 
 SOUND = (b"code" * 8, ((torch.float32, 4),))
@@ -192,19 +192,19 @@ def test_files_that_others_may_have_put_there_are_compiled_again(folder, monkeyp
 
 def test_a_file_of_another_user_is_not_loaded(folder, monkeypatch):
     path = folder / "loop-x.o"
-    cache.keep(path, *SOUND)
-    assert cache.intact(path) == SOUND
+    cache.store(path, *SOUND)
+    assert cache.load(path) == SOUND
     if os.getuid() == 0:
         os.chown(path, 1, 1)
     else:
         monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
-    assert cache.intact(path) is None
+    assert cache.load(path) is None
 
 
 def test_the_owner_asked_for_is_that_of_the_file_which_is_read(folder, monkeypatch):
     """Not of another file with its name a moment before or after."""
     path, planted = folder / "loop-x.o", folder / "planted"
-    cache.keep(path, *SOUND)
+    cache.store(path, *SOUND)
     planted.write_bytes(path.read_bytes())
     planted.chmod(0o666)
     really_open = os.open
@@ -215,15 +215,15 @@ def test_the_owner_asked_for_is_that_of_the_file_which_is_read(folder, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", swapped)
-        assert cache.intact(path) is None
+        assert cache.load(path) is None
 
 
 def test_a_loop_under_the_name_of_another_is_not_loaded(folder):
     path, other = folder / "loop-x.o", folder / "loop-y.o"
-    cache.keep(path, *SOUND)
+    cache.store(path, *SOUND)
     shutil.copy(path, other)
     assert other.stat().st_mode & 0o777 == 0o600
-    assert cache.intact(other) is None and cache.intact(path) == SOUND
+    assert cache.load(other) is None and cache.load(path) == SOUND
 
 
 def folder_of(monkeypatch, **given: str | None) -> Path:
@@ -250,11 +250,11 @@ def test_loops_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_
     shared.chmod(0o777)
     file = tmp_path / "file"
     file.write_text("")
-    monkeypatch.setattr(cache.folder, "own", None, raising=False)
+    monkeypatch.setattr(cache.folder, "temporary", None, raising=False)
     for base in (tmp_path, file):
         folder = folder_of(monkeypatch, XDG_CACHE_HOME=str(base))
         assert folder.name.startswith("maskpro_kernels-") and folder.is_dir()
-        cache.folder.own.cleanup()
+        cache.folder.temporary.cleanup()
         assert not folder.exists()
 
 

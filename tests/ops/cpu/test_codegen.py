@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maskpro_kernels.ops.cpu import codegen, machine
-from maskpro_kernels.ops.cpu.loops import LEAST_SHARED, CompiledLoop, _same_bits
+from maskpro_kernels.ops.cpu.loops import MIN_SHARED_GROUPS, CompiledLoop, _same_bits
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.25e-39, torch.inf, -torch.inf, torch.nan, 88.5, -3e38, 0.1, 7.0]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,7 +130,7 @@ def test_threads_share_the_groups(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for count in (1, LEAST_SHARED - 1, LEAST_SHARED, 5 * LEAST_SHARED + 7):
+        for count in (1, MIN_SHARED_GROUPS - 1, MIN_SHARED_GROUPS, 5 * MIN_SHARED_GROUPS + 7):
             x = torch.arange(2 * count, dtype=torch.float32).view(count, 2)
             check(lambda x: (x + 1.0,), x)
     finally:
@@ -139,7 +139,7 @@ def test_threads_share_the_groups(threads):
 
 def test_without_openmp_one_thread_does_all(monkeypatch):
     monkeypatch.setattr(machine, "_openmp", lambda: None)
-    x = torch.arange(10.0 * LEAST_SHARED).view(-1, 2)
+    x = torch.arange(10.0 * MIN_SHARED_GROUPS).view(-1, 2)
     check(lambda x: (x + 1.0,), x)
 
 

@@ -9,7 +9,7 @@ from helpers.cases import slow
 from helpers.loops import a_loop, check_loop, drawn_loop, loop_tensors
 
 from maskpro_kernels.ops.cpu import codegen
-from maskpro_kernels.ops.cpu.loops import LEAST_SHARED, CompiledLoop
+from maskpro_kernels.ops.cpu.loops import MIN_SHARED_GROUPS, CompiledLoop
 
 
 def test_a_loop_is_compiled_once_for_all_shapes_and_processes(folder, builds):
@@ -85,7 +85,7 @@ def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, 
     loop = drawn_loop(0 if in_place else None)
     start, columns, row_stride, offset = SHARD
     counts = [1, 7, 8, 9, codegen.BATCH, codegen.BLOCK - 1, codegen.BLOCK, 2 * codegen.BLOCK + 9]
-    for count in [*counts, LEAST_SHARED, 3 * LEAST_SHARED + 5]:
+    for count in [*counts, MIN_SHARED_GROUPS, 3 * MIN_SHARED_GROUPS + 5]:
         generator = torch.Generator().manual_seed(count)
         x, chance = torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator)
         chance[[0, -1]] = 0.0
@@ -108,7 +108,7 @@ def test_one_call_runs_over_many_layers(threads, folder, builds, monkeypatch):
     """Of all sizes, none among them, each with numbers of its own; threads begin and end in the midst of a layer."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     loop, scale = drawn_loop(), torch.tensor(2.0)
-    counts = [0, 5, codegen.BLOCK + 3, 1, LEAST_SHARED, 0, 777]
+    counts = [0, 5, codegen.BLOCK + 3, 1, MIN_SHARED_GROUPS, 0, 777]
     layers, expected = [], []
     for seed, count in enumerate(counts):
         generator = torch.Generator().manual_seed(seed)

@@ -55,21 +55,21 @@ ON_NEON = ARM, "+neon"
 @pytest.mark.parametrize(
     ("assembly", "target", "expected"),
     [
-        (lambda: rows.product(BFLOAT16, ALL_AVX512, 1, False), (X86, FULL), "vpexpandw 4 vdpbf16ps 4 kmovd 4"),
-        (lambda: rows.product(BFLOAT16, ALL_AVX512, 16, True), (X86, FULL), "vpexpandw 1 vdpbf16ps 16"),
-        (lambda: rows.product(BFLOAT16, AVX512, 1, False), (X86, BASIC), "vpexpandd 8 vfmadd 8"),
-        (lambda: rows.product(FLOAT32, AVX2_ALONE, 1, False), (X86, AVX2), "vpermd 16 vfmadd 16"),
-        (lambda: rows.product(FLOAT32, NEON, 1, False), ON_NEON, "tbl 32 fmla 32"),
-        (lambda: rows.product(BFLOAT16, NEON, 4, False), ON_NEON, "tbl 8 fmla 32"),
-        (lambda: rows.product(INT8, NEON, 1, False), ON_NEON, "fmla 32"),
+        (lambda: rows.float_product(BFLOAT16, ALL_AVX512, 1, False), (X86, FULL), "vpexpandw 4 vdpbf16ps 4 kmovd 4"),
+        (lambda: rows.float_product(BFLOAT16, ALL_AVX512, 16, True), (X86, FULL), "vpexpandw 1 vdpbf16ps 16"),
+        (lambda: rows.float_product(BFLOAT16, AVX512, 1, False), (X86, BASIC), "vpexpandd 8 vfmadd 8"),
+        (lambda: rows.float_product(FLOAT32, AVX2_ALONE, 1, False), (X86, AVX2), "vpermd 16 vfmadd 16"),
+        (lambda: rows.float_product(FLOAT32, NEON, 1, False), ON_NEON, "tbl 32 fmla 32"),
+        (lambda: rows.float_product(BFLOAT16, NEON, 4, False), ON_NEON, "tbl 8 fmla 32"),
+        (lambda: rows.float_product(INT8, NEON, 1, False), ON_NEON, "fmla 32"),
         (lambda: weight.unpack(BFLOAT16, ALL_AVX512), (X86, FULL), "vpexpandw 1"),
         (lambda: weight.unpack(BFLOAT16, NEON), ON_NEON, "tbl 8"),
-        (lambda: rows.octet_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 4 vpdpbusd 12 vpshufb 0"),
-        (lambda: rows.octet_product(INT4, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 2 vpdpbusd 6 vpmovzx 2"),
-        (lambda: rows.octet_product(INT8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 16 vpmaddwd 16"),
-        (lambda: rows.octet_product(FOUR_OF_8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8"),
+        (lambda: rows.integer_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 4 vpdpbusd 12 vpshufb 0"),
+        (lambda: rows.integer_product(INT4, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 2 vpdpbusd 6 vpmovzx 2"),
+        (lambda: rows.integer_product(INT8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 16 vpmaddwd 16"),
+        (lambda: rows.integer_product(FOUR_OF_8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8"),
         (lambda: gathered.gathered_product(INT4, AVX2_ALONE, 1, False), (X86, AVX2), GATHERED),
-        (lambda: tiles.product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
+        (lambda: tiles.tile_product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
     ],
 )
 def test_each_kind_of_cpu_gets_its_instructions(assembly, target, expected):
@@ -77,7 +77,7 @@ def test_each_kind_of_cpu_gets_its_instructions(assembly, target, expected):
     names, counts = expected.split()[::2], expected.split()[1::2]
     expected = {name: int(count) for name, count in zip(names, counts, strict=True)}
     loops = innermost_loops(assembly(), *target)
-    counted = [{name: sum(other.startswith(name) for other in names) for name in expected} for names in loops]
+    counted = [{name: sum(x.startswith(name) for x in instructions) for name in expected} for instructions in loops]
     assert max(counted, key=lambda counts: sum(counts.values())) == expected
 
 
@@ -87,26 +87,26 @@ HALF = Packed(2, 4, torch.float16, torch.float16)
 @pytest.mark.parametrize("kind", [BFLOAT16, slow(FLOAT32), HALF, slow(INT8), INT4], ids=str)
 def test_the_code_asks_for_nothing_that_a_process_may_lack(kind):
     """No helpers of a compiler's run-time library, such as conversions of bfloat16: nobody would link them."""
-    for use, features in ((ALL_AVX512, FULL), (AVX512, BASIC), (AVX2_ALONE, AVX2)):
-        assert not calls_of(rows.product(kind, use, 3, True), features)
-        assert not calls_of(weight.unpack(kind, use), features)
+    for isa, features in ((ALL_AVX512, FULL), (AVX512, BASIC), (AVX2_ALONE, AVX2)):
+        assert not calls_of(rows.float_product(kind, isa, 3, True), features)
+        assert not calls_of(weight.unpack(kind, isa), features)
 
 
 @pytest.mark.slow
 def test_the_code_of_integers_and_tiles_asks_for_nothing_either():
     for kind in (INT8, INT4, FOUR_OF_8):
-        assert not calls_of(rows.as_integers(kind, AVX2_ALONE), AVX2)
+        assert not calls_of(rows.quantizer(kind, AVX2_ALONE), AVX2)
     for kind in (INT8, FOUR_OF_8):
-        assert not calls_of(rows.octet_product(kind, AVX2_ALONE, 2, True), AVX2)
+        assert not calls_of(rows.integer_product(kind, AVX2_ALONE, 2, True), AVX2)
     for kind in (INT4, INT4._replace(x=torch.float16)):
         assert not calls_of(gathered.gathered_product(kind, AVX2_ALONE, 2, True), AVX2)
     for assembly in (
-        rows.octet_product(INT8, ALL_AVX512, 2, True),
-        rows.octet_product(INT4, ALL_AVX512, 2, True),
-        rows.as_integers(INT8, ALL_AVX512),
-        tiles.product(INT8, ALL_AVX512, True),
-        tiles.product(INT4, ALL_AVX512, True),
-        tiles.product(BFLOAT16, ALL_AVX512, False),
+        rows.integer_product(INT8, ALL_AVX512, 2, True),
+        rows.integer_product(INT4, ALL_AVX512, 2, True),
+        rows.quantizer(INT8, ALL_AVX512),
+        tiles.tile_product(INT8, ALL_AVX512, True),
+        tiles.tile_product(INT4, ALL_AVX512, True),
+        tiles.tile_product(BFLOAT16, ALL_AVX512, False),
         tiles.laid_out(),
     ):
         assert not calls_of(assembly, FULL)

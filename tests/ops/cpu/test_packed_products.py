@@ -1,4 +1,4 @@
-"""Packed weights on a CPU: every way of a product, on every kind of CPU that this one can pass for."""
+"""Packed weights on a CPU: every method of a product, on every kind of CPU that this one can pass for."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import cache, machine
-from maskpro_kernels.ops.cpu.codegen import LONG, WORD
+from maskpro_kernels.ops.cpu.codegen import I32, I64
 from maskpro_kernels.ops.cpu.packed import Packed, products
-from maskpro_kernels.ops.cpu.packed.instructions import BYTE, chosen, intrinsic, vector, zeros
+from maskpro_kernels.ops.cpu.packed.instructions import I8, best_instructions, intrinsic, vector, zeros
 from maskpro_kernels.ops.pattern import NMPattern, bitmask_of
 from maskpro_kernels.packed import VALUE_KINDS, quantized
 
@@ -54,11 +54,11 @@ OFF = {
 @pytest.fixture
 def cpu(monkeypatch):
     """``cpu(kind)``: continue as if this CPU lacked what OFF names."""
-    caches = (products._chosen, products._runner, products.available, products.unpacker, machine.machine)
+    caches = (products._product_of, products._product, products.available, products.unpacker, machine.machine)
 
     def clear() -> None:
-        for each in caches:
-            each.cache_clear()
+        for function in caches:
+            function.cache_clear()
 
     def lacking(kind: str) -> None:
         features = machine.features() | dict.fromkeys(OFF[kind], False)
@@ -89,8 +89,8 @@ def packed_case(pattern: str, dtype: torch.dtype, values: str, rows: int, groups
 
 
 def assert_within_budget(y: torch.Tensor, by_torch: torch.Tensor, exact: torch.Tensor) -> None:
-    error, of_torch = ((t.double() - exact).abs().max() for t in (y, by_torch))
-    assert error <= 2 * of_torch + 1e-6 * exact.abs().max(), (error, of_torch)
+    error, torch_error = ((t.double() - exact).abs().max() for t in (y, by_torch))
+    assert error <= 2 * torch_error + 1e-6 * exact.abs().max(), (error, torch_error)
 
 
 def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True, seed=0):
@@ -102,7 +102,7 @@ def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True,
     bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
     parts = packed.values, packed.bitmask, packed.scales
     with warnings.catch_warnings():
-        # a way that does not compile would go unseen
+        # a method that does not compile would go unseen
         warnings.simplefilter("error")
         y, x_grad = products.nm_linear(x, *parts, bias, n, m), products.nm_linear_input_grad(grad, *parts, n, m)
     exact = nn.functional.linear(x.double(), exact_weight, None if bias is None else bias.double())
@@ -120,7 +120,7 @@ def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True,
 )
 def test_every_kind_of_cpu_multiplies(kind, values, dtype, cpu):
     cpu(kind)
-    # as few as are decoded, more than registers take at a time, tiles and a half, and blocks
+    # as few as are decoded, more than a row takes at a time, tiles and a half, and slices
     for tokens in (1, 13, 40, 257):
         assert_multiplies("2:4", dtype, values, 35, 41, tokens)
 
@@ -168,33 +168,34 @@ def test_threads_share_a_product():
 
 
 @pytest.mark.parametrize("values", [slow("int8"), "int4"])
-def test_products_of_octets_are_right_on_any_cpu(values, cpu, monkeypatch):
-    """With the two instructions of AVX-512 in plain operations."""
+def test_products_of_bytes_are_right_on_any_cpu(values, cpu, monkeypatch):
+    """With VPEXPANDB and VPDPBUSD in plain operations."""
 
     class Plain(type(products.available())):
-        octets = True
+        vnni = True
 
-        def placed(self, b, values, bits):
+        def expand(self, b, values, bits):
             if values.type.count != 64:
-                return super().placed(b, values, bits)
-            out, one = zeros(values.type), LONG(1)
+                return super().expand(b, values, bits)
+            out, one = zeros(values.type), I64(1)
             for lane in range(64):
-                below = intrinsic(b, "llvm.ctpop.i64", LONG, b.and_(bits, LONG((1 << lane) - 1)))
-                kept = b.trunc(b.and_(b.lshr(bits, LONG(lane)), one), ir.IntType(1))
-                value = b.select(kept, b.extract_element(values, below), BYTE(0))
-                out = b.insert_element(out, value, LONG(lane))
+                below = intrinsic(b, "llvm.ctpop.i64", I64, b.and_(bits, I64((1 << lane) - 1)))
+                kept = b.trunc(b.and_(b.lshr(bits, I64(lane)), one), ir.IntType(1))
+                value = b.select(kept, b.extract_element(values, below), I8(0))
+                out = b.insert_element(out, value, I64(lane))
             return out
 
-        def dot_octets(self, b, total, unsigned, signed):
+        def dot_i8(self, b, total, unsigned, signed):
             for first in range(4):
-                lanes = ir.Constant(vector(WORD, 16), list(range(first, 64, 4)))
-                one, other = (b.shuffle_vector(x, x, lanes) for x in (unsigned, signed))
-                total = b.add(total, b.mul(b.zext(one, total.type), b.sext(other, total.type)))
+                lanes = ir.Constant(vector(I32, 16), list(range(first, 64, 4)))
+                x, weights = (b.shuffle_vector(operand, operand, lanes) for operand in (unsigned, signed))
+                total = b.add(total, b.mul(b.zext(x, total.type), b.sext(weights, total.type)))
             return total
 
-    use = Plain(machine.features())
-    use.octets, use.tiles = True, False
-    monkeypatch.setattr(products, "available", lambda: use)
+    isa = Plain(machine.features())
+    isa.vnni = True
+    isa.amx = False
+    monkeypatch.setattr(products, "available", lambda: isa)
     for pattern, tokens in (("2:4", 1), ("1:8", 9)):
         assert_multiplies(pattern, torch.bfloat16, values, 5, 1100 // NMPattern(pattern).m + 1, tokens)
 
@@ -230,21 +231,21 @@ def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("all that it has", {"keep": "registers tiles tiles tiles", "int8": "octets tiles tiles tiles"}),
-        ("no AMX", {"keep": "registers registers blocks blocks", "int8": "octets octets blocks blocks"}),
-        ("no VBMI2", {"keep": "registers registers blocks blocks", "int8": "octets octets blocks blocks"}),
+        ("all that it has", {"keep": "floats tiles tiles tiles", "int8": "integers tiles tiles tiles"}),
+        ("no AMX", {"keep": "floats floats slices slices", "int8": "integers integers slices slices"}),
+        ("no VBMI2", {"keep": "floats floats slices slices", "int8": "integers integers slices slices"}),
         ("no AVX2", {"keep": "unpack unpack unpack unpack", "int8": "unpack unpack unpack unpack"}),
     ],
 )
-def test_the_way_goes_by_the_cpu_and_the_tokens(kind, expected):
+def test_the_method_depends_on_the_cpu_and_the_tokens(kind, expected):
     features = dict.fromkeys(
         ("avx512f", "avx512bw", "avx512vl", "f16c", "avx512vbmi2", "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16"),
         True,
     )
-    use = chosen(features | {"avx2": True, "fma": True} | dict.fromkeys(OFF[kind], False))
+    isa = best_instructions(features | {"avx2": True, "fma": True} | dict.fromkeys(OFF[kind], False))
     for values, dtype in (("keep", torch.bfloat16), ("int8", torch.int8), ("int8", torch.uint8)):
-        ways = [products.way(use, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 16, 17, 1000)]
-        assert ways == expected[values].split()
+        methods = [products.method(isa, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 16, 17, 1000)]
+        assert methods == expected[values].split()
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_nothing_beyond_the_last_value_is_read(pattern, values, kind, cpu):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_blocks_are_multiplied_in_a_dtype_that_is_fast_on_the_cpu(fast, cpu, monkeypatch):
+def test_slices_are_multiplied_in_a_dtype_that_is_fast_on_the_cpu(fast, cpu, monkeypatch):
     cpu("no AVX-512")
     multiplied = set()
 
@@ -338,7 +339,7 @@ def test_blocks_are_multiplied_in_a_dtype_that_is_fast_on_the_cpu(fast, cpu, mon
 
 def test_what_does_not_compile_is_unpacked(cpu, monkeypatch):
     monkeypatch.setattr(machine, "object_code", lambda assembly: b"")
-    monkeypatch.setattr(cache, "compiled", lambda name, made_of, make: make())
+    monkeypatch.setattr(cache, "compiled", lambda name, key, make: make())
     packed, weight, exact = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
     x = torch.randn(1, 64).bfloat16()
     with warnings.catch_warnings(record=True) as warned:
@@ -347,18 +348,18 @@ def test_what_does_not_compile_is_unpacked(cpu, monkeypatch):
     expected = ["packed weights are unpacked for each product", "maskpro_kernels unpacks more slowly"]
     # the loop of the reference, unless an earlier test has loaded it
     rest = ["maskpro_kernels runs eagerly on CPU"][: len(warned) - 2]
-    assert [str(each.message).rpartition("; ")[2] for each in warned] == expected + rest
+    assert [str(warning.message).rpartition("; ")[2] for warning in warned] == expected + rest
     assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
 
 
 def test_what_multiplies_wrongly_is_not_used(cpu, monkeypatch):
-    runner = products._registers
+    by_floats = products._by_floats
 
     def wrong(*args):
-        run = runner(*args)
-        return lambda *given: run(*given) * 1.5
+        product = by_floats(*args)
+        return lambda *tensors: product(*tensors) * 1.5
 
-    monkeypatch.setattr(products, "_registers", wrong)
+    monkeypatch.setattr(products, "_by_floats", wrong)
     packed, weight, exact = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
     x = torch.randn(1, 64).bfloat16()
     with pytest.warns(UserWarning, match="differs from torch's"):
@@ -418,13 +419,13 @@ def test_integers_hold_tokens_of_any_size():
 
 
 def test_what_unpacks_wrongly_is_not_used(cpu, monkeypatch):
-    made = products._unpacked_by
+    unpacker = products._unpacker
 
     def wrong(*args):
-        unpacked = made(*args)
-        return lambda *given: unpacked(*given).flip(0)
+        unpack = unpacker(*args)
+        return lambda *arguments: unpack(*arguments).flip(0)
 
-    monkeypatch.setattr(products, "_unpacked_by", wrong)
+    monkeypatch.setattr(products, "_unpacker", wrong)
     packed, weight, _ = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
     with pytest.warns(UserWarning, match="differ from the reference"):
         assert_same_bits(products.unpack_nm(packed.values, packed.bitmask, n=2, m=4), weight)

@@ -1,6 +1,6 @@
-"""Products with a few tokens, row by row: each run of weights is placed in registers once, and multiplied with all.
+"""Products with a few tokens, row by row: each run of weights is expanded into registers once, and multiplied with all.
 
-int8 and int4 values are multiplied as integers: 64 are placed at once, or on x86 without VBMI2 16, where ``gathered``
+int8 and int4 values are multiplied as integers: 64 are expanded at once, or on x86 without VBMI2 16, where ``gathered``
 multiplies 2:4 int4. The activations are then quantized to 16-bit integers, with one scale for each block of columns
 whose weights share a scale. Their error is 2^-16 of the largest number of the block. For outliers, which would make it
 too large, the product uses floats. With VBMI2 the two bytes of an integer are multiplied separately.
@@ -13,28 +13,39 @@ from collections.abc import Callable
 import torch
 from llvmlite import ir
 
-from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, larger, smaller, use_whole_registers
+from ..codegen import (
+    ENTRY,
+    I32,
+    I64,
+    TYPES,
+    add_function,
+    add_shared,
+    for_range,
+    maximum,
+    minimum,
+    prefer_512_bit_vectors,
+)
 from . import RUN, Packed
 from .instructions import (
-    BYTE,
     FLOAT,
-    HALF,
+    I8,
+    I16,
     LINE_BYTES,
     Instructions,
     Variable,
     as_float32,
-    at,
     broadcast,
     buffer,
+    ceil_div,
     copy,
-    divided_up,
     fma,
+    gep,
     horizontal_sum,
     intrinsic,
+    load_scale,
     nibbles,
     prefetch,
-    scale_at,
-    stored,
+    store_rounded,
     vector,
     widened,
     zeros,
@@ -44,18 +55,18 @@ from .weight import Weight
 # Distance of prefetches: the CPU's own prefetcher stops at each page
 AHEAD_BYTES = 4096
 
-# Weights to place at once
-OCTETS = 2 * RUN
+# Weights of a span, and lanes of 32 bits in a 512-bit register
+SPAN = 2 * RUN
 LANES = 16
 
-# Columns that activations are padded to
+# Columns that quantized activations are padded to
 STEP = 128
 
-# Octets of a block without a loop
+# Most spans of a block that are multiplied without a loop
 UNROLLED = 4
 
-# Most tokens to multiply a row with at a time: each has two sums
-OCTET_TOKENS = 8
+# Most tokens to multiply a row with as integers at a time: each has two sums
+INTEGER_TOKENS = 8
 
 # Integers from -LARGEST to LARGEST are stored with MIDDLE added, since their bytes are unsigned
 LARGEST = 32767
@@ -63,7 +74,7 @@ MIDDLE = 32768
 
 # Largest ratio of a block's largest magnitude to its mean. The error of an integer, 2^-16 of the largest, is then below
 # that of rounding a product to bfloat16, even if a mask drops the column of the largest number
-MOST_OVER_MEAN = 128.0
+MAX_OVER_MEAN = 128.0
 
 # Keeps reciprocals of scales finite
 LEAST_SCALE = 1e-37
@@ -75,28 +86,28 @@ class RowProduct:
     ``add_row`` of subclasses adds the code of a row. out [tokens, rows] and bias [rows] are of ``kind.x``.
     """
 
-    def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool, pointers: int):
+    def __init__(self, kind: Packed, isa: Instructions, tokens: int, biased: bool, pointers: int):
         self.kind = kind
-        self.use = use
+        self.isa = isa
         self.tokens = tokens
         self.biased = biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 4, pointers + 2)
-        use_whole_registers(self.function)
+        prefer_512_bit_vectors(self.function)
         self.start, self.stop, self.k, self.rows, *self.pointers, self.bias, self.out = self.function.args
-        self.row_values = self.b.mul(self.b.sdiv(self.k, LONG(kind.m)), LONG(kind.n))
+        self.row_values = self.b.mul(self.b.sdiv(self.k, I64(kind.m)), I64(kind.n))
         # scales of a row
-        self.scales_count = divided_up(self.b, self.row_values, kind.group)
+        self.scales_count = ceil_div(self.b, self.row_values, kind.group)
 
     def assembly(self) -> str:
-        each(self.b, self.start, self.stop, self.add_row)
+        for_range(self.b, self.start, self.stop, self.add_row)
         self.b.ret_void()
         add_shared(self.module, self.function)
         return str(self.module)
 
     def scale(self, scales: ir.Value, row: ir.Value, block: ir.Value) -> ir.Value:
         """float32 scale of a block of a row."""
-        return scale_at(self.b, scales, self.b.add(self.b.mul(row, self.scales_count), block), self.kind)
+        return load_scale(self.b, scales, self.b.add(self.b.mul(row, self.scales_count), block), self.kind)
 
     def store(self, row: ir.Value, token: int, total: ir.Value) -> None:
         """Write the sum of a float32 vector plus the bias to a token's output."""
@@ -105,352 +116,359 @@ class RowProduct:
         element = TYPES[dtype]
         y = horizontal_sum(self.b, total)
         if self.biased:
-            bias = b.load(at(b, self.bias, row, element), typ=element, align=1)
+            bias = b.load(gep(b, self.bias, row, element), typ=element, align=1)
             y = b.fadd(y, as_float32(b, bias, dtype))
-        stored(b, y, at(b, self.out, b.add(b.mul(self.rows, LONG(token)), row), element), dtype)
+        store_rounded(b, y, gep(b, self.out, b.add(b.mul(self.rows, I64(token)), row), element), dtype)
 
 
-def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
+def float_product(kind: Packed, isa: Instructions, tokens: int, biased: bool) -> str:
     """Code of ``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``, see ``RowProduct``.
 
-    x [tokens, k] is of ``kind.x`` if ``multiplies_pairs``, else float32; scales [rows, ceil(values of a row / group)]
-    are of ``kind.x``.
+    x [tokens, k] is of ``kind.x`` if ``multiplies_bfloat16``, else float32; scales [rows, blocks] are of ``kind.x``.
     """
-    return RegisterProduct(kind, use, tokens, biased).assembly()
+    return FloatProduct(kind, isa, tokens, biased).assembly()
 
 
-def multiplies_pairs(kind: Packed, use: Instructions) -> bool:
+def multiplies_bfloat16(kind: Packed, isa: Instructions) -> bool:
     """Return whether instructions for products of bfloat16 are used."""
-    return use.pairs and kind.x == torch.bfloat16
+    return isa.bf16 and kind.x == torch.bfloat16
 
 
-class RegisterProduct(RowProduct):
+class FloatProduct(RowProduct):
     weight_class = Weight
 
-    def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
-        super().__init__(kind, use, tokens, biased, pointers=4)
+    def __init__(self, kind: Packed, isa: Instructions, tokens: int, biased: bool):
+        super().__init__(kind, isa, tokens, biased, pointers=4)
         values, bits, self.scales, self.x = self.pointers
-        self.pairs = multiplies_pairs(kind, use)
-        self.weight = self.weight_class(self.b, kind, use, "halves" if self.pairs else "floats", values, bits, self.k)
-        self.lanes = use.lanes
+        self.multiplies_bfloat16 = multiplies_bfloat16(kind, isa)
+        form = "i16" if self.multiplies_bfloat16 else "float"
+        self.weight = self.weight_class(self.b, kind, isa, form, values, bits, self.k)
+        self.lanes = isa.lanes
         # enough independent sums to hide the latency of one
-        self.beside = max(1, 4 // tokens)
-        self.x_element = HALF if self.pairs else FLOAT
-        self.x_aside = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
+        self.unrolled_runs = max(1, 4 // tokens)
+        self.x_element = I16 if self.multiplies_bfloat16 else FLOAT
+        self.x_buffers = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
 
     def add_row(self, row: ir.Value) -> None:
         b = self.b
-        place = self.weight.row(row)
+        pointers = self.weight.row_pointers(row)
         if not self.kind.scaled:
-            totals = self._sums(place, LONG(0), self.weight.runs)
+            totals = self._sums(pointers, I64(0), self.weight.runs)
         else:
-            sums = [Variable(b, zeros(vector(FLOAT, self.lanes))) for _ in range(self.tokens)]
-            in_block = LONG(self.kind.scaled_runs)
+            row_sums = [Variable(b, zeros(vector(FLOAT, self.lanes))) for _ in range(self.tokens)]
+            block_runs = I64(self.kind.runs_per_scale)
 
             def add_block(block: ir.Value) -> None:
-                start = b.mul(block, in_block)
-                parts = self._sums(place, start, smaller(b, self.weight.runs, b.add(start, in_block)))
+                start = b.mul(block, block_runs)
+                block_sums = self._sums(pointers, start, minimum(b, self.weight.runs, b.add(start, block_runs)))
                 scale = broadcast(b, self.scale(self.scales, row, block), self.lanes)
-                for total, part in zip(sums, parts, strict=True):
-                    total.set(fma(b, part, scale, total.get()))
+                for total, block_sum in zip(row_sums, block_sums, strict=True):
+                    total.set(fma(b, block_sum, scale, total.get()))
 
-            each(b, LONG(0), self.scales_count, add_block)
-            totals = [total.get() for total in sums]
+            for_range(b, I64(0), self.scales_count, add_block)
+            totals = [total.get() for total in row_sums]
         for token, total in enumerate(totals):
             self.store(row, token, total)
 
-    def _sums(self, place: tuple, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
+    def _sums(self, pointers: tuple, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
         """Vectors [lanes] for each token; each adds up to the product over runs [start, stop) of a row."""
         b = self.b
         weight = self.weight
-        none = zeros(vector(FLOAT, self.lanes))
-        sums = [[Variable(b, none) for _ in range(self.tokens)] for _ in range(self.beside)]
-        direct = weight.within(start, stop)
-        several = b.sub(direct, b.srem(b.sub(direct, start), LONG(self.beside)))
-        line = max(1, LINE_BYTES * self.kind.in_byte // (self.kind.kept * self.kind.values.itemsize))
+        zero = zeros(vector(FLOAT, self.lanes))
+        sums = [[Variable(b, zero) for _ in range(self.tokens)] for _ in range(self.unrolled_runs)]
+        direct_end = weight.direct_end(start, stop)
+        unrolled_end = b.sub(direct_end, b.srem(b.sub(direct_end, start), I64(self.unrolled_runs)))
+        line_runs = max(1, LINE_BYTES // (self.kind.elements_per_run * self.kind.values.itemsize))
 
-        def multiply(run: ir.Value, own: list) -> None:
-            self._multiply(weight.direct(place, run), [self._x_of(token, run) for token in range(self.tokens)], own)
+        def multiply(run: ir.Value, run_sums: list[Variable]) -> None:
+            weights = weight.load_direct(pointers, run)
+            self._multiply(weights, [self._x_pointer(token, run) for token in range(self.tokens)], run_sums)
 
-        def beside(run: ir.Value) -> None:
-            for i, own in enumerate(sums):
-                here = b.add(run, LONG(i))
-                if i % line == 0:
-                    prefetch(b, at(b, weight.values_of(place, here), LONG(AHEAD_BYTES), BYTE))
-                multiply(here, own)
+        def multiply_unrolled(first: ir.Value) -> None:
+            for i, run_sums in enumerate(sums):
+                run = b.add(first, I64(i))
+                if i % line_runs == 0:
+                    prefetch(b, gep(b, weight.run_values(pointers, run), I64(AHEAD_BYTES), I8))
+                multiply(run, run_sums)
 
-        def last(run: ir.Value) -> None:
-            weights = weight.copied(place, run)
-            self._multiply(weights, [self._x_copied(token, run) for token in range(self.tokens)], sums[0])
+        def multiply_copied(run: ir.Value) -> None:
+            weights = weight.load_copied(pointers, run)
+            self._multiply(weights, [self._copied_x(token, run) for token in range(self.tokens)], sums[0])
 
-        if self.beside > 1:
-            each(b, start, several, beside, by=self.beside)
-            each(b, several, direct, lambda run: multiply(run, sums[0]))
+        if self.unrolled_runs > 1:
+            for_range(b, start, unrolled_end, multiply_unrolled, step=self.unrolled_runs)
+            for_range(b, unrolled_end, direct_end, lambda run: multiply(run, sums[0]))
         else:
-            each(b, start, direct, beside)
-        each(b, direct, stop, last)
+            for_range(b, start, direct_end, multiply_unrolled)
+        for_range(b, direct_end, stop, multiply_copied)
         totals = [x.get() for x in sums[0]]
-        for own in sums[1:]:
-            totals = [b.fadd(total, x.get()) for total, x in zip(totals, own, strict=True)]
+        for run_sums in sums[1:]:
+            totals = [b.fadd(total, x.get()) for total, x in zip(totals, run_sums, strict=True)]
         return totals
 
-    def _x_of(self, token: int, run: ir.Value) -> ir.Value:
+    def _x_pointer(self, token: int, run: ir.Value) -> ir.Value:
         b = self.b
-        return at(b, self.x, b.add(b.mul(self.k, LONG(token)), b.mul(run, LONG(RUN))), self.x_element)
+        return gep(b, self.x, b.add(b.mul(self.k, I64(token)), b.mul(run, I64(RUN))), self.x_element)
 
-    def _x_copied(self, token: int, run: ir.Value) -> ir.Value:
-        """``_x_of``, with zeros after the end of the row."""
+    def _copied_x(self, token: int, run: ir.Value) -> ir.Value:
+        """Pointer to a copy of a token's x, with zeros after the end of the row."""
         b = self.b
-        aside = self.x_aside[token]
-        b.store(zeros(ir.ArrayType(self.x_element, RUN)), aside)
-        copy(b, self._x_of(token, run), aside, self.weight.weights_of(run), self.x_element)
-        return aside
+        x_buffer = self.x_buffers[token]
+        b.store(zeros(ir.ArrayType(self.x_element, RUN)), x_buffer)
+        copy(b, self._x_pointer(token, run), x_buffer, self.weight.run_length(run), self.x_element)
+        return x_buffer
 
-    def _multiply(self, weights: list[ir.Value], x: list[ir.Value], sums: list[Variable]) -> None:
+    def _multiply(self, weights: list[ir.Value], x_pointers: list[ir.Value], sums: list[Variable]) -> None:
         """Add the products of a run's weights with each token's x to its sum."""
         b = self.b
         lanes = self.weight.lanes
         for i, weight in enumerate(weights):
-            for pointer, total in zip(x, sums, strict=True):
-                here = at(b, pointer, LONG(i * lanes), self.x_element)
-                own = b.load(here, typ=vector(self.x_element, lanes), align=1)
-                if self.pairs:
-                    total.set(self.use.dot_pairs(b, total.get(), weight, own))
+            for pointer, total in zip(x_pointers, sums, strict=True):
+                x = b.load(gep(b, pointer, I64(i * lanes), self.x_element), typ=vector(self.x_element, lanes), align=1)
+                if self.multiplies_bfloat16:
+                    total.set(self.isa.dot_bfloat16(b, total.get(), weight, x))
                 else:
-                    total.set(fma(b, weight, own, total.get()))
+                    total.set(fma(b, weight, x, total.get()))
 
 
 # Products of integers
 
 
-def gathers(kind: Packed, use: Instructions) -> bool:
+def gathers(kind: Packed, isa: Instructions) -> bool:
     """Return whether activations move to the kept values, see ``gathered``."""
-    return use.words and not use.octets and (kind.n, kind.m, kind.values) == (2, 4, torch.uint8)
+    return isa.pmaddwd and not isa.vnni and (kind.n, kind.m, kind.values) == (2, 4, torch.uint8)
 
 
 def gathered_column(b: ir.IRBuilder, column: ir.Value) -> ir.Value:
-    """Place of a column among the bytes of ``gathered``: a vector has 16 columns of each half of a step."""
-    chunk = b.and_(b.lshr(column, LONG(4)), LONG(7))
-    place = b.or_(b.shl(b.and_(chunk, LONG(3)), LONG(1)), b.lshr(chunk, LONG(2)))
-    return b.or_(b.and_(column, LONG(-STEP)), b.shl(place, LONG(4)))
+    """Index of a column among the bytes of ``gathered``: a vector has 16 columns of each half of a step."""
+    # the number of 16 bytes among the eight of a step, before and after
+    source = b.and_(b.lshr(column, I64(4)), I64(7))
+    target = b.or_(b.shl(b.and_(source, I64(3)), I64(1)), b.lshr(source, I64(2)))
+    return b.or_(b.and_(column, I64(-STEP)), b.shl(target, I64(4)))
 
 
-def as_integers(kind: Packed, use: Instructions) -> str:
+def quantizer(kind: Packed, isa: Instructions) -> str:
     """Code of ``loop(start, stop, k, x, high, low, scales, refused)``: quantize tokens start to stop of x [tokens, k].
 
     x is of ``kind.x``, high and low are bytes [tokens, k rounded up to STEP], scales float32 [tokens, blocks]. Unless
-    ``use.octets`` or ``gathers``, high are 16-bit integers, and low is not used. An int64 at ``refused`` is set to 1 if
+    ``isa.vnni`` or ``gathers``, high are 16-bit integers, and low is not used. An int64 at ``refused`` is set to 1 if
     integers are too coarse for a block: its largest number is too far above the others, or NaN.
     """
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 3, 5)
-    use_whole_registers(function)
+    prefer_512_bit_vectors(function)
     start, stop, k, x, high, low, scales, refused = function.args
-    columns = LONG(kind.scaled_runs * RUN)
-    padded = b.mul(divided_up(b, k, STEP), LONG(STEP))
-    gathered = gathers(kind, use)
-    blocks = divided_up(b, k, kind.scaled_runs * RUN)
+    block_columns = kind.runs_per_scale * RUN
+    padded_k = b.mul(ceil_div(b, k, STEP), I64(STEP))
+    gathered = gathers(kind, isa)
+    blocks = ceil_div(b, k, block_columns)
     element = TYPES[kind.x]
-    aside = buffer(b, TYPES[kind.x], LANES)
+    x_buffer = buffer(b, TYPES[kind.x], LANES)
 
-    def lanes(row: ir.Value, first: ir.Value, last: ir.Value, take: Callable[[ir.Value, ir.Value], None]) -> None:
-        """Call ``take(column, values)`` for columns [first, last), LANES float32 at a time; zeros beyond the last."""
-        whole = b.add(first, b.mul(b.sdiv(b.sub(last, first), LONG(LANES)), LONG(LANES)))
+    def for_columns(row: ir.Value, first: ir.Value, last: ir.Value, body: Callable[[ir.Value, ir.Value], None]) -> None:
+        """Call ``body(column, values)`` for columns [first, last), LANES float32 at a time; zeros beyond the last."""
+        whole_end = b.add(first, b.mul(b.sdiv(b.sub(last, first), I64(LANES)), I64(LANES)))
 
-        def taken(column: ir.Value, pointer: ir.Value) -> None:
-            take(column, as_float32(b, b.load(pointer, typ=vector(element, LANES), align=1), kind.x))
+        def load(column: ir.Value, pointer: ir.Value) -> None:
+            body(column, as_float32(b, b.load(pointer, typ=vector(element, LANES), align=1), kind.x))
 
-        def rest(column: ir.Value) -> None:
-            b.store(zeros(ir.ArrayType(element, LANES)), aside)
-            copy(b, at(b, row, column, element), aside, b.sub(last, column), element)
-            taken(column, aside)
+        def load_copied(column: ir.Value) -> None:
+            b.store(zeros(ir.ArrayType(element, LANES)), x_buffer)
+            copy(b, gep(b, row, column, element), x_buffer, b.sub(last, column), element)
+            load(column, x_buffer)
 
-        each(b, first, whole, lambda column: taken(column, at(b, row, column, element)), by=LANES)
-        each(b, whole, last, rest, by=LANES)
+        for_range(b, first, whole_end, lambda column: load(column, gep(b, row, column, element)), step=LANES)
+        for_range(b, whole_end, last, load_copied, step=LANES)
 
-    def token_integers(token: ir.Value) -> None:
-        row = at(b, x, b.mul(token, k), element)
-        part = BYTE if use.octets or gathered else HALF
-        targets = [at(b, target, b.mul(token, padded), part) for target in (high, low)]
+    def quantize_token(token: ir.Value) -> None:
+        row = gep(b, x, b.mul(token, k), element)
+        out_type = I8 if isa.vnni or gathered else I16
+        targets = [gep(b, pointer, b.mul(token, padded_k), out_type) for pointer in (high, low)]
 
-        def block_integers(block: ir.Value) -> None:
-            first = b.mul(block, columns)
-            last = smaller(b, k, b.add(first, columns))
+        def quantize_block(block: ir.Value) -> None:
+            first = b.mul(block, I64(block_columns))
+            last = minimum(b, k, b.add(first, I64(block_columns)))
             # a block of one large number and zeros has the ratio of its columns
-            most = min(MOST_OVER_MEAN, kind.scaled_runs * RUN / 2)
-            scale, fits = _scale(b, lanes, row, first, last, most)
-            with b.if_then(b.not_(fits), likely=False):
-                b.store(LONG(1), refused)
-            b.store(scale, at(b, scales, b.add(b.mul(token, blocks), block), FLOAT), align=4)
-            factor = broadcast(b, b.fdiv(ir.Constant(FLOAT, 1.0), scale), LANES)
-            words = vector(WORD, LANES)
+            max_ratio = min(MAX_OVER_MEAN, block_columns / 2)
+            scale, accurate = _scale(b, for_columns, row, first, last, max_ratio)
+            with b.if_then(b.not_(accurate), likely=False):
+                b.store(I64(1), refused)
+            b.store(scale, gep(b, scales, b.add(b.mul(token, blocks), block), FLOAT), align=4)
+            reciprocal = broadcast(b, b.fdiv(ir.Constant(FLOAT, 1.0), scale), LANES)
+            integer_type = vector(I32, LANES)
 
             def write(column: ir.Value, values: ir.Value) -> None:
-                nearest = intrinsic(b, f"llvm.rint.v{LANES}f32", values.type, b.fmul(values, factor))
+                nearest = intrinsic(b, f"llvm.rint.v{LANES}f32", values.type, b.fmul(values, reciprocal))
                 # saturates, since NaN has no integer
-                number = intrinsic(b, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", words, nearest)
-                given = [number]
-                if part is BYTE:
-                    number = b.add(number, ir.Constant(words, [MIDDLE] * LANES))
-                    given = [b.lshr(number, ir.Constant(words, [8] * LANES)), number]
+                integers = intrinsic(b, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", integer_type, nearest)
+                results = [integers]
+                if out_type is I8:
+                    integers = b.add(integers, ir.Constant(integer_type, [MIDDLE] * LANES))
+                    results = [b.lshr(integers, ir.Constant(integer_type, [8] * LANES)), integers]
                 column = gathered_column(b, column) if gathered else column
-                for target, number in zip(targets, given, strict=False):
-                    b.store(b.trunc(number, vector(part, LANES)), at(b, target, column, part), align=1)
+                for target, result in zip(targets, results, strict=False):
+                    b.store(b.trunc(result, vector(out_type, LANES)), gep(b, target, column, out_type), align=1)
 
-            lanes(row, first, last, write)
+            for_columns(row, first, last, write)
 
-        each(b, LONG(0), blocks, block_integers)
+        for_range(b, I64(0), blocks, quantize_block)
 
-    each(b, start, stop, token_integers)
+    for_range(b, start, stop, quantize_token)
     b.ret_void()
     add_shared(module, function)
     return str(module)
 
 
-def _scale(b: ir.IRBuilder, lanes: Callable, row: ir.Value, first: ir.Value, last: ir.Value, over: float) -> tuple:
+def _scale(
+    b: ir.IRBuilder, for_columns: Callable, row: ir.Value, first: ir.Value, last: ir.Value, max_ratio: float
+) -> tuple[ir.Value, ir.Value]:
     """(scale of the integers of columns [first, last), whether integers are accurate enough for them)."""
-    none = zeros(vector(FLOAT, LANES))
-    most = Variable(b, none)
-    total = Variable(b, none)
+    zero = zeros(vector(FLOAT, LANES))
+    maxima = Variable(b, zero)
+    total = Variable(b, zero)
 
-    def widen(_: ir.Value, values: ir.Value) -> None:
+    def add_columns(_: ir.Value, values: ir.Value) -> None:
         magnitude = intrinsic(b, f"llvm.fabs.v{LANES}f32", values.type, values)
-        most.set(intrinsic(b, f"llvm.maximum.v{LANES}f32", values.type, most.get(), magnitude))
+        maxima.set(intrinsic(b, f"llvm.maximum.v{LANES}f32", values.type, maxima.get(), magnitude))
         total.set(b.fadd(total.get(), magnitude))
 
-    lanes(row, first, last, widen)
-    largest = intrinsic(b, f"llvm.vector.reduce.fmaximum.v{LANES}f32", FLOAT, most.get())
+    for_columns(row, first, last, add_columns)
+    largest = intrinsic(b, f"llvm.vector.reduce.fmaximum.v{LANES}f32", FLOAT, maxima.get())
     mean = b.fdiv(horizontal_sum(b, total.get()), b.sitofp(b.sub(last, first), FLOAT))
     # false for NaN
-    near = b.fcmp_ordered("<=", largest, b.fmul(mean, ir.Constant(FLOAT, over)))
+    near = b.fcmp_ordered("<=", largest, b.fmul(mean, ir.Constant(FLOAT, max_ratio)))
     finite = b.fcmp_ordered("<", largest, ir.Constant(FLOAT, float("inf")))
     scale = b.fdiv(largest, ir.Constant(FLOAT, float(LARGEST)))
     least = torch.tensor(LEAST_SCALE, dtype=torch.float32).item()
     return intrinsic(b, "llvm.maximum.f32", FLOAT, scale, ir.Constant(FLOAT, least)), b.and_(near, finite)
 
 
-def octet_product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
-    """Code of ``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``."""
-    return _OctetProduct(kind, use, tokens, biased).assembly()
+def integer_product(kind: Packed, isa: Instructions, tokens: int, biased: bool) -> str:
+    """Code of ``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``.
+
+    high, low and x_scales are those of ``quantizer``.
+    """
+    return IntegerProduct(kind, isa, tokens, biased).assembly()
 
 
-class _OctetProduct(RowProduct):
-    def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
-        super().__init__(kind, use, tokens, biased, pointers=6)
+class IntegerProduct(RowProduct):
+    def __init__(self, kind: Packed, isa: Instructions, tokens: int, biased: bool):
+        super().__init__(kind, isa, tokens, biased, pointers=6)
         self.values, self.bits, self.scales, self.high, self.low, self.x_scales = self.pointers
         b = self.b
-        self.kept = 2 * kind.kept
-        self.octet_bytes = self.kept // kind.in_byte
-        self.in_block = kind.scaled_runs // 2
-        self.row_bytes = divided_up(b, self.k, 8)
-        self.whole = b.sdiv(self.k, LONG(OCTETS))
-        self.all = divided_up(b, self.k, OCTETS)
-        self.sum_type = vector(WORD, LANES if use.octets else LANES // 2)
-        self.values_aside = buffer(b, BYTE, OCTETS)
-        self.bits_aside = buffer(b, BYTE, 8)
-        b.store(zeros(ir.ArrayType(BYTE, OCTETS)), self.values_aside)
+        self.span_values = 2 * kind.values_per_run
+        self.span_bytes = 2 * kind.elements_per_run
+        self.block_spans = kind.runs_per_scale // 2
+        self.row_bytes = ceil_div(b, self.k, 8)
+        self.whole_spans = b.sdiv(self.k, I64(SPAN))
+        self.spans = ceil_div(b, self.k, SPAN)
+        self.sum_type = vector(I32, LANES if isa.vnni else LANES // 2)
+        self.values_buffer = buffer(b, I8, SPAN)
+        self.bits_buffer = buffer(b, I8, 8)
+        b.store(zeros(ir.ArrayType(I8, SPAN)), self.values_buffer)
 
     def add_row(self, row: ir.Value) -> None:
         b = self.b
         floats = vector(FLOAT, self.sum_type.count)
-        values = at(b, self.values, b.mul(row, b.sdiv(self.row_values, LONG(self.kind.in_byte))), BYTE)
-        bits = at(b, self.bits, b.mul(row, self.row_bytes), BYTE)
+        values = gep(b, self.values, b.mul(row, b.sdiv(self.row_values, I64(self.kind.values_per_element))), I8)
+        bits = gep(b, self.bits, b.mul(row, self.row_bytes), I8)
         totals = [Variable(b, zeros(floats)) for _ in range(self.tokens)]
 
         def add_block(block: ir.Value, whole: bool) -> None:
-            first = b.mul(block, LONG(self.in_block))
-            last = b.add(first, LONG(self.in_block))
-            sums = self._sums(values, bits, first, last if whole else smaller(b, self.all, last), whole)
-            scale = self.scale(self.scales, row, block)
-            for token, (total, part) in enumerate(zip(totals, sums, strict=True)):
-                index = b.add(b.mul(self.scales_count, LONG(token)), block)
-                own = b.fmul(scale, b.load(at(b, self.x_scales, index, FLOAT), typ=FLOAT, align=4))
-                total.set(fma(b, b.sitofp(part, floats), broadcast(b, own, floats.count), total.get()))
+            first = b.mul(block, I64(self.block_spans))
+            last = b.add(first, I64(self.block_spans))
+            sums = self._sums(values, bits, first, last if whole else minimum(b, self.spans, last), whole)
+            weight_scale = self.scale(self.scales, row, block)
+            for token, (total, block_sum) in enumerate(zip(totals, sums, strict=True)):
+                index = b.add(b.mul(self.scales_count, I64(token)), block)
+                scale = b.fmul(weight_scale, b.load(gep(b, self.x_scales, index, FLOAT), typ=FLOAT, align=4))
+                total.set(fma(b, b.sitofp(block_sum, floats), broadcast(b, scale, floats.count), total.get()))
 
-        blocks = b.sdiv(self.whole, LONG(self.in_block))
-        each(b, LONG(0), blocks, lambda block: add_block(block, True))
-        each(b, blocks, self.scales_count, lambda block: add_block(block, False))
+        whole_blocks = b.sdiv(self.whole_spans, I64(self.block_spans))
+        for_range(b, I64(0), whole_blocks, lambda block: add_block(block, True))
+        for_range(b, whole_blocks, self.scales_count, lambda block: add_block(block, False))
         for token, total in enumerate(totals):
             self.store(row, token, total.get())
 
     def _sums(self, values: ir.Value, bits: ir.Value, first: ir.Value, last: ir.Value, whole: bool) -> list[ir.Value]:
-        """int32 sums for each token; each adds up to the product over octets [first, last) of a row."""
+        """int32 sums for each token; each adds up to the product over spans [first, last) of a row."""
         b = self.b
-        none = zeros(self.sum_type)
-        octets = self.use.octets
-        plain = Variable(b, none)
-        # of two bytes, or of 16 bits
-        parts = [[Variable(b, none) for _ in range(2 if octets else 1)] for _ in range(self.tokens)]
-        ones = ir.Constant(vector(BYTE, OCTETS), [1] * OCTETS)
-        padded = b.mul(divided_up(b, self.k, STEP), LONG(STEP))
+        zero = zeros(self.sum_type)
+        vnni = self.isa.vnni
+        weight_sum = Variable(b, zero)
+        # of the two bytes of an activation, or of its 16 bits
+        token_sums = [[Variable(b, zero) for _ in range(2 if vnni else 1)] for _ in range(self.tokens)]
+        ones = ir.Constant(vector(I8, SPAN), [1] * SPAN)
+        padded_k = b.mul(ceil_div(b, self.k, STEP), I64(STEP))
 
-        def loaded(source: ir.Value) -> ir.Value:
-            if self.kind.in_byte == 2:
-                return nibbles(b, source, self.kept)
-            return b.load(source, typ=vector(BYTE, self.kept), align=1)
+        def load_values(source: ir.Value) -> ir.Value:
+            if self.kind.values_per_element == 2:
+                return nibbles(b, source, self.span_values)
+            return b.load(source, typ=vector(I8, self.span_values), align=1)
 
-        def multiply(octet: ir.Value, source: ir.Value, bits: ir.Value) -> None:
-            word = b.load(bits, typ=LONG, align=1)
-            weights = self.use.placed(b, widened(b, loaded(source), OCTETS), word)
-            plain.set(self.use.dot_octets(b, plain.get(), ones, weights))
-            for token, own in enumerate(parts):
-                at_token = b.add(b.mul(padded, LONG(token)), b.mul(octet, LONG(OCTETS)))
-                for total, x in zip(own, (self.high, self.low), strict=True):
-                    given = b.load(at(b, x, at_token, BYTE), typ=vector(BYTE, OCTETS), align=1)
-                    total.set(self.use.dot_octets(b, total.get(), given, weights))
+        def multiply_i8(span: ir.Value, source: ir.Value, span_bits: ir.Value) -> None:
+            mask = b.load(span_bits, typ=I64, align=1)
+            weights = self.isa.expand(b, widened(b, load_values(source), SPAN), mask)
+            weight_sum.set(self.isa.dot_i8(b, weight_sum.get(), ones, weights))
+            for token, byte_sums in enumerate(token_sums):
+                index = b.add(b.mul(padded_k, I64(token)), b.mul(span, I64(SPAN)))
+                for byte_sum, pointer in zip(byte_sums, (self.high, self.low), strict=True):
+                    x = b.load(gep(b, pointer, index, I8), typ=vector(I8, SPAN), align=1)
+                    byte_sum.set(self.isa.dot_i8(b, byte_sum.get(), x, weights))
 
-        def multiply_words(octet: ir.Value, source: ir.Value, bits: ir.Value) -> None:
-            given = loaded(source)
-            for part in range(OCTETS // LANES):
-                start = part * self.kept * LANES // OCTETS
-                lanes = [min(start // LANES * LANES + i, self.kept - 1) for i in range(LANES)]
-                own = b.shuffle_vector(given, given, ir.Constant(vector(WORD, LANES), lanes))
-                own_bits = at(b, bits, LONG(part), HALF)
-                placed = self.use.placed_bytes(b, own, own_bits, start % LANES, self.kind)
-                weights = b.sext(placed, vector(HALF, LANES))
-                for token, (total,) in enumerate(parts):
-                    column = b.add(b.mul(octet, LONG(OCTETS)), LONG(LANES * part))
-                    place = at(b, self.high, b.add(b.mul(padded, LONG(token)), column), HALF)
-                    x = b.load(place, typ=vector(HALF, LANES), align=1)
-                    total.set(self.use.dot_words(b, total.get(), weights, x))
+        def multiply_i16(span: ir.Value, source: ir.Value, span_bits: ir.Value) -> None:
+            loaded = load_values(source)
+            for i in range(SPAN // LANES):
+                start = i * self.span_values * LANES // SPAN
+                lanes = [min(start // LANES * LANES + lane, self.span_values - 1) for lane in range(LANES)]
+                packed = b.shuffle_vector(loaded, loaded, ir.Constant(vector(I32, LANES), lanes))
+                lane_bits = gep(b, span_bits, I64(i), I16)
+                expanded = self.isa.expand_bytes(b, packed, lane_bits, start % LANES, self.kind)
+                weights = b.sext(expanded, vector(I16, LANES))
+                for token, (total,) in enumerate(token_sums):
+                    column = b.add(b.mul(span, I64(SPAN)), I64(LANES * i))
+                    pointer = gep(b, self.high, b.add(b.mul(padded_k, I64(token)), column), I16)
+                    x = b.load(pointer, typ=vector(I16, LANES), align=1)
+                    total.set(self.isa.dot_i16(b, total.get(), weights, x))
 
-        multiplied = multiply if octets else multiply_words
+        multiply = multiply_i8 if vnni else multiply_i16
 
-        def direct(octet: ir.Value, prefetched: bool = True) -> None:
-            source = at(b, values, b.mul(octet, LONG(self.octet_bytes)), BYTE)
+        def multiply_direct(span: ir.Value, prefetched: bool = True) -> None:
+            source = gep(b, values, b.mul(span, I64(self.span_bytes)), I8)
             if prefetched:
-                prefetch(b, at(b, source, LONG(AHEAD_BYTES), BYTE))
-            multiplied(octet, source, at(b, bits, octet, LONG))
+                prefetch(b, gep(b, source, I64(AHEAD_BYTES), I8))
+            multiply(span, source, gep(b, bits, span, I64))
 
-        def copied(octet: ir.Value) -> None:
-            done = b.mul(octet, LONG(OCTETS))
-            left = smaller(b, LONG(OCTETS), b.sub(self.k, done))
-            kept = b.mul(b.sdiv(left, LONG(self.kind.m)), LONG(self.kind.n))
-            given = at(b, values, b.mul(octet, LONG(self.octet_bytes)), BYTE)
-            copy(b, given, self.values_aside, b.sdiv(kept, LONG(self.kind.in_byte)), BYTE)
-            b.store(LONG(0), self.bits_aside)
-            copy(b, at(b, bits, octet, LONG), self.bits_aside, divided_up(b, left, 8), BYTE)
-            multiplied(octet, self.values_aside, self.bits_aside)
+        def multiply_copied(span: ir.Value) -> None:
+            first_column = b.mul(span, I64(SPAN))
+            columns = minimum(b, I64(SPAN), b.sub(self.k, first_column))
+            kept = b.mul(b.sdiv(columns, I64(self.kind.m)), I64(self.kind.n))
+            source = gep(b, values, b.mul(span, I64(self.span_bytes)), I8)
+            copy(b, source, self.values_buffer, b.sdiv(kept, I64(self.kind.values_per_element)), I8)
+            b.store(I64(0), self.bits_buffer)
+            copy(b, gep(b, bits, span, I64), self.bits_buffer, ceil_div(b, columns, 8), I8)
+            multiply(span, self.values_buffer, self.bits_buffer)
 
         if whole:
-            # without a loop for the few octets of most blocks
-            unrolled = min(self.in_block, UNROLLED)
-            line = LINE_BYTES // self.octet_bytes
+            # without a loop for the few spans of most blocks
+            unrolled = min(self.block_spans, UNROLLED)
+            line_spans = LINE_BYTES // self.span_bytes
 
-            def several(octet: ir.Value) -> None:
+            def multiply_unrolled(span: ir.Value) -> None:
                 for i in range(unrolled):
-                    direct(b.add(octet, LONG(i)), i % line == 0)
+                    multiply_direct(b.add(span, I64(i)), i % line_spans == 0)
 
-            if unrolled == self.in_block:
-                several(first)
+            if unrolled == self.block_spans:
+                multiply_unrolled(first)
             else:
-                each(b, first, last, several, by=unrolled)
+                for_range(b, first, last, multiply_unrolled, step=unrolled)
         else:
-            end = larger(b, first, smaller(b, self.whole, last))
-            each(b, first, end, direct)
-            each(b, end, last, copied)
-        if not octets:
-            return [total.get() for (total,) in parts]
-        eight, middle = (ir.Constant(self.sum_type, [x] * LANES) for x in (8, MIDDLE))
-        shift = b.mul(plain.get(), middle)
-        return [b.sub(b.add(b.shl(high.get(), eight), low.get()), shift) for high, low in parts]
+            direct_end = maximum(b, first, minimum(b, self.whole_spans, last))
+            for_range(b, first, direct_end, multiply_direct)
+            for_range(b, direct_end, last, multiply_copied)
+        if not vnni:
+            return [total.get() for (total,) in token_sums]
+        eight = ir.Constant(self.sum_type, [8] * LANES)
+        # MIDDLE was added to each integer
+        added = b.mul(weight_sum.get(), ir.Constant(self.sum_type, [MIDDLE] * LANES))
+        return [b.sub(b.add(b.shl(high.get(), eight), low.get()), added) for high, low in token_sums]

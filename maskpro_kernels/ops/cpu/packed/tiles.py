@@ -1,7 +1,7 @@
-"""Products with many tokens by AMX, whose instructions multiply matrices of 16 x 32 bfloat16.
+"""Products with many tokens by AMX, whose instructions multiply tiles of 16 x 32 bfloat16.
 
-Weights, 32 rows by 16 runs at a time, are placed in memory that stays in the nearest cache, and multiplied with all
-tokens. The tokens are reordered before, by 16 tokens and two columns.
+Weights, a strip of 32 rows by 16 runs at a time, are expanded into memory that stays in the nearest cache, and
+multiplied with all tokens. The tokens are reordered before, by 16 tokens and two columns.
 """
 
 from __future__ import annotations
@@ -10,45 +10,46 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, smaller, use_whole_registers
+from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, minimum, prefer_512_bit_vectors
 from . import RUN, Packed
 from .instructions import (
     BFLOAT,
-    BYTE,
     FLOAT,
-    HALF,
+    I8,
+    I16,
     Instructions,
     as_float32,
-    at,
     buffer,
+    ceil_div,
     copy,
-    divided_up,
+    gep,
     intrinsic,
+    load_scale,
     prefetch,
-    scale_at,
     vector,
     zeros,
 )
 from .weight import Weight
 
-# Rows, tokens and bytes of a row of a tile
+# Rows of a tile, of 64 bytes each, which are rows of the weight or tokens
 TILE = 16
-TILE_BYTES = 64 * TILE
+ROW_BYTES = 64
+TILE_BYTES = ROW_BYTES * TILE
 
 # Rows that a product processes at a time, and their runs
 STRIP = 2 * TILE
-CHUNK = 16
+STRIP_RUNS = 16
 
 # Most tokens with sums in memory: 32 rows of float32 sums fit into the next cache
 TOKENS = 512
 
-# Tiles of sums: for 16 rows and 16 tokens, for the next 16 rows, for the next 16 tokens, and for both
-SUMS = (0, 1, 2, 3)
-WEIGHTS = (4, 5)
-X = (6, 7)
+# Tile registers of sums: for 16 rows and 16 tokens, for the next 16 rows, for the next 16 tokens, and for both
+SUM_TILES = (0, 1, 2, 3)
+WEIGHT_TILES = (4, 5)
+X_TILES = (6, 7)
 
-# All eight tiles of 16 rows of 64 bytes, by palette 1
-TILES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+# Operand of LDTILECFG: all eight tiles of 16 rows of 64 bytes, by palette 1
+CONFIGURATION = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
 
 
 def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
@@ -57,15 +58,15 @@ def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
     count = len(rows)
     step = 1
     while step < count:
-        order = [
+        orders = [
             [(i & ~step) + (count if i & step else 0) + (step if high else 0) for i in range(count)] for high in (0, 1)
         ]
-        masks = [ir.Constant(vector(WORD, count), each_) for each_ in order]
+        masks = [ir.Constant(vector(I32, count), order) for order in orders]
         for i in range(count):
             if not i & step:
-                one = rows[i]
-                other = rows[i + step]
-                rows[i], rows[i + step] = (b.shuffle_vector(one, other, mask) for mask in masks)
+                upper = rows[i]
+                lower = rows[i + step]
+                rows[i], rows[i + step] = (b.shuffle_vector(upper, lower, mask) for mask in masks)
         step *= 2
     return rows
 
@@ -79,202 +80,204 @@ def laid_out() -> str:
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 4, 2)
     start, stop, k, tokens, x, out = function.args
-    whole = b.sdiv(k, LONG(RUN))
-    runs = divided_up(b, k, RUN)
-    aside = buffer(b, HALF, RUN)
-    last = b.sub(tokens, LONG(1))
+    whole_runs = b.sdiv(k, I64(RUN))
+    runs = ceil_div(b, k, RUN)
+    run_buffer = buffer(b, I16, RUN)
+    last = b.sub(tokens, I64(1))
 
-    def lay_tile(tile: ir.Value) -> None:
-        first = b.mul(tile, LONG(TILE))
-        rows = [at(b, x, b.mul(smaller(b, b.add(first, LONG(i)), last), k), HALF) for i in range(TILE)]
+    def reorder_tile(tile: ir.Value) -> None:
+        first = b.mul(tile, I64(TILE))
+        rows = [gep(b, x, b.mul(minimum(b, b.add(first, I64(i)), last), k), I16) for i in range(TILE)]
 
-        def lay(run: ir.Value, given: list[ir.Value]) -> None:
-            target = at(b, out, b.mul(b.add(b.mul(tile, runs), run), LONG(TILE_BYTES)), BYTE)
-            for i, column in enumerate(transposed(b, given)):
-                b.store(column, at(b, target, LONG(64 * i), BYTE), align=64)
+        def write_transposed(run: ir.Value, pairs: list[ir.Value]) -> None:
+            target = gep(b, out, b.mul(b.add(b.mul(tile, runs), run), I64(TILE_BYTES)), I8)
+            for i, column in enumerate(transposed(b, pairs)):
+                b.store(column, gep(b, target, I64(ROW_BYTES * i), I8), align=64)
 
-        def loaded(pointer: ir.Value) -> ir.Value:
-            return b.load(pointer, typ=vector(WORD, TILE), align=1)
+        def load_pairs(pointer: ir.Value) -> ir.Value:
+            return b.load(pointer, typ=vector(I32, TILE), align=1)
 
-        def lay_whole(run: ir.Value) -> None:
-            lay(run, [loaded(at(b, row, b.mul(run, LONG(RUN)), HALF)) for row in rows])
+        def reorder_whole(run: ir.Value) -> None:
+            write_transposed(run, [load_pairs(gep(b, row, b.mul(run, I64(RUN)), I16)) for row in rows])
 
-        def lay_rest(run: ir.Value) -> None:
-            done = b.mul(run, LONG(RUN))
-            given = []
+        def reorder_copied(run: ir.Value) -> None:
+            first_column = b.mul(run, I64(RUN))
+            pairs = []
             for row in rows:
-                b.store(zeros(ir.ArrayType(HALF, RUN)), aside)
-                copy(b, at(b, row, done, HALF), aside, b.sub(k, done), HALF)
-                given.append(loaded(aside))
-            lay(run, given)
+                b.store(zeros(ir.ArrayType(I16, RUN)), run_buffer)
+                copy(b, gep(b, row, first_column, I16), run_buffer, b.sub(k, first_column), I16)
+                pairs.append(load_pairs(run_buffer))
+            write_transposed(run, pairs)
 
-        each(b, LONG(0), whole, lay_whole)
-        each(b, whole, runs, lay_rest)
+        for_range(b, I64(0), whole_runs, reorder_whole)
+        for_range(b, whole_runs, runs, reorder_copied)
 
-    each(b, start, stop, lay_tile)
+    for_range(b, start, stop, reorder_tile)
     b.ret_void()
     add_shared(module, function)
     return str(module)
 
 
-def product(kind: Packed, use: Instructions, biased: bool) -> str:
+def tile_product(kind: Packed, isa: Instructions, biased: bool) -> str:
     """Code of ``loop(start, stop, k, rows, first, tokens, values, bits, scales, x, bias, out)`` for strips of rows.
 
-    Strips start to stop, of STRIP rows each. x is from ``laid_out``; other arguments as in ``rows.product``. It
+    Strips start to stop, of STRIP rows each. x is from ``laid_out``; other arguments as in ``rows.float_product``. It
     multiplies ``tokens`` tokens from ``first`` on, at most TOKENS; ``first`` is a multiple of TILE.
     """
-    return _Product(kind, use, biased).assembly()
+    return TileProduct(kind, isa, biased).assembly()
 
 
-class _Product:
-    """Builder of the function of ``product``."""
+class TileProduct:
+    """Builder of the function of ``tile_product``."""
 
-    def __init__(self, kind: Packed, use: Instructions, biased: bool):
+    def __init__(self, kind: Packed, isa: Instructions, biased: bool):
         self.kind = kind
         self.biased = biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 6, 6)
-        use_whole_registers(self.function)
+        prefer_512_bit_vectors(self.function)
         self.start, self.stop, self.k, self.rows, self.first, self.tokens, *pointers = self.function.args
         values, bits, self.scales, self.x, self.bias, self.out = pointers
         b = self.b
-        self.weight = Weight(b, kind, use, "halves", values, bits, self.k)
-        self.row_scales = divided_up(b, self.weight.row_values, kind.group)
-        # [CHUNK, STRIP, RUN] weights, and sums [tiles of tokens, STRIP, TILE]
-        self.placed = buffer(b, HALF, CHUNK * STRIP * RUN)
+        self.weight = Weight(b, kind, isa, "i16", values, bits, self.k)
+        self.row_scales = ceil_div(b, self.weight.row_values, kind.group)
+        # [STRIP_RUNS, STRIP, RUN] weights, and sums [tiles of tokens, STRIP, TILE]
+        self.expanded = buffer(b, I16, STRIP_RUNS * STRIP * RUN)
         self.sums = buffer(b, FLOAT, STRIP * TOKENS)
-        self.bias_aside = buffer(b, TYPES[kind.x], STRIP)
-        self.out_aside = buffer(b, TYPES[kind.x], STRIP)
+        self.bias_buffer = buffer(b, TYPES[kind.x], STRIP)
+        self.out_buffer = buffer(b, TYPES[kind.x], STRIP)
 
     def assembly(self) -> str:
         b = self.b
-        before = buffer(b, BYTE, 64)
-        own = buffer(b, BYTE, 64)
-        b.store(ir.Constant(ir.ArrayType(BYTE, 64), bytearray(TILES)), own)
+        previous = buffer(b, I8, 64)
+        configuration = buffer(b, I8, 64)
+        b.store(ir.Constant(ir.ArrayType(I8, 64), bytearray(CONFIGURATION)), configuration)
         # other libraries of the process may depend on their configuration of tiles
-        intrinsic(b, "llvm.x86.sttilecfg", ir.VoidType(), before)
-        intrinsic(b, "llvm.x86.ldtilecfg", ir.VoidType(), own)
-        each(b, self.start, self.stop, self._strip)
-        intrinsic(b, "llvm.x86.ldtilecfg", ir.VoidType(), before)
+        intrinsic(b, "llvm.x86.sttilecfg", ir.VoidType(), previous)
+        intrinsic(b, "llvm.x86.ldtilecfg", ir.VoidType(), configuration)
+        for_range(b, self.start, self.stop, self._add_strip)
+        intrinsic(b, "llvm.x86.ldtilecfg", ir.VoidType(), previous)
         b.ret_void()
         add_shared(self.module, self.function)
         return str(self.module)
 
-    def _strip(self, strip: ir.Value) -> None:
+    def _add_strip(self, strip: ir.Value) -> None:
         b = self.b
-        first = b.mul(strip, LONG(STRIP))
-        tiles = divided_up(b, self.tokens, TILE)
+        first_row = b.mul(strip, I64(STRIP))
+        tiles = ceil_div(b, self.tokens, TILE)
 
         def clear(i: ir.Value) -> None:
-            b.store(zeros(vector(FLOAT, TILE)), at(b, self.sums, b.mul(i, LONG(TILE)), FLOAT), align=64)
+            b.store(zeros(vector(FLOAT, TILE)), gep(b, self.sums, b.mul(i, I64(TILE)), FLOAT), align=64)
 
-        def chunk(run: ir.Value) -> None:
-            until = smaller(b, self.weight.runs, b.add(run, LONG(CHUNK)))
-            self._place(first, run, until)
-            pairs = b.mul(b.sdiv(tiles, LONG(2)), LONG(2))
-            each(b, LONG(0), pairs, lambda tile: self._multiply(tile, 2, run, until), by=2)
-            each(b, pairs, tiles, lambda tile: self._multiply(tile, 1, run, until))
+        def multiply_runs(run: ir.Value) -> None:
+            run_end = minimum(b, self.weight.runs, b.add(run, I64(STRIP_RUNS)))
+            self._expand(first_row, run, run_end)
+            paired = b.mul(b.sdiv(tiles, I64(2)), I64(2))
+            for_range(b, I64(0), paired, lambda tile: self._multiply(tile, 2, run, run_end), step=2)
+            for_range(b, paired, tiles, lambda tile: self._multiply(tile, 1, run, run_end))
 
-        each(b, LONG(0), b.mul(tiles, LONG(STRIP)), clear)
-        each(b, LONG(0), self.weight.runs, chunk, by=CHUNK)
-        each(b, LONG(0), tiles, lambda tile: self._write(first, tile))
+        for_range(b, I64(0), b.mul(tiles, I64(STRIP)), clear)
+        for_range(b, I64(0), self.weight.runs, multiply_runs, step=STRIP_RUNS)
+        for_range(b, I64(0), tiles, lambda tile: self._write(first_row, tile))
 
-    def _place(self, first: ir.Value, run: ir.Value, until: ir.Value) -> None:
-        """Place the weights of a strip, runs [run, until) of each row, in their columns."""
+    def _expand(self, first_row: ir.Value, first_run: ir.Value, run_end: ir.Value) -> None:
+        """Expand the weights of a strip, runs [first_run, run_end) of each row, into their columns."""
         b = self.b
         weight = self.weight
-        rows = smaller(b, LONG(STRIP), b.sub(self.rows, first))
-        direct = weight.within(run, until)
-        more = b.icmp_signed("<", until, weight.runs)
+        rows = minimum(b, I64(STRIP), b.sub(self.rows, first_row))
+        direct_end = weight.direct_end(first_run, run_end)
+        more = b.icmp_signed("<", run_end, weight.runs)
 
-        def place_row(i: ir.Value) -> None:
-            row = b.add(first, i)
-            place = weight.row(row)
+        def expand_row(i: ir.Value) -> None:
+            row = b.add(first_row, i)
+            pointers = weight.row_pointers(row)
             # the next runs, of this strip or of the next one
-            following = weight.row(b.select(more, row, b.add(row, LONG(STRIP))))
-            ahead = weight.values_of(following, b.select(more, until, LONG(0)))
+            next_pointers = weight.row_pointers(b.select(more, row, b.add(row, I64(STRIP))))
+            next_values = weight.run_values(next_pointers, b.select(more, run_end, I64(0)))
 
-            def write(vectors: list[ir.Value], here: ir.Value) -> None:
-                at_run = b.mul(b.add(b.mul(b.sub(here, run), LONG(STRIP)), i), LONG(RUN))
-                b.store(vectors[0], at(b, self.placed, at_run, HALF), align=64)
+            def write(vectors: list[ir.Value], run: ir.Value) -> None:
+                index = b.mul(b.add(b.mul(b.sub(run, first_run), I64(STRIP)), i), I64(RUN))
+                b.store(vectors[0], gep(b, self.expanded, index, I16), align=64)
 
-            def place_direct(here: ir.Value) -> None:
-                done = b.mul(b.sub(here, run), LONG(self.kind.kept // self.kind.in_byte))
-                prefetch(b, at(b, ahead, done, weight.element))
-                write(weight.direct(place, here, self._scale(row, here)), here)
+            def expand_direct(run: ir.Value) -> None:
+                offset = b.mul(b.sub(run, first_run), I64(self.kind.elements_per_run))
+                prefetch(b, gep(b, next_values, offset, weight.element))
+                write(weight.load_direct(pointers, run, self._scale(row, run)), run)
 
-            each(b, run, direct, place_direct)
-            each(b, direct, until, lambda here: write(weight.copied(place, here, self._scale(row, here)), here))
+            def expand_copied(run: ir.Value) -> None:
+                write(weight.load_copied(pointers, run, self._scale(row, run)), run)
 
-        each(b, LONG(0), rows, place_row)
+            for_range(b, first_run, direct_end, expand_direct)
+            for_range(b, direct_end, run_end, expand_copied)
+
+        for_range(b, I64(0), rows, expand_row)
 
     def _scale(self, row: ir.Value, run: ir.Value) -> ir.Value | None:
         if not self.kind.scaled:
             return None
         b = self.b
-        index = b.add(b.mul(row, self.row_scales), b.sdiv(run, LONG(self.kind.scaled_runs)))
-        return scale_at(b, self.scales, index, self.kind)
+        index = b.add(b.mul(row, self.row_scales), b.sdiv(run, I64(self.kind.runs_per_scale)))
+        return load_scale(b, self.scales, index, self.kind)
 
-    def _tile(self, name: str, number: int, pointer: ir.Value) -> None:
-        """Load or store a tile with adjacent rows."""
-        intrinsic(self.b, f"llvm.x86.{name}64", ir.VoidType(), BYTE(number), pointer, LONG(64))
+    def _move_tile(self, instruction: str, number: int, pointer: ir.Value) -> None:
+        """Load or store a tile register with adjacent rows in memory."""
+        intrinsic(self.b, f"llvm.x86.{instruction}64", ir.VoidType(), I8(number), pointer, I64(ROW_BYTES))
 
-    def _multiply(self, tile: ir.Value, count: int, run: ir.Value, until: ir.Value) -> None:
-        """Add the products of the placed runs with ``count`` tiles of tokens to their sums."""
+    def _multiply(self, tile: ir.Value, count: int, first_run: ir.Value, run_end: ir.Value) -> None:
+        """Add the products of the expanded runs with ``count`` tiles of tokens to their sums."""
         b = self.b
-        numbers = SUMS[: 2 * count]
-        sums = at(b, self.sums, b.mul(tile, LONG(STRIP * TILE)), FLOAT)
-        places = [at(b, sums, LONG(TILE * TILE * i), FLOAT) for i in range(len(numbers))]
-        all_tiles = b.add(b.sdiv(self.first, LONG(TILE)), tile)
-        for number, place in zip(numbers, places, strict=True):
-            self._tile("tileloadd", number, place)
+        numbers = SUM_TILES[: 2 * count]
+        sums = gep(b, self.sums, b.mul(tile, I64(STRIP * TILE)), FLOAT)
+        pointers = [gep(b, sums, I64(TILE * TILE * i), FLOAT) for i in range(len(numbers))]
+        # the number of the tile among those of all tokens
+        x_tile = b.add(b.sdiv(self.first, I64(TILE)), tile)
+        for number, pointer in zip(numbers, pointers, strict=True):
+            self._move_tile("tileloadd", number, pointer)
 
-        def one(here: ir.Value) -> None:
-            weights = at(b, self.placed, b.mul(b.sub(here, run), LONG(STRIP * RUN)), HALF)
-            for i, number in enumerate(WEIGHTS):
-                self._tile("tileloadd", number, at(b, weights, LONG(TILE * RUN * i), HALF))
-            for i, number in enumerate(X[:count]):
-                at_run = b.add(b.mul(b.add(all_tiles, LONG(i)), self.weight.runs), here)
-                self._tile("tileloadd", number, at(b, self.x, b.mul(at_run, LONG(TILE_BYTES)), BYTE))
+        def multiply_run(run: ir.Value) -> None:
+            weights = gep(b, self.expanded, b.mul(b.sub(run, first_run), I64(STRIP * RUN)), I16)
+            for i, number in enumerate(WEIGHT_TILES):
+                self._move_tile("tileloadd", number, gep(b, weights, I64(TILE * RUN * i), I16))
+            for i, number in enumerate(X_TILES[:count]):
+                index = b.add(b.mul(b.add(x_tile, I64(i)), self.weight.runs), run)
+                self._move_tile("tileloadd", number, gep(b, self.x, b.mul(index, I64(TILE_BYTES)), I8))
             for number in numbers:
-                operands = BYTE(number), BYTE(WEIGHTS[number % 2]), BYTE(X[number // 2])
+                operands = I8(number), I8(WEIGHT_TILES[number % 2]), I8(X_TILES[number // 2])
                 intrinsic(b, "llvm.x86.tdpbf16ps", ir.VoidType(), *operands)
 
-        each(b, run, until, one)
-        for number, place in zip(numbers, places, strict=True):
-            self._tile("tilestored", number, place)
+        for_range(b, first_run, run_end, multiply_run)
+        for number, pointer in zip(numbers, pointers, strict=True):
+            self._move_tile("tilestored", number, pointer)
 
-    def _write(self, first: ir.Value, tile: ir.Value) -> None:
+    def _write(self, first_row: ir.Value, tile: ir.Value) -> None:
         """Write the sums of a strip and a tile of tokens, token by token."""
         b = self.b
         element = TYPES[self.kind.x]
-        rows = smaller(b, LONG(STRIP), b.sub(self.rows, first))
-        whole = b.icmp_signed("==", rows, LONG(STRIP))
-        token = b.mul(tile, LONG(TILE))
-        tokens = smaller(b, LONG(TILE), b.sub(self.tokens, token))
-        sums = at(b, self.sums, b.mul(tile, LONG(STRIP * TILE)), FLOAT)
+        rows = minimum(b, I64(STRIP), b.sub(self.rows, first_row))
+        whole = b.icmp_signed("==", rows, I64(STRIP))
+        first_token = b.mul(tile, I64(TILE))
+        tokens = minimum(b, I64(TILE), b.sub(self.tokens, first_token))
+        sums = gep(b, self.sums, b.mul(tile, I64(STRIP * TILE)), FLOAT)
         if self.biased:
-            copy(b, at(b, self.bias, first, element), self.bias_aside, rows, element)
+            copy(b, gep(b, self.bias, first_row, element), self.bias_buffer, rows, element)
         for half in range(2):
             loaded = [
-                b.load(at(b, sums, LONG((half * TILE + i) * TILE), FLOAT), typ=vector(FLOAT, TILE), align=64)
+                b.load(gep(b, sums, I64((half * TILE + i) * TILE), FLOAT), typ=vector(FLOAT, TILE), align=64)
                 for i in range(TILE)
             ]
             columns = transposed(b, loaded)
             if self.biased:
-                given = b.load(at(b, self.bias_aside, LONG(half * TILE), element), typ=vector(element, TILE), align=1)
-                columns = [b.fadd(column, as_float32(b, given, self.kind.x)) for column in columns]
-            own = b.sub(rows, LONG(half * TILE))
+                bias = b.load(gep(b, self.bias_buffer, I64(half * TILE), element), typ=vector(element, TILE), align=1)
+                columns = [b.fadd(column, as_float32(b, bias, self.kind.x)) for column in columns]
+            half_rows = b.sub(rows, I64(half * TILE))
             for i, column in enumerate(columns):
-                target = b.add(
-                    b.mul(b.add(b.add(self.first, token), LONG(i)), self.rows), b.add(first, LONG(half * TILE))
-                )
-                pointer = at(b, self.out, target, element)
+                out_row = b.mul(b.add(b.add(self.first, first_token), I64(i)), self.rows)
+                pointer = gep(b, self.out, b.add(out_row, b.add(first_row, I64(half * TILE))), element)
                 rounded = b.bitcast(b.fptrunc(column, vector(BFLOAT, TILE)), vector(element, TILE))
-                with b.if_then(b.icmp_signed("<", LONG(i), tokens)):
-                    with b.if_else(whole) as (all_, some):
-                        with all_:
+                with b.if_then(b.icmp_signed("<", I64(i), tokens)):
+                    with b.if_else(whole) as (then, otherwise):
+                        with then:
                             b.store(rounded, pointer, align=1)
-                        with some:
-                            b.store(rounded, self.out_aside, align=1)
-                            copy(b, self.out_aside, pointer, smaller(b, LONG(TILE), own), element)
+                        with otherwise:
+                            b.store(rounded, self.out_buffer, align=1)
+                            copy(b, self.out_buffer, pointer, minimum(b, I64(TILE), half_rows), element)

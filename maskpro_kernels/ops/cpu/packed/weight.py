@@ -1,32 +1,32 @@
-"""Code that reads a packed weight run by run, with values placed in vectors, and code that unpacks it.
+"""Code that reads a packed weight run by run, with values expanded into vectors, and code that unpacks it.
 
-A run is 32 weights of a row. All runs of a pattern keep equally many, so the distance of their values is fixed. Nothing
-is read beyond the last value of a row: runs for which that could happen are first copied to a buffer.
+All runs of a pattern keep equally many weights, so the distance of their values is fixed. Nothing is read beyond the
+last value of a row: runs for which that could happen are first copied to a buffer.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from ..codegen import ENTRY, LONG, TYPES, WORD, add_function, add_shared, each, larger, smaller
+from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, maximum, minimum
 from . import RUN, Packed
 from .instructions import (
     BFLOAT,
-    BYTE,
     FLOAT,
-    HALF,
+    I8,
+    I16,
     Instructions,
     Variable,
     as_float32,
-    at,
     broadcast,
     buffer,
+    ceil_div,
     copy,
-    divided_up,
+    gep,
     intrinsic,
+    load_scale,
     nibbles,
     rounded,
-    scale_at,
     vector,
     widened,
     zeros,
@@ -36,124 +36,124 @@ from .instructions import (
 class Weight:
     """Reader of the rows of a packed weight, of ``k`` weights each, run by run, for a function under construction.
 
-    ``form`` is the content of vectors: "halves", 32 values of 16 bits; "floats"; "words", values as 32-bit integers.
+    ``form`` is the content of vectors: "i16", bits of 32 values of 16 bits; "float"; "i32", values as 32-bit integers.
     """
 
     def __init__(
-        self, b: ir.IRBuilder, kind: Packed, use: Instructions, form: str, values: ir.Value, bits: ir.Value, k: ir.Value
+        self, b: ir.IRBuilder, kind: Packed, isa: Instructions, form: str, values: ir.Value, bits: ir.Value, k: ir.Value
     ):
         self.b = b
         self.kind = kind
-        self.use = use
+        self.isa = isa
         self.form = form
         self.k = k
         self.values = values
         self.bits = bits
         # values are moved as integers of their bits
-        self.element = TYPES[kind.values] if form == "floats" else ir.IntType(8 * kind.values.itemsize)
-        self.lanes = RUN if form == "halves" else use.lanes
+        self.element = TYPES[kind.values] if form == "float" else ir.IntType(8 * kind.values.itemsize)
+        self.lanes = RUN if form == "i16" else isa.lanes
         # whether each vector has equally many values
         self.fixed = kind.m <= self.lanes
-        self.row_values = b.mul(b.sdiv(k, LONG(kind.m)), LONG(kind.n))
-        self.row_elements = b.sdiv(self.row_values, LONG(kind.in_byte))
-        self.row_bytes = divided_up(b, k, 8)
-        self.runs = divided_up(b, k, RUN)
+        self.row_values = b.mul(b.sdiv(k, I64(kind.m)), I64(kind.n))
+        self.row_elements = b.sdiv(self.row_values, I64(kind.values_per_element))
+        self.row_bytes = ceil_div(b, k, 8)
+        self.runs = ceil_div(b, k, RUN)
         # runs of a row that can be read directly, for any bitmask
-        self.direct_runs = b.sdiv(k, LONG(RUN))
-        if not self.fixed and kind.in_byte == 1:
-            # the vector of the last lanes may start after as many values as there are other lanes
-            beyond = b.sdiv(b.sub(self.row_values, LONG(RUN - kind.kept)), LONG(kind.kept))
-            self.direct_runs = smaller(b, self.direct_runs, larger(b, beyond, LONG(0)))
-        self.aside = buffer(b, self.element, 2 * RUN)
+        self.direct_runs = b.sdiv(k, I64(RUN))
+        if not self.fixed and kind.values_per_element == 1:
+            # the vector of the last lanes may start after as many values as there are lanes before it
+            whole_loads = b.sdiv(b.sub(self.row_values, I64(RUN - kind.values_per_run)), I64(kind.values_per_run))
+            self.direct_runs = minimum(b, self.direct_runs, maximum(b, whole_loads, I64(0)))
+        self.values_buffer = buffer(b, self.element, 2 * RUN)
         # int4 values of a run as bytes
-        self.bytes = buffer(b, BYTE, 2 * RUN)
+        self.bytes_buffer = buffer(b, I8, 2 * RUN)
         # content of the buffer beyond the copied values
-        b.store(zeros(ir.ArrayType(self.element, 2 * RUN)), self.aside)
+        b.store(zeros(ir.ArrayType(self.element, 2 * RUN)), self.values_buffer)
 
-    def within(self, first: ir.Value, last: ir.Value) -> ir.Value:
+    def direct_end(self, first: ir.Value, last: ir.Value) -> ir.Value:
         """End of the direct runs among [first, last)."""
-        return larger(self.b, first, smaller(self.b, self.direct_runs, last))
+        return maximum(self.b, first, minimum(self.b, self.direct_runs, last))
 
-    def row(self, row: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def row_pointers(self, row: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Pointers to a row's values and bitmask."""
         b = self.b
-        values = at(b, self.values, b.mul(row, self.row_elements), self.element)
-        return values, at(b, self.bits, b.mul(row, self.row_bytes), BYTE)
+        values = gep(b, self.values, b.mul(row, self.row_elements), self.element)
+        return values, gep(b, self.bits, b.mul(row, self.row_bytes), I8)
 
-    def values_of(self, row: tuple, run: ir.Value) -> ir.Value:
-        """Pointer to a run's values."""
-        return at(self.b, row[0], self.b.mul(run, LONG(self.kind.kept // self.kind.in_byte)), self.element)
+    def run_values(self, pointers: tuple, run: ir.Value) -> ir.Value:
+        """Pointer to a run's values, by the row's pointers."""
+        return gep(self.b, pointers[0], self.b.mul(run, I64(self.kind.elements_per_run)), self.element)
 
-    def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+    def load_direct(self, pointers: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         """``vectors`` of a direct run."""
-        word = self.b.load(at(self.b, row[1], run, WORD), typ=WORD, align=1)
-        return self.vectors(self.values_of(row, run), word, scale)
+        bits = self.b.load(gep(self.b, pointers[1], run, I32), typ=I32, align=1)
+        return self.vectors(self.run_values(pointers, run), bits, scale)
 
-    def weights_of(self, run: ir.Value) -> ir.Value:
+    def run_length(self, run: ir.Value) -> ir.Value:
         """Number of weights of a run, i64."""
-        return smaller(self.b, LONG(RUN), self.b.sub(self.k, self.b.mul(run, LONG(RUN))))
+        return minimum(self.b, I64(RUN), self.b.sub(self.k, self.b.mul(run, I64(RUN))))
 
-    def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+    def load_copied(self, pointers: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         """``vectors`` of any run, with zeros after the end of the row."""
         b = self.b
-        weights = self.weights_of(run)
-        values = b.mul(b.sdiv(weights, LONG(self.kind.m)), LONG(self.kind.n))
-        elements = b.sdiv(values, LONG(self.kind.in_byte))
-        copy(b, self.values_of(row, run), self.aside, elements, self.element)
-        word = Variable(b, WORD(0))
-        source = at(b, row[1], run, WORD)
+        weights = self.run_length(run)
+        values = b.mul(b.sdiv(weights, I64(self.kind.m)), I64(self.kind.n))
+        elements = b.sdiv(values, I64(self.kind.values_per_element))
+        copy(b, self.run_values(pointers, run), self.values_buffer, elements, self.element)
+        bits = Variable(b, I32(0))
+        source = gep(b, pointers[1], run, I32)
 
         def add_byte(i: ir.Value) -> None:
-            byte = b.zext(b.load(at(b, source, i, BYTE), typ=BYTE), WORD)
-            word.set(b.or_(word.get(), b.shl(byte, b.trunc(b.mul(i, LONG(8)), WORD))))
+            byte = b.zext(b.load(gep(b, source, i, I8), typ=I8), I32)
+            bits.set(b.or_(bits.get(), b.shl(byte, b.trunc(b.mul(i, I64(8)), I32))))
 
-        each(b, LONG(0), divided_up(b, weights, 8), add_byte)
-        return self.vectors(self.aside, word.get(), scale)
+        for_range(b, I64(0), ceil_div(b, weights, 8), add_byte)
+        return self.vectors(self.values_buffer, bits.get(), scale)
 
-    def vectors(self, values: ir.Value, word: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
-        """Weights of a run in order, from a pointer to values and a bitmask, times the float32 scale."""
+    def vectors(self, values: ir.Value, bits: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
+        """Weights of a run in order, from a pointer to values and the bits of its mask, times the float32 scale."""
         b = self.b
         n = self.kind.n
         m = self.kind.m
-        if self.kind.in_byte == 2:
-            b.store(nibbles(b, values, self.kind.kept), self.bytes)
-            values = self.bytes
-        if self.form == "halves":
-            return [self.use.placed(b, self._loaded(values, self.kind.kept, scale), word)]
+        if self.kind.values_per_element == 2:
+            b.store(nibbles(b, values, self.kind.values_per_run), self.bytes_buffer)
+            values = self.bytes_buffer
+        if self.form == "i16":
+            return [self.isa.expand(b, self._loaded(values, self.kind.values_per_run, scale), bits)]
         out = []
-        before = LONG(0)
+        values_before = I64(0)
         for lane in range(0, RUN, self.lanes):
-            bits = b.trunc(b.lshr(word, WORD(lane)), ir.IntType(self.lanes))
+            vector_bits = b.trunc(b.lshr(bits, I32(lane)), ir.IntType(self.lanes))
             if self.fixed:
-                loaded = self._loaded(at(b, values, LONG(lane * n // m), self.element), self.lanes * n // m, scale)
+                loaded = self._loaded(gep(b, values, I64(lane * n // m), self.element), self.lanes * n // m, scale)
             else:
-                loaded = self._loaded(at(b, values, before, self.element), self.lanes, scale)
-                kept = intrinsic(b, f"llvm.ctpop.i{self.lanes}", bits.type, bits)
-                before = b.add(before, b.zext(kept, LONG))
-            out.append(self.use.placed(b, loaded, bits))
-        return [b.bitcast(x, vector(FLOAT, self.lanes)) for x in out] if self.form == "floats" else out
+                loaded = self._loaded(gep(b, values, values_before, self.element), self.lanes, scale)
+                kept = intrinsic(b, f"llvm.ctpop.i{self.lanes}", vector_bits.type, vector_bits)
+                values_before = b.add(values_before, b.zext(kept, I64))
+            out.append(self.isa.expand(b, loaded, vector_bits))
+        return [b.bitcast(x, vector(FLOAT, self.lanes)) for x in out] if self.form == "float" else out
 
     def _loaded(self, pointer: ir.Value, count: int, scale: ir.Value | None) -> ir.Value:
         """Load ``count`` values in the form of vectors, as integers, in a whole vector."""
         b = self.b
         dtype = self.kind.values
-        given = b.load(pointer, typ=vector(self.element, count), align=1)
+        values = b.load(pointer, typ=vector(self.element, count), align=1)
         if self.kind.scaled:
-            given = b.sitofp(b.sext(given, vector(WORD, count)), vector(FLOAT, count))
+            values = b.sitofp(b.sext(values, vector(I32, count)), vector(FLOAT, count))
             if scale is not None:
-                given = b.fmul(given, broadcast(b, scale, count))
-            if self.form == "halves":
-                given = b.fptrunc(given, vector(BFLOAT, count))
-        elif self.form == "words":
-            given = given if dtype.itemsize == 4 else b.zext(given, vector(WORD, count))
-        elif self.form == "floats":
-            given = as_float32(b, given, dtype)
-        integers = vector(HALF if self.form == "halves" else WORD, count)
-        given = given if given.type == integers else b.bitcast(given, integers)
-        return given if count == self.lanes else widened(b, given, self.lanes)
+                values = b.fmul(values, broadcast(b, scale, count))
+            if self.form == "i16":
+                values = b.fptrunc(values, vector(BFLOAT, count))
+        elif self.form == "i32":
+            values = values if dtype.itemsize == 4 else b.zext(values, vector(I32, count))
+        elif self.form == "float":
+            values = as_float32(b, values, dtype)
+        integers = vector(I16 if self.form == "i16" else I32, count)
+        values = values if values.type == integers else b.bitcast(values, integers)
+        return values if count == self.lanes else widened(b, values, self.lanes)
 
 
-def unpack(kind: Packed, use: Instructions) -> str:
+def unpack(kind: Packed, isa: Instructions) -> str:
     """Code of ``loop(start, stop, k, first, count, stride, values, bits, scales, out)``: unpack runs from ``first`` on.
 
     Row i of the result, of ``count`` runs, starts at element i * stride of ``out``, of ``kind.x``. Values are integers,
@@ -162,43 +162,46 @@ def unpack(kind: Packed, use: Instructions) -> str:
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 6, 4)
     start, stop, k, first, count, stride, values, bits, scales, out = function.args
-    form = "floats" if kind.scaled else "halves" if use.halves and kind.x.itemsize == 2 else "words"
-    weight = Weight(b, kind, use, form, values, bits, k)
+    form = "float" if kind.scaled else "i16" if isa.vbmi2 and kind.x.itemsize == 2 else "i32"
+    weight = Weight(b, kind, isa, form, values, bits, k)
     element = ir.IntType(8 * kind.x.itemsize)
     last = b.add(first, count)
-    aside = buffer(b, element, RUN)
-    direct = weight.within(first, last)
-    row_scales = divided_up(b, weight.row_values, kind.group)
+    run_buffer = buffer(b, element, RUN)
+    direct_end = weight.direct_end(first, last)
+    row_scales = ceil_div(b, weight.row_values, kind.group)
 
     def write(vectors: list[ir.Value], pointer: ir.Value) -> None:
-        for i, given in enumerate(vectors):
-            if form == "floats":
-                given = rounded(b, given, kind.x)
-            elif form == "words" and kind.x.itemsize == 2:
-                given = b.trunc(given, vector(HALF, weight.lanes))
-            b.store(given, at(b, pointer, LONG(i * weight.lanes), element), align=1)
+        for i, weights in enumerate(vectors):
+            if form == "float":
+                weights = rounded(b, weights, kind.x)
+            elif form == "i32" and kind.x.itemsize == 2:
+                weights = b.trunc(weights, vector(I16, weight.lanes))
+            b.store(weights, gep(b, pointer, I64(i * weight.lanes), element), align=1)
 
     def unpack_row(row: ir.Value) -> None:
-        place = weight.row(row)
-        target = at(b, out, b.mul(row, stride), element)
+        pointers = weight.row_pointers(row)
+        out_row = gep(b, out, b.mul(row, stride), element)
 
-        def target_of(run: ir.Value) -> ir.Value:
-            return at(b, target, b.mul(b.sub(run, first), LONG(RUN)), element)
+        def out_run(run: ir.Value) -> ir.Value:
+            return gep(b, out_row, b.mul(b.sub(run, first), I64(RUN)), element)
 
-        def scale_of(run: ir.Value) -> ir.Value | None:
+        def run_scale(run: ir.Value) -> ir.Value | None:
             if not kind.scaled:
                 return None
-            index = b.add(b.mul(row, row_scales), b.sdiv(run, LONG(kind.scaled_runs)))
-            return scale_at(b, scales, index, kind)
+            index = b.add(b.mul(row, row_scales), b.sdiv(run, I64(kind.runs_per_scale)))
+            return load_scale(b, scales, index, kind)
+
+        def unpack_direct(run: ir.Value) -> None:
+            write(weight.load_direct(pointers, run, run_scale(run)), out_run(run))
 
         def unpack_copied(run: ir.Value) -> None:
-            write(weight.copied(place, run, scale_of(run)), aside)
-            copy(b, aside, target_of(run), weight.weights_of(run), element)
+            write(weight.load_copied(pointers, run, run_scale(run)), run_buffer)
+            copy(b, run_buffer, out_run(run), weight.run_length(run), element)
 
-        each(b, first, direct, lambda run: write(weight.direct(place, run, scale_of(run)), target_of(run)))
-        each(b, direct, last, unpack_copied)
+        for_range(b, first, direct_end, unpack_direct)
+        for_range(b, direct_end, last, unpack_copied)
 
-    each(b, start, stop, unpack_row)
+    for_range(b, start, stop, unpack_row)
     b.ret_void()
     add_shared(module, function)
     return str(module)
