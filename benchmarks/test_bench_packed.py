@@ -8,7 +8,7 @@ with as many others as no cache holds, as a model's layers are while it decodes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,29 @@ def cache_bytes() -> int:
     return max(int(size.removesuffix("K")) << 10 for size in sizes)
 
 
+def copies(make: Callable[[], nn.Module], nbytes: int) -> nn.ModuleList:
+    """Layers of ``nbytes`` each that no cache holds."""
+    # half as many again, for a cache may keep what has just been read
+    return nn.ModuleList(make() for _ in range(max(2, 3 * cache_bytes() // (2 * nbytes))))
+
+
+def packed_layers(packed: mk.PackedNM) -> nn.ModuleList:
+    """Copies of a packed layer that no cache holds."""
+
+    def make() -> mk.NMLinear:
+        parts = (None if x is None else x.clone() for x in (packed.values, packed.bitmask, packed.scales))
+        values, bitmask, scales = parts
+        return mk.Sparse24Linear(mk.PackedNM(values, bitmask, PATTERN, scales))
+
+    return copies(make, packed.nbytes)
+
+
+def in_huge_pages(layers: nn.ModuleList) -> nn.ModuleList:
+    """The layers, with packed weights in huge pages."""
+    hold_in_huge_pages(layers)
+    return layers
+
+
 class DenseLoop(nn.Module):
     """A layer, so that it costs in Python what the others do."""
 
@@ -108,7 +131,7 @@ class DenseLoop(nn.Module):
         return self.loop(x, self.weight)
 
 
-def in_turn(layers: list[nn.Module], x: Tensor) -> Callable[[], Tensor]:
+def in_turn(layers: Iterable[nn.Module], x: Tensor) -> Callable[[], Tensor]:
     """The product of x and the next of the layers at each call."""
     following = itertools.cycle(layers)
     return lambda: next(following)(x)
@@ -123,22 +146,7 @@ def test_packed_decoding(shape, compare):
         case = Case(rows, k, 1)
         bfloat16_loop = dense_loop(torch.bfloat16)
 
-        def copies(make: Callable[[], object], nbytes: int) -> list:
-            # half as many again, for a cache may keep what has just been read
-            return [make() for _ in range(max(2, 3 * cache_bytes() // (2 * nbytes)))]
-
-        def layers(packed: mk.PackedNM) -> list[mk.NMLinear]:
-            def make() -> mk.NMLinear:
-                parts = (None if x is None else x.clone() for x in (packed.values, packed.bitmask, packed.scales))
-                values, bitmask, scales = parts
-                return mk.Sparse24Linear(mk.PackedNM(values, bitmask, PATTERN, scales))
-
-            made = nn.ModuleList(copies(make, packed.nbytes))
-            # as finalize and from_pretrained do
-            hold_in_huge_pages(made)
-            return list(made)
-
-        def dense(dtype: torch.dtype) -> list[nn.Linear]:
+        def dense(dtype: torch.dtype) -> nn.ModuleList:
             def make() -> nn.Linear:
                 layer = nn.Linear(k, rows, bias=False, dtype=dtype)
                 layer.weight.copy_(case.weight)
@@ -150,9 +158,9 @@ def test_packed_decoding(shape, compare):
         # the quickest that a dense product can be: packed layers have that too
         move_into_huge_pages(loop.weight for loop in loops)
         providers = {
-            "packed": in_turn(layers(case.packed), case.x),
-            "packed, int8": in_turn(layers(case.int8), case.x),
-            "packed, int4": in_turn(layers(case.int4), case.x),
+            "packed": in_turn(in_huge_pages(packed_layers(case.packed)), case.x),
+            "packed, int8": in_turn(in_huge_pages(packed_layers(case.int8)), case.x),
+            "packed, int4": in_turn(in_huge_pages(packed_layers(case.int4)), case.x),
             "dense": in_turn(dense(torch.bfloat16), case.x),
             "dense loop": in_turn(loops, case.x),
             "dense, float32": in_turn(dense(torch.float32), case.x.float()),
@@ -162,6 +170,28 @@ def test_packed_decoding(shape, compare):
             providers,
             work=Work(bytes=rows * k * 9 // 8 + 2 * (rows + k), flops=2 * rows * k, from_memory=True),
             op="packed decoding",
+            pattern=PATTERN,
+            shape=(1, *shape),
+            dtype=DTYPE,
+        )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the pages are a CPU's")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_huge_pages(shape, compare):
+    """One token, and packed weights from memory, in small and in huge pages."""
+    rows, k = shape
+    with torch.no_grad():
+        case = Case(rows, k, 1)
+        providers = {}
+        for name, packed in (("packed", case.packed), ("packed, int8", case.int8), ("packed, int4", case.int4)):
+            providers[name] = in_turn(packed_layers(packed), case.x)
+            providers[f"{name}, huge pages"] = in_turn(in_huge_pages(packed_layers(packed)), case.x)
+        compare(
+            lambda: case.check(providers),
+            providers,
+            work=Work(bytes=rows * k * 9 // 8 + 2 * (rows + k), flops=2 * rows * k, from_memory=True),
+            op="huge pages",
             pattern=PATTERN,
             shape=(1, *shape),
             dtype=DTYPE,

@@ -605,7 +605,9 @@ def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
 def hold_in_huge_pages(model: nn.Module) -> None:
     """Ask Linux to move the packed weights of a model on a CPU into huge pages; do nothing if it cannot.
 
-    The bandwidth of memory bounds decoding. A CPU prefetches sequential memory only up to the end of a page.
+    The bandwidth of memory bounds decoding. A CPU prefetches sequential memory only up to the end of a page. Nothing
+    else calls this. It moves the memory of the process, not the mapped file of a checkpoint that transformers loads in
+    its own dtype: copy such a model before.
     """
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     tensors = (tensor for layer in layers for tensor in (layer.values, layer.bitmask, layer.scales))

@@ -11,7 +11,6 @@ The folder of a run has:
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import math
@@ -243,8 +242,6 @@ def _load(options: Learn, ranks: Ranks, start: dict | None, write_settings: Call
     cure = None if start is None else f"if it has moved, change its path in {output / SETTINGS}"
     with naming("model", cure):
         model, tokenizer = ranks.run_on_all(load, options.model, options.dtype, device)
-    if model.device.type == "cpu":
-        _keep_freed_memory()
     base = ranks.run_on_main(digest, tensors_of_base(model))
     if start is not None and start["base"] != base:
         raise ValueError(
@@ -979,15 +976,6 @@ class _Run:
         finally:
             for tracker in trackers:
                 tracker.finish()
-
-
-def _keep_freed_memory() -> None:
-    """Let this process return no memory to the system: the first write to each new page costs a page fault."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is not None:
-        # no memory by mmap (M_MMAP_MAX of glibc's malloc.h), and none back to the system (M_TRIM_THRESHOLD)
-        set_option(-4, 0)
-        set_option(-1, -1)
 
 
 def _trackers_of(options: Learn) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ..fsdp import check_in_memory
 from ..modules import CounterState, MaskedLinear
 from ..ops.pattern import NMPattern
 from ..ops.reference import INT4_GROUPS, SCALED
-from ..packed import INT4, INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, hold_in_huge_pages, packed_class
+from ..packed import INT4, INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, packed_class
 from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, unfused_modules
 
 METHOD = "maskpro"
@@ -268,7 +268,6 @@ class SparseQuantizer(HfQuantizer):
                 for parameter in (layer.weight, layer.bias):
                     if parameter is not None:
                         parameter.requires_grad_(False)
-        hold_in_huge_pages(model)
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

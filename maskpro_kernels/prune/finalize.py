@@ -13,7 +13,7 @@ from ..functional.checks import check_one_of
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..ops.pattern import NMPattern
-from ..packed import INT4, KEEP, NMLinear, check_values, dense_layer, hold_in_huge_pages, packed_class
+from ..packed import INT4, KEEP, NMLinear, check_values, dense_layer, packed_class
 from ..unfuse import in_linear_form, unfused_modules
 from .convert import Conversion, check_replaceable, one_layer_a_weight, replace_layers
 from .gptq import gptq
@@ -83,9 +83,7 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
                 rounded = packed_class(packed.pattern)(packed, layers[name].bias)
                 replacements[id(layers[name])] = rounded.train(layers[name].training)
     replace_layers(model, replacements)
-    model = replacements.get(id(model), model)
-    hold_in_huge_pages(model)
-    return model
+    return replacements.get(id(model), model)
 
 
 def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP, group: int = 64) -> Conversion:
@@ -121,7 +119,6 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP, group: 
         if not packed:
             raise ValueError(f"pattern: expected one that some layer follows, got {pattern}, which none follows")
         replace_layers(model, replacements)
-    hold_in_huge_pages(model)
     skipped = reasons_by_name(model, skipped | left_out)
     share, unmasked = coverage(model, skipped)
     return Conversion(packed, skipped, masked_share=share, unmasked=unmasked)
@@ -146,7 +143,6 @@ def repack(model: nn.Module, values: str, group: int = 64) -> int:
                 replacements[id(layer)] = type(layer)(stored, layer.bias).train(layer.training)
     if replacements:
         replace_layers(model, replacements)
-        hold_in_huge_pages(model)
     return len(replacements)
 
 

@@ -150,21 +150,6 @@ def test_attention_of_steps_on_a_cpu(options, used, inputs, tmp_path, monkeypatc
     assert seen == [used] * 3
 
 
-def test_freed_memory_is_used_again(inputs, tmp_path, monkeypatch):
-    made = []
-    libraries = [SimpleNamespace(mallopt=lambda *option: made.append(option)), SimpleNamespace()]
-    with monkeypatch.context() as patch:
-        patch.setattr(learning.ctypes, "CDLL", lambda name: libraries.pop(0))
-        patch.setattr(learning.sys, "platform", "linux")
-        while libraries:
-            # the second C library has no such option
-            learning._keep_freed_memory()
-            assert made == [(-4, 0), (-1, -1)]
-    monkeypatch.setattr(learning, "_keep_freed_memory", lambda: made.append("kept"))
-    assert main.main(learn(inputs, tmp_path / "run", "--device", "cpu")) == 0
-    assert made[2:] == ["kept"]
-
-
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch):
     # undoing all would undo the route as well
     with monkeypatch.context() as patch:

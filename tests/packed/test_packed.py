@@ -14,7 +14,9 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import cases, slow
 from helpers.routes import take_route
+from helpers.tiny_llama import tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
 from maskpro_kernels import NMPattern, ops
@@ -23,7 +25,8 @@ from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu.packed import products
 from maskpro_kernels.ops.pattern import GROUP_SIZES, bitmask_of, codes_of
 from maskpro_kernels.ops.triton import packed as kernels_file
-from maskpro_kernels.packed import HUGE_PAGE, move_into_huge_pages, page_ranges
+from maskpro_kernels.packed import HUGE_PAGE, hold_in_huge_pages, move_into_huge_pages, page_ranges
+from maskpro_kernels.prune.finalize import repack
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:16", "15:16"]
 MULTIPLIED = ["2:4", "1:4", "4:8", "8:16"]
@@ -626,6 +629,19 @@ def test_tensors_stay_what_and_where_they_are():
     move_into_huge_pages(tensors)
     for x, (place, content) in zip(tensors, before, strict=True):
         assert x.data_ptr() == place and torch.equal(x, content)
+
+
+def test_only_the_user_moves_packed_weights(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(packed_file, "move_into_huge_pages", lambda tensors: moved.extend(tensors))
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    repack(loaded, "int8")
+    assert moved == []
+    hold_in_huge_pages(loaded)
+    assert len(moved) == 3 * 14
 
 
 def test_a_system_that_refuses_or_has_no_such_call_changes_nothing(monkeypatch):
