@@ -62,8 +62,8 @@ class Case:
     def masked_by_reference(self):
         keywords = {name: value for name, value in self.counter.items() if name != "pattern"}
         counter = counter_of(self.logits, NMPattern(PATTERN), **keywords)
-        one = torch.tensor(1.0, device=DEVICE)
-        return reference.sample_masked_weight(self.weight, self.logits, counter, one, n=N, m=M)
+        inv_temperature = torch.tensor(1.0, device=DEVICE)
+        return reference.sample_masked_weight(self.weight, self.logits, counter, inv_temperature, n=N, m=M)
 
     def by_reference(self):
         return nn.functional.linear(self.x, self.masked_by_reference())
@@ -104,8 +104,8 @@ class Case:
 
     @staticmethod
     def within_budget(result, by_torch, exact) -> bool:
-        error, error_of_torch = ((y.double() - exact).abs().max() for y in (result, by_torch))
-        return bool(error <= 2 * error_of_torch + 1e-6 * exact.abs().max())
+        error, torch_error = ((y.double() - exact).abs().max() for y in (result, by_torch))
+        return bool(error <= 2 * torch_error + 1e-6 * exact.abs().max())
 
 
 def work(shape: tuple[int, int], tokens: int, products: int) -> Work:

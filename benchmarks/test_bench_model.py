@@ -71,7 +71,7 @@ class Layers:
     def eager_update(self, i):
         eager.update_(self.eager_logits[i], self.eager_masks[i], COEF)
 
-    def parts(self) -> dict[str, list[Callable[[], None]]]:
+    def provider_parts(self) -> dict[str, list[Callable[[], None]]]:
         """A step's own work, one layer after another: all are drawn, then all are updated."""
         layers = self.layers
         numbers = range(len(self.layers))
@@ -85,16 +85,18 @@ class Layers:
     def check(self):
         """The smallest layer has the bits of the reference."""
         layer = min(self.layers, key=lambda layer: layer.weight.numel())
-        one = torch.tensor(1.0, device=DEVICE)
+        inv_temperature = torch.tensor(1.0, device=DEVICE)
         counter = counter_of(layer.logits, NMPattern(PATTERN), **self.counter(layer))
         masked = mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
-        assert torch.equal(masked, reference.sample_masked_weight(layer.weight, layer.logits, counter, one, n=N, m=M))
+        assert torch.equal(
+            masked, reference.sample_masked_weight(layer.weight, layer.logits, counter, inv_temperature, n=N, m=M)
+        )
         ours = layer.logits.clone()
         expected = layer.logits.clone()
         mk.score_update_(ours, 0.37, pattern=PATTERN, **self.counter(layer))
         coef = torch.tensor([0.37], device=DEVICE)
         by_draws = counter._replace(draw=counter.draw[None])
-        reference.score_update_(expected, coef, by_draws, one, n=N, m=M)
+        reference.score_update_(expected, coef, by_draws, inv_temperature, n=N, m=M)
         assert torch.equal(ours, expected)
 
 
@@ -104,7 +106,7 @@ def test_draw_and_update_of_all_layers(model, compare):
         weights = sum(layer.weight.numel() for layer in layers.layers)
         compare(
             layers.check,
-            layers.parts(),
+            layers.provider_parts(),
             work=Work(bytes=12 * weights),
             op="draw+update, all layers",
             pattern=PATTERN,
@@ -123,18 +125,18 @@ def test_training_step(model, batch, compare):
         converted = copy.deepcopy(model)
         mk.convert(converted, PATTERN, gap=gap)
         trainers[name] = mk.MaskTrainer(converted, causal_lm_loss, [batch], estimator, seed=0)
-    plain = copy.deepcopy(model)
+    dense_model = copy.deepcopy(model)
     weights = [
-        plain.get_submodule(name).weight.requires_grad_()
+        dense_model.get_submodule(name).weight.requires_grad_()
         for name in mk.convert(copy.deepcopy(model), PATTERN).converted
     ]
 
     @torch.inference_mode()
     def forward():
-        return causal_lm_loss(plain, batch)
+        return causal_lm_loss(dense_model, batch)
 
     def forward_and_backward():
-        causal_lm_loss(plain, batch).backward()
+        causal_lm_loss(dense_model, batch).backward()
         for weight in weights:
             weight.grad = None
 

@@ -48,9 +48,9 @@ class Layer:
         self.logits = initial_logits(reference.top_n_mask(weight.abs(), n=N, m=M), PATTERN, GAP)
         # draws then leave the initial mask in places, and the score has something to say
         self.logits += torch.randn(shape, generator=self.generator, device=DEVICE)
-        self.where = counter_of(self.logits, NMPattern(PATTERN), SEED, STEP, LAYER, DRAW)
+        self.draw_counter = counter_of(self.logits, NMPattern(PATTERN), SEED, STEP, LAYER, DRAW)
         self.inverse_temperature = torch.tensor(1.0, device=DEVICE)
-        self.counter = self.where.keywords()
+        self.counter = self.draw_counter.keywords()
         self.mask = self.eager_draw()[0]
         self.codes = mk.sample_mask(self.logits, PATTERN, **self.counter)
 
@@ -66,12 +66,12 @@ class Layer:
 
     def reference_draw(self, rows=None):
         tensors = self.weight[:rows], self.logits[:rows]
-        return reference.sample_masked_weight(*tensors, self.where, self.inverse_temperature, n=N, m=M)
+        return reference.sample_masked_weight(*tensors, self.draw_counter, self.inverse_temperature, n=N, m=M)
 
     def reference_update(self, coef=COEF, rows=None):
         coefs = torch.tensor([coef], device=DEVICE)
-        where = self.where._replace(draw=self.where.draw[None])
-        reference.score_update_(self.logits[:rows], coefs, where, self.inverse_temperature, n=N, m=M)
+        counter = self.draw_counter._replace(draw=self.draw_counter.draw[None])
+        reference.score_update_(self.logits[:rows], coefs, counter, self.inverse_temperature, n=N, m=M)
 
     def reference_step(self):
         self.reference_draw()
@@ -93,20 +93,22 @@ class Layer:
         mask, _ = self.eager_draw()
         eager.update_(self.logits, mask, COEF)
 
-    def after(self, update, **options) -> torch.Tensor:
+    def updated_logits(self, update, **options) -> torch.Tensor:
         """The first logits after one ``update``, which is then undone."""
-        before = self.logits.clone()
+        original = self.logits.clone()
         update(CHECKED_COEF, **options)
-        moved = self.logits[:CHECKED_ROWS].clone()
-        self.logits.copy_(before)
-        return moved
+        updated = self.logits[:CHECKED_ROWS].clone()
+        self.logits.copy_(original)
+        return updated
 
     def check(self) -> None:
         """Ours and the reference agree bit for bit; the eager formulation draws and scores the same law."""
         masked = self.our_draw()
         assert torch.equal(masked[:CHECKED_ROWS], self.reference_draw(CHECKED_ROWS))
         assert torch.equal(self.our_log_prob(), self.reference_log_prob())
-        assert torch.equal(self.after(self.our_update), self.after(self.reference_update, rows=CHECKED_ROWS))
+        assert torch.equal(
+            self.updated_logits(self.our_update), self.updated_logits(self.reference_update, rows=CHECKED_ROWS)
+        )
 
         mask, eager_masked = self.eager_draw()
         assert (mask.view(-1, M).sum(-1) == N).all()
@@ -124,7 +126,9 @@ class Layer:
         if op == "draw":
             assert (compiled() != self.reference_draw()).float().mean() < 1e-4
         elif op == "update":
-            torch.testing.assert_close(self.after(compiled), self.after(self.reference_update), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                self.updated_logits(compiled), self.updated_logits(self.reference_update), rtol=0, atol=1e-5
+            )
         else:
             torch.testing.assert_close(compiled(), self.reference_log_prob(), rtol=1e-5, atol=1e-6)
 

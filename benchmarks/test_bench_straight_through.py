@@ -51,25 +51,25 @@ class Layer:
 
     def eager(self):
         """Step by one torch operation after another; returns the mean square of the slope."""
-        kept = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, *self.counter), PATTERN)
+        mask = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, *self.counter), PATTERN)
         w = self.weight.float()
         first = (self.grad.T @ self.x).float()
         second = CURVATURE * torch.outer(self.grad.float().square().sum(0), self.x.float().square().sum(0))
-        slope = (w * first + (0.5 - kept.float()) * w.square() * second).view(-1, M)
+        slope = (w * first + (0.5 - mask.float()) * w.square() * second).view(-1, M)
         slope = (slope - slope.mean(-1, keepdim=True)).view(w.shape)
         self.logits -= (self.rate * slope).clamp(-LARGEST, LARGEST)
         return slope.square().mean()
 
     def check(self):
         """Both move the logits alike, within the rounding of the products to bfloat16."""
-        before = self.logits.clone()
+        original = self.logits.clone()
         squares = []
         moved = []
         self.rate.fill_(1e-3)
         for update in (self.ours, self.eager):
             squares.append(update())
-            moved.append(self.logits - before)
-            self.logits.copy_(before)
+            moved.append(self.logits - original)
+            self.logits.copy_(original)
         self.rate.fill_(RATE)
         torch.testing.assert_close(squares[0], squares[1], rtol=0.02, atol=0)
         scale = moved[1].square().mean().sqrt()
