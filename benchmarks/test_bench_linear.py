@@ -62,8 +62,8 @@ class Case:
     def masked_by_reference(self):
         keywords = {name: value for name, value in self.counter.items() if name != "pattern"}
         counter = counter_of(self.logits, NMPattern(PATTERN), **keywords)
-        inv_temperature = torch.tensor(1.0, device=DEVICE)
-        return reference.sample_masked_weight(self.weight, self.logits, counter, inv_temperature, n=N, m=M)
+        one = torch.tensor(1.0, device=DEVICE)
+        return reference.sample_masked_weight(self.weight, self.logits, counter, one, n=N, m=M)
 
     def by_reference(self):
         return nn.functional.linear(self.x, self.masked_by_reference())

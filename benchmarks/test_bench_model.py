@@ -85,18 +85,16 @@ class Layers:
     def check(self):
         """The smallest layer has the bits of the reference."""
         layer = min(self.layers, key=lambda layer: layer.weight.numel())
-        inv_temperature = torch.tensor(1.0, device=DEVICE)
+        one = torch.tensor(1.0, device=DEVICE)
         counter = counter_of(layer.logits, NMPattern(PATTERN), **self.counter(layer))
         masked = mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
-        assert torch.equal(
-            masked, reference.sample_masked_weight(layer.weight, layer.logits, counter, inv_temperature, n=N, m=M)
-        )
+        assert torch.equal(masked, reference.sample_masked_weight(layer.weight, layer.logits, counter, one, n=N, m=M))
         ours = layer.logits.clone()
         expected = layer.logits.clone()
         mk.score_update_(ours, 0.37, pattern=PATTERN, **self.counter(layer))
         coef = torch.tensor([0.37], device=DEVICE)
         by_draws = counter._replace(draw=counter.draw[None])
-        reference.score_update_(expected, coef, by_draws, inv_temperature, n=N, m=M)
+        reference.score_update_(expected, coef, by_draws, one, n=N, m=M)
         assert torch.equal(ours, expected)
 
 

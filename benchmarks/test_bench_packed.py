@@ -129,15 +129,14 @@ def test_packed_decoding(shape, compare):
 
         def layers(packed: mk.PackedNM) -> list[mk.NMLinear]:
             def make() -> mk.NMLinear:
-                values = packed.values.clone()
-                bitmask = packed.bitmask.clone()
-                scales = None if packed.scales is None else packed.scales.clone()
+                parts = (None if x is None else x.clone() for x in (packed.values, packed.bitmask, packed.scales))
+                values, bitmask, scales = parts
                 return mk.Sparse24Linear(mk.PackedNM(values, bitmask, PATTERN, scales))
 
-            modules = nn.ModuleList(copies(make, packed.nbytes))
+            made = nn.ModuleList(copies(make, packed.nbytes))
             # as finalize and from_pretrained do
-            hold_in_huge_pages(modules)
-            return list(modules)
+            hold_in_huge_pages(made)
+            return list(made)
 
         def dense(dtype: torch.dtype) -> list[nn.Linear]:
             def make() -> nn.Linear:

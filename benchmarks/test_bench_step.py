@@ -48,9 +48,9 @@ class Layer:
         self.logits = initial_logits(reference.top_n_mask(weight.abs(), n=N, m=M), PATTERN, GAP)
         # draws then leave the initial mask in places, and the score has something to say
         self.logits += torch.randn(shape, generator=self.generator, device=DEVICE)
-        self.draw_counter = counter_of(self.logits, NMPattern(PATTERN), SEED, STEP, LAYER, DRAW)
+        self.where = counter_of(self.logits, NMPattern(PATTERN), SEED, STEP, LAYER, DRAW)
         self.inverse_temperature = torch.tensor(1.0, device=DEVICE)
-        self.counter = self.draw_counter.keywords()
+        self.counter = self.where.keywords()
         self.mask = self.eager_draw()[0]
         self.codes = mk.sample_mask(self.logits, PATTERN, **self.counter)
 
@@ -66,12 +66,12 @@ class Layer:
 
     def reference_draw(self, rows=None):
         tensors = self.weight[:rows], self.logits[:rows]
-        return reference.sample_masked_weight(*tensors, self.draw_counter, self.inverse_temperature, n=N, m=M)
+        return reference.sample_masked_weight(*tensors, self.where, self.inverse_temperature, n=N, m=M)
 
     def reference_update(self, coef=COEF, rows=None):
         coefs = torch.tensor([coef], device=DEVICE)
-        counter = self.draw_counter._replace(draw=self.draw_counter.draw[None])
-        reference.score_update_(self.logits[:rows], coefs, counter, self.inverse_temperature, n=N, m=M)
+        where = self.where._replace(draw=self.where.draw[None])
+        reference.score_update_(self.logits[:rows], coefs, where, self.inverse_temperature, n=N, m=M)
 
     def reference_step(self):
         self.reference_draw()

@@ -51,11 +51,11 @@ class Layer:
 
     def eager(self):
         """Step by one torch operation after another; returns the mean square of the slope."""
-        mask = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, *self.counter), PATTERN)
+        kept = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, *self.counter), PATTERN)
         w = self.weight.float()
         first = (self.grad.T @ self.x).float()
         second = CURVATURE * torch.outer(self.grad.float().square().sum(0), self.x.float().square().sum(0))
-        slope = (w * first + (0.5 - mask.float()) * w.square() * second).view(-1, M)
+        slope = (w * first + (0.5 - kept.float()) * w.square() * second).view(-1, M)
         slope = (slope - slope.mean(-1, keepdim=True)).view(w.shape)
         self.logits -= (self.rate * slope).clamp(-LARGEST, LARGEST)
         return slope.square().mean()
