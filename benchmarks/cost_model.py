@@ -100,16 +100,16 @@ def launch(card: Card, counts: dict[str, float], weights: float, moved: float, *
     """Seconds of a launch.
 
     ``counts`` are instructions a weight by pipe, ``moved`` and ``cached`` bytes from memory and from the L2 cache,
-    ``multiplied`` seconds of all matrix units, ``resident`` the programs that a processor has room for.
+    ``multiplied`` seconds of all matrix units, ``resident`` the programs that fit into a processor.
     """
     lanes = CHIPS[card.target].lanes | {"fp32": card.fp32}
-    pipes = {pipe: weights * each / (card.processors * card.clock) for pipe, each in clocks(lanes, counts).items()}
-    most = -(-programs // card.processors)
+    pipes = {pipe: weights * count / (card.processors * card.clock) for pipe, count in clocks(lanes, counts).items()}
+    max_programs = -(-programs // card.processors)
     computed = max(*pipes.values(), multiplied)
-    if min(resident, most) == 1:
+    if min(resident, max_programs) == 1:
         computed = max(pipes[pipe] for pipe in pipes if pipe != "lsu") + pipes["lsu"] + multiplied
     # the processor with the most programs
-    computed *= most * card.processors / programs
+    computed *= max_programs * card.processors / programs
     return max(card.move(moved), cached / card.l2, computed)
 
 
@@ -137,9 +137,9 @@ def over_groups(card: Card, kernel: str, rows: int, k: int, gap: float) -> float
     config = configuration(kernel, M, rows * k // M, card.target)
     built, *counts = _over_groups(kernel, card.target)
     programs = config.programs(rows * k // M, TARGETS[card.target].processors)
-    each = expected(counts, config.block, N, M, gap)
+    instructions = expected(counts, config.block, N, M, gap)
     resident = card.resident(built, config.num_warps)
-    return launch(card, each, rows * k, OVER_GROUPS[kernel] * rows * k, programs=programs, resident=resident)
+    return launch(card, instructions, rows * k, OVER_GROUPS[kernel] * rows * k, programs=programs, resident=resident)
 
 
 @functools.cache
@@ -153,16 +153,16 @@ def masked(card: Card, tokens: int, rows: int, k: int, gap: float, kind: str = "
     tile = tiles_for("masked_linear", M, BF16, tokens, rows, k, card.target)
     built, *counts = _masked(card.target, tile, kind)
     blocks = -(-rows // tile.out)
-    again = -(-tokens // tile.tokens)
+    token_blocks = -(-tokens // tile.tokens)
     weight = (6 if kind == "drawn" else 2.25) * rows * k
-    parts = parts_for(tile, blocks * again, -(-k // tile.k), card.target, 2 * rows * k, tokens * rows)
+    parts = parts_for(tile, blocks * token_blocks, -(-k // tile.k), card.target, 2 * rows * k, tokens * rows)
     # each program reads its part of the weight and all of its tokens; parts are written, and read again
-    cached = weight * again + 2 * tokens * k * blocks + (8 * parts * tokens * rows if parts > 1 else 0)
+    cached = weight * token_blocks + 2 * tokens * k * blocks + (8 * parts * tokens * rows if parts > 1 else 0)
     rate = card.operations * (1 if tile.out >= WGMMA_ROWS else card.warp)
     return launch(
-        card, expected(counts, tile.out * tile.k // M, N, M, gap), rows * k * again,
-        weight + 2 * tokens * (rows + k), cached=cached, multiplied=2 * again * tile.tokens * rows * k / rate,
-        programs=blocks * again * parts, resident=card.resident(built, tile.num_warps),
+        card, expected(counts, tile.out * tile.k // M, N, M, gap), rows * k * token_blocks,
+        weight + 2 * tokens * (rows + k), cached=cached, multiplied=2 * token_blocks * tile.tokens * rows * k / rate,
+        programs=blocks * token_blocks * parts, resident=card.resident(built, tile.num_warps),
     )  # fmt: skip
 
 
@@ -200,16 +200,16 @@ def sparse(card: Card, tokens: int, rows: int, k: int) -> tuple[str, float]:
         return "unpack", card.move(3.125 * rows * k) + dense(card, tokens, rows, k)
     tile = tiles_for("sparse_mma", M, BF16, tokens, rows, k, card.target)
     blocks = -(-rows // tile.out)
-    of_tokens = -(-tokens // tile.tokens)
+    token_blocks = -(-tokens // tile.tokens)
     steps = -(-k // tile.k)
-    parts = parts_for(tile, blocks * of_tokens, steps, card.target, 1.125 * rows * k, tokens * rows)
+    parts = parts_for(tile, blocks * token_blocks, steps, card.target, 1.125 * rows * k, tokens * rows)
     if parts > 1:
         # written and read again, in float32
         moved += 8 * parts * tokens * rows
-    multiplied = of_tokens * tile.tokens * blocks * tile.out * k / (card.operations * card.warp)
+    multiplied = token_blocks * tile.tokens * blocks * tile.out * k / (card.operations * card.warp)
     # of a step, 128 bytes a clock of each processor: by each warp words of values, metadata and activations
-    read = tile.out * (32 + 4) * 2 + tile.num_warps * tile.tokens * 128
-    shared = blocks * of_tokens * steps * read / (128 * card.clock * card.processors)
+    read_bytes = tile.out * (32 + 4) * 2 + tile.num_warps * tile.tokens * 128
+    shared = blocks * token_blocks * steps * read_bytes / (128 * card.clock * card.processors)
     return "sparse_mma", max(card.move(moved), multiplied, shared)
 
 
@@ -218,19 +218,21 @@ def main() -> None:
     parser.add_argument("--card", choices=CARDS, default="H100")
     parser.add_argument("--gaps", nargs="+", type=float, default=[10.0, 8.0, 5.7])
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 32, 64, 128])
-    given = parser.parse_args()
-    print(f"| weight | tokens | {' | '.join(f'gap {gap:g}' for gap in given.gaps)} | by codes | dense |")
-    print("|---|" + "---:|" * (3 + len(given.gaps)))
-    card = CARDS[given.card]
+    options = parser.parse_args()
+    print(f"| weight | tokens | {' | '.join(f'gap {gap:g}' for gap in options.gaps)} | by codes | dense |")
+    print("|---|" + "---:|" * (3 + len(options.gaps)))
+    card = CARDS[options.card]
     for size in ((4096, 4096), (11008, 4096)):
-        for tokens in given.tokens:
-            both = [(masked(card, tokens, *size, gap), two_passes(card, tokens, *size, gap)) for gap in given.gaps]
-            cells = [f"{1e6 * one:.0f} / {1e6 * two:.0f}" for one, two in both]
-            others = masked(card, tokens, *size, 10.0, "codes"), dense(card, tokens, *size)
-            cells += [f"{1e6 * other:.0f}" for other in others]
+        for tokens in options.tokens:
+            seconds = [(masked(card, tokens, *size, gap), two_passes(card, tokens, *size, gap)) for gap in options.gaps]
+            cells = [f"{1e6 * one_pass:.0f} / {1e6 * two_pass:.0f}" for one_pass, two_pass in seconds]
+            products = masked(card, tokens, *size, 10.0, "codes"), dense(card, tokens, *size)
+            cells += [f"{1e6 * product:.0f}" for product in products]
             print(f"| {size[0]} x {size[1]} | {tokens} | {' | '.join(cells)} |", flush=True)
-    one = {f"int{bits}": packed(card, *size, bits) for bits in (4, 8)} | {"bfloat16": sparse(card, 1, *size)[1]}
-    print("One token, 2:4, last weight:", ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in one.items()))
+    one_token = {f"int{bits}": packed(card, *size, bits) for bits in (4, 8)} | {"bfloat16": sparse(card, 1, *size)[1]}
+    print(
+        "One token, 2:4, last weight:", ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in one_token.items())
+    )
 
 
 if __name__ == "__main__":

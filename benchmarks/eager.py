@@ -13,8 +13,8 @@ SMALLEST_PROBABILITY = 1e-10
 def draw(weight: Tensor, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """(bool mask of a draw without replacement from softmax(logits) by group, the weight under it)."""
     probabilities = torch.softmax(logits.view(-1, M), dim=-1).clamp_(min=SMALLEST_PROBABILITY)
-    kept = torch.multinomial(probabilities, N, replacement=False, generator=generator)
-    mask = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, kept, True).view(weight.shape)
+    indices = torch.multinomial(probabilities, N, replacement=False, generator=generator)
+    mask = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, indices, True).view(weight.shape)
     return mask, weight * mask
 
 

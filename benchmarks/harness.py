@@ -118,14 +118,14 @@ def _round(parts: Mapping[str, Sequence[Callable[[], object]]], calls: Mapping[s
     All are set against the first one, which is timed before each of the others, so that their ratios do not hang on one
     sample of it; the mean counts.
     """
-    first, *others = parts
-    order = [name for other in others for name in (first, other)] or [first]
-    taken = dict.fromkeys(parts, 0.0)
-    for beside in zip(*parts.values(), strict=True):
-        functions = dict(zip(parts, beside, strict=True))
+    first, *names = parts
+    order = [name for compared in names for name in (first, compared)] or [first]
+    totals = dict.fromkeys(parts, 0.0)
+    for part in zip(*parts.values(), strict=True):
+        functions = dict(zip(parts, part, strict=True))
         for name in order:
-            taken[name] += sample(functions[name], calls[name]) / order.count(name)
-    return taken
+            totals[name] += sample(functions[name], calls[name]) / order.count(name)
+    return totals
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping
     for name, values in seconds.items():
         q20, median, q80 = torch.tensor(values, dtype=torch.float64).quantile(probabilities).tolist()
         row = {**case, "provider": name, "median": median, "q20": q20, "q80": q80, "rounds": len(values)}
-        row["ratio"] = statistics.median(own / other for own, other in zip(values, base, strict=True))
+        row["ratio"] = statistics.median(x / y for x, y in zip(values, base, strict=True))
         if work is not None:
             uncached = work.from_memory or work.bytes >= UNCACHED_BYTES[DEVICE]
             by_bytes = work.bytes / copied_bytes_per_second() if uncached else 0.0
@@ -251,19 +251,19 @@ def ratios(rows: Iterable[Mapping], earlier: Iterable[Mapping]) -> list[tuple[Ma
     def key(row):
         return case_of(row), row["provider"], row["device"], row["threads"]
 
-    before = {key(row): row for row in earlier}
-    pairs = [(row, before[key(row)]) for row in rows if key(row) in before]
-    return [(row, other["median"] / row["median"], row["ratio"] / other["ratio"]) for row, other in pairs]
+    earlier_rows = {key(row): row for row in earlier}
+    pairs = [(row, earlier_rows[key(row)]) for row in rows if key(row) in earlier_rows]
+    return [(row, old["median"] / row["median"], row["ratio"] / old["ratio"]) for row, old in pairs]
 
 
 def commit() -> str | None:
     """The commit of the code, marked where files differ from it; None outside a repository."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        completed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return completed.stdout.strip()
 
 
 def device_name() -> str:

@@ -27,15 +27,17 @@ K = 256
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """CPU tensors go the way of a GPU's, up to Triton."""
-    given = KernelInterface.__getitem__, tiles.ON_CPU
+    """CPU tensors take the route of a GPU's, up to Triton."""
+    launcher = KernelInterface.__getitem__
+    target = tiles.ON_CPU
     try:
         KernelInterface.__getitem__ = lambda kernel, grid: lambda *_, **__: None
         tiles.ON_CPU = "sm_90"
         tiles.architecture.cache_clear()
         yield
     finally:
-        KernelInterface.__getitem__, tiles.ON_CPU = given
+        KernelInterface.__getitem__ = launcher
+        tiles.ON_CPU = target
         tiles.architecture.cache_clear()
 
 
@@ -75,9 +77,9 @@ def microseconds(call: Callable[[], object], rounds: int, count: int) -> float:
 
 def measured(rounds: int = 200, count: int = 20) -> dict[str, float]:
     """Microseconds of each call."""
-    of = calls()
+    calls_by_name = calls()
     with without_launches():
-        return {name: microseconds(call, rounds, count) for name, call in of.items()}
+        return {name: microseconds(call, rounds, count) for name, call in calls_by_name.items()}
 
 
 if __name__ == "__main__":

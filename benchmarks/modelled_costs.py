@@ -115,12 +115,12 @@ def disassembled(cubin: bytes) -> tuple[str, ...]:
 
 
 def branches(lines: tuple[str, ...]) -> list[tuple[int, int, bool]]:
-    """(place, target, true if conditional) of every branch."""
-    where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    """(line, target, true if conditional) of every branch."""
+    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     targets = ((i, line, re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
     # a condition may be in the name, or a uniform predicate after it: BRA.U !UP0
     condition = re.compile(r"@|BRA\.DIV|BRA\S*\s+!?U?P\d")
-    return [(i, where[target[1]], condition.match(line) is not None) for i, line, target in targets if target]
+    return [(i, labels[target[1]], condition.match(line) is not None) for i, line, target in targets if target]
 
 
 def largest_loop(lines: tuple[str, ...]) -> tuple[int, int]:
@@ -153,19 +153,19 @@ def cost(instruction: str) -> Counter:
     return Counter({pipe: lanes, "issue": 1})
 
 
-def longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, bool]) -> list[int]:
+def longest_path(lines: tuple[str, ...], first: int, last: int, taken: dict[int, bool]) -> list[int]:
     """Lines from ``first`` to ``last``, an exit, or the end of branches, by the path with the most.
 
-    ``taken`` says of some conditional branches whether they are. No way goes back, nor into a call: what is called is
-    the slow way of a division, of numbers that no kernel divides by but at the edge of what float32 holds.
+    ``taken`` says of some conditional branches whether they are. No path goes back, nor into a call: what is called is
+    the slow path of a division, of numbers that no kernel divides by but at the edge of what float32 holds.
     """
     leads_to = {i: j for i, j, _ in branches(lines)}
     always = {i for i, _, conditional in branches(lines) if not conditional}
-    most = {first: 0}
+    lengths = {first: 0}
     came_from = {}
     ends = []
     for i in range(first, last + 1):
-        if i not in most or lines[i].startswith("CALL"):
+        if i not in lengths or lines[i].startswith("CALL"):
             continue
         ends_here = i == last or re.match(r"EXIT|RET", lines[i]) is not None
         if ends_here:
@@ -175,36 +175,36 @@ def longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, 
         if i in taken:
             following = [leads_to[i] if taken[i] else i + 1]
         for j in following:
-            if i < j <= last and most.get(j, -1) < most[i] + 1:
-                most[j] = most[i] + 1
+            if i < j <= last and lengths.get(j, -1) < lengths[i] + 1:
+                lengths[j] = lengths[i] + 1
                 came_from[j] = i
-    way = [max(ends or most, key=most.get)]
-    while way[-1] != first:
-        way.append(came_from[way[-1]])
-    return way
+    path = [max(ends or lengths, key=lengths.get)]
+    while path[-1] != first:
+        path.append(came_from[path[-1]])
+    return path
 
 
 def instructions(lines: tuple[str, ...], looping: bool) -> tuple[Counter, Counter]:
     """(fewest, most) of a thread by pipe: of the largest loop, or of the whole.
 
-    Both go the longest way through it, but fewest after the branch that saves the most has gone the shorter one.
+    Both go the longest path through it, but fewest after the branch that saves the most has gone the shorter one.
     """
     first, last = largest_loop(lines) if looping else (0, len(lines) - 1)
     forward = [i for i, j, conditional in branches(lines) if conditional and first <= i < j <= last]
     choices = [{}, *({i: taken} for i in forward for taken in (True, False))]
-    ways = [longest_way(lines, first, last, choice) for choice in choices]
-    # what ends before the others do is no way through
-    ways = [way for way in ways if way[0] == ways[0][0] or re.match(r"EXIT|RET", lines[way[0]])]
-    counts = [sum((cost(lines[i]) for i in way if not lines[i].endswith(":")), Counter()) for way in ways]
-    return min(counts, key=lambda each: each["issue"]), counts[0]
+    paths = [longest_path(lines, first, last, choice) for choice in choices]
+    # what ends before the others do is no path through
+    paths = [path for path in paths if path[0] == paths[0][0] or re.match(r"EXIT|RET", lines[path[0]])]
+    counts = [sum((cost(lines[i]) for i in path if not lines[i].endswith(":")), Counter()) for path in paths]
+    return min(counts, key=lambda count: count["issue"]), counts[0]
 
 
 @functools.cache
 def open_groups(n: int, m: int, gap: float = GAP) -> float:
     """Share of the groups of a mask of that gap that the kernels' bounds leave open, simulated."""
-    words = torch.randint(0, 1 << 32, (m, SIMULATED_GROUPS), generator=torch.Generator().manual_seed(0))
-    kept = words[:n].amax(0)
-    dropped = words[n:].amin(0)
+    integers = torch.randint(0, 1 << 32, (m, SIMULATED_GROUPS), generator=torch.Generator().manual_seed(0))
+    kept = integers[:n].amax(0)
+    dropped = integers[n:].amin(0)
     return float((bounds.minus_log(dropped) >= gap + bounds.least_gumbel(kept)).double().mean())
 
 
@@ -217,15 +217,15 @@ def clocks(lanes: dict[str, int], counts: dict[str, float]) -> dict[str, float]:
 def busiest(target: str, counts: dict[str, float]) -> tuple[float, str]:
     """(picoseconds, pipe) of instructions of all threads, spread over all processors."""
     chip = CHIPS[target]
-    taken = clocks(chip.lanes, counts)
-    pipe = max(taken, key=taken.get)
-    return 1e12 * taken[pipe] / (TARGETS[target].processors * chip.clock), pipe
+    clocks_by_pipe = clocks(chip.lanes, counts)
+    pipe = max(clocks_by_pipe, key=clocks_by_pipe.get)
+    return 1e12 * clocks_by_pipe[pipe] / (TARGETS[target].processors * chip.clock), pipe
 
 
 def counted(built: Built, weights: float, looping: bool, draws: bool = True) -> tuple[dict, dict]:
     """(fewest, most) instructions a weight by pipe, where a thread has so many weights."""
-    both = instructions(disassembled(built.asm["cubin"]), looping)
-    fewest, most = ({pipe: count / weights for pipe, count in counts.items()} for counts in both)
+    counts_of_paths = instructions(disassembled(built.asm["cubin"]), looping)
+    fewest, most = ({pipe: count / weights for pipe, count in counts.items()} for counts in counts_of_paths)
     # without noise to skip the branch that saves the most is that around the loop
     return (fewest if draws else most), most
 
@@ -257,21 +257,21 @@ def mask_costs(target: str) -> Costs:
         counts = counted(built, tile.out * tile.k / (32 * tile.num_warps), looping=True)
         return picoseconds(target, counts, tile.out * tile.k // 4, moved, 2, 4)
 
-    draw, *others = (over_groups(*kernel) for kernel in GROUP_KERNELS)
+    draw, *costs = (over_groups(*kernel) for kernel in GROUP_KERNELS)
     # in the epilogue of a product: what a draw takes of the pipes, and what codes take of memory
     slope = draw, 1e12 * 0.25 / CHIPS[target].bytes_per_second
-    return Costs(draw, (product("drawn", 6), product("codes", 2.25)), tuple(others[:2]), slope, tuple(others[2:]))
+    return Costs(draw, (product("drawn", 6), product("codes", 2.25)), tuple(costs[:2]), slope, tuple(costs[2:]))
 
 
 def print_kernels(target: str, n: int, m: int) -> None:
     """One line a kernel and tile, operands of 16 bits: draws that are determined, and those that compute noise."""
 
-    def line(kernel: str, built: Built, counts: tuple[dict, dict]) -> None:
-        (short, pipe), (long, _) = (busiest(target, each) for each in counts)
-        slots = " ".join(f"{each['issue']:>10.1f}" for each in counts)
+    def print_row(kernel: str, built: Built, counts: tuple[dict, dict]) -> None:
+        (shortest, pipe), (longest, _) = (busiest(target, count) for count in counts)
+        slots = " ".join(f"{count['issue']:>10.1f}" for count in counts)
         print(
             f"{kernel:<52} {f'{n}:{m}':>5} {target:>6} {built.registers:>5} {built.spills + built.stack:>5} "
-            f"{built.shared / 1024:>6.1f} {slots} {short:>7.2f} {long:>7.2f}  {pipe}",
+            f"{built.shared / 1024:>6.1f} {slots} {shortest:>7.2f} {longest:>7.2f}  {pipe}",
             flush=True,
         )
 
@@ -280,7 +280,7 @@ def print_kernels(target: str, n: int, m: int) -> None:
         if kind == "drawn" or n <= 4:
             config = configuration(kernel, m, 0, target)
             built = build(kernel, target, n, m, KIND=kind)
-            line(f"{kernel}, {kind}", built, counted(built, config.block * m / (32 * config.num_warps), True))
+            print_row(f"{kernel}, {kind}", built, counted(built, config.block * m / (32 * config.num_warps), True))
     for product, itemsize in TILES:
         for tile in tiles_of(product, target, itemsize) if itemsize == 2 and product not in PACKED else ():
             # those with a tile of the weight's gradient draw once, after their loop over the tokens
@@ -288,17 +288,17 @@ def print_kernels(target: str, n: int, m: int) -> None:
             for kind in ("drawn", "codes"):
                 built = build_product(product, target, n, m, tile, KIND=kind)
                 counts = counted(built, tile.out * tile.k / (32 * tile.num_warps), looping, kind == "drawn")
-                line(f"{product} {tile.out}x{tile.tokens}x{tile.k}, {kind}", built, counts)
+                print_row(f"{product} {tile.out}x{tile.tokens}x{tile.k}, {kind}", built, counts)
     if (n, m) not in MULTIPLIED:
         return
     for config in PACKED_ROWS:
         built = build_packed("packed_vector", target, n, m, config)
         weights = config.rows * config.block * chunk_length(n, m) / (32 * config.num_warps)
-        line(f"packed_vector {config.rows}x{config.block}", built, counted(built, weights, True, draws=False))
+        print_row(f"packed_vector {config.rows}x{config.block}", built, counted(built, weights, True, draws=False))
     for tile in tiles_of("packed_linear", target, 2):
         built = build_packed("packed_linear", target, n, m, tile)
         counts = counted(built, tile.out * tile.k / (32 * tile.num_warps), True, draws=False)
-        line(f"packed_linear {tile.out}x{tile.tokens}x{tile.k}", built, counts)
+        print_row(f"packed_linear {tile.out}x{tile.tokens}x{tile.k}", built, counts)
     for tile in tiles_of("sparse_mma", target, 2) if (n, m) == (2, 4) else ():
         built = build_sparse(target, tile)
         counts = counted(built, tile.out * tile.k / (32 * tile.num_warps), True, draws=False)
@@ -306,7 +306,7 @@ def print_kernels(target: str, n: int, m: int) -> None:
         first, last = largest_loop(lines)
         products = sum(line.startswith("HMMA.SP") for line in lines[first:last])
         loop = sum(not line.endswith(":") for line in lines[first : last + 1])
-        line(f"sparse_mma {tile.out}x{tile.tokens}x{tile.k}, HMMA.SP {products} of {loop}", built, counts)
+        print_row(f"sparse_mma {tile.out}x{tile.tokens}x{tile.k}, HMMA.SP {products} of {loop}", built, counts)
 
 
 def main() -> None:

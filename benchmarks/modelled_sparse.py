@@ -23,14 +23,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=11008)
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--share", type=float, default=SHARE)
-    given = parser.parse_args()
+    options = parser.parse_args()
     print(f"| tokens | {' | '.join(SHOWN)} |\n|{'---:|' * (1 + len(SHOWN))}")
     for tokens in TOKENS:
         cells = []
-        for card in (replace(CARDS[name], share=given.share) for name in SHOWN):
-            route, seconds = sparse(card, tokens, given.rows, given.k)
-            other = dense(card, tokens, given.rows, given.k)
-            cells.append(f"{1e6 * seconds:.0f} against {1e6 * other:.0f}{MARKS[route]}")
+        for card in (replace(CARDS[name], share=options.share) for name in SHOWN):
+            route, seconds = sparse(card, tokens, options.rows, options.k)
+            dense_seconds = dense(card, tokens, options.rows, options.k)
+            cells.append(f"{1e6 * seconds:.0f} against {1e6 * dense_seconds:.0f}{MARKS[route]}")
         print(f"| {tokens:,} | {' | '.join(cells)} |")
 
 

@@ -104,8 +104,8 @@ class Case:
 
     @staticmethod
     def within_budget(result, by_torch, exact) -> bool:
-        error, error_of_torch = ((y.double() - exact).abs().max() for y in (result, by_torch))
-        return bool(error <= 2 * error_of_torch + 1e-6 * exact.abs().max())
+        error, torch_error = ((y.double() - exact).abs().max() for y in (result, by_torch))
+        return bool(error <= 2 * torch_error + 1e-6 * exact.abs().max())
 
 
 def work(shape: tuple[int, int], tokens: int, products: int) -> Work:

@@ -72,7 +72,7 @@ class Layers:
     def eager_update(self, i):
         eager.update_(self.eager_logits[i], self.eager_masks[i], COEF)
 
-    def parts(self) -> dict[str, list[Callable[[], None]]]:
+    def provider_parts(self) -> dict[str, list[Callable[[], None]]]:
         """A step's own work, one layer after another: all are drawn, then all are updated."""
         layers = self.layers
         numbers = range(len(self.layers))
@@ -105,7 +105,7 @@ def test_draw_and_update_of_all_layers(model, compare):
         weights = sum(layer.weight.numel() for layer in layers.layers)
         compare(
             layers.check,
-            layers.parts(),
+            layers.provider_parts(),
             work=Work(bytes=12 * weights),
             op="draw+update, all layers",
             pattern=PATTERN,
@@ -124,18 +124,18 @@ def test_training_step(model, batch, compare):
         converted = copy.deepcopy(model)
         mk.convert(converted, PATTERN, gap=gap)
         trainers[name] = mk.MaskTrainer(converted, causal_lm_loss, [batch], estimator, seed=0)
-    plain = copy.deepcopy(model)
+    dense_model = copy.deepcopy(model)
     weights = [
-        plain.get_submodule(name).weight.requires_grad_()
+        dense_model.get_submodule(name).weight.requires_grad_()
         for name in mk.convert(copy.deepcopy(model), PATTERN).converted
     ]
 
     @torch.inference_mode()
     def forward():
-        return causal_lm_loss(plain, batch)
+        return causal_lm_loss(dense_model, batch)
 
     def forward_and_backward():
-        causal_lm_loss(plain, batch).backward()
+        causal_lm_loss(dense_model, batch).backward()
         for weight in weights:
             weight.grad = None
 

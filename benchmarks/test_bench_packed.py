@@ -34,19 +34,19 @@ class Case:
     def __init__(self, rows: int, k: int, tokens: int):
         generator = torch.Generator(DEVICE).manual_seed(0)
         weight = torch.randn(rows, k, generator=generator, device=DEVICE).bfloat16()
-        kept = mk.expand_mask(mk.top_n_mask(weight.abs(), PATTERN), PATTERN)
-        self.weight = torch.where(kept, weight, 0)
+        mask = mk.expand_mask(mk.top_n_mask(weight.abs(), PATTERN), PATTERN)
+        self.weight = torch.where(mask, weight, 0)
         self.x = torch.randn(tokens, k, generator=generator, device=DEVICE).bfloat16()
         self.packed = mk.pack_24(self.weight)
         self.int8, self.int4 = (mk.pack_nm(self.weight, PATTERN, values) for values in ("int8", "int4"))
-        self.layer, *self.rounded = (mk.Sparse24Linear(each) for each in (self.packed, self.int8, self.int4))
+        self.layer, *self.rounded = (mk.Sparse24Linear(packed) for packed in (self.packed, self.int8, self.int4))
         self.compiled = torch.compile(nn.functional.linear, dynamic=False)
 
     def dense(self):
         return nn.functional.linear(self.x, self.weight)
 
     def providers(self) -> dict[str, Callable[[], Tensor]]:
-        found = {
+        functions = {
             "packed": lambda: self.layer(self.x),
             "packed, int8": lambda: self.rounded[0](self.x),
             "packed, int4": lambda: self.rounded[1](self.x),
@@ -54,11 +54,11 @@ class Case:
             "dense": self.dense,
         }
         if DEVICE == "cuda":
-            found["dense under torch.compile"] = lambda: self.compiled(self.x, self.weight)
+            functions["dense under torch.compile"] = lambda: self.compiled(self.x, self.weight)
             if len(self.x) >= SEMI_STRUCTURED_TOKENS:
                 semi_structured = torch.sparse.to_sparse_semi_structured(self.weight)
-                found["torch semi-structured"] = lambda: nn.functional.linear(self.x, semi_structured)
-        return found
+                functions["torch semi-structured"] = lambda: nn.functional.linear(self.x, semi_structured)
+        return functions
 
     def check(self, providers) -> None:
         """Each within twice the error of torch's dense product in the same dtype."""
@@ -66,8 +66,8 @@ class Case:
             rounded = next((stored for stored in (self.int8, self.int4) if stored.kind in name), None)
             weight = self.weight if rounded is None else rounded.unpack()
             exact = self.x.double() @ weight.double().T
-            of_torch = (nn.functional.linear(self.x, weight).double() - exact).abs().max()
-            assert (provider().double() - exact).abs().max() <= 2 * of_torch + 1e-6 * exact.abs().max(), name
+            torch_error = (nn.functional.linear(self.x, weight).double() - exact).abs().max()
+            assert (provider().double() - exact).abs().max() <= 2 * torch_error + 1e-6 * exact.abs().max(), name
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -93,20 +93,22 @@ class Layer:
         mask, _ = self.eager_draw()
         eager.update_(self.logits, mask, COEF)
 
-    def after(self, update, **options) -> torch.Tensor:
+    def updated_logits(self, update, **options) -> torch.Tensor:
         """The first logits after one ``update``, which is then undone."""
-        before = self.logits.clone()
+        original = self.logits.clone()
         update(CHECKED_COEF, **options)
-        moved = self.logits[:CHECKED_ROWS].clone()
-        self.logits.copy_(before)
-        return moved
+        updated = self.logits[:CHECKED_ROWS].clone()
+        self.logits.copy_(original)
+        return updated
 
     def check(self) -> None:
         """Ours and the reference agree bit for bit; the eager formulation draws and scores the same law."""
         masked = self.our_draw()
         assert torch.equal(masked[:CHECKED_ROWS], self.reference_draw(CHECKED_ROWS))
         assert torch.equal(self.our_log_prob(), self.reference_log_prob())
-        assert torch.equal(self.after(self.our_update), self.after(self.reference_update, rows=CHECKED_ROWS))
+        assert torch.equal(
+            self.updated_logits(self.our_update), self.updated_logits(self.reference_update, rows=CHECKED_ROWS)
+        )
 
         mask, eager_masked = self.eager_draw()
         assert (mask.view(-1, M).sum(-1) == N).all()
@@ -124,7 +126,9 @@ class Layer:
         if op == "draw":
             assert (compiled() != self.reference_draw()).float().mean() < 1e-4
         elif op == "update":
-            torch.testing.assert_close(self.after(compiled), self.after(self.reference_update), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                self.updated_logits(compiled), self.updated_logits(self.reference_update), rtol=0, atol=1e-5
+            )
         else:
             torch.testing.assert_close(compiled(), self.reference_log_prob(), rtol=1e-5, atol=1e-6)
 

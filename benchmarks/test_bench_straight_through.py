@@ -62,14 +62,14 @@ class Layer:
 
     def check(self):
         """Both move the logits alike, within the rounding of the products to bfloat16."""
-        before = self.logits.clone()
+        original = self.logits.clone()
         squares = []
         moved = []
         self.rate.fill_(1e-3)
         for update in (self.ours, self.eager):
             squares.append(update())
-            moved.append(self.logits - before)
-            self.logits.copy_(before)
+            moved.append(self.logits - original)
+            self.logits.copy_(original)
         self.rate.fill_(RATE)
         torch.testing.assert_close(squares[0], squares[1], rtol=0.02, atol=0)
         scale = moved[1].square().mean().sqrt()

@@ -63,7 +63,7 @@ M = 4
 GAP = 10.0
 CALLS = 10
 REPLAYS = 20
-OTHERS = ("dense", "CUTLASS", "cuSPARSELt", "two passes")
+ALTERNATIVES = ("dense", "CUTLASS", "cuSPARSELt", "two passes")
 
 
 @dataclass
@@ -75,14 +75,14 @@ class Work:
         ours: what is checked and timed.
         check: raises AssertionError where its result is wrong.
         model: seconds on a card; None: it is not timed.
-        others: ways of torch, of the columns OTHERS; each makes a call.
+        alternatives: routes of torch, of the columns ALTERNATIVES; each makes a call.
     """
 
     shape: str
     ours: Callable[[], object]
     check: Callable[[object], None]
     model: Callable[[Card], float] | None = None
-    others: dict[str, Callable[[], Callable]] = field(default_factory=dict)
+    alternatives: dict[str, Callable[[], Callable]] = field(default_factory=dict)
 
 
 class Run:
@@ -106,8 +106,8 @@ class Layer:
 
     def __init__(self, run: Run, gap: float):
         self.weight = run.random(run.rows, run.k, seed=1)
-        kept = mk.expand_mask(on_cpu(mk.top_n_mask, self.weight.abs(), PATTERN), PATTERN).to(run.device)
-        self.logits = gap * kept + 0.1 * run.random(run.rows, run.k, seed=2).float()
+        mask = mk.expand_mask(on_cpu(mk.top_n_mask, self.weight.abs(), PATTERN), PATTERN).to(run.device)
+        self.logits = gap * mask + 0.1 * run.random(run.rows, run.k, seed=2).float()
         numbers = (torch.tensor(number, device=run.device) for number in (0x123456789ABCDEF, 7, 3, 0))
         self.counter = Counter(*numbers, 0, run.k // M)
         self.codes = on_cpu(ops.sample_mask, self.logits, N, M, 1.0, self.counter).to(run.device)
@@ -137,17 +137,17 @@ def copy_on_cpu(argument: object):
     return argument.cpu().clone() if isinstance(argument, Tensor) else argument
 
 
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+def assert_same_bits(result: Tensor, expected: Tensor) -> None:
     integers = {1: torch.uint8, 4: torch.int32}[expected.itemsize]
-    differs = int((found.cpu().view(integers) != expected.view(integers)).sum())
+    differs = int((result.cpu().view(integers) != expected.view(integers)).sum())
     assert not differs, f"{differs} of {expected.numel()} have other bits than on the CPU"
 
 
-def assert_product(found: Tensor, x: Tensor, weight: Tensor) -> None:
+def assert_product(result: Tensor, x: Tensor, weight: Tensor) -> None:
     """Within the error budget of x @ weight.T."""
     exact = x.double() @ weight.double().t()
-    error, of_torch = (float((y.double() - exact).abs().max()) for y in (found, linear(x, weight)))
-    limit = 2 * of_torch + 1e-6 * float(exact.abs().max())
+    error, torch_error = (float((y.double() - exact).abs().max()) for y in (result, linear(x, weight)))
+    limit = 2 * torch_error + 1e-6 * float(exact.abs().max())
     assert error <= limit, f"error {error:.3g}, expected at most {limit:.3g}"
 
 
@@ -172,12 +172,12 @@ def all_reciprocals(run: Run) -> Work:
     significands = (torch.arange(count) * ((1 << 23) - 1) // (count - 1)).int()
     x = torch.cat([(significands | 127 + exponent << 23).view(torch.float32) for exponent in exponents])
 
-    def check(found: list[Tensor]) -> None:
-        for y, expected in zip(found, (4096.0 / x, 1 / 4096 / -x), strict=True):
+    def check(results: list[Tensor]) -> None:
+        for y, expected in zip(results, (4096.0 / x, 1 / 4096 / -x), strict=True):
             assert_same_bits(y, expected)
 
-    here = x.to(run.device)
-    return Work(f"{count:,}", lambda: [reciprocals(here, 4096.0), reciprocals(-here, 1 / 4096)], check)
+    x_on_device = x.to(run.device)
+    return Work(f"{count:,}", lambda: [reciprocals(x_on_device, 4096.0), reciprocals(-x_on_device, 1 / 4096)], check)
 
 
 def gradients(run: Run) -> Work:
@@ -190,11 +190,12 @@ def gradients(run: Run) -> Work:
     mask = MaskSource(codes, "codes", N, M, 1.0)
     kept = mk.expand_mask(codes, PATTERN)
 
-    def check(found: tuple[Tensor, Tensor]) -> None:
-        assert_product(found[0], grad, torch.where(kept, weight, 0).t())
-        assert not found[1][~kept].any(), "gradients of dropped weights: expected zeros"
-        both = grad.t(), x.t()
-        assert_product(torch.where(kept, found[1], linear(*both)), *both)
+    def check(results: tuple[Tensor, Tensor]) -> None:
+        x_grad, weight_grad = results
+        assert_product(x_grad, grad, torch.where(kept, weight, 0).t())
+        assert not weight_grad[~kept].any(), "gradients of dropped weights: expected zeros"
+        dense_grad = linear(grad.t(), x.t())
+        assert_product(torch.where(kept, weight_grad, dense_grad), grad.t(), x.t())
 
     def ours() -> tuple[Tensor, Tensor]:
         return ops.masked_linear_input_grad(grad, weight, mask), ops.masked_linear_weight_grad(grad, x, mask)
@@ -216,8 +217,8 @@ def over_groups(run: Run, kernel: str) -> Work:
         counter = layer.counter._replace(draw=layer.counter.draw[None])
         arguments = [layer.logits.clone(), coef, N, M, 1.0, counter]
 
-        def call(logits: Tensor, *others) -> Tensor:
-            ops.score_update_(logits, *others)
+        def call(logits: Tensor, *arguments) -> Tensor:
+            ops.score_update_(logits, *arguments)
             return logits
 
     check = partial(assert_same_bits, expected=on_cpu(call, *arguments))
@@ -226,14 +227,14 @@ def over_groups(run: Run, kernel: str) -> Work:
 
 
 def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
-    """One pass, whatever the limit of the target; torch's way in two passes masks the weight first."""
+    """One pass, whatever the limit of the target; the two passes of torch mask the weight first."""
     layer = run.layer(gap)
     x = run.random(tokens, run.k, seed=4)
     mask = MaskSource(layer.codes if kind == "codes" else layer.logits, kind, N, M, 1.0, layer.counter)
 
-    def call(most: int) -> Tensor:
+    def call(max_tokens: int) -> Tensor:
         limit = masked_gemm.one_pass_tokens
-        masked_gemm.one_pass_tokens = lambda *_: most
+        masked_gemm.one_pass_tokens = lambda *_: max_tokens
         try:
             return ops.masked_linear(x, layer.weight, None, False, mask)[0]
         finally:
@@ -241,8 +242,8 @@ def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
 
     check = partial(assert_product, x=x, weight=layer.masked)
     model = partial(cost_model.masked, tokens=tokens, rows=run.rows, k=run.k, gap=gap, kind=kind)
-    others = {"dense": lambda: partial(linear, x, layer.weight), "two passes": lambda: partial(call, 0)}
-    return Work(f"{tokens} x {run.rows} x {run.k}", partial(call, tokens), check, model, others)
+    alternatives = {"dense": lambda: partial(linear, x, layer.weight), "two passes": lambda: partial(call, 0)}
+    return Work(f"{tokens} x {run.rows} x {run.k}", partial(call, tokens), check, model, alternatives)
 
 
 def packed(run: Run, tokens: int, stored: str) -> Work:
@@ -250,24 +251,27 @@ def packed(run: Run, tokens: int, stored: str) -> Work:
     layer = run.layer(GAP)
     tokens = min(tokens, 72) if run.emulator else tokens
     x = run.random(tokens, run.k, seed=5)
-    parts = on_cpu(mk.pack_nm, layer.masked, PATTERN, stored)
-    weight = on_cpu(parts.unpack).to(run.device)
+    packed_weight = on_cpu(mk.pack_nm, layer.masked, PATTERN, stored)
+    weight = on_cpu(packed_weight.unpack).to(run.device)
     bits = {"int8": 8, "int4": 4}.get(stored)
-    bitmask = parts.bitmask if bits else metadata_of(parts.bitmask)
-    tensors = [part if part is None else part.to(run.device) for part in (parts.values, bitmask, parts.scales)]
+    bitmask = packed_weight.bitmask if bits else metadata_of(packed_weight.bitmask)
+    tensors = [
+        tensor if tensor is None else tensor.to(run.device)
+        for tensor in (packed_weight.values, bitmask, packed_weight.scales)
+    ]
 
     def model(card: Card) -> float:
         size = run.rows, run.k
         return cost_model.packed(card, *size, bits) if bits else cost_model.sparse(card, tokens, *size)[1]
 
-    others = {
+    alternatives = {
         "dense": lambda: partial(linear, x, weight),
         "CUTLASS": lambda: partial(linear, x, SparseSemiStructuredTensorCUTLASS.from_dense(weight)),
         "cuSPARSELt": lambda: partial(linear, x, SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)),
     }
     ours = partial(ops.nm_linear, x, *tensors, None, N, M)
     check = partial(assert_product, x=x, weight=weight)
-    return Work(f"{tokens} x {run.rows} x {run.k}", ours, check, model, others)
+    return Work(f"{tokens} x {run.rows} x {run.k}", ours, check, model, alternatives)
 
 
 CASES: dict[str, Callable[[Run], Work]] = {
@@ -292,24 +296,24 @@ CASES: dict[str, Callable[[Run], Work]] = {
 def seconds_of(call: Callable[[], object]) -> float:
     """Seconds of a call with a cold cache: of a graph that flushes before each of its calls, less one that flushes."""
     graphs = []
-    taken = ([], [])
-    for parts in ((harness.flush, call), (harness.flush,)):
-        for part in 2 * parts:
-            part()
+    seconds_of_graphs = ([], [])
+    for functions in ((harness.flush, call), (harness.flush,)):
+        for function in 2 * functions:
+            function()
         torch.cuda.synchronize()
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1]):
-            for part in CALLS * parts:
-                part()
+            for function in CALLS * functions:
+                function()
     for _ in range(REPLAYS):
-        for graph, seconds in zip(graphs, taken, strict=True):
+        for graph, seconds in zip(graphs, seconds_of_graphs, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()
             torch.cuda.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)
-    return (median(taken[0]) - median(taken[1])) / CALLS
+    return (median(seconds_of_graphs[0]) - median(seconds_of_graphs[1])) / CALLS
 
 
 def message(error: Exception) -> str:
@@ -327,7 +331,7 @@ def case_row(run: Run, name: str) -> dict:
         if run.emulator:
             faults = run.emulator.faults(findings)
             assert not faults, faults[0]
-            return row | {"others": dict.fromkeys(work.others)}
+            return row | {"others": dict.fromkeys(work.alternatives)}
         if work.model is None:
             return row
         row["ours"] = seconds_of(work.ours)
@@ -338,11 +342,11 @@ def case_row(run: Run, name: str) -> dict:
                 row["verdict"] = f"{FAIL}: more than {SLOWEST} times the model"
     except Exception as error:
         return row | {"verdict": f"{FAIL}: {message(error)}"}
-    for other, make in work.others.items():
+    for name, make in work.alternatives.items():
         try:
-            row["others"][other] = seconds_of(make())
+            row["others"][name] = seconds_of(make())
         except Exception as error:
-            row["others"][other] = message(error)
+            row["others"][name] = message(error)
     return row
 
 
@@ -354,11 +358,11 @@ def test_row(selected: Sequence[str], limit: float) -> dict:
         command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     if "gpu_emulators" not in plugins:
         command += ["-p", "gpu_emulators.plugin"]
-    around = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "emulators", ROOT)))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "emulators", ROOT)))}
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
-            command, cwd=ROOT, env=around, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = child.wait(max(limit, 0.0))
@@ -436,16 +440,16 @@ def page(report: dict) -> str:
     timed = []
     for row in (row for row in report["cases"] if row["timed"]):
         times = [row.get("ours"), row.get("modelled")]
-        others = [row["others"].get(key) for key in OTHERS]
+        alternatives = [row["others"].get(key) for key in ALTERNATIVES]
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-        others = [cell(time) + (f" ({time / times[0]:.2f})" if isinstance(time, float) else "") for time in others]
+        cells = [cell(time) + (f" ({time / times[0]:.2f})" if isinstance(time, float) else "") for time in alternatives]
         if report["emulated"]:
             times = ["emulated"] * 2
             ratio = "emulated"
-            others = ["emulated" if key in row["others"] else "" for key in OTHERS]
-        timed.append((row["case"], row["shape"], *map(cell, times), ratio, *others, row["verdict"]))
+            cells = ["emulated" if key in row["others"] else "" for key in ALTERNATIVES]
+        timed.append((row["case"], row["shape"], *map(cell, times), ratio, *cells, row["verdict"]))
     lines += ["Microseconds, of torch in brackets as a multiple of ours; modelled by benchmarks/cost_model.py.", ""]
-    lines += table(f"timed | shape | ours | modelled | ours / modelled | {' | '.join(OTHERS)} | verdict", timed)
+    lines += table(f"timed | shape | ours | modelled | ours / modelled | {' | '.join(ALTERNATIVES)} | verdict", timed)
     host = [(name, "emulated" if report["emulated"] else cell(value)) for name, value in report["host"].items()]
     lines += table("Python's part of a call | microseconds", host)
     return "\n".join(lines)
@@ -454,20 +458,20 @@ def page(report: dict) -> str:
 def cases_of(run: Run, names: Sequence[str]) -> Iterator[dict]:
     """Rows of cases. After an error that leaves the GPU unusable for this process, another one runs the others."""
     rows = {}
-    rest = list(names)
+    remaining = list(names)
     with contextlib.suppress(RuntimeError):
-        while rest:
-            yield case_row(run, rest.pop(0))
+        while remaining:
+            yield case_row(run, remaining.pop(0))
             torch.cuda.synchronize() if not run.emulator else None
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rest.json"
-        command = [sys.executable, __file__, "--output", output, "--cases", *rest]
+        command = [sys.executable, __file__, "--output", output, "--cases", *remaining]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, timeout=FIRST_TESTS) if rest else None
+            subprocess.run(command, timeout=FIRST_TESTS) if remaining else None
         if output.exists():
             rows = {row["case"]: row for row in json.loads(output.read_text())["cases"]}
     missing = {"shape": "", "timed": False, "others": {}, "verdict": f"{FAIL}: its process has ended"}
-    yield from (rows.get(name, {"case": name, **missing}) for name in rest)
+    yield from (rows.get(name, {"case": name, **missing}) for name in remaining)
 
 
 def report_of(run: Run, names: Sequence[str] = (), save: Callable[[dict], None] = lambda report: None) -> dict:
@@ -487,8 +491,8 @@ def report_of(run: Run, names: Sequence[str] = (), save: Callable[[dict], None] 
             save(report)
     report["host"] = host_times(run)
     if tests:
-        left = DEADLINE - (time.monotonic() - start)
-        report["tests"].append(test_row([*files, "-m", "gpu", "-k", "not 2:4"], left))
+        seconds_left = DEADLINE - (time.monotonic() - start)
+        report["tests"].append(test_row([*files, "-m", "gpu", "-k", "not 2:4"], seconds_left))
     passed = all(row["verdict"] == PASS for row in (*report["tests"], *report["cases"]))
     cut_off = any(row["cut off"] for row in report["tests"])
     report["verdict"] = FAIL if not passed else f"{PASS}, but tests were cut off" if cut_off else PASS
@@ -501,9 +505,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("verdict"), help="of OUTPUT.md and OUTPUT.json")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[], help="these alone, without tests")
     parser.add_argument("--dry-run", action="store_true", help="on an emulator, without times and tests")
-    given = parser.parse_args()
+    options = parser.parse_args()
     emulator = None
-    if given.dry_run:
+    if options.dry_run:
         from gpu_emulators import driver
 
         emulator = driver.install("sm_80")
@@ -515,10 +519,10 @@ def main() -> int:
         signal.alarm(DEADLINE + 20)
 
     def save(report: dict) -> None:
-        given.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-        given.output.with_suffix(".md").write_text(page(report))
+        options.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+        options.output.with_suffix(".md").write_text(page(report))
 
-    report = report_of(Run(emulator), given.cases, save)
+    report = report_of(Run(emulator), options.cases, save)
     print(page(report))
     return 0 if report["verdict"] == PASS else 1
 

@@ -62,12 +62,12 @@ def _build_for(backend: str, folder: Path) -> Path:
 
 def digest(folder: Path) -> str:
     """12 hexadecimal digits of the names and contents of its files."""
-    whole = hashlib.sha256()
+    hashed = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        whole.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
-        whole.update(content)
-    return whole.hexdigest()[:12]
+        hashed.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+        hashed.update(content)
+    return hashed.hexdigest()[:12]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Fused kernels for learning and running N:M sparse language models."""
+"""Learn N:M sparsity masks of language models, and their weights if asked; pack N:M checkpoints and serve them."""
 
 from .functional.linear import codes_linear, masked_linear, straight_through_gradient, straight_through_linear
 from .functional.masks import (

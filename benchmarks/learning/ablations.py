@@ -41,13 +41,13 @@ class Row(NamedTuple):
 
     Attributes:
         lr: learning rate.
-        at_an_end: whether it is the first or the last of those tried.
+        is_extreme: whether the learning rate is the lowest or the highest of those tried.
         initial, learned: losses of test text in nats a character, by seed.
         dense: likewise, without a mask.
     """
 
     lr: float
-    at_an_end: bool
+    is_extreme: bool
     initial: list[float]
     learned: list[float]
     dense: list[float]
@@ -85,20 +85,20 @@ class Ablations:
         lr = min(self.lrs, key=lambda lr: finite(self._runs(settings, lr, 0)[1]["validation"]))
         runs = [self._runs(settings, lr, seed) for seed in range(self.seeds)]
         return Row(
-            lr, lr in (min(self.lrs), max(self.lrs)), *([losses[at]["test"] for losses in runs] for at in range(3))
+            lr, lr in (min(self.lrs), max(self.lrs)), *([losses[i]["test"] for losses in runs] for i in range(3))
         )
 
     def _run(self, settings: tuple, lr: float, seed: int) -> tuple[dict, dict, dict]:
         """Losses under the initial mask, under the learned one, and of the dense model."""
-        given = dict(settings)
-        problem = Problem(self.text, self.model, seed, given.pop("batches"))
-        initial, learned = problem.learned(lr, counts=[self.forwards], seed=seed, **given)
+        options = dict(settings)
+        problem = Problem(self.text, self.model, seed, options.pop("batches"))
+        initial, learned = problem.learned(lr, counts=[self.forwards], seed=seed, **options)
         return initial, learned, problem.losses(self.model)
 
 
-def line(heading: str, value: object, row: Row) -> str:
+def markdown_row(heading: str, value: object, row: Row) -> str:
     """Markdown."""
-    cells = [heading, f"{value}", f"{row.lr:g}{'*' * row.at_an_end}", *map(spread, (row.initial, row.learned))]
+    cells = [heading, f"{value}", f"{row.lr:g}{'*' * row.is_extreme}", *map(spread, (row.initial, row.learned))]
     return f"| {' | '.join([*cells, spread([100 * share for share in row.regained], 0, '%')])} |"
 
 
@@ -113,9 +113,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.lrs) <= 0:
         parser.error(f"--lrs: expected learning rates above 0, got {min(args.lrs):g}")
-    most = max(ABLATIONS["batches"][1]) if "batches" in args.only else BATCHES
-    if args.forwards <= most:
-        parser.error(f"--forwards: expected more than {most}, one a batch, got {args.forwards}")
+    max_batches = max(ABLATIONS["batches"][1]) if "batches" in args.only else BATCHES
+    if args.forwards <= max_batches:
+        parser.error(f"--forwards: expected more than {max_batches}, one a batch, got {args.forwards}")
     if args.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {args.seeds}")
     return args
@@ -123,7 +123,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
-    text = Text.of("pydoc")
+    text = Text.load("pydoc")
     model = trained(text, args.width, args.train_steps)
     ablations = Ablations(text, model, args.forwards, args.lrs, args.seeds)
     print(f"test loss of the dense model: {Problem(text, model).losses(model)['test']:.3f}\n")
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for heading in args.only:
         option, values = ABLATIONS[heading]
         for value in values:
-            print(line(heading, value, ablations.row({option: value})), flush=True)
+            print(markdown_row(heading, value, ablations.row({option: value})), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pathlib import Path
 from maskpro_kernels.files import write_whole
 
 # Inline elements; all others begin and end a paragraph
-WITHIN_LINES = {"a", "abbr", "b", "cite", "code", "em", "font", "i", "img", "small", "span", "strong", "sub", "sup"}
-UNSHOWN = {"script", "style", "title"}
+INLINE = {"a", "abbr", "b", "cite", "code", "em", "font", "i", "img", "small", "span", "strong", "sub", "sup"}
+HIDDEN = {"script", "style", "title"}
 
 
 class Page(HTMLParser):
@@ -30,27 +30,27 @@ class Page(HTMLParser):
         super().__init__()
         self.links: list[str] = []
         self._texts = [""]
-        self._unshown = 0
+        self._hidden = 0
         self.feed(source)
         self.close()
         joined = (" ".join(text.split()) for text in self._texts)
         self.paragraphs = [text for text in joined if text]
 
     def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        self._unshown += tag in UNSHOWN
+        self._hidden += tag in HIDDEN
         self.links += [value for name, value in attrs if tag == "a" and name == "href" and value]
-        self._part(tag)
+        self._end_paragraph(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        self._unshown -= tag in UNSHOWN
-        self._part(tag)
+        self._hidden -= tag in HIDDEN
+        self._end_paragraph(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self._unshown:
+        if not self._hidden:
             self._texts[-1] += data
 
-    def _part(self, tag: str) -> None:
-        if tag not in WITHIN_LINES:
+    def _end_paragraph(self, tag: str) -> None:
+        if tag not in INLINE:
             self._texts.append("")
 
 

@@ -78,17 +78,17 @@ class Text(NamedTuple):
     splits: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, source: str) -> Text:
+    def load(cls, source: str) -> Text:
         texts = load_text(source)
-        known = {character: at for at, character in enumerate(sorted(set(texts["calibration"])), start=1)}
-        splits = {name: torch.tensor([known.get(character, 0) for character in texts[name]]) for name in SPLITS}
-        return cls(len(known) + 1, splits)
+        indices = {character: i for i, character in enumerate(sorted(set(texts["calibration"])), start=1)}
+        splits = {name: torch.tensor([indices.get(character, 0) for character in texts[name]]) for name in SPLITS}
+        return cls(len(indices) + 1, splits)
 
     def batch(self, split: str, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(contexts [rows, 16], the characters after them [rows]) from places drawn at random."""
+        """(contexts [rows, 16], the characters after them [rows]) from positions drawn at random."""
         windows = self.splits[split].unfold(0, CONTEXT + 1, 1)
-        found = windows[torch.randint(len(windows), (rows,), generator=generator)]
-        return found[:, :CONTEXT], found[:, CONTEXT]
+        drawn = windows[torch.randint(len(windows), (rows,), generator=generator)]
+        return drawn[:, :CONTEXT], drawn[:, CONTEXT]
 
 
 def trained(text: Text, width: int, steps: int, seed: int = 0) -> CharacterModel:
@@ -119,9 +119,10 @@ class Problem:
     def __init__(self, text: Text, model: CharacterModel, seed: int = 0, batches: int = BATCHES):
         self.text = text
         self.model = model
-        generator, apart = (torch.Generator().manual_seed(at) for at in (seed, 0))
+        generator = torch.Generator().manual_seed(seed)
+        held_out_generator = torch.Generator().manual_seed(0)
         self.batches = [text.batch("calibration", LEARNED, generator) for _ in range(batches)]
-        self.held_out = {split: text.batch(split, HELD_OUT, apart) for split in ("validation", "test")}
+        self.held_out = {split: text.batch(split, HELD_OUT, held_out_generator) for split in ("validation", "test")}
         self.groups = sum(model.get_submodule(name).weight.numel() // 4 for name in MASKED)
 
     @torch.no_grad()
@@ -155,9 +156,9 @@ class Problem:
         yield self.losses(model)
         estimator = Reinforce(lr=lr, **settings)
         trainer = MaskTrainer(model, loss_of, self.batches, estimator, seed=seed)
-        ahead = len(self.batches) if estimator.needs_initial_losses else 0
+        initial_forwards = len(self.batches) if estimator.needs_initial_losses else 0
         for count in counts:
-            trainer.run((count - ahead) // estimator.draws - trainer.steps_done, progress=False)
+            trainer.run((count - initial_forwards) // estimator.draws - trainer.steps_done, progress=False)
             yield self.losses(model)
 
 
@@ -167,7 +168,7 @@ class Curve(NamedTuple):
     Attributes:
         groups: of the masked layers.
         dense, wanda: losses of test text in nats a character, without a mask and under Wanda's.
-        found: likewise, by the number of forwards.
+        learned: likewise, by the number of forwards.
         lr, flip_rate: with which validation text had the lowest loss.
         seconds: of the run.
     """
@@ -175,14 +176,14 @@ class Curve(NamedTuple):
     groups: int
     dense: float
     wanda: float
-    found: dict[int, float]
+    learned: dict[int, float]
     lr: float
     flip_rate: float
     seconds: float
 
     def regained(self, forwards: int) -> float:
         """Share of the loss that Wanda's mask has cost."""
-        return (self.wanda - self.found[forwards]) / (self.wanda - self.dense)
+        return (self.wanda - self.learned[forwards]) / (self.wanda - self.dense)
 
 
 def best_curve(problem: Problem, counts: Sequence[int], lrs: Sequence[float], flip_rates: Sequence[float]) -> Curve:
@@ -192,22 +193,22 @@ def best_curve(problem: Problem, counts: Sequence[int], lrs: Sequence[float], fl
         began = time.perf_counter()
         wanda, *losses = problem.learned(lr, flip_rate, counts)
         seconds = time.perf_counter() - began
-        found = {count: loss["test"] for count, loss in zip(counts, losses, strict=True)}
+        learned = {count: loss["test"] for count, loss in zip(counts, losses, strict=True)}
         dense = problem.losses(problem.model)["test"]
-        curve = Curve(problem.groups, dense, wanda["test"], found, lr, flip_rate, seconds)
+        curve = Curve(problem.groups, dense, wanda["test"], learned, lr, flip_rate, seconds)
         runs.append((finite(losses[-1]["validation"]), curve))
     return min(runs, key=lambda run: run[0])[1]
 
 
 def table(curves: Sequence[Curve]) -> str:
     """Markdown: a column for each number of forwards, the loss of test text and the share that is regained."""
-    counts = list(curves[0].found)
+    counts = list(curves[0].learned)
     heads = ["groups", "lr", "flip rate", "dense", "Wanda", *(f"{count:,} forwards" for count in counts), "seconds"]
     lines = [heads, ["---:"] * len(heads)]
-    for of in curves:
-        found = [f"{of.found[count]:.3f} ({of.regained(count):.0%})" for count in counts]
-        settings = [f"{of.groups:,}", f"{of.lr:g}", f"{of.flip_rate:g}"]
-        lines.append([*settings, f"{of.dense:.3f}", f"{of.wanda:.3f}", *found, f"{of.seconds:.0f}"])
+    for curve in curves:
+        losses = [f"{curve.learned[count]:.3f} ({curve.regained(count):.0%})" for count in counts]
+        settings = [f"{curve.groups:,}", f"{curve.lr:g}", f"{curve.flip_rate:g}"]
+        lines.append([*settings, f"{curve.dense:.3f}", f"{curve.wanda:.3f}", *losses, f"{curve.seconds:.0f}"])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -221,9 +222,9 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     # the same curves give the same file
     with plt.rc_context({"svg.hashsalt": "characters", "svg.fonttype": "none"}):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for of in curves:
-            shares = [100 * of.regained(count) for count in of.found]
-            axes.plot(list(of.found), shares, "o-", label=f"{of.groups:,} groups")
+        for curve in curves:
+            shares = [100 * curve.regained(count) for count in curve.learned]
+            axes.plot(list(curve.learned), shares, "o-", label=f"{curve.groups:,} groups")
         axes.set(xscale="log", xlabel="forward passes", ylabel="% of what Wanda's mask cost, regained")
         axes.axhline(0.0, color="gray", linewidth=0.8)
         axes.legend()
@@ -247,7 +248,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
-    text = Text.of("pydoc")
+    text = Text.load("pydoc")
     curves = []
     for width in args.widths:
         began = time.perf_counter()

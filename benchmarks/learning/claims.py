@@ -75,15 +75,15 @@ class Claims(Comparison):
 
     def tuned(self, steps: int) -> Mapping:
         """The settings of ``FlipRate`` that end lowest on validation text after so many steps."""
-        candidates = [{**LEARNERS[FlipRate.name].options, **given} for given in SEARCH]
+        candidates = [{**LEARNERS[FlipRate.name].options, **changes} for changes in SEARCH]
         rows = self.rows_of([(FlipRate.name, settings, steps) for settings in candidates])
         return best(rows, FlipRate.name, steps)["settings"]
 
-    def rows_of(self, asked_for: Sequence[tuple[str, Mapping, int]]) -> list[dict]:
+    def rows_of(self, requests: Sequence[tuple[str, Mapping, int]]) -> list[dict]:
         """One for each method, settings and steps; learned where it is missing."""
-        for row in asked_for:
-            self.learn(*row)
-        return [self.rows.found(*row) for row in asked_for]
+        for request in requests:
+            self.learn(*request)
+        return [self.rows.find(*request) for request in requests]
 
 
 def summary(by_seed: Sequence[Sequence[Mapping]]) -> str:
@@ -91,11 +91,11 @@ def summary(by_seed: Sequence[Sequence[Mapping]]) -> str:
     texts = list(by_seed[0][0]["perplexity"])
     lines = [["method", "settings", "steps", *texts, "score", "groups that moved", "seconds"]]
     lines.append(["---", "---", "---:", *["---:"] * (len(texts) + 3)])
-    for row in zip(*by_seed, strict=True):
-        first = row[0]
-        figures = [spread([one["perplexity"][text] for one in row], 2) for text in texts]
-        moved, seconds = (round(statistics.fmean(one[name] for one in row)) for name in ("changed_groups", "seconds"))
-        figures += [spread([one["score"] for one in row], 2), f"{moved:,}", f"{seconds:,}"]
+    for rows in zip(*by_seed, strict=True):
+        first = rows[0]
+        figures = [spread([row["perplexity"][text] for row in rows], 2) for text in texts]
+        moved, seconds = (round(statistics.fmean(row[name] for row in rows)) for name in ("changed_groups", "seconds"))
+        figures += [spread([row["score"] for row in rows], 2), f"{moved:,}", f"{seconds:,}"]
         lines.append([first["method"], settings_text(first["settings"]), str(first["steps"]), *figures])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--seeds: expected at least 1, got {seeds}")
     search_steps = min(args["steps"])
     steps = max(args["steps"])
-    asked_for = [("dense", {}, 0), *((name, {}, 0) for name in ONE_SHOT)]
+    requests = [("dense", {}, 0), *((name, {}, 0) for name in ONE_SHOT)]
     by_seed = []
     try:
         for seed in range(args["seed"], args["seed"] + seeds):
@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 learners = {kind: LEARNERS[kind.name].options for kind in (StraightThrough, Reinforce)} | {
                     FlipRate: tuned
                 }
-                asked_for += [(kind.name, settings, steps) for kind, settings in learners.items()]
-            by_seed.append(claims.rows_of(asked_for))
+                requests += [(kind.name, settings, steps) for kind, settings in learners.items()]
+            by_seed.append(claims.rows_of(requests))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(summary(by_seed), end="")

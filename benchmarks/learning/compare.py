@@ -84,13 +84,14 @@ class Comparison:
         if SELF in dict(sources):
             learning[SELF] = self._samples(start_token(tokenizer))
         self.samples = digest([learning[SELF]]) if SELF in learning else None
-        learning = {name: own.to(self.model.device) for name, own in learning.items()}
+        learning = {name: tokens.to(self.model.device) for name, tokens in learning.items()}
         count = max(*args.steps, args.init_batches)
         self.batches = MixedBatches(learning, sources, args.batch_size, count, args.seed)
         share = -(-args.eval_windows // len(learned))
-        self.validation = torch.cat([own[:share] for own in cut(learned, "validation", args.eval_length).values()])
+        validation = cut(learned, "validation", args.eval_length)
+        self.validation = torch.cat([tokens[:share] for tokens in validation.values()])
         tests = cut(args.test, "test", args.eval_length)
-        self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
+        self.tests = {Path(name).name: tokens[: args.eval_windows] for name, tokens in tests.items()}
 
     def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
         """Common to all rows: the options, and the words after the names of model and texts."""
@@ -105,16 +106,16 @@ class Comparison:
     def _samples(self, start: int | None) -> Tensor:
         """int64 [--samples, --seq-len], of the dense model, drawn once."""
         path = self.args.output / "samples.safetensors"
-        of = (start, self.args.samples, self.args.seq_len)
-        reported = {"of": json.dumps([*of, self.args.seed, self.rows.shared["weights"]])}
+        arguments = (start, self.args.samples, self.args.seq_len)
+        metadata = {"of": json.dumps([*arguments, self.args.seed, self.rows.shared["weights"]])}
         if path.exists():
             with safe_open(path, framework="pt") as file:
                 # a call that ended before it had a row may have been of another model or seed
-                if file.metadata() == reported:
+                if file.metadata() == metadata:
                     return file.get_tensor(SELF)
         # as in measured/: a batch of another size has other draws
-        drawn = sample_windows(self.model, *of, batch_size=128, seed=self.args.seed)
-        write_tensors({SELF: drawn}, path, reported)
+        drawn = sample_windows(self.model, *arguments, batch_size=128, seed=self.args.seed)
+        write_tensors({SELF: drawn}, path, metadata)
         return drawn
 
     def row(
@@ -125,11 +126,11 @@ class Comparison:
         seconds: float,
         state: int = 0,
         weights: str = "dense",
-        **of_learner: object,
+        **learner_figures: object,
     ) -> dict:
         """A row of the current model; ``weights`` shows kept weights are the dense ones, or its own."""
-        found = {name: perplexity(self.model, test) for name, test in self.tests.items()}
-        dense = found if method == "dense" else self.dense["perplexity"]
+        perplexities = {name: perplexity(self.model, test) for name, test in self.tests.items()}
+        dense = perplexities if method == "dense" else self.dense["perplexity"]
         row = {
             "method": method,
             "settings": dict(settings),
@@ -137,12 +138,12 @@ class Comparison:
             "tokens": steps * self.args.batch_size * self.args.seq_len,
             "weights": weights,
             "validation": perplexity(self.model, self.validation),
-            "perplexity": found,
-            "score": score(found, dense),
+            "perplexity": perplexities,
+            "score": score(perplexities, dense),
             "changed_groups": 0,
             "state_bytes_per_weight": state / self.weights,
             "seconds": seconds,
-            **of_learner,
+            **learner_figures,
             **environment(),
         }
         print(f"{method}, {steps} steps, {settings}: score {row['score']:.3f}, {seconds:.0f} seconds", flush=True)
@@ -151,26 +152,26 @@ class Comparison:
     @cached_property
     def dense(self) -> dict:
         """The row of the dense model, before any layer is converted."""
-        if self.rows.found("dense", {}, 0) is None:
+        if self.rows.find("dense", {}, 0) is None:
             self.rows.add([self.row("dense", {}, 0, 0.0)])
-        return self.rows.found("dense", {}, 0)
+        return self.rows.find("dense", {}, 0)
 
     def initial(self, name: str) -> tuple[dict[str, Tensor], float]:
         """(group codes by layer, seconds that they took) of an initial mask of the package, found once."""
         path = self.args.output / f"{name}.safetensors"
-        of = json.dumps(self.rows.shared, sort_keys=True)
-        if not path.exists() or _metadata(path)["of"] != of:
+        shared = json.dumps(self.rows.shared, sort_keys=True)
+        if not path.exists() or _metadata(path)["of"] != shared:
             began = self.clock()
             calibration = self.batches[: self.args.init_batches]
             codes = initial_codes(self.layers, self.pattern, name, self.model, calibration)
-            write_tensors(codes, path, {"of": of, "seconds": repr(self.clock() - began)})
+            write_tensors(codes, path, {"of": shared, "seconds": repr(self.clock() - began)})
         with safe_open(path, framework="pt", device=str(self.model.device)) as file:
             codes = {layer: file.get_tensor(layer) for layer in file.keys()}
         return codes, float(_metadata(path)["seconds"])
 
     def one_shot(self, name: str) -> None:
         """The rows of a mask that takes no training steps."""
-        if self.rows.found(name, {}, 0) is not None:
+        if self.rows.find(name, {}, 0) is not None:
             return
         began = self.clock()
         weights = None
@@ -200,13 +201,13 @@ class Comparison:
     def learner(self, name: str) -> None:
         """The rows of a learner: all candidates with the fewest steps, fewer of them with each greater number."""
         candidates = self.learners[name].candidates()
-        for place, steps in enumerate(sorted(self.args.steps)):
+        for i, steps in enumerate(sorted(self.args.steps)):
             for settings in candidates:
                 self.learn(name, settings, steps)
-            found = [self.rows.found(name, settings, steps) for settings in candidates]
-            chosen = best(found, name, steps)["settings"]
+            rows = [self.rows.find(name, settings, steps) for settings in candidates]
+            chosen = best(rows, name, steps)["settings"]
             default = candidates[0]
-            candidates = [default, chosen] if place == 0 and chosen != default else [chosen]
+            candidates = [default, chosen] if i == 0 and chosen != default else [chosen]
 
     def batches_of(self, name: str, steps: int) -> Sequence:
         """Batches of a learner in so many steps, and no more: REINFORCE computes the initial loss of each batch."""
@@ -218,10 +219,10 @@ class Comparison:
 
     def learn(self, name: str, settings: Mapping, steps: int) -> None:
         """The rows of a learner with these settings and as many steps, if there are none yet."""
-        if self.rows.found(name, settings, steps) is not None:
+        if self.rows.find(name, settings, steps) is not None:
             return
         codes, _ = self.initial(self.args.init)
-        began_with = self._began_with(codes)
+        digests = self._initial_digests(codes)
         batches = self.batches_of(name, steps)
         layers = self.masked
         estimator = self.learners[name].kind(steps=len(batches), **settings)
@@ -232,30 +233,30 @@ class Comparison:
         began = self.clock()
         trainer.begin()
         seconds = self.clock() - began
-        of_learner = {**began_with, "changed_groups_at_start": self._changed(codes)}
+        figures = {**digests, "changed_groups_at_start": self._changed(codes)}
         began = self.clock()
         trainer.run(len(batches))
         seconds += self.clock() - began
         trainer.close()
         rows = []
         state = state_bytes(estimator, layers)
-        of_learner["changed_groups"] = self._changed(codes)
+        figures["changed_groups"] = self._changed(codes)
         if isinstance(estimator, ProxSparse):
             with weights_in_place(layers, estimator.sparse_weights(layers)):
-                rows.append(self.row(name + WITH_WEIGHTS, settings, steps, seconds, state, "own", **of_learner))
-        self.rows.add([*rows, self.row(name, settings, steps, seconds, state, **of_learner)])
+                rows.append(self.row(name + WITH_WEIGHTS, settings, steps, seconds, state, "own", **figures))
+        self.rows.add([*rows, self.row(name, settings, steps, seconds, state, **figures)])
 
-    def _began_with(self, codes: Mapping[str, Tensor]) -> dict[str, str]:
+    def _initial_digests(self, codes: Mapping[str, Tensor]) -> dict[str, str]:
         """Digests of the samples and of an initial mask; ValueError if rows that are there began with others."""
-        found = {"samples": self.samples, "initial_mask": digest([codes[layer] for layer in sorted(codes)])}
-        for name, own in found.items():
-            others = {row[name] for row in self.rows.rows if name in row} - {own}
-            if others:
+        digests = {"samples": self.samples, "initial_mask": digest([codes[layer] for layer in sorted(codes)])}
+        for name, value in digests.items():
+            stored = {row[name] for row in self.rows.rows if name in row} - {value}
+            if stored:
                 raise ValueError(
-                    f"output: expected rows that began with the {name} {own}, got those of {others.pop()}: another "
+                    f"output: expected rows that began with the {name} {value}, got those of {stored.pop()}: another "
                     "machine has rounded otherwise; give another folder"
                 )
-        return found
+        return digests
 
     def _changed(self, codes: Mapping[str, Tensor]) -> int:
         """Number of groups whose mask, by their logits, differs from these."""
@@ -271,7 +272,7 @@ def _metadata(path: Path) -> dict[str, str]:
 @contextmanager
 def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Give layers these weights for a while, then restore their own."""
-    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    original = {name: layer.weight.detach().clone() for name, layer in layers.items()}
 
     def put(values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -282,7 +283,7 @@ def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tens
         put(weights)
         yield
     finally:
-        put(before)
+        put(original)
 
 
 def options(description: str) -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from maskpro_kernels.prune.selection import layers_to_convert
 from maskpro_kernels.prune.sparsegpt import WeightsOfBlock, column_by_column, inverse_factor
 
 LARGEST = 7
-CLIPS = [1 - 0.03 * at for at in range(20)]
+CLIPS = [1 - 0.03 * i for i in range(20)]
 
 
 def nearest(w: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def range_of(w: Tensor) -> tuple[Tensor, Tensor]:
     ]
     errors = torch.stack([(nearest(w, *pair) - w).square().sum(1, keepdim=True) for pair in tried])
     best = errors.argmin(0, keepdim=True)
-    return tuple(torch.stack(parts).gather(0, best)[0] for parts in zip(*tried, strict=True))
+    return tuple(torch.stack(candidates).gather(0, best)[0] for candidates in zip(*tried, strict=True))
 
 
 @torch.no_grad()

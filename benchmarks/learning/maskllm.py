@@ -44,8 +44,8 @@ def masks_of(pattern: NMPattern, device: torch.device | str = "cpu") -> Tensor:
             f"{count}"
         )
     masks = torch.zeros(count, pattern.m)
-    for row, kept in zip(masks, combinations(range(pattern.m), pattern.n), strict=True):
-        row[list(kept)] = 1.0
+    for row, columns in zip(masks, combinations(range(pattern.m), pattern.n), strict=True):
+        row[list(columns)] = 1.0
     return masks.to(device)
 
 
@@ -80,12 +80,12 @@ class MaskLLM(RelaxedMask):
         pattern = layer.pattern
         device = layer.weight.device
         masks = masks_of(pattern, device)
-        kept = expand_mask(top_n_mask(layer.logits_on_device(), pattern), pattern)
-        kept = kept.float().view(layer.out_features, -1, pattern.m)
-        alike = kept @ masks.T - pattern.n**2 / pattern.m
+        mask = expand_mask(top_n_mask(layer.logits_on_device(), pattern), pattern)
+        mask = mask.float().view(layer.out_features, -1, pattern.m)
+        overlap = mask @ masks.T - pattern.n**2 / pattern.m
         seed = int(layer.counter_state.seed)
-        noise = torch.empty_like(alike).normal_(0.0, SIGMA, generator=generator(layer, seed, -1))
-        return noise.add_(alike, alpha=self.strength * SIGMA).movedim(-1, 0).contiguous()
+        noise = torch.empty_like(overlap).normal_(0.0, SIGMA, generator=generator(layer, seed, -1))
+        return noise.add_(overlap, alpha=self.strength * SIGMA).movedim(-1, 0).contiguous()
 
     def probabilities(
         self, learned: Tensor, step: int, noise: Tensor | float = 0.0, temperature: float = 1.0
@@ -115,5 +115,5 @@ class MaskLLM(RelaxedMask):
         return -factor * weight.square().sum() if factor else None
 
     def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
-        own = pack_mask(masks_of(layer.pattern, layer.weight.device).bool(), layer.pattern)
-        return own.flatten()[learned.argmax(0)]
+        codes = pack_mask(masks_of(layer.pattern, layer.weight.device).bool(), layer.pattern)
+        return codes.flatten()[learned.argmax(0)]

@@ -34,7 +34,7 @@ class Learner:
 
     def candidates(self) -> list[dict[str, object]]:
         """All settings in full, the defaults first."""
-        return [{**self.options, **given} for given in ({}, *self.search)]
+        return [{**self.options, **changes} for changes in ({}, *self.search)]
 
 
 OF_STRAIGHT_THROUGH = {"lr": 0.3, "max_update": 2.0, "train_weights": None}
@@ -68,7 +68,7 @@ def state_bytes(estimator: Estimator, layers: Mapping[str, MaskedLinear]) -> int
 
     In the logits a ``RelaxedMask`` only writes its mask down, so that they do not count.
     """
-    held = list(estimator.tensors().values())
+    tensors = list(estimator.tensors().values())
     if not isinstance(estimator, RelaxedMask):
-        held += [layer.logits for layer in layers.values()]
-    return sum(tensor.nbytes for tensor in held)
+        tensors += [layer.logits for layer in layers.values()]
+    return sum(tensor.nbytes for tensor in tensors)

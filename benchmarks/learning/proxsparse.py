@@ -27,11 +27,11 @@ MOST_SWEEPS = 200
 
 def symmetric_polynomials(values: list[Tensor], degree: int) -> list[Tensor]:
     """e_0 to e_degree of values that are all of one shape."""
-    found = [torch.ones_like(values[0])] + [torch.zeros_like(values[0]) for _ in range(degree)]
-    for place, value in enumerate(values):
-        for d in range(min(place + 1, degree), 0, -1):
-            found[d] = found[d] + found[d - 1] * value
-    return found
+    polynomials = [torch.ones_like(values[0])] + [torch.zeros_like(values[0]) for _ in range(degree)]
+    for i, value in enumerate(values):
+        for d in range(min(i + 1, degree), 0, -1):
+            polynomials[d] = polynomials[d] + polynomials[d - 1] * value
+    return polynomials
 
 
 def proximal(v: Tensor, strength: float, n: int) -> Tensor:
@@ -53,21 +53,21 @@ def proximal(v: Tensor, strength: float, n: int) -> Tensor:
 
 def _descended(y: Tensor, start: Tensor, strength: float, n: int) -> Tensor:
     """Minima along one weight after the other, until all rest; weights at 0 in ``start`` stay."""
-    found = start.T.contiguous()
-    x = found.clone()
+    result = start.T.contiguous()
+    x = result.clone()
     y = y.T.contiguous()
     free = x > 0
     at_rest = REST * y.amax(0)
     # few groups take many sweeps: those at rest are left out
     groups = torch.arange(x.shape[1], device=x.device)
     for _ in range(MOST_SWEEPS):
-        before = x.clone()
+        previous = x.clone()
         for i in range(len(x)):
-            others = [*x[:i], *x[i + 1 :]]
-            moved = (y[i] - strength * symmetric_polynomials(others, n)[n]).clamp_min(0.0)
+            other_weights = [*x[:i], *x[i + 1 :]]
+            moved = (y[i] - strength * symmetric_polynomials(other_weights, n)[n]).clamp_min(0.0)
             x[i] = torch.where(free[i], moved, 0.0)
-        moving = (x - before).abs().amax(0) > at_rest
-        found[:, groups] = x
+        moving = (x - previous).abs().amax(0) > at_rest
+        result[:, groups] = x
         if not moving.any():
             break
         groups = groups[moving]
@@ -75,7 +75,7 @@ def _descended(y: Tensor, start: Tensor, strength: float, n: int) -> Tensor:
         x = x[:, moving]
         y = y[:, moving]
         free = free[:, moving]
-    return found.T.contiguous()
+    return result.T.contiguous()
 
 
 def _enumerated(y: Tensor, strength: float, n: int) -> Tensor:

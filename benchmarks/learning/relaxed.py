@@ -81,7 +81,7 @@ class RelaxedMask(Estimator):
         return self.lr
 
     def progress(self, step: int) -> float:
-        """Place of a step between the first, 0, and the last, 1."""
+        """Position of a step between the first, 0, and the last, 1."""
         return step / max(self.steps - 1, 1)
 
     def settings(self) -> dict:
@@ -96,7 +96,7 @@ class RelaxedMask(Estimator):
 
     def tensors(self) -> dict[str, Tensor]:
         kinds = {"learned": self.learned, "mean": self._means, "square": self._squares}
-        return {f"{name}/{kind}": held[name].detach() for kind, held in kinds.items() for name in held}
+        return {f"{name}/{kind}": tensors[name].detach() for kind, tensors in kinds.items() for name in tensors}
 
     def step(self, step: Step) -> StepResult:
         """One step of AdamW, then the likeliest masks into the logits.
@@ -105,15 +105,15 @@ class RelaxedMask(Estimator):
         """
         try:
             with step.drawing(), self._relaxed(step) as penalties:
-                for _, place in step.own:
+                for _, position in step.own:
                     penalties.clear()
-                    loss = step.forward(place)
+                    loss = step.forward(position)
                     total = torch.stack(
-                        [part.float().reshape(()).to(loss.device) for part in (loss, *penalties.values())]
+                        [term.float().reshape(()).to(loss.device) for term in (loss, *penalties.values())]
                     )
                     # embeddings and norms learn nothing, and theirs would cost as much as any layer's
-                    wanted = list(self.learned.values())
-                    torch.autograd.backward(total.sum() * float(step.weights[place]), inputs=wanted)
+                    inputs = list(self.learned.values())
+                    torch.autograd.backward(total.sum() * float(step.weights[position]), inputs=inputs)
             (value,), _ = step.exchange()
             if not math.isfinite(value):
                 return StepResult(value)
@@ -132,8 +132,8 @@ class RelaxedMask(Estimator):
     def _update(self, step: Step, norms: Mapping[str, float]) -> tuple[str, ...]:
         """Move the learned tensors and store the masks; return names of layers with a gradient that is not finite."""
         good = {name: norm for name, norm in norms.items() if math.isfinite(norm)}
-        whole = math.hypot(*good.values())
-        scale = 1.0 if self.clip is None or whole <= self.clip else self.clip / whole
+        norm = math.hypot(*good.values())
+        scale = 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
         for name in good:
             layer = step.layers[name]
             learned = self.learned[name]
@@ -174,16 +174,16 @@ class RelaxedMask(Estimator):
 
             return multiply
 
-        before = {layer: layer.__dict__.get("forward") for layer in step.layers.values()}
+        forwards = {layer: layer.__dict__.get("forward") for layer in step.layers.values()}
         try:
             for name, layer in step.layers.items():
                 layer.forward = forward(name, layer)
             yield penalties
         finally:
-            for layer, own in before.items():
+            for layer, original in forwards.items():
                 del layer.forward
-                if own is not None:
-                    layer.forward = own
+                if original is not None:
+                    layer.forward = original
 
 
 def generator(layer: MaskedLinear, seed: int, step: int) -> torch.Generator:

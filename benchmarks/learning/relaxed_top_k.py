@@ -22,13 +22,13 @@ def relaxed_top_k(keys: Tensor, n: int, temperature: float) -> Tensor:
     The weights of a group come first, as a CPU takes a softmax over a short last dimension one by one.
     """
     tiny = torch.finfo(keys.dtype).tiny
-    taken = torch.zeros_like(keys)
+    mask = torch.zeros_like(keys)
     for turn in range(n):
         p = (keys / temperature).softmax(0)
-        taken = taken + p
+        mask = mask + p
         if turn + 1 < n:
             keys = keys + (1.0 - p).clamp_min(tiny).log()
-    return taken
+    return mask
 
 
 class RelaxedTopK(RelaxedMask):
@@ -57,8 +57,8 @@ class RelaxedTopK(RelaxedMask):
         self.coldest = float(coldest)
 
     def start(self, layer: MaskedLinear) -> Tensor:
-        kept = expand_mask(top_n_mask(layer.logits_on_device(), layer.pattern), layer.pattern)
-        return kept.float() * self.prior
+        mask = expand_mask(top_n_mask(layer.logits_on_device(), layer.pattern), layer.pattern)
+        return mask.float() * self.prior
 
     def lr_at(self, step: int) -> float:
         return self.lr * (1.0 - step / self.steps)

@@ -45,16 +45,16 @@ class Rows:
             write_whole(self.path, json.dumps(first).encode() + b"\n")
         if first["shared"] != shared:
             names = dict.fromkeys((*shared, *first["shared"]))
-            others = [name for name in names if first["shared"].get(name) != shared.get(name)]
+            differing = [name for name in names if first["shared"].get(name) != shared.get(name)]
             raise ValueError(
-                f"output: expected the rows of a comparison with the same {', '.join(others)}, got others in "
+                f"output: expected the rows of a comparison with the same {', '.join(differing)}, got others in "
                 f"{str(self.path)!r}; give another folder"
             )
 
-    def found(self, method: str, settings: Mapping, steps: int) -> dict | None:
+    def find(self, method: str, settings: Mapping, steps: int) -> dict | None:
         """The row of a method with these settings and as many steps; None where there is none."""
-        sought = _key({"method": method, "settings": dict(settings), "steps": steps})
-        return next((row for row in self.rows if _key(row) == sought), None)
+        key = _key({"method": method, "settings": dict(settings), "steps": steps})
+        return next((row for row in self.rows if _key(row) == key), None)
 
     def add(self, rows: Sequence[Mapping]) -> None:
         """Keep rows that belong together, and renew the table.
@@ -84,17 +84,17 @@ def _newest(rows: Sequence[dict]) -> list[dict]:
 
 def _read(path: Path) -> list[dict]:
     """The lines of a file, without one that a process that was killed has begun."""
-    *whole, rest = path.read_bytes().split(b"\n")
+    *complete, remainder = path.read_bytes().split(b"\n")
     try:
-        lines = [json.loads(line) for line in whole]
+        lines = [json.loads(line) for line in complete]
         for row in lines[:1]:
             row["shared"]
         for row in lines[1:]:
             row["method"], row["settings"], row["steps"], row["validation"], row["perplexity"], row["score"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"output: expected rows of a comparison in {str(path)!r}, got {error!r}") from error
-    if rest:
-        write_whole(path, b"".join(line + b"\n" for line in whole))
+    if remainder:
+        write_whole(path, b"".join(line + b"\n" for line in complete))
     return lines
 
 
@@ -106,8 +106,8 @@ def score(perplexities: Mapping[str, float], dense: Mapping[str, float]) -> floa
 
 def best(rows: Sequence[Mapping], method: str, steps: int) -> Mapping | None:
     """The row of a method with as many steps whose perplexity of validation text is lowest; None if there is none."""
-    own = (row for row in rows if (row["method"], row["steps"]) == (method, steps))
-    return min(own, key=lambda row: finite(row["validation"]), default=None)
+    candidates = (row for row in rows if (row["method"], row["steps"]) == (method, steps))
+    return min(candidates, key=lambda row: finite(row["validation"]), default=None)
 
 
 def finite(value: float) -> float:
@@ -116,8 +116,8 @@ def finite(value: float) -> float:
 
 
 def settings_text(settings: Mapping) -> str:
-    given = ((name, value) for name, value in settings.items() if value is not None)
-    return ", ".join(f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in given)
+    pairs = ((name, value) for name, value in settings.items() if value is not None)
+    return ", ".join(f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in pairs)
 
 
 def spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from .findings import Fault, Instruction
 
-# Linux's flag by which memory takes no room before it is touched; Python names it from 3.13 on
+# Linux's flag by which memory takes no space before it is touched; Python names it from 3.13 on
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 THREAD_BITS, CTA_BITS = 11, 31
 TIME_SHIFT = THREAD_BITS + CTA_BITS

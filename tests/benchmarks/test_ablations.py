@@ -23,7 +23,7 @@ def compiled_route(monkeypatch):
 
 @pytest.fixture(scope="module")
 def text() -> Text:
-    return Text.of("pydoc")
+    return Text.load("pydoc")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_validation_text_of_the_first_seed_chooses_the_learning_rate(text, model
 
     monkeypatch.setattr(Problem, "learned", learned)
     row = Ablations(text, model, forwards=600, lrs=list(losses), seeds=3).row({})
-    assert row.lr == 6.0 and not row.at_an_end and row.learned == [60.0, 61.0, 62.0]
+    assert row.lr == 6.0 and not row.is_extreme and row.learned == [60.0, 61.0, 62.0]
     assert sorted(runs) == [(2.0, 0), (6.0, 0), (6.0, 1), (6.0, 2), (20.0, 0)]
 
 
@@ -85,11 +85,11 @@ def test_a_line_has_means_and_spreads():
     assert row.regained == pytest.approx([0.5, 0.25])
     initial, learned = statistics.stdev(row.initial), statistics.stdev(row.learned)
     reported = f"| alpha | 0.9 | 6 | 3.100 ± {initial:.3f} | 2.700 ± {learned:.3f} | 38% ± 18 |"
-    assert ablations.line("alpha", 0.9, row) == reported
+    assert ablations.markdown_row("alpha", 0.9, row) == reported
     one = Row(6.0, True, [3.0], [2.5], [2.0])
-    assert ablations.line("alpha", 0.9, one) == "| alpha | 0.9 | 6* | 3.000 | 2.500 | 50% |"
+    assert ablations.markdown_row("alpha", 0.9, one) == "| alpha | 0.9 | 6* | 3.000 | 2.500 | 50% |"
     lost = Row(6.0, False, [3.0, 3.0], [math.nan, 2.5], [2.0, 2.0])
-    assert ablations.line("alpha", 0.9, lost) == "| alpha | 0.9 | 6 | 3.000 ± 0.000 | nan | nan% |"
+    assert ablations.markdown_row("alpha", 0.9, lost) == "| alpha | 0.9 | 6 | 3.000 ± 0.000 | nan | nan% |"
 
 
 @pytest.mark.slow

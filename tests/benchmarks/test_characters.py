@@ -18,7 +18,7 @@ def compiled_route(monkeypatch):
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    text = Text.of("pydoc")
+    text = Text.load("pydoc")
     return Problem(text, characters.trained(text, width=8, steps=300))
 
 
@@ -89,7 +89,7 @@ def test_validation_chooses_and_test_text_is_shown(monkeypatch):
         learned = staticmethod(lambda lr, flip_rate, counts: iter(found[lr, flip_rate]))
 
     best = characters.best_curve(Known(), [100], [0.5, 1.0, 2.0, 3.0], [0.1])
-    assert (best.lr, best.found, best.wanda, best.dense) == (2.0, {100: 4.0}, 5.0, 3.0)
+    assert (best.lr, best.learned, best.wanda, best.dense) == (2.0, {100: 4.0}, 5.0, 3.0)
     assert best.regained(100) == 0.5
 
 

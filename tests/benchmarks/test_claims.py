@@ -25,7 +25,7 @@ def test_the_first_seed_chooses_by_validation_text(arguments, tmp_path, monkeypa
     made, wanted = [], claims.SEARCH[2]
 
     def learn(self, name, settings, steps):
-        if self.rows.found(name, settings, steps) is not None:
+        if self.rows.find(name, settings, steps) is not None:
             return
         lr, flips, seed = settings.get("lr", 1.0), settings.get("flips", 0.0), self.args.seed
         made.append((seed, name, lr, flips, steps))

@@ -121,7 +121,7 @@ def measure_cost() -> dict:
                 layer.masked_weight()
         masks.score_update_((1e-9,), draw=(0,))
 
-    formulation = layers.parts()["eager formulation"]
+    formulation = layers.provider_parts()["eager formulation"]
     providers = {"ours": ours, "eager": lambda: [part() for part in formulation], "step": trainer.step}
     with torch.inference_mode():
         visits = [paired(providers) for _ in range(2)]

@@ -67,7 +67,7 @@ def test_a_slow_case_fails(monkeypatch):
         raise RuntimeError("only on | 8.x\nat a line")
 
     work = verdict.Work("2 x 3", lambda: None, lambda found: None, lambda card: 1.0)
-    work.others.update({"dense": lambda: lambda: None, "CUTLASS": refused})
+    work.alternatives.update({"dense": lambda: lambda: None, "CUTLASS": refused})
     monkeypatch.setattr(verdict, "CASES", {"fast": lambda run: work, "slow": lambda run: work})
     rows = [verdict.case_row(run, name) for name in verdict.CASES]
     assert [row["verdict"] for row in rows] == ["PASS", "FAIL: more than 1.5 times the model"]

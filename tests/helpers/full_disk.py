@@ -1,4 +1,4 @@
-"""A disk without room."""
+"""A disk without space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full: no half of a line or of a record is left, and the run continues once there is room."""
+"""A disk that is full: no half of a line or of a record is left, and the run continues once there is space."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def whole_run(folder, how):
 
 @pytest.mark.parametrize("how", WAYS)
 def test_a_disk_that_is_full_leaves_no_half_of_a_line(tmp_path, how, monkeypatch):
-    """The steps continue in the same process, once there is room: none is missing, and no line is broken."""
+    """The steps continue in the same process, once there is space: none is missing, and no line is broken."""
     whole = whole_run(tmp_path / "whole", how)
     trainer = a_trainer_in(tmp_path / "run", how)
     trainer.run(3, progress=False)
     path = tmp_path / "run" / "metrics.jsonl"
     before = path.read_bytes()
-    for room in (0, 100):
+    for space in (0, 100):
 
-        def on_a_full_disk(path, content, room=room):
-            with files_of_at_most(len(before) + room):
+        def on_a_full_disk(path, content, space=space):
+            with files_of_at_most(len(before) + space):
                 append_whole(path, content)
 
         with monkeypatch.context() as patched, pytest.raises(OSError, match="metrics.jsonl: the disk|File too large"):
@@ -54,8 +54,8 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_record(tmp_path):
     trainer = a_trainer_in(tmp_path)
     trainer.run(3, progress=False)
     before = (tmp_path / "journal").read_bytes()
-    for room in (0, 1, 58):
-        with files_of_at_most(len(before) + room), pytest.raises(OSError, match="journal: the disk|File too large"):
+    for space in (0, 1, 58):
+        with files_of_at_most(len(before) + space), pytest.raises(OSError, match="journal: the disk|File too large"):
             trainer.step()
         assert (tmp_path / "journal").read_bytes() == before
     trainer.run(3, progress=False)

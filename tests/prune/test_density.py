@@ -49,11 +49,12 @@ def test_the_costs_are_those_of_the_definition(model, batches, refit):
     total = sum(layer.weight.numel() for layer in layers.values())
     for density in (0.5, 0.55, 0.7, 0.9):
         chosen = costliest_layers(model, layers, masks, pattern, causal_lm_loss, batches, density)
-        room, expected = 2 * (density - 0.5) * total, []
+        budget = 2 * (density - 0.5) * total
+        expected = []
         for name in sorted(layers, key=lambda name: costs[name] / layers[name].weight.numel(), reverse=True):
-            if layers[name].weight.numel() <= room:
+            if layers[name].weight.numel() <= budget:
                 expected.append(name)
-                room -= layers[name].weight.numel()
+                budget -= layers[name].weight.numel()
         assert chosen == expected
         kept = sum(layer.weight.numel() * (1.0 if name in chosen else 0.5) for name, layer in layers.items())
         assert kept / total <= density and bool(chosen) == (density > 0.5)

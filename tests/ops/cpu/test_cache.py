@@ -260,7 +260,7 @@ def test_loops_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_
 
 @pytest.mark.parametrize("lacking", ["the folder", "the folder above it", "the lock"])
 def test_a_disk_that_takes_no_file_compiles_what_is_not_kept(tmp_path, monkeypatch, caplog, lacking):
-    """As one without inodes or room, or a home that is read only."""
+    """As one without inodes or space, or a home that is read only."""
 
     def folder():
         if lacking == "the folder above it":
