@@ -54,35 +54,3 @@ def test_a_fault_is_the_verdict_of_its_case_alone(emulator):
     assert "expected at most" in found["2:4 product, 16 tokens"]
     # the result is right
     assert "race" in found[CODES], found
-
-
-def test_a_slow_case_fails(monkeypatch):
-    """With the times of a GPU in place of an emulator's; torch's errors are no verdict."""
-    run = verdict.Run.__new__(verdict.Run)
-    run.emulator, run.card = None, verdict.CARDS["H100"]
-    times = iter([1.4, 1.0, 1.6, 1.0])
-    monkeypatch.setattr(verdict, "seconds_of", lambda call: call() or next(times))
-
-    def refused():
-        raise RuntimeError("only on | 8.x\nat a line")
-
-    work = verdict.Work("2 x 3", lambda: None, lambda found: None, lambda card: 1.0)
-    work.others.update({"dense": lambda: lambda: None, "CUTLASS": refused})
-    monkeypatch.setattr(verdict, "CASES", {"fast": lambda run: work, "slow": lambda run: work})
-    rows = [verdict.case_row(run, name) for name in verdict.CASES]
-    assert [row["verdict"] for row in rows] == ["PASS", "FAIL: more than 1.5 times the model"]
-    assert rows[0]["others"] == {"dense": 1.0, "CUTLASS": "RuntimeError: only on / 8.x"}
-    report = {"verdict": "FAIL", "emulated": False, "environment": {}, "tests": [], "cases": rows, "host": {"a": 2e-5}}
-    assert rows_of(verdict.page(report))["a"] == ["20.0"]
-    assert rows_of(verdict.page(report))["fast"][1:5] == ["1400000.0", "1000000.0", "1.40", "1000000.0 (0.71)"]
-
-
-@pytest.mark.parametrize(("cut_off", "expected"), [(False, "PASS"), (True, "PASS, but tests were cut off")])
-def test_tests_that_did_not_end_are_in_the_verdict(cut_off, expected, monkeypatch):
-    run = verdict.Run.__new__(verdict.Run)
-    run.emulator = None
-    monkeypatch.setattr(verdict, "CASES", {})
-    for name in ("environment", "host_times"):
-        monkeypatch.setattr(verdict, name, lambda run: {})
-    monkeypatch.setattr(verdict, "test_row", lambda *_: {"verdict": "PASS", "cut off": cut_off})
-    assert verdict.report_of(run)["verdict"] == expected
