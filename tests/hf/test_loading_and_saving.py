@@ -24,6 +24,8 @@ from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.perplexity import perplexity
 from maskpro_kernels.text.sources import load_text
 
+pytestmark = pytest.mark.usefixtures("compiled_reference")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folder_round_trip(tmp_path, dtype):
