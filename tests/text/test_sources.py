@@ -55,11 +55,13 @@ def test_no_part_holds_text_of_another(source):
     paragraphs = [words_of(text) for text in parts.values()]
     assert not any(one & other for one, other in itertools.combinations(paragraphs, 2))
     learned = parts["calibration"]
-    for split in ("validation", "test"):
-        held_out = [parts[split][i : i + span] for i in range(0, len(parts[split]) - span, 31)]
-        sought = set(held_out)
-        found = {text for i in range(len(learned) - span) if (text := learned[i : i + span]) in sought}
-        assert sum(text in found for text in held_out) < 0.02 * len(held_out)
+    held_out = {
+        split: [parts[split][i : i + span] for i in range(0, len(parts[split]) - span, 31)] for split in SPLITS[1:]
+    }
+    sought = {text for pieces in held_out.values() for text in pieces}
+    found = {text for i in range(len(learned) - span) if (text := learned[i : i + span]) in sought}
+    for pieces in held_out.values():
+        assert sum(text in found for text in pieces) < 0.02 * len(pieces)
 
 
 def test_file_is_split_by_paragraph_without_repeats(tmp_path):
