@@ -4,19 +4,11 @@ VENV36 := .venv-triton36
 OLDEST := .venv-oldest
 # The interpreter and the compilers use one core each. Of two cores a third and a fourth process take what the others leave
 # while they wait for their children, for disks and for clocks.
-# A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
-# the end.
-LONGEST := $(wildcard $(patsubst %,tests/%.py,cli/test_ranks_command ops/test_layer_groups packed/test_packed \
-	cli/test_learn cli/test_resume ops/triton/test_masked_gemm ops/reference/test_score hf/test_trainer ops/test_bits \
-	ops/triton/test_mutants ops/triton/test_straight_through cli/test_whole_runs ops/reference/test_distribution \
-	docs/test_documents docs/test_one_kernel benchmarks/test_benchmarks))
-FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*' -not -path 'tests/compiled/*'))
-TESTS := -n 4 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
+# A process without tests takes some of another.
+TESTS := -n 4 --dist worksteal --ignore=tests/compiled --ignore=tests/ecosystem tests
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
 # run apart
-COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/compiled/test_%.py, \
-	compiled_products compiled_packed compiled_sparse_mma compiled_odd_addresses compiled_sampling planted_faults \
-	removed_synchronisation compiled_far_launches coverage verdict)
+COMPILED_TESTS := --compiled sm_80 -n 2 --dist worksteal tests/compiled
 # Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own there
 TARGET ?= sm_80
 WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through \
@@ -56,7 +48,7 @@ test-slow: $(INSTALLED) test-compiled
 
 # Any test that launches kernels, on an emulator: make test-compiled TARGET=sm_90 KERNEL_TESTS=tests/ops/test_bits.py
 test-compiled: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --compiled $(TARGET) -n 2 --dist loadfile $(KERNEL_TESTS)
+	$(VENV)/bin/python -m pytest --compiled $(TARGET) -n 2 --dist worksteal $(KERNEL_TESTS)
 
 # The emulators' own tests
 test-emulators: $(INSTALLED)

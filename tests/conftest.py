@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import pkgutil
@@ -33,32 +32,17 @@ def pytest_configure(config):
 
     target = config.getoption("compiled")
     if tiles.INTERPRETED:
-        from helpers.interpreter import patch_the_language_once, widen_bfloat16_exactly
+        from helpers.interpreter import launch_in_a_thread, patch_the_language_once, widen_bfloat16_exactly
 
         widen_bfloat16_exactly()
         patch_the_language_once()
+        launch_in_a_thread()
     if target is not None:
         tiles.ON_CPU = tiles.TARGET_OF[target]
 
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
-
-
-# CPython keeps frames in chunks of 16 KiB; a call that enters the next one maps it, and unmaps it on return. A loop of
-# calls across such an end spends most of its time there, as Triton's interpreter does where pytest happens to call it
-# that deep. A frame of so many variables gets a chunk of its own, with room for the frames of all that it calls.
-VARIABLES = 5 << 13
-_names = " = ".join(f"v{i}" for i in range(VARIABLES))
-_defined = {}
-exec(f"def with_room_for_frames(call, **arguments):\n return call(**arguments)\n {_names} = None", _defined)
-with_room_for_frames = _defined["with_room_for_frames"]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    pyfuncitem.obj = functools.partial(with_room_for_frames, pyfuncitem.obj)
-    return (yield)
 
 
 @pytest.fixture(autouse=True)

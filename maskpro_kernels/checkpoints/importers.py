@@ -23,7 +23,8 @@ from ..files import INDEX, SINGLE, read_object, weight_files, write_tensors
 from ..ops.pattern import NMPattern
 from ..packed import PackedNM
 
-# Tensors of a weight in compressed-tensors
+# Tensors of a weight in compressed-tensors, whose own reader of this format ended with version 0.14, which needs
+# transformers before 5
 COMPRESSED = ("compressed", "bitmask", "shape")
 FORMATS = ("sparse-24-bitmask", "dense")
 # Settings with which a loader would expect compressed tensors

@@ -25,7 +25,8 @@ CONTEXT = 2048
 PROBED = 32
 # Positions whose logits are cast to float32 at a time
 POSITIONS = 1024
-# Regular expressions and their replacements by lm-eval's wikitext_detokenizer, in its order
+# Regular expressions and their replacements by lm-eval's wikitext_detokenizer, in its order. lm-eval itself would bring
+# a dozen packages, and rounds log-likelihoods to the dtype of the model
 DETOKENIZED = (
     (re.escape("s '"), "s'"),
     (r"/' [0-9]/", r"/'[0-9]/"),

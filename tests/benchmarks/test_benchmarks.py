@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import harness
 import pytest
-import torch
-from helpers.children import BENCHMARKS, ROOT, Child, environment
+from helpers.children import BENCHMARKS, Child
 
 # ours is planted: from a visit on it draws the mask of the next step
 PLANTED = """
@@ -97,14 +91,12 @@ def plant(folder: Path, wrong_from: int = VISITS + 1) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("wrong_from", [pytest.param(1, marks=pytest.mark.slow), VISITS])
-def test_a_wrong_kernel_gets_no_speed(run, wrong_from, tmp_path):
+def test_a_wrong_kernel_gets_no_speed(run, tmp_path):
     """Not even that of the visits before."""
-    wrong, rows = plant(tmp_path / "wrong", wrong_from), tmp_path / "rows.jsonl"
+    wrong, rows = plant(tmp_path / "wrong", VISITS), tmp_path / "rows.jsonl"
     done = run(wrong, "--rows", str(rows))
     assert done.returncode == 1
     assert "AssertionError" in done.stdout and " ms " not in done.stdout
-    assert ("its check, or a provider, failed at an earlier visit" in done.stdout) == (wrong_from < VISITS)
     assert not rows.exists()
 
 
@@ -128,110 +120,3 @@ def test_rows_and_their_comparison(run, tmp_path):
 
     done = run(right, "--compare", str(path))
     assert done.returncode == 0 and "times as fast" in done.stdout
-
-
-@pytest.mark.slow
-def test_the_interpreter_is_not_timed(tmp_path):
-    # which is asked for before triton is imported
-    around = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, ROOT)))}
-    command = [sys.executable, "-m", "pytest", *OPTIONS]
-    folder = plant(tmp_path / "any")
-    done = subprocess.run(command, cwd=folder, env=environment() | around, capture_output=True, text=True)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "TRITON_INTERPRET: expected" in done.stderr
-
-
-@pytest.fixture
-def ticking(monkeypatch):
-    """ticking(sampled, seconds): a call is timed to ``sampled``, and between two looks at the clock it continues by
-    ``seconds``.
-    """
-
-    def set_(sampled, seconds):
-        samples = iter(sampled) if isinstance(sampled, list) else itertools.repeat(sampled)
-        monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or next(samples))
-        clock = itertools.count(0.0, seconds).__next__
-        monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=clock))
-
-    return set_
-
-
-def test_the_first_provider_is_before_each_of_the_others(ticking):
-    seen = []
-    # in each round a, b, a, c
-    ticking([1.0, 5.0, 3.0, 7.0] * harness.FEWEST_ROUNDS[harness.DEVICE], harness.VISIT_SECONDS[harness.DEVICE])
-    seconds = harness.paired({name: lambda name=name: seen.append(name) for name in "abc"})
-    rounds = harness.FEWEST_ROUNDS[harness.DEVICE]
-    assert seconds == {"a": [2.0] * rounds, "b": [5.0] * rounds, "c": [7.0] * rounds}
-    # one call of each before the first round, which counts
-    assert "".join(seen) == "abc" + "abac" * rounds
-
-
-def test_parts_are_side_by_side_and_count_together(ticking):
-    seen = []
-    providers = {name: [lambda part=part: seen.append(part) for part in name] for name in ("ab", "xy")}
-    ticking(1.0, harness.VISIT_SECONDS[harness.DEVICE])
-    seconds = harness.paired(providers)
-    rounds = harness.FEWEST_ROUNDS[harness.DEVICE]
-    assert seconds == {"ab": [2.0] * rounds, "xy": [2.0] * rounds}
-    assert "".join(seen) == "abxy" + "axby" * rounds
-    with pytest.raises(ValueError, match="zip"):
-        harness.paired(providers | {"xy": providers["xy"][:1]})
-
-
-@pytest.mark.parametrize(("sampled", "first_counts"), [(1e-6, False), (0.7, True)])
-def test_a_visit_takes_rounds_while_it_has_time(sampled, first_counts, ticking):
-    seen = []
-    # a power of two, so that the clock adds up exactly
-    looks = 64
-    ticking(sampled, harness.VISIT_SECONDS[harness.DEVICE] / looks)
-    seconds = harness.paired({name: lambda name=name: seen.append(name) for name in "ab"})
-    # the clock is looked at once before the first round, and before each of the others that would exceed the fewest
-    rounds = looks + harness.FEWEST_ROUNDS[harness.DEVICE] - 1
-    assert [len(values) for values in seconds.values()] == [rounds] * 2
-    assert len(seen) == 2 + 2 * rounds + 2 * (not first_counts)
-
-
-def test_rows_are_of_all_visits_and_written_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "environment", lambda: {"device": "d", "threads": 1})
-    monkeypatch.setitem(harness.VISITS, harness.DEVICE, 2)
-    cases = [{"op": op, "pattern": "2:4", "shape": [1], "dtype": "x"} for op in ("draw", "update")]
-    timings = harness.Timings(tmp_path / "rows.jsonl")
-    timings.add({"a": [1.0], "b": [3.0]}, None, cases[0])
-    timings.add({"a": [2.0]}, None, cases[1])
-    assert not timings.path.exists()
-    timings.add({"a": [1.0, 1.0], "b": [2.0, 2.0]}, None, cases[0])
-    assert len(harness.read(timings.path)) == 2
-    timings.write_unfinished()
-    rows = harness.read(timings.path)
-    assert [(row["op"], row["provider"], row["visits"], row["rounds"], row["ratio"]) for row in rows] == [
-        ("draw", "a", 2, 3, 1.0),
-        ("draw", "b", 2, 3, 2.0),
-        ("update", "a", 1, 1, 1.0),
-    ]
-    assert rows == timings.rows()
-    with pytest.raises(ValueError, match="case: expected another one for each benchmark"):
-        timings.add({"a": [1.0], "b": [3.0]}, None, cases[0])
-
-
-def test_ratios_match_case_provider_and_device():
-    case = {"op": "draw", "pattern": "2:4", "shape": [2, 3], "dtype": "x"}
-    row = case | {"provider": "ours", "device": "d", "threads": 2, "median": 2.0, "ratio": 6.0}
-    others = [row | {key: "other"} for key in ("op", "pattern", "dtype", "provider", "device", "threads")]
-    assert harness.ratios([row], [row | {"median": 3.0, "ratio": 5.0}, *others]) == [(row, 1.5, 1.2)]
-    assert harness.ratios([row], others) == []
-
-
-def test_the_roofline_is_the_slower_of_bytes_and_products(monkeypatch):
-    monkeypatch.setattr(harness, "copied_bytes_per_second", lambda: 1e9)
-    monkeypatch.setattr(harness, "flops_per_second", lambda dtype: {torch.bfloat16: 1e12, torch.float32: 1e11}[dtype])
-    seconds = {"ours": [1.0, 2.0, 3.0]}
-
-    def percent(**work):
-        (row,) = harness.rows_of(seconds, harness.Work(**work), {"op": "x"}, {})
-        return row["percent_of_roofline"]
-
-    assert percent(bytes=10**9) == pytest.approx(50)
-    assert percent(bytes=10**9, flops=10**12) == pytest.approx(50)
-    assert percent(bytes=10**9, flops=10**11, dtype=torch.float32) == pytest.approx(50)
-    assert percent(bytes=10**9, flops=2 * 10**12) == pytest.approx(100)

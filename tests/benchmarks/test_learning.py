@@ -11,7 +11,7 @@ import pytest
 import relaxed
 import torch
 from helpers.bits import assert_same_bits
-from helpers.cases import cases, slow
+from helpers.cases import slow
 from helpers.mask_toy import best_mask, inputs, learned_mask, toy
 from helpers.small_trainer import a_trainer, some_batches
 from maskllm import MaskLLM
@@ -62,7 +62,8 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("name", cases(((name,) for name in KNOWN), slow=lambda name: name != "straight-through"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_learner_finds_the_best_mask(name):
     model, xs = toy(), inputs()
     best = best_mask(model[0].weight, xs)
@@ -193,7 +194,7 @@ def numerically(v: torch.Tensor, strength: float, n: int, starts: int = 30) -> t
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), slow(4, 8)])
-@pytest.mark.parametrize("strength", [0.05, 0.5, 3.0])
+@pytest.mark.parametrize("strength", [slow(0.05), 0.5, slow(3.0)])
 def test_the_proximal_operator_minimizes(n, m, strength):
     v = torch.randn(60, m, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = proxsparse.proximal(v, strength, n)

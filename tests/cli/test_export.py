@@ -121,22 +121,24 @@ def test_a_run_without_its_data_is_not_rounded(inputs, tmp_path, capsys, dataset
     refuses(capsys, tmp_path, again, "rows.jsonl", cure)
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_values_in_bfloat16_are_rounded_in_float32_where_that_is_faster(inputs, tmp_path, rounded, monkeypatch, fast):
-    monkeypatch.setattr(export, "cpu_multiplies", lambda dtype: fast or dtype is torch.float32)
+def test_values_in_bfloat16_are_rounded_in_float32_where_that_is_faster(inputs, tmp_path, rounded, monkeypatch):
     folder, used = tmp_path / "run", []
     load = export.load
     monkeypatch.setattr(export, "load", lambda name, dtype, device: (used.append(dtype), load(name, dtype, device))[1])
     assert main.main(learn(inputs, folder, "--refit", "weights", "--dtype", "bfloat16")) == 0
-    for dtype in ("bfloat16", "float32"):
-        assert main.main(["export", str(folder), str(tmp_path / dtype), *INT4, "--dtype", dtype]) == 0
-    # the run's dtype, that of rounding, and that of the result
-    assert used == (["bfloat16"] if fast else ["bfloat16", "float32", "bfloat16"]) + ["bfloat16", "float32"]
-    short, long = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("bfloat16", "float32"))
-    assert short.keys() == long.keys()
-    for name, tensor in long.items():
-        if not fast or not name.endswith(("values", "scales")):
-            assert_same_bits(short[name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
+    for fast in (False, True):
+        monkeypatch.setattr(export, "cpu_multiplies", lambda dtype, fast=fast: fast or dtype is torch.float32)
+        used.clear()
+        outputs = {dtype: tmp_path / f"{dtype} {fast}" for dtype in ("bfloat16", "float32")}
+        for dtype, output in outputs.items():
+            assert main.main(["export", str(folder), str(output), *INT4, "--dtype", dtype]) == 0
+        # the run's dtype, that of rounding, and that of the result
+        assert used == (["bfloat16"] if fast else ["bfloat16", "float32", "bfloat16"]) + ["bfloat16", "float32"]
+        short, long = (load_file(output / "model.safetensors") for output in outputs.values())
+        assert short.keys() == long.keys()
+        for name, tensor in long.items():
+            if not fast or not name.endswith(("values", "scales")):
+                assert_same_bits(short[name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
 
 
 def packed_layers(folder):

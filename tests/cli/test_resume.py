@@ -25,10 +25,14 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 COMMON = "--steps 6 --eval-every 2".split()
 WAYS = {
     "reinforce": ["--gap", "2", "--density", "0.6"],
-    "straight-through": "--estimator straight-through --lr 1 --gap 2 --data self,pydoc".split(),
+    "straight-through": "--estimator straight-through --lr 1 --gap 2 --data self,TEXT".split(),
     "weights that change": "--refit weights --estimator straight-through --lr 1 --loss kl --train-weights 1e-3".split(),
     "scales": "--refit scales --gap 2 --density 0.6".split(),
 }
+
+
+def options(inputs, way: str) -> list[str]:
+    return [*COMMON, *(word.replace("TEXT", str(inputs / "text.txt")) for word in WAYS[way])]
 
 
 class Killed(BaseException):
@@ -50,7 +54,7 @@ def wholes(inputs, tmp_path_factory):
 
     def whole(way: str):
         if way not in known:
-            assert main.main(learn(inputs, folder / way, *COMMON, *WAYS[way])) == 0
+            assert main.main(learn(inputs, folder / way, *options(inputs, way))) == 0
             known[way] = folder / way
         return known[way]
 
@@ -77,10 +81,10 @@ def test_a_run_that_was_interrupted_ends_as_a_whole_one(inputs, wholes, tmp_path
     run, whole = tmp_path / "run", wholes(way)
     if how is kill:
         with pytest.raises(Killed):
-            interrupted(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how)
+            interrupted(inputs, run, monkeypatch, step, options(inputs, way), how)
         assert not (run / "learned/logits.safetensors").exists()
     else:
-        assert interrupted(inputs, run, monkeypatch, step, [*COMMON, *WAYS[way]], how) == 130
+        assert interrupted(inputs, run, monkeypatch, step, options(inputs, way), how) == 130
         reported = capsys.readouterr().err.splitlines()
         assert reported[-2] == f"stopped after {step} steps; continue with: maskpro learn --resume {run}"
         assert (run / "learned/logits.safetensors").exists()
@@ -95,7 +99,7 @@ def test_a_run_that_was_interrupted_ends_as_a_whole_one(inputs, wholes, tmp_path
 def test_a_signal_ends_a_run_after_its_step(inputs, wholes, tmp_path, monkeypatch, capfd, number):
     run = tmp_path / "run"
     assert (
-        interrupted(inputs, run, monkeypatch, 2, [*COMMON, *WAYS["reinforce"]], lambda: os.kill(os.getpid(), number))
+        interrupted(inputs, run, monkeypatch, 2, options(inputs, "reinforce"), lambda: os.kill(os.getpid(), number))
         == 0
     )
     reported = capfd.readouterr().err.splitlines()
@@ -110,7 +114,7 @@ def test_a_signal_ends_a_run_after_its_step(inputs, wholes, tmp_path, monkeypatc
 @pytest.mark.parametrize("where", ["_choose_masks", slow("write_whole")])
 def test_a_run_that_was_killed_before_its_first_step_begins_again(inputs, wholes, tmp_path, monkeypatch, capsys, where):
     """With the samples that it has drawn; by ``--resume`` and by the same command."""
-    arguments, before = [*COMMON, *WAYS["straight-through"]], getattr(learning, where)
+    arguments, before = options(inputs, "straight-through"), getattr(learning, where)
 
     def killed(*given):
         # of what is written the settings alone
@@ -147,7 +151,7 @@ def test_a_run_continues_without_the_mask_that_it_began_with(inputs, run, tmp_pa
 def broken(inputs, tmp_path, monkeypatch):
     """A run that was killed after three steps."""
     with pytest.raises(Killed):
-        interrupted(inputs, tmp_path / "run", monkeypatch, 3, [*COMMON, *WAYS["scales"]], kill)
+        interrupted(inputs, tmp_path / "run", monkeypatch, 3, options(inputs, "scales"), kill)
     return tmp_path / "run"
 
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.children import environment
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,16 +33,6 @@ WAYS = {
     "--refit weights --train-weights 0.001",
     "reinforce": "--estimator reinforce --init wanda --gap 2 --lr 5",
 }
-KILLED_BEFORE_STEP_2 = """
-import os, sys
-from maskpro_kernels.cli import main
-from maskpro_kernels.learn.trainer import MaskTrainer
-from maskpro_kernels.ops import dispatch
-dispatch.interpreting = dispatch.compiler_available = lambda: False
-take = MaskTrainer.step
-MaskTrainer.step = lambda trainer: os._exit(9) if trainer.steps_done == 2 else take(trainer)
-main.main(sys.argv[1:])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +122,6 @@ def test_learned_masks_and_logits(way, runs):
     compare(f"{way}: masks", masks(runs / way))
     compare(f"{way}: sums of logits", sums(runs / way))
     compare(f"{way}: greedy tokens", greedy(runs / way))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_a_killed_run_continues_to_the_same_bits(way, sources, runs, tmp_path):
-    arguments = [sys.executable, "-c", KILLED_BEFORE_STEP_2, *command(sources, way, tmp_path / "run")]
-    assert subprocess.run(arguments, env=environment(), capture_output=True).returncode == 9
-    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
-    logits = [
-        digest(load_logits(folder / "learned/logits.safetensors").logits) for folder in (tmp_path / "run", runs / way)
-    ]
-    assert logits[0] == logits[1]
-    assert masks(tmp_path / "run") == EXPECTED[f"{way}: masks"]
 
 
 @pytest.mark.parametrize("values", ["keep", "int8"])

@@ -207,6 +207,9 @@ def run_command(words: list[str]) -> None:
             shutil.copytree("interrupted", argv[at + 1])
     argv = ["model" if word == "smollm2-135m" else word for word in argv]
     small = [] if "--resume" in argv else SMALL.get(argv[0], "").split()
+    if argv[0] == "learn" and small and "--data" not in argv:
+        # the default has the whole standard library
+        small += ["--data", "text.txt:0.5,self:0.5"]
     assert main.main([*argv, *small]) == 0, f"{shlex.join(words)}, run as {shlex.join(argv + small)}"
 
 

@@ -37,11 +37,6 @@ def test_pack_names_the_first_wrong_group():
         mk.pack_mask(mask, "2:4")
 
 
-def test_top_n_takes_the_lower_index_of_equal_scores():
-    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0]])
-    assert mk.top_n_mask(scores, "2:4").tolist() == [[0b0110, 0b0011]]
-
-
 @pytest.mark.parametrize("function", DRAWING)
 def test_seed_and_step_may_be_tensors(function):
     ints, tensors = good_arguments(function), good_arguments(function)

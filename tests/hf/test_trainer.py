@@ -210,7 +210,7 @@ def test_mask_callback_lets_go_of_a_model_whose_training_was_interrupted(tmp_pat
     assert all(layer.logits_backward is None for layer in masked_layers(model).values())
 
 
-@pytest.mark.parametrize("first", ["trained", "refused", "interrupted", "unused"])
+@pytest.mark.parametrize("first", ["refused", "interrupted", "unused"])
 def test_every_parameter_gets_back_its_requires_grad_when_training_ends(first, tmp_path):
     """Also if an earlier Trainer with another callback has frozen the model, and its training has no end."""
     model, before = partly_frozen()

@@ -157,7 +157,7 @@ def test_four_groups_end_in_a_local_optimum_under_swaps(seed, pattern):
     assert (energy[neighbours.to(energy.device)] >= own * (1 - 2e-6)).all()
 
 
-def test_rows_do_not_depend_on_each_other(monkeypatch):
+def test_rows_do_not_depend_on_each_other(compiled_reference, monkeypatch):
     weight, gram = problem(9, 64)
     codes = mk.top_n_mask(weight.abs(), "2:4")
     whole, _ = swap_descent(weight, codes, gram, "2:4")
@@ -245,7 +245,7 @@ def step_by_step(model, layers, batches, pattern):
 
 
 @pytest.mark.parametrize("model", [slow(Stack), Tangled])
-def test_each_layer_sees_the_inputs_of_the_masked_model(model):
+def test_each_layer_sees_the_inputs_of_the_masked_model(model, compiled_reference):
     torch.manual_seed(0)
     model = model().to(KERNEL_DEVICE)
     layers = layers_of(model)
