@@ -11,7 +11,7 @@ TESTS := -n 4 --dist worksteal --ignore=tests/compiled --ignore=tests/ecosystem 
 COMPILED_TESTS := --compiled sm_80 -n 2 --dist worksteal tests/compiled
 # Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own there
 TARGET ?= sm_80
-WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through \
+WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_slopes functional/test_straight_through \
 	packed/test_packed
 KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits ops/reference/test_gumbel_top_k \
 	ops/reference/test_rounding $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))

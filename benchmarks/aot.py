@@ -19,15 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from maskpro_kernels.ops.reference.plackett_luce import NODE_COUNT, NODE_STEP
-from maskpro_kernels.ops.triton import (
-    adamw_and_swaps,
-    grouped,
-    masked_gemm,
-    packed,
-    sampling,
-    sparse_mma,
-    straight_through,
-)
+from maskpro_kernels.ops.triton import adamw_and_swaps, grouped, masked_gemm, packed_gemm, sampling, slopes, sparse_mma
 from maskpro_kernels.ops.triton.tiles import Rows, Tiles, configuration, scores_in_short
 
 TARGETS = {
@@ -42,7 +34,7 @@ ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 FUNCTIONS = {
     "adamw": adamw_and_swaps.adamw_kernel,
     "best_swaps": adamw_and_swaps.best_swaps_kernel,
-    "descend": straight_through.descend_kernel,
+    "descend": slopes.descend_kernel,
     "score_updates": sampling.score_update_kernel,
     "sample_masks": grouped.sample_masks_kernel,
     "score_update_of_layers": grouped.score_update_of_layers_kernel,
@@ -163,7 +155,7 @@ def build_product(
         "BLOCK_T": tile.tokens,
         "BLOCK_K": tile.k,
     } | constants
-    function = getattr(straight_through if stepping else masked_gemm, f"{product}_kernel")
+    function = getattr(slopes if stepping else masked_gemm, f"{product}_kernel")
     code = "*u8" if m <= 8 else "*i32"
     words = product in ("masked_linear", "masked_linear_input_grad") and tile.few_codes(m) and "groups" in multiples
     types = (
@@ -206,8 +198,8 @@ def build_packed(
     ``config`` is a row of the launch tables; "unpack" has its own. A row has a multiple of ``unit`` chunks.
     ``multiples`` are what is a multiple of 16.
     """
-    function = getattr(packed, f"{kernel}_kernel")
-    chunk = packed.chunk_length(n, m) if kernel != "unpack" else 8
+    function = getattr(packed_gemm, f"{kernel}_kernel")
+    chunk = packed_gemm.chunk_length(n, m) if kernel != "unpack" else 8
     types = (
         {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "bias", "out"), f"*{element}")
@@ -223,7 +215,7 @@ def build_packed(
     values = {"N": n, "M": m}
     if kernel != "unpack":
         stored, group = {16: (DTYPES[element], 8), 8: (torch.int8, 128), 4: (torch.uint8, 64)}[bits]
-        values |= packed.kernel_constants(n, m, DTYPES[element], target, stored, group) | {"UNIT": unit}
+        values |= packed_gemm.kernel_constants(n, m, DTYPES[element], target, stored, group) | {"UNIT": unit}
     if kernel != "unpack" and bits == 16:
         values["scales"] = None
     if kernel == "unpack":

@@ -20,7 +20,7 @@ import torch
 from aot import Built, build, build_packed, build_product
 from modelled_costs import CHIPS, clocks, counted, expected
 
-from maskpro_kernels.ops.triton.packed import chunk_length, wide
+from maskpro_kernels.ops.triton.packed_gemm import chunk_length, wide
 from maskpro_kernels.ops.triton.tiles import (
     ALIGNED,
     LIBRARY_TOKENS,
@@ -191,7 +191,7 @@ def packed(card: Card, rows: int, k: int, bits: int) -> float:
 
 
 def sparse(card: Card, tokens: int, rows: int, k: int) -> tuple[str, float]:
-    """(route, seconds) of ``nm_linear`` with 2:4 values of 16 bits; see ``ops.triton.packed.route``."""
+    """(route, seconds) of ``nm_linear`` with 2:4 values of 16 bits; see ``ops.triton.packed_gemm.route``."""
     moved = 1.125 * rows * k + 2 * tokens * (rows + k)
     if tokens > LIBRARY_TOKENS and card.torch_sparse:
         return "torch", max(card.move(moved), tokens * rows * k / card.operations)

@@ -9,10 +9,10 @@ from llvmlite import ir
 from torch import Tensor
 
 from maskpro_kernels.ops.cpu import machine
-from maskpro_kernels.ops.cpu.packed import RUN, Packed, rows
-from maskpro_kernels.ops.cpu.packed.instructions import FLOAT, vector
-from maskpro_kernels.ops.cpu.packed.products import available, threads
-from maskpro_kernels.ops.cpu.packed.weight import Weight
+from maskpro_kernels.ops.cpu.packed_gemm import RUN, Packed, rows
+from maskpro_kernels.ops.cpu.packed_gemm.instructions import FLOAT, vector
+from maskpro_kernels.ops.cpu.packed_gemm.products import available, threads
+from maskpro_kernels.ops.cpu.packed_gemm.weight import Weight
 
 
 class _Dense(Weight):

@@ -25,7 +25,7 @@ from aot import PACKED, Built, build, build_packed, build_product, build_sparse
 from maskpro_kernels.ops import bounds
 from maskpro_kernels.ops.layer_groups import Costs
 from maskpro_kernels.ops.pattern import NMPattern
-from maskpro_kernels.ops.triton.packed import MULTIPLIED, chunk_length
+from maskpro_kernels.ops.triton.packed_gemm import MULTIPLIED, chunk_length
 from maskpro_kernels.ops.triton.tiles import (
     INTERPRETED,
     PACKED_ROWS,

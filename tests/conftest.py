@@ -55,7 +55,7 @@ def poisoned(emulator, monkeypatch):
 
     from maskpro_kernels.ops import triton as kernel_files
     from maskpro_kernels.ops.cpu import kernels
-    from maskpro_kernels.ops.cpu.packed import products
+    from maskpro_kernels.ops.cpu.packed_gemm import products
 
     poisoned_torch = PoisonedTorch()
     for module in (kernels, products):

@@ -17,7 +17,7 @@ from .decoding import next_logits, preallocated_cache
 from .loading import SMOLLM2, SMOLLM2_ID, check_model, checkpoint_activations, fetch, load_model, show_bars
 from .quantizer import SparseConfig, SparseQuantizer, check_not_quantized, describe
 from .saving import model_card, save_model
-from .speed import measure_speed
+from .timing import measure_speed
 
 __all__ = [
     "SMOLLM2", "SMOLLM2_ID", "KeepMask", "MaskCallback", "SparseConfig", "SparseQuantizer", "check_model",

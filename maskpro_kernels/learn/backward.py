@@ -319,7 +319,7 @@ def running_mean_square(mean_square: float | None, latest: float, decay: float) 
 
 
 class WeightLearner:
-    """AdamW on the kept weights of one layer, see ``ops/reference/straight_through.py``.
+    """AdamW on the kept weights of one layer, see ``ops/reference/slopes.py``.
 
     The loss does not depend on dropped weights, so they and their moments do not change until they are kept again. Bias
     correction counts the steps of the layer. ``master`` is the weight in float32, from which 16 bits are rounded.

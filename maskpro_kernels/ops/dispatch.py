@@ -3,9 +3,9 @@
 ``definitions`` defines each operation once, as an operation of torch. torch's dispatcher calls the function of the same
 name and arguments in the table of the tensors' device:
 
-    ``triton.table``: Triton kernels, on CUDA and ROCm; on a CPU under Triton's interpreter (``TRITON_INTERPRET=1``).
-    ``cpu.table``: machine code, on a CPU for which LLVM compiles.
-    ``reference.table``: plain torch, on another CPU.
+    ``tables.triton``: Triton kernels, on CUDA and ROCm; on a CPU under Triton's interpreter (``TRITON_INTERPRET=1``).
+    ``tables.cpu``: machine code, on a CPU for which LLVM compiles.
+    ``tables.reference``: plain torch, on another CPU.
 
 All tables give the same bits for draws, scores and updates by a given score or slope. Products, and straight-through
 slopes, which contain one, agree within an error budget, since each table sums in its own order.
@@ -57,9 +57,9 @@ def compiler_available() -> bool:
 
 
 @functools.cache
-def _imported(folder: str) -> ModuleType:
+def _imported(name: str) -> ModuleType:
     # at the first call: Triton and LLVM take long to import, and may be missing
-    return importlib.import_module(f"{__package__}.{folder}.table")
+    return importlib.import_module(f"{__package__}.tables.{name}")
 
 
 def uses_triton(device_type: str) -> bool:

@@ -14,7 +14,7 @@ from helpers.routes import take_route
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import bitmask_of
-from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through, tiles
+from maskpro_kernels.ops.triton import masked_gemm, packed_gemm, slopes, tiles
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
@@ -77,7 +77,7 @@ def test_products_of_many_rows(target, compiled_for, emulator, monkeypatch):
 def test_steps_and_gradients_of_many_rows(target, compiled_for, emulator, monkeypatch):
     compiled_for(target)
     tile = tiles_of("straight_through", target, 2)[0]
-    for module in (masked_gemm, straight_through):
+    for module in (masked_gemm, slopes):
         monkeypatch.setattr(module, "tiles_for", lambda *_: tile)
     edge, k = ALL_ROWS % tile.out, GROUPS * NEAR.m
     grad, x = torch.zeros(edge, ALL_ROWS, dtype=torch.bfloat16), normal(edge, k, seed=1, dtype=torch.bfloat16)
@@ -86,7 +86,7 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, emulator, monkey
     squares[-edge:] = 0.7
     # tiles of columns go in groups, the last of them row by row of tiles
     tiles = -(-k // tile.k)
-    emulator.last = columns = tiles % straight_through.SHARING.value
+    emulator.last = columns = tiles % slopes.SHARING.value
     logits, step = far(NEAR.logits), (torch.tensor(0.4), 2.0)
     ops.straight_through_update_(grad, x, far(weight), 1.0, *step, FAR.source(logits=logits), row_squares=squares)
     weight_grad = ops.masked_linear_weight_grad(grad, x, FAR.source(logits=far(NEAR.logits)))
@@ -135,7 +135,7 @@ def test_gradients_of_many_columns(target, compiled_for, emulator, monkeypatch):
 def test_packed_products_of_many_rows(target, tokens, compiled_for, emulator, monkeypatch):
     compiled_for(target)
     config = PACKED_ROWS[0] if tokens == 1 else tiles_of("packed_linear", target, 2)[0]
-    monkeypatch.setattr(packed, "rows_for" if tokens == 1 else "tiles_for", lambda *_: config)
+    monkeypatch.setattr(packed_gemm, "rows_for" if tokens == 1 else "tiles_for", lambda *_: config)
     edge = ALL_ROWS % (config.rows if tokens == 1 else config.out)
     values = normal(LAST, GROUPS * 2, seed=7, dtype=torch.bfloat16)
     bitmask, x = bitmask_of(NEAR.codes, 4), one_hot(tokens, GROUPS * 4)

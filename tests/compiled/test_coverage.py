@@ -15,7 +15,7 @@ from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_after_long_d
 from gpu_emulators.ptx.loops import only_goes_to, replaces_a_loop
 from maskpro_kernels import ops
 from maskpro_kernels.ops.pattern import metadata_of
-from maskpro_kernels.ops.triton import grouped, sampling, straight_through
+from maskpro_kernels.ops.triton import grouped, sampling, slopes
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, architecture, scores_in_short, tiles_of
 from maskpro_kernels.packed import VALUE_KINDS
 
@@ -118,7 +118,7 @@ def run_products(target, patched):
     # of no tokens and of some, by one kernel and by torch's product before another
     of = Matrix(2, 4, rows=37, groups=16)
     for dtype, tokens, at_once in itertools.product(DTYPES[:2], (0, 140), (True, False)):
-        patched.setattr(straight_through, "fused", lambda *_, at_once=at_once: at_once)
+        patched.setattr(slopes, "fused", lambda *_, at_once=at_once: at_once)
         grad, x = torch.ones(tokens, of.rows, dtype=dtype), torch.ones(tokens, 64, dtype=dtype)
         operands = grad, x, of.normal(seed=1, dtype=dtype), 0.5
         ops.straight_through_grad(*operands, of.source())

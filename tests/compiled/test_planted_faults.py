@@ -10,7 +10,8 @@ from helpers.compiled import Matrix, adamw, assert_bits_of_reference, mask_score
 from helpers.compiled_products import PackedProduct, Product, SparseProduct
 from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
-from maskpro_kernels.ops.triton import masked_gemm, packed, table
+from maskpro_kernels.ops.tables import triton as table
+from maskpro_kernels.ops.triton import masked_gemm, packed_gemm
 from maskpro_kernels.ops.triton.tiles import tiles_of
 
 pytestmark = pytest.mark.compiled
@@ -200,7 +201,12 @@ MUTANTS = {
         "        if tl.program_id(1) >= 0:\n            tl.store(partial",
         "write different values to global memory",
     ),
-    "a store's mask is off by a row": (packed, "(row[:, None] < rows))", "(row[:, None] < rows + 1))", "out of bounds"),
+    "a store's mask is off by a row": (
+        packed_gemm,
+        "(row[:, None] < rows))",
+        "(row[:, None] < rows + 1))",
+        "out of bounds",
+    ),
 }
 
 
@@ -210,7 +216,7 @@ def test_a_mutant_is_found(mutation, compiled_for, emulator, monkeypatch, tmp_pa
     compiled_for("sm_80")
     mutant = mutant_of(module, before, after, tmp_path)
     mutant.torch = emulator.torch
-    if module is packed:
+    if module is packed_gemm:
         config = tiles_of("packed_linear", "sm_80", 2)[0]
         mutant.tiles_for = lambda *_: config
         monkeypatch.setattr(table, "nm_linear", mutant.nm_linear)

@@ -15,7 +15,7 @@ from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import bitmask_of, metadata_of
-from maskpro_kernels.ops.triton import masked_gemm, packed, sparse_mma, straight_through
+from maskpro_kernels.ops.triton import masked_gemm, packed_gemm, slopes, sparse_mma
 from maskpro_kernels.ops.triton.tiles import ONE_PASS_TOKENS, Rows, Tiles
 from maskpro_kernels.packed import quantized
 
@@ -89,10 +89,10 @@ class Product:
 
     def assert_right(self, moved=unmoved) -> None:
         with pytest.MonkeyPatch.context() as patched:
-            for module in (masked_gemm, straight_through):
+            for module in (masked_gemm, slopes):
                 patched.setattr(module, "tiles_for", lambda *_: self.tile)
             patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
-            patched.setattr(straight_through, "fused", lambda *_: self.kernel != STEP)
+            patched.setattr(slopes, "fused", lambda *_: self.kernel != STEP)
             # on a B200 tiles of many tokens take given masks alone, and draw where a test is about them
             patched.setattr(masked_gemm, "one_pass_tokens", lambda *_: ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)
@@ -197,14 +197,14 @@ class PackedProduct:
                 return 1, 2 * config.rows + 1, config.block + 5
             # two steps of a thread
             return 1, 16, 2 * config.block * (4 if self.values == "int4" else 1)
-        chunks = config.k // packed.chunk_length(self.n, self.m)
+        chunks = config.k // packed_gemm.chunk_length(self.n, self.m)
         if self.aligned:
             return config.tokens, -(-config.out // 16) * 16, -(-2 * chunks // 16) * 16
         return config.tokens - 3, config.out + 5, 2 * chunks + 3
 
     def assert_right(self, moved=unmoved) -> None:
         tokens, rows, chunks = self.sizes
-        k = chunks * packed.chunk_length(self.n, self.m)
+        k = chunks * packed_gemm.chunk_length(self.n, self.m)
         matrix = Matrix(self.n, self.m, rows=rows, groups=k // self.m, spread="open")
         bitmask = bitmask_of(matrix.codes, self.m)
         values, scales = normal(rows, k // self.m * self.n, seed=7, dtype=self.operand), None
@@ -216,7 +216,7 @@ class PackedProduct:
         bias = None if self.one_hot else normal(rows, seed=3, dtype=self.operand)
         with pytest.MonkeyPatch.context() as patched:
             for name in ("tiles_for", "rows_for"):
-                patched.setattr(packed, name, lambda *_: self.config)
+                patched.setattr(packed_gemm, name, lambda *_: self.config)
             patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
             operands = moved(x), values, bitmask, scales, None if bias is None else moved(bias), self.n, self.m
             (found,), (by_torch,) = by_both(lambda: [ops.nm_linear(*operands)])

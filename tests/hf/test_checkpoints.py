@@ -226,7 +226,7 @@ def test_several_patterns_and_kinds_in_one_model(tmp_path):
     mk.convert(model, "2:4", targets=["*gate_proj"])
     hf.save_model(model.eval(), tiny_tokenizer(), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    kinds = {name.rpartition(".")[2]: hf.speed.stored_as(layer) for name, layer in loaded.named_modules()}
+    kinds = {name.rpartition(".")[2]: hf.timing.stored_as(layer) for name, layer in loaded.named_modules()}
     assert kinds["down_proj"] == "packed 2:4 int8" and kinds["up_proj"] == "packed 4:8"
     assert kinds["gate_proj"] == "masked 2:4"
     assert_same_bits(loaded(TOKENS).logits, model(TOKENS).logits)

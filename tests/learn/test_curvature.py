@@ -22,9 +22,8 @@ from maskpro_kernels import ops
 from maskpro_kernels.functional.linear import labelled_tokens
 from maskpro_kernels.learn.backward import LayerUpdater
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ops import curvature
-from maskpro_kernels.ops.reference import products
-from maskpro_kernels.ops.triton import straight_through
+from maskpro_kernels.ops import curvature, unfused
+from maskpro_kernels.ops.triton import slopes
 from maskpro_kernels.text.losses import distillation_loss
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
@@ -131,7 +130,7 @@ def factors(monkeypatch):
         current.append(updater.layer)
         return of_layer(updater, *operands)
 
-    for module in (products, straight_through):
+    for module in (unfused, slopes):
         monkeypatch.setattr(module, "curvature_factors", recorded)
     monkeypatch.setattr(LayerUpdater, "__call__", called)
     return taken

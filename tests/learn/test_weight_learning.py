@@ -13,7 +13,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ops.reference.straight_through import BETA, BETA_OF_SQUARES
+from maskpro_kernels.ops.reference.slopes import BETA, BETA_OF_SQUARES
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -14,7 +14,7 @@ from maskpro_kernels import expand_mask, ops, top_n_mask
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.reference import adamw_scalars
-from maskpro_kernels.ops.reference.straight_through import BETA, BETA_OF_SQUARES, EPSILON
+from maskpro_kernels.ops.reference.slopes import BETA, BETA_OF_SQUARES, EPSILON
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = ["1:2", "1:4", "2:4", "4:8", "8:16"]

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from helpers.arguments import cpu_normal, some_codes
 from helpers.cases import slow
 
+from maskpro_kernels.ops import definitions
 from maskpro_kernels.ops.counter import MaskSource
+from maskpro_kernels.ops.tables import cpu, reference, triton
+
+# with gradients, by the operation without
+OPERATIONS = sorted(
+    name.removeprefix("maskpro::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("maskpro::") and name != "maskpro::differentiable_nm_linear"
+)
 
 
 def op_arguments(name: str, dtype: torch.dtype) -> tuple:
@@ -57,3 +68,16 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
 def test_opcheck(name, dtype, launched):
     torch.library.opcheck(getattr(torch.ops.maskpro, name.split()[0]).default, op_arguments(name, dtype))
     assert launched
+
+
+@pytest.mark.parametrize("table", [cpu, reference, triton], ids=lambda table: table.__name__.rpartition(".")[2])
+def test_a_table_has_every_operation_with_the_arguments_of_its_definition(table):
+    assert len(OPERATIONS) >= 17
+    for name in OPERATIONS:
+        definition = getattr(definitions, f"_{name}", None) or getattr(definitions, name)
+        if hasattr(definition, "__wrapped__"):
+            arguments = list(inspect.signature(definition).parameters)
+        else:
+            arguments = [argument.name for argument in definition._schema.arguments]
+        parameters = inspect.signature(getattr(table, name)).parameters.values()
+        assert [parameter.name for parameter in parameters if parameter.default is parameter.empty] == arguments, name

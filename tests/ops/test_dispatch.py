@@ -14,9 +14,10 @@ from llvmlite import binding
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import dispatch, reference
-from maskpro_kernels.ops.cpu import loops, table
+from maskpro_kernels.ops.cpu import loops
 from maskpro_kernels.ops.cpu.loops import CompiledLoop
 from maskpro_kernels.ops.pattern import NMPattern
+from maskpro_kernels.ops.tables import cpu as table
 
 
 def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkeypatch):

@@ -16,8 +16,9 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.cpu import kernels, table
+from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.pattern import NMPattern
+from maskpro_kernels.ops.tables import cpu as table
 from maskpro_kernels.prune import calibration
 from maskpro_kernels.prune.calibration import calls_by_block, layers_in_order, run_call, watching_inputs
 from maskpro_kernels.prune.initial_masks import initial_codes

@@ -44,7 +44,7 @@ from .plackett_luce import (
     mask_score,
     score_update_,
 )
-from .straight_through import (
+from .slopes import (
     adamw_,
     adamw_scalars,
     descend_,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.straight_through import BETA, BETA_OF_SQUARES, EPSILON
+from ..reference.slopes import BETA, BETA_OF_SQUARES, EPSILON
 from . import device as d
 from .launch import launch
 from .sampling import load_codes, store_codes

@@ -9,8 +9,8 @@ import torch
 from helpers.cases import slow
 from llvmlite import binding
 
-from maskpro_kernels.ops.cpu.packed import Packed, gathered, rows, tiles, weight
-from maskpro_kernels.ops.cpu.packed.instructions import Avx2, Avx512, Neon
+from maskpro_kernels.ops.cpu.packed_gemm import Packed, amx, gathered, rows, weight
+from maskpro_kernels.ops.cpu.packed_gemm.instructions import Avx2, Avx512, Neon
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
 INT8, INT4 = Packed(2, 4, torch.int8, torch.bfloat16), Packed(2, 4, torch.uint8, torch.bfloat16, 64)
@@ -69,7 +69,7 @@ ON_NEON = ARM, "+neon"
         (lambda: rows.integer_product(INT8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 16 vpmaddwd 16"),
         (lambda: rows.integer_product(FOUR_OF_8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8"),
         (lambda: gathered.gathered_product(INT4, AVX2_ALONE, 1, False), (X86, AVX2), GATHERED),
-        (lambda: tiles.tile_product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
+        (lambda: amx.tile_product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
     ],
 )
 def test_each_kind_of_cpu_gets_its_instructions(assembly, target, expected):
@@ -104,10 +104,10 @@ def test_the_code_of_integers_and_tiles_asks_for_nothing_either():
         rows.integer_product(INT8, ALL_AVX512, 2, True),
         rows.integer_product(INT4, ALL_AVX512, 2, True),
         rows.quantizer(INT8, ALL_AVX512),
-        tiles.tile_product(INT8, ALL_AVX512, True),
-        tiles.tile_product(INT4, ALL_AVX512, True),
-        tiles.tile_product(BFLOAT16, ALL_AVX512, False),
-        tiles.laid_out(),
+        amx.tile_product(INT8, ALL_AVX512, True),
+        amx.tile_product(INT4, ALL_AVX512, True),
+        amx.tile_product(BFLOAT16, ALL_AVX512, False),
+        amx.laid_out(),
     ):
         assert not calls_of(assembly, FULL)
 

@@ -14,7 +14,8 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import NMPattern
-from maskpro_kernels.ops.triton import device, masked_gemm, packed, table
+from maskpro_kernels.ops.tables import triton as table
+from maskpro_kernels.ops.triton import device, masked_gemm, packed_gemm
 from maskpro_kernels.ops.triton.tiles import INTERPRETED
 
 # By mutation: the text of masked_gemm.py, by what it is replaced, and the results that then are wrong. Tiles are
@@ -59,7 +60,7 @@ MUTANTS = {
 }
 
 
-# Of packed.py: the text, and by what it is replaced
+# Of packed_gemm.py: the text, and by what it is replaced
 PACKED_MUTANTS = {
     "nothing": ("", ""),
     "y of tiles is stored to one row too many": ("(row[:, None] < rows)", "(row[:, None] <= rows)"),
@@ -144,7 +145,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
 )
 def test_packed_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     """Rows, tokens and groups fill no tile; what lies after an output is looked at as well."""
-    mutant = mutant_of(packed, *PACKED_MUTANTS[mutation], tmp_path)
+    mutant = mutant_of(packed_gemm, *PACKED_MUTANTS[mutation], tmp_path)
     mutant.torch = poisoned
     for name in ("nm_linear", "unpack_nm"):
         monkeypatch.setattr(table, name, getattr(mutant, name))

@@ -18,7 +18,7 @@ import maskpro_kernels as mk
 from gpu_emulators.ptx.matrix import sparsity
 from maskpro_kernels import ops
 from maskpro_kernels.ops.pattern import as_bitmask, bitmask_of, metadata_of
-from maskpro_kernels.ops.triton import packed, sparse_mma
+from maskpro_kernels.ops.triton import packed_gemm, sparse_mma
 
 SHAPES = [(32, 64), (64, 192), (1, 16), (33, 80), (100, 144)]
 
@@ -154,14 +154,14 @@ def test_products_and_gradients_of_metadata_are_those_of_the_bitmask(route, toke
     ],
 )
 def test_which_products_read_metadata(target, tokens, on_8, k, expected, monkeypatch):
-    monkeypatch.setattr(packed, "INTERPRETED", False)
-    monkeypatch.setattr(packed, "sparse_available", lambda device: on_8)
-    monkeypatch.setattr(packed, "architecture", lambda device: target)
+    monkeypatch.setattr(packed_gemm, "INTERPRETED", False)
+    monkeypatch.setattr(packed_gemm, "sparse_available", lambda device: on_8)
+    monkeypatch.setattr(packed_gemm, "architecture", lambda device: target)
     values, bitmask = torch.zeros(64, k // 2, dtype=torch.bfloat16), bitmask_of(codes(64, k), 4)
     x = torch.zeros(tokens, k, dtype=torch.bfloat16)
-    assert packed.route(x, values, metadata_of(bitmask), 2, 4) == expected
+    assert packed_gemm.route(x, values, metadata_of(bitmask), 2, 4) == expected
     # what a bitmask has is never made at a call
-    assert packed.route(x, values, bitmask, 2, 4) in ("vector", "tiles", "unpack")
+    assert packed_gemm.route(x, values, bitmask, 2, 4) in ("vector", "tiles", "unpack")
 
 
 def test_where_gluon_is_missing_bitmasks_stay(monkeypatch):

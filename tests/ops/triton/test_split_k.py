@@ -11,7 +11,7 @@ from helpers.products import COUNTER, normal, operands, small_tiles, within_budg
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.ops.triton import masked_gemm, packed, tiles
+from maskpro_kernels.ops.triton import masked_gemm, packed_gemm, tiles
 
 # Bytes of a weight beside which sums are few, and their number
 LARGE = 1 << 40, 1
@@ -19,7 +19,7 @@ LARGE = 1 << 40, 1
 
 def in_parts(monkeypatch, parts):
     """Tiles of 32 columns or 16 rows at a time, and the inner dimension in so many parts."""
-    for module in (masked_gemm, packed):
+    for module in (masked_gemm, packed_gemm):
         monkeypatch.setattr(module, "tiles_for", small_tiles)
     monkeypatch.setattr(masked_gemm, "parts_for", lambda *_: parts)
 

@@ -1,14 +1,6 @@
 """Operations as machine code, on a CPU for which LLVM compiles; torch multiplies where the mask changes."""
 
-from ..reference.products import (
-    masked_linear,
-    masked_linear_input_grad,
-    masked_linear_weight_grad,
-    straight_through_grad,
-    straight_through_update_,
-    weight_gradient,
-)
-from .kernels import (
+from ..cpu.kernels import (
     adamw_,
     best_swaps,
     descend_,
@@ -23,4 +15,12 @@ from .kernels import (
     top_n_mask,
     update_layers_,
 )
-from .packed.products import nm_linear, nm_linear_input_grad, unpack_nm
+from ..cpu.packed_gemm.products import nm_linear, nm_linear_input_grad, unpack_nm
+from ..unfused import (
+    masked_linear,
+    masked_linear_input_grad,
+    masked_linear_weight_grad,
+    straight_through_grad,
+    straight_through_update_,
+    weight_gradient,
+)

@@ -14,7 +14,7 @@ from torch.sparse import _semi_structured_conversions as conversions
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops.pattern import metadata_of
-from maskpro_kernels.ops.triton import packed
+from maskpro_kernels.ops.triton import packed_gemm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
@@ -63,12 +63,12 @@ def asserted_product(values, metadata, x, bias=None):
 @pytest.fixture
 def on_8(monkeypatch):
     """Capability 8.x, whose product the CPU computes."""
-    monkeypatch.setattr(packed, "sparse_available", lambda device: True)
-    monkeypatch.setattr(packed, "LIBRARY_TOKENS", 64)
+    monkeypatch.setattr(packed_gemm, "sparse_available", lambda device: True)
+    monkeypatch.setattr(packed_gemm, "LIBRARY_TOKENS", 64)
     monkeypatch.setattr(mk.packed, "holds_metadata", lambda device: True)
-    monkeypatch.setattr(packed.torch, "_sparse_semi_structured_mm", asserted_product)
+    monkeypatch.setattr(packed_gemm.torch, "_sparse_semi_structured_mm", asserted_product)
     monkeypatch.setattr(
-        packed.torch, "_sparse_semi_structured_addmm", lambda bias, *operands: asserted_product(*operands, bias)
+        packed_gemm.torch, "_sparse_semi_structured_addmm", lambda bias, *operands: asserted_product(*operands, bias)
     )
 
 
@@ -106,8 +106,8 @@ def test_activations_that_start_anywhere_are_moved(on_8):
 def test_what_torch_multiplies(shape, dtype, pattern, tokens, expected, on_8):
     stored = mk.pack_nm(torch.zeros(shape, dtype=dtype), pattern)
     x, n = torch.zeros(tokens, shape[1], dtype=dtype), mk.NMPattern(pattern)
-    assert packed.route(x, stored.values, stored.bitmask, n.n, n.m) == expected
+    assert packed_gemm.route(x, stored.values, stored.bitmask, n.n, n.m) == expected
 
 
 def test_other_devices_have_no_such_product():
-    assert not packed.sparse_available(torch.device("cpu"))
+    assert not packed_gemm.sparse_available(torch.device("cpu"))

@@ -18,7 +18,7 @@ from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import curvature, reference
 from maskpro_kernels.ops.pattern import NMPattern
-from maskpro_kernels.ops.triton import straight_through, tiles
+from maskpro_kernels.ops.triton import slopes, tiles
 
 
 @settings(max_examples=6)
@@ -53,8 +53,8 @@ def test_the_gradient_of_a_weight_is_summed_in_float32(dtype):
 @pytest.fixture
 def by_torch(monkeypatch):
     """The product is torch's, whatever the tokens, and a kernel takes what follows in many tiles."""
-    monkeypatch.setattr(straight_through, "fused_tokens", lambda *_: 0)
-    monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+    monkeypatch.setattr(slopes, "fused_tokens", lambda *_: 0)
+    monkeypatch.setattr(slopes, "tiles_for", small_tiles)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_updates_by_torchs_product_step_by_the_slope(dtype, by_torch, launched):
 )
 def test_who_multiplies_goes_by_tokens_and_by_the_kind_of_mask(target, kind, most, launched, monkeypatch):
     """A draw that has been made already is known by its codes."""
-    monkeypatch.setattr(straight_through, "architecture", lambda device: target)
+    monkeypatch.setattr(slopes, "architecture", lambda device: target)
     pattern = NMPattern("2:4")
     for tokens, kernel in ((most, "straight_through"), (most + 1, "straight_through_step")):
         grad, x, weight, logits = slope_operands(pattern, tokens=tokens, rows=4, k=16)
@@ -114,11 +114,11 @@ def test_who_multiplies_goes_by_tokens_and_by_the_kind_of_mask(target, kind, mos
 def test_tiles_that_are_taken_in_groups_are_all_taken_once(monkeypatch):
     """Of a group and a part of one, three rows of tiles each."""
     pattern = NMPattern("2:4")
-    count = straight_through.SHARING.value + 3
+    count = slopes.SHARING.value + 3
     grad, x, weight, logits = slope_operands(pattern, rows=40, k=32 * count)
     mask = source_of(logits, pattern)
     whole = ops.straight_through_grad(grad, x, weight, CURVATURE, mask)
-    monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+    monkeypatch.setattr(slopes, "tiles_for", small_tiles)
     in_tiles = ops.straight_through_grad(grad, x, weight, CURVATURE, mask)
     torch.testing.assert_close(in_tiles, whole, rtol=1e-4, atol=1e-4)
     rate = torch.tensor(0.5, device=KERNEL_DEVICE)
@@ -137,7 +137,7 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtypes, launched, monke
     """Bit for bit as the slope of the same tiles and the eager reference of the step."""
     dtype, logits_dtype = dtypes
     if tiles == "many tiles":
-        monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+        monkeypatch.setattr(slopes, "tiles_for", small_tiles)
     grad, x, weight, logits = slope_operands(pattern, dtype=dtype, logits=logits_dtype)
     gradient = ops.straight_through_grad(grad, x, weight, CURVATURE, source_of(logits, pattern))
     rate = torch.tensor(0.5 / float(gradient.square().mean().sqrt()), device=KERNEL_DEVICE)
@@ -170,7 +170,7 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtypes, launched, monke
 def test_the_gradient_of_the_weight_comes_with_the_slope(pattern, dtype, launched, monkeypatch):
     """Of kept and dropped weights; slope, logits and mean square keep their bits."""
     pattern = NMPattern(pattern)
-    monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+    monkeypatch.setattr(slopes, "tiles_for", small_tiles)
     grad, x, weight, logits = slope_operands(pattern, dtype=dtype)
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
     found, alike = [], []

@@ -1,7 +1,7 @@
 """Packed weights on a CPU: compiled code that expands their values into columns, and multiplies with them.
 
 Other modules call ``products``. By the CPU's ``instructions`` it uses ``rows`` or ``gathered`` for a few tokens,
-``tiles`` for many tokens with AMX, and otherwise slices of rows that code of ``weight`` unpacks.
+``amx`` for many tokens with AMX, and otherwise slices of rows that code of ``weight`` unpacks.
 
 Names are those of LLVM (``i8`` to ``i64``, vector, lane) and of the manuals of AVX2, AVX-512 and AMX (expand, tile),
 and besides

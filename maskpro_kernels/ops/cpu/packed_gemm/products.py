@@ -353,10 +353,10 @@ def _by_integers(kind: Packed, tokens: int, biased: bool) -> Product:
 
 
 def _by_tiles(kind: Packed, tokens: int, biased: bool) -> Product:
-    from . import tiles
+    from . import amx
 
-    lay_out = compiled("packed_laid_out", 4, tiles.laid_out)
-    loop = compiled("packed_tiles", 10, tiles.tile_product, kind, available(), biased)
+    lay_out = compiled("packed_laid_out", 4, amx.laid_out)
+    loop = compiled("packed_tiles", 10, amx.tile_product, kind, available(), biased)
 
     def product(x: Tensor, weight: WeightTensors, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = weight
@@ -365,16 +365,16 @@ def _by_tiles(kind: Packed, tokens: int, biased: bool) -> Product:
         tokens = x.numel() // k
         out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
         thread_count = threads(rows * k)
-        x_tiles = -(-tokens // tiles.TILE)
-        laid_out = torch.empty(x_tiles * -(-k // RUN) * tiles.TILE_BYTES, dtype=torch.uint8, device="cpu")
+        x_tiles = -(-tokens // amx.TILE)
+        laid_out = torch.empty(x_tiles * -(-k // RUN) * amx.TILE_BYTES, dtype=torch.uint8, device="cpu")
         lay_out(x_tiles, thread_count if x_tiles > 1 else 1, k, tokens, x.data_ptr(), laid_out.data_ptr())
         weight_addresses = values.data_ptr(), bitmask.data_ptr(), _address(scales)
         cached_tokens = max(MIN_TOKENS, CACHED_BYTES // (k * x.itemsize))
-        at_once = min(tiles.TOKENS, cached_tokens // tiles.TILE * tiles.TILE)
+        at_once = min(amx.TOKENS, cached_tokens // amx.TILE * amx.TILE)
         for first in range(0, tokens, at_once):
             count = min(at_once, tokens - first)
             addresses = *weight_addresses, laid_out.data_ptr(), _address(bias), out.data_ptr()
-            loop(-(-rows // tiles.STRIP), thread_count, k, rows, first, count, *addresses)
+            loop(-(-rows // amx.STRIP), thread_count, k, rows, first, count, *addresses)
         return out
 
     return product

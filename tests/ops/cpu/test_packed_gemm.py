@@ -21,8 +21,8 @@ import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import cache, machine
 from maskpro_kernels.ops.cpu.codegen import I32, I64
-from maskpro_kernels.ops.cpu.packed import Packed, products
-from maskpro_kernels.ops.cpu.packed.instructions import I8, best_instructions, intrinsic, vector, zeros
+from maskpro_kernels.ops.cpu.packed_gemm import Packed, products
+from maskpro_kernels.ops.cpu.packed_gemm.instructions import I8, best_instructions, intrinsic, vector, zeros
 from maskpro_kernels.ops.pattern import NMPattern, bitmask_of
 from maskpro_kernels.packed import VALUE_KINDS, quantized
 

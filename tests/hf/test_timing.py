@@ -13,8 +13,16 @@ from torch import nn
 from transformers import BertConfig, BertModel, GenerationConfig
 
 from maskpro_kernels import NMLinear, convert, finalize
-from maskpro_kernels.hf import measure_speed, speed
-from maskpro_kernels.hf.speed import WARM_UP, Spread, first_difference, greedy, plain_generation, rounding_of, stored_as
+from maskpro_kernels.hf import measure_speed, timing
+from maskpro_kernels.hf.timing import (
+    WARM_UP,
+    Spread,
+    first_difference,
+    greedy,
+    plain_generation,
+    rounding_of,
+    stored_as,
+)
 from maskpro_kernels.unfuse import replace_modules
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -162,7 +170,7 @@ def test_models_alternate(models, monkeypatch):
         order.append(names[id(model)])
         return greedy(model, *args, **how)
 
-    monkeypatch.setattr(speed, "greedy", noted)
+    monkeypatch.setattr(timing, "greedy", noted)
     three = {name: models[name] for name in ("sparse", "packed", "masked")}
     report = measure_speed(three, PROMPT, new_tokens=2, rounds=2)
     a, b, c = three
@@ -174,7 +182,7 @@ def test_models_alternate(models, monkeypatch):
 def test_rates_are_tokens_over_seconds(models, monkeypatch):
     # a clock that continues by a second each time somebody looks
     seconds = iter(range(10_000))
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
     done = []
     report = measure_speed({"one": models["base"]}, PROMPT, 5, 3, lambda *progress: done.append(progress))
     (model,) = report.models
