@@ -270,6 +270,7 @@ def killed_until_done(folder: Path, how: str, kills: int, steps: int) -> int:
 @pytest.mark.parametrize(
     ("how", "kills"),
     [
+        ("reinforce", 1),
         ("straight-through", 1),
         pytest.param("trained weights", 1, marks=pytest.mark.slow),
         *(
