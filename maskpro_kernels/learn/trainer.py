@@ -20,21 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import digest
-from ..fsdp import (
-    agree_on_shards,
-    check_finite,
-    check_no_flat_parameters,
-    check_sharding,
-    is_distributed,
-    is_sharded,
-    resetting,
-    without_gradients,
-)
+from ..fsdp import agree_on_shards, check_finite, check_no_flat_parameters, check_sharding, resetting
 from ..functional.checks import describe
 from ..functional.masks import top_n_mask
-from ..modules import MaskedLinear, advance, counter_states, masked_layers
+from ..modules import MaskedLinear, advance, counter_states, is_sharded, masked_layers, without_gradients
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
+from ..shards import is_distributed
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
 from .masks import ModelMasks, least_margin

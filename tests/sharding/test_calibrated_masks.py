@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
-from maskpro_kernels.fsdp import whole
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune import reconstruction
 from maskpro_kernels.ranks import FailedRank
+from maskpro_kernels.shards import whole
 
 
 class Chain(nn.Module):

@@ -9,7 +9,16 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import rank_trainer
-from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, learn_each, learn_sharded, shard, whole_logits
+from helpers.sharded_jobs import (
+    Blocks,
+    a_mesh,
+    a_sharded_model,
+    learn_each,
+    learn_sharded,
+    logits_of,
+    shard,
+    whole_logits,
+)
 from helpers.tiny_llama import tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -139,9 +148,10 @@ def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, ranks: 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mk.convert(model, "2:4", gap=2.0)
     if mesh is not None:
+        how = {"mesh": a_mesh(mesh), "ignored_params": logits_of(model)}
         for block in model.model.layers:
-            fully_shard(block, mesh=a_mesh(mesh))
-        fully_shard(model, mesh=a_mesh(mesh))
+            fully_shard(block, **how)
+        fully_shard(model, **how)
     tokens = torch.randint(2, 32, (2 * ranks, 2, 12), generator=torch.Generator().manual_seed(3))
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens]
     trainer = rank_trainer(how, model=model, batches=batches, loss_fn=language_loss, accumulate=ranks)

@@ -9,7 +9,7 @@ from helpers.in_ranks import all_in_ranks
 from helpers.moe_jobs import a_mixture
 from helpers.rank_jobs import rank_trainer
 from helpers.refusals import assert_lines, lines_of
-from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, shard
+from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, logits_of, shard
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
@@ -35,7 +35,7 @@ def converted(pattern: str = "2:4", targets: tuple[str, ...] = ("*",)) -> Blocks
 
 def sharded_by(pattern: str = "2:4", targets: tuple[str, ...] = ("*",), **how) -> mk.MaskTrainer:
     model = converted(pattern, targets)
-    fully_shard(model, **{"mesh": a_mesh([2])} | how)
+    fully_shard(model, **{"mesh": a_mesh([2]), "ignored_params": logits_of(model)} | how)
     return trained(model)
 
 
@@ -71,7 +71,7 @@ def cut_by_a_plan_and_fully_shard() -> None:
 
 def cut(model: nn.Module) -> nn.Module:
     for block in model.model.layers:
-        fully_shard(block, mesh=a_mesh([2]))
+        fully_shard(block, mesh=a_mesh([2]), ignored_params=logits_of(model))
     return model
 
 
@@ -87,7 +87,7 @@ def finished_experts() -> None:
 
 def sharded_in_part() -> mk.MaskTrainer:
     model = converted()
-    fully_shard(model.blocks[0], mesh=a_mesh([2]))
+    fully_shard(model.blocks[0], mesh=a_mesh([2]), ignored_params=logits_of(model))
     return trained(model)
 
 
@@ -122,7 +122,7 @@ def in_flat_parameters() -> mk.MaskTrainer:
 
 def finished_around_a_layer_itself() -> None:
     model = converted()
-    fully_shard(model.out, mesh=a_mesh([2]))
+    fully_shard(model.out, mesh=a_mesh([2]), ignored_params=logits_of(model))
     shard(model, [2])
     before = dict(model.named_modules())
     try:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from maskpro_kernels.fsdp import planned_parts
 from maskpro_kernels.learn.run import (
     MANIFEST,
     digest_of_file,
@@ -28,6 +27,7 @@ from maskpro_kernels.learn.run import (
 )
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import FailedRank, Ranks
+from maskpro_kernels.shards import planned_parts
 
 STEPS = 4
 

@@ -15,10 +15,11 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
-from maskpro_kernels.fsdp import resetting, whole
+from maskpro_kernels.fsdp import resetting
 from maskpro_kernels.learn.masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.selection import READ_ELSEWHERE
+from maskpro_kernels.shards import whole
 
 WIDTH = 256
 
