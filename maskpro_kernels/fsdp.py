@@ -10,7 +10,7 @@ sent: FSDP2 does not know those of a layer that it has split before ``convert``,
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -228,9 +228,10 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
     ValueError, before any change, if one is split in a way that is not supported.
     """
     layers = {name: layer for name, layer in layers.items() if layer.shard is None}
-    if not layers:
+    if layers:
+        reshard(model)
+    if not any(is_distributed(layer.weight) or is_distributed(layer.logits) for layer in layers.values()):
         return
-    reshard(model)
     modules = gathering_modules(model, {name: layer.weight for name, layer in layers.items()})
     for name, layer in layers.items():
         if is_distributed(layer.logits):
@@ -246,39 +247,44 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
 
 
 def gathering_modules(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Modules given to ``fully_shard`` that gather weights of a model's layers, by name of the layer; of split ones.
+    """Modules given to ``fully_shard`` that gather weights, by name of the layer; none if all weights are whole.
 
     Raises:
-        ValueError: if a parameter is a DTensor not of fully_shard, such as of a tensor-parallel plan, or one of the
-            weights is not split into equal rows over all ranks.
+        ValueError: if a parameter is a DTensor not of fully_shard, such as of a tensor-parallel plan; or unless all
+            weights are whole, or split into equal rows over all ranks.
     """
+    # an inner module comes after the outer ones
+    around = {inner: module for module in sharded_modules(model) for inner in module.modules()}
     modules: dict[int, nn.Module] = {}
-
-    def visit(name: str, module: nn.Module, around: nn.Module | None) -> None:
-        around = module if _is_sharded_module(module) else around
-        for key, parameter in module._parameters.items():
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
             # logits have the layout of their weight
-            if is_distributed(parameter) and key != "logits":
-                if around is None or not _is_split_once(parameter):
-                    raise ValueError(
-                        "model: tensor parallel and other DTensors than those of fully_shard are not supported; use "
-                        f"FSDP2 (fully_shard); got {parameter.placements} in {name or 'the model itself'}"
-                    )
-                modules[id(parameter)] = around
-        for key, child in module.named_children():
-            visit(f"{name}.{key}" if name else key, child, around)
-
-    visit("", model, None)
-    split = {name: weight for name, weight in weights.items() if is_distributed(weight)}
+            if not is_distributed(parameter) or key == "logits":
+                continue
+            if module not in around or not _is_split_once(parameter):
+                raise ValueError(
+                    "model: tensor parallel and other DTensors than those of fully_shard are not supported; use FSDP2 "
+                    f"(fully_shard); got {parameter.placements} in {name or 'the model itself'}"
+                )
+            modules[id(parameter)] = around[module]
+    meshes = {name: weight.device_mesh if is_distributed(weight) else None for name, weight in weights.items()}
+    split = next((name for name, mesh in meshes.items() if mesh is not None), None)
+    if split is None:
+        return {}
     names: dict[int, str] = {}
-    for name, weight in split.items():
+    for name, weight in weights.items():
+        if meshes[name] != meshes[split]:
+            raise ValueError(
+                f"model: expected fully_shard to split all masked layers over one mesh or none, got {meshes[split]} in "
+                f"{split} and {meshes[name]} in {name}"
+            )
         _check_rows(name, weight)
         if names.setdefault(id(weight), name) != name:
             raise ValueError(
-                "model: expected layers with a weight of their own where fully_shard has split them, got one weight in "
+                "model: expected another weight in each layer that fully_shard has split, got one in "
                 f"{names[id(weight)]} and {name}"
             )
-    return {name: modules[id(weight)] for name, weight in split.items()}
+    return {name: modules[id(weight)] for name, weight in weights.items()}
 
 
 def _is_split_once(tensor: Tensor) -> bool:
@@ -307,16 +313,11 @@ def _check_rows(name: str, weight: Tensor) -> None:
         raise ValueError(f"model: expected shards that stay on their device, got some offloaded to {place} in {name}")
 
 
-def _is_sharded_module(module: nn.Module) -> bool:
-    """Return whether fully_shard was called on a module."""
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules of a model on which fully_shard was called, outer ones first."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     # nobody has used it if it is not there, and its import takes long
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
-def sharded_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules of a model on which fully_shard was called."""
-    return [module for module in model.modules() if _is_sharded_module(module)]
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
@@ -332,47 +333,13 @@ def resetting(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module in sharded_modules(model):
+            # torch has had it since 2.13
+            reset = getattr(module, "reset_iter_state", module.reshard)
             # all but the outermost one raise it, and ranks that have lost others; raise the first error
             with suppress(RuntimeError):
-                # torch has had it since 2.13
-                if hasattr(module, "reset_iter_state"):
-                    module.reset_iter_state()
+                reset()
         raise
     reshard(model)
-
-
-def gathers_within(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
-    """Return whether each block can run alone: FSDP2 gathers no parameter of it together with others outside."""
-    reshard(model)
-
-    def is_closed(module: nn.Module) -> bool:
-        if _is_sharded_module(module):
-            return True
-        return not any(map(is_distributed, module._parameters.values())) and all(map(is_closed, module.children()))
-
-    return all(map(is_closed, blocks))
-
-
-def check_no_flat_parameters(argument: str, model: nn.Module) -> None:
-    """Raise ValueError if FSDP1 has flattened the parameters of a module."""
-    for name, module in model.named_modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise ValueError(
-                f"{argument}: expected plain parameters or those of fully_shard, got the flat ones of "
-                f"FullyShardedDataParallel (FSDP1) in {name or 'the model itself'}"
-            )
-
-
-def check_sharding(layers: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError unless all layers are whole, or fully_shard has split all of them over one mesh."""
-    meshes = {name: None if layer.shard is None else layer.shard.mesh for name, layer in layers.items()}
-    split = next((name for name, mesh in meshes.items() if mesh is not None), None)
-    for name, mesh in meshes.items():
-        if split is not None and mesh != meshes[split]:
-            raise ValueError(
-                f"model: expected fully_shard to split all masked layers over one mesh or none, got {meshes[split]} in "
-                f"{split} and {mesh} in {name}"
-            )
 
 
 def check_finite(layers: Mapping[str, nn.Module]) -> None:

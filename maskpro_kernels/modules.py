@@ -485,7 +485,7 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
 
 
 def is_sharded(layers: Mapping[str, MaskedLinear]) -> bool:
-    """Return whether fully_shard has split layers: all of them, see ``check_sharding``."""
+    """Return whether fully_shard has split the layers of a model: all of them, if any."""
     return any(layer.shard is not None for layer in layers.values())
 
 

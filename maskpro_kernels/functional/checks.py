@@ -133,6 +133,16 @@ def check_in_memory(
         )
 
 
+def check_no_flat_parameters(argument: str, model: nn.Module) -> None:
+    """Raise ValueError if FSDP1 has flattened the parameters of a module."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError(
+                f"{argument}: expected plain parameters or those of fully_shard, got the flat ones of "
+                f"FullyShardedDataParallel (FSDP1) in {name or 'the model itself'}"
+            )
+
+
 def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
     """Raise unless ``codes`` are group codes of the pattern; they must fit ``like`` [..., K] if it is given."""
     if not isinstance(codes, Tensor) or codes.dtype != pattern.code_dtype:

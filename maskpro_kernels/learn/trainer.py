@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import digest
-from ..fsdp import agree_on_shards, check_finite, check_no_flat_parameters, check_sharding, resetting
-from ..functional.checks import describe
+from ..fsdp import agree_on_shards, check_finite, resetting
+from ..functional.checks import check_no_flat_parameters, describe
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, counter_states, is_sharded, masked_layers, without_gradients
 from ..ops.philox import MAX_STEPS
@@ -118,7 +118,6 @@ class MaskTrainer:
         except (TypeError, OSError) as error:
             raise ValueError(f"output_dir: expected a folder, got {describe(output_dir)}: {error}") from error
         self.ranks = Ranks(timeout)
-        check_sharding(self.layers)
         self._sharded = is_sharded(self.layers)
         if accumulate % self.ranks.world_size:
             raise ValueError(f"accumulate: expected a multiple of the {self.ranks.world_size} ranks, got {accumulate}")

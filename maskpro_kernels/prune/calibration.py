@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import gathers_within, resetting, reshard
+from ..fsdp import resetting, reshard, sharded_modules
 from ..functional.linear import codes_linear
 from ..functional.masks import expand_mask
 from ..modules import evaluating
@@ -378,7 +378,7 @@ def calls_by_block(
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and all(layer.startswith(prefix) for layer in layers):
             chain = list(module)
             break
-    recorded = _record_chain(model, chain, calls) if chain and gathers_within(model, chain) else None
+    recorded = _record_chain(model, chain, calls) if chain and _run_alone(model, chain) else None
     if recorded is None:
         yield model, calls
         return
@@ -432,6 +432,17 @@ def _record_chain(
         for handle in handles:
             handle.remove()
     return hidden, other_arguments
+
+
+def _run_alone(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Return whether each block can run alone: FSDP2 gathers no parameter of it together with others outside."""
+    reshard(model)
+    for block in blocks:
+        gathered = {inner for module in sharded_modules(block) for inner in module.modules()}
+        for module in block.modules():
+            if module not in gathered and any(map(is_distributed, module.parameters(recurse=False))):
+                return False
+    return True
 
 
 def _hidden_state(output):

@@ -13,8 +13,16 @@ import torch
 from torch import nn
 
 from ..files import digest_of_named
-from ..fsdp import check_no_flat_parameters, gathering_modules, reshard
-from ..functional.checks import LARGEST_GAP, check_gap, check_int, check_one_of, device_of_logits, in_a_line
+from ..fsdp import gathering_modules, reshard
+from ..functional.checks import (
+    LARGEST_GAP,
+    check_gap,
+    check_int,
+    check_no_flat_parameters,
+    check_one_of,
+    device_of_logits,
+    in_a_line,
+)
 from ..learn.batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..ops.pattern import NMPattern
@@ -229,27 +237,7 @@ def _masks_of_shards(layers: Mapping[str, nn.Linear], pattern: NMPattern, init: 
     with closing(Ranks()) as ranks:
         ranks.connect()
         ranks.agree({"init": ranks.run_on_all(described), "refit": refit, "seed": seed})
-        if refit != "none" or init in ("wanda", "reconstruction"):
-            _check_all_cut(layers)
         return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
-
-
-def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
-    cut = {name: is_distributed(layer.weight) for name, layer in layers.items()}
-    if not all(cut.values()):
-        cut_name = next(name for name, is_cut in cut.items() if is_cut)
-        whole_name = next(name for name, is_cut in cut.items() if not is_cut)
-        raise ValueError(
-            f"targets: expected layers that are all cut over ranks, or none of them, got {cut_name}, which is cut, "
-            f"and {whole_name}, which is not"
-        )
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        if owners.setdefault(id(layer.weight), name) != name:
-            raise ValueError(
-                f"targets: expected layers with a weight of their own {CUT}, got one weight in "
-                f"{owners[id(layer.weight)]} and {name}"
-            )
 
 
 def check_replaceable(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from helpers.sharded_jobs import (
     whole_logits,
 )
 from helpers.tiny_llama import tiny_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
@@ -58,12 +58,10 @@ def test_sharded_layers_learn_by_the_bits_of_one_process(eager_reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [[2, 2], [4], [3]], ids=str)
+@pytest.mark.parametrize("mesh", [[2, 2], [4]], ids=str)
 def test_meshes_of_more_ranks_learn_by_the_bits_of_one_process(mesh, eager_reference):
-    """Of three ranks some have fewer rows than others, and one has none of the last layer."""
-    world = 3 if mesh == [3] else 4
-    runs = {name: how | {"accumulate": how["accumulate"] // 2 * world} for name, how in RUNS.items()}
-    assert_learns_as_one_process(world, mesh, runs, 20)
+    runs = {name: how | {"accumulate": 2 * how["accumulate"]} for name, how in RUNS.items()}
+    assert_learns_as_one_process(4, mesh, runs, 20)
 
 
 class Fails(RuntimeError):
@@ -99,6 +97,7 @@ def learn_each_after_errors(rank: int, mesh: list[int] | None) -> dict[str, list
     return {how: learn_after_errors(mesh, how, after) for how, after in FAILING.items()}
 
 
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="torch has reset_iter_state since 2.13")
 def test_an_error_inside_a_step_leaves_nothing_gathered(eager_reference):
     alone = learn_each_after_errors(0, None)
     for theirs in all_in_ranks(2, learn_each_after_errors, mesh=[2]):
