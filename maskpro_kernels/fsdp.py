@@ -333,13 +333,13 @@ def resetting(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module in sharded_modules(model):
-            # torch has had it since 2.13
-            reset = getattr(module, "reset_iter_state", module.reshard)
-            # all but the outermost one raise it, and ranks that have lost others; raise the first error
-            with suppress(RuntimeError):
-                reset()
+            # AttributeError: it has not run yet, or torch is older than 2.13. RuntimeError: it is not the outermost
+            # one, or another rank has ended. Raise the first error
+            with suppress(AttributeError, RuntimeError):
+                module.reset_iter_state()
         raise
-    reshard(model)
+    finally:
+        reshard(model)
 
 
 def check_finite(layers: Mapping[str, nn.Module]) -> None:

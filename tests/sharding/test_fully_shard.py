@@ -147,10 +147,10 @@ def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, ranks: 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mk.convert(model, "2:4", gap=2.0)
     if mesh is not None:
-        how = {"mesh": a_mesh(mesh), "ignored_params": logits_of(model)}
+        settings = {"mesh": a_mesh(mesh), "ignored_params": logits_of(model)}
         for block in model.model.layers:
-            fully_shard(block, **how)
-        fully_shard(model, **how)
+            fully_shard(block, **settings)
+        fully_shard(model, **settings)
     tokens = torch.randint(2, 32, (2 * ranks, 2, 12), generator=torch.Generator().manual_seed(3))
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens]
     trainer = rank_trainer(how, model=model, batches=batches, loss_fn=language_loss, accumulate=ranks)
