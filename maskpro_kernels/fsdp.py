@@ -1,10 +1,11 @@
 """Masked layers whose rows FSDP2 (``torch.distributed.fsdp.fully_shard``) has split over ranks.
 
 Each rank has its own rows of weight and logits, and FSDP2 gathers the rows of a weight before each use. It calls
-``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a local tensor whose class has them. Those of ``MaskedRows``
-send only kept values and their bitmask: each rank draws the masks of its rows without the others. Logits are never
-sent: FSDP2 does not know those of a layer that it has split before ``convert``, and ignores the others by its
-``ignored_params``.
+``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a shard whose class has these methods. Those of ``MaskedRows``
+send only kept values and their bitmask: each rank draws the masks of its rows without the others.
+
+Logits are never sent. Either a model is converted first, and ``fully_shard`` ignores its logits by ``ignored_params``.
+Or its layers are converted afterwards, in place: FSDP2 gathers into the same modules, and does not know their logits.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class MaskedRows(Tensor):
     rows: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor) -> MaskedRows:
+    def from_plain(cls, rows: Tensor) -> MaskedRows:
         masked_rows = rows.as_subclass(cls)
         masked_rows.rows = rows
         return masked_rows
@@ -58,7 +59,7 @@ class MaskedRows(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         plain_args, plain_kwargs = tree_map_only(cls, lambda tensor: tensor.rows, (args, kwargs or {}))
         result = func(*plain_args, **plain_kwargs)
-        return cls.of(result) if func in KEEP_CLASS else result
+        return cls.from_plain(result) if func in KEEP_CLASS else result
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module: nn.Module, mp_policy):
         """Return the tensors of this rank that FSDP2 gathers, and what ``fsdp_post_all_gather`` needs beside them."""
@@ -84,15 +85,15 @@ class MaskedRows(Tensor):
         m = module.pattern.m
         size = module.in_features // m * n * dtype.itemsize
         # a single row is contiguous already, but must be copied too
-        pieces = sent.split([size, sent.shape[1] - size], 1)
-        values, bitmask = (piece.clone(memory_format=torch.contiguous_format) for piece in pieces)
+        values = sent[:, :size].clone(memory_format=torch.contiguous_format)
+        bitmask = sent[:, size:].clone(memory_format=torch.contiguous_format)
         # FSDP2 allocates it again for the next gather
         sent.untyped_storage().resize_(0)
         weight = ops.unpacked(values.view(dtype), bitmask, None, n, m)
         module.shard.gathered = key
         if out is None:
             return weight, (weight,)
-        # ``data``: equal to the values of the forward, to which autograd may have a reference
+        # ``data`` keeps the version: autograd may refer to the weight of the forward, which had the same values
         out.data.copy_(weight)
         return None
 
@@ -134,7 +135,7 @@ class RowShard:
         layer = self._layer
         self.logits = layer.logits.detach().to_local()
         self.weight = _plain(layer.weight)
-        self._gather(MaskedRows.of(self.weight))
+        self._gather(MaskedRows.from_plain(self.weight))
 
     def _gather(self, rows: Tensor) -> None:
         layer = self._layer
@@ -207,11 +208,13 @@ def _plain(weight: Tensor) -> Tensor:
 def _gather_anew(layer: nn.Module, module: nn.Module) -> None:
     """Let FSDP2 take a layer's weight from the layer again, and allocate memory for the next gather of it.
 
-    FSDP2 does this by itself before the first forward alone. But a model runs before ``convert`` if its masks are
-    calibrated, and ``finalize`` follows the last step. torch has no public name for it. Private are all names below but
-    those of ``layer``, and torch 2.11 and 2.12 have one group of parameters instead of several.
+    By itself FSDP2 does so only before the first forward. But a model runs before ``convert`` if its masks are
+    calibrated, and before ``finalize``. torch has no public name for it; this function uses the private names
+    ``_get_fsdp_state``, ``_fsdp_param_groups``, ``fsdp_params``, and of a parameter of FSDP2 ``_module_info``,
+    ``reset_sharded_param``, ``_init_extensions``, ``all_gather_outputs`` and ``_unsharded_param``.
     """
     state = module._get_fsdp_state()
+    # torch 2.11 has one group
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     for group in groups:
         for param in group.fsdp_params:

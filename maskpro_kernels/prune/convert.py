@@ -131,16 +131,16 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
         gap = gap_for_flip_rate(flip_rate, pattern)
     device = None if logits_device is None else device_of_logits(logits_device)
     check_no_flat_parameters("model", model)
+    # all parameters, before the model runs
     gathering_modules(model, {})
     check_replaceable(model)
     call, calibration = first_call(_agreed_calibration(calibration) if cut else calibration)
     with one_layer_a_weight(model), in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
         modules = gathering_modules(model, {name: layer.weight for name, layer in layers.items()})
-        shards = bool(modules)
-        if shards and device is not None:
+        if modules and device is not None:
             raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it before fully_shard")
-        find = _masks_of_shards if shards else refitted_masks
+        find = _masks_of_shards if modules else refitted_masks
         masks = find(layers, pattern, init, refit, model, calibration, progress, seed)
         # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
         earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
