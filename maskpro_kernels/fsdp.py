@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,6 @@ from . import ops
 from .ops.counter import Place, version_of, versions
 from .ops.pattern import bitmask_of
 from .shards import first_row, is_distributed, like_shards, part_of, rows_dim, sum_over_shards
-
-if TYPE_CHECKING:
-    from .ranks import Ranks
 
 aten = torch.ops.aten
 # Operations on MaskedRows that give MaskedRows: those by which torch makes, moves and casts a parameter
@@ -343,24 +339,3 @@ def resetting(model: nn.Module) -> Iterator[None]:
         raise
     finally:
         reshard(model)
-
-
-def check_finite(layers: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError unless the logits of this rank are finite."""
-    for name, layer in layers.items():
-        if not torch.isfinite(layer.own_logits).all():
-            raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
-
-
-def agree_on_shards(ranks: Ranks, layers: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError on all ranks unless they have the same layers on the same meshes, with finite logits.
-
-    Afterwards all weights are shards.
-    """
-    shards = {name: layer.shard for name, layer in layers.items() if layer.shard is not None}
-    if not shards:
-        return
-    ranks.agree({name: shard.layout for name, shard in shards.items()})
-    ranks.run_on_all(lambda: check_finite(layers))
-    for shard in shards.values():
-        shard.reshard()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from .ops.dispatch import in_onnx_export
 from .ops.pattern import NMPattern
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .shards import is_distributed, local
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 
 @torch._disable_dynamo
@@ -494,6 +498,27 @@ def check_not_sharded(layers: Mapping[str, MaskedLinear], reason: str) -> None:
     for name, layer in layers.items():
         if layer.shard is not None:
             raise ValueError(f"model: expected whole layers, got {name}, which fully_shard has split: {reason}")
+
+
+def check_finite(layers: Mapping[str, MaskedLinear]) -> None:
+    """Raise ValueError unless the logits of this rank are finite."""
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.own_logits).all():
+            raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
+
+
+def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
+    """Raise ValueError on all ranks unless they have the same layers on the same meshes, with finite logits.
+
+    Afterwards all weights are shards.
+    """
+    shards = {name: layer.shard for name, layer in layers.items() if layer.shard is not None}
+    if not shards:
+        return
+    ranks.agree({name: shard.layout for name, shard in shards.items()})
+    ranks.run_on_all(lambda: check_finite(layers))
+    for shard in shards.values():
+        shard.reshard()
 
 
 @contextmanager

@@ -20,10 +20,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import digest
-from ..fsdp import agree_on_shards, check_finite, resetting
+from ..fsdp import resetting
 from ..functional.checks import check_no_flat_parameters, describe
 from ..functional.masks import top_n_mask
-from ..modules import MaskedLinear, advance, counter_states, is_sharded, masked_layers, without_gradients
+from ..modules import (
+    MaskedLinear,
+    advance,
+    agree_on_shards,
+    check_finite,
+    counter_states,
+    is_sharded,
+    masked_layers,
+    without_gradients,
+)
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from ..shards import is_distributed
