@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "maskpro_kernels"
 # Functions, operations, layers, and what these import
-PARTS = ("functional", "ops", "fsdp.py", "modules.py", "packed.py")
+PARTS = ("functional", "ops", "fsdp.py", "modules.py", "packed.py", "shards.py")
 BACKENDS = ("cpu", "cuda", "rocm")
 # Raised with a change that asks callers of ``interface.py`` to change theirs
 HUB_VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .fsdp import check_in_memory
+from .functional.checks import check_in_memory
 from .functional.masks import expand_mask, top_n_mask
 from .ops.pattern import NMPattern
 from .unfuse import Matrix, adapter_modules, matrices

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .fsdp import Place, RowShard, attach, check_in_memory, check_not_sharded
+from .fsdp import RowShard, attach, sharded_modules
 from .functional.checks import (
     as_codes,
     check_cast,
     check_exactly_n,
     check_floats,
     check_gap,
+    check_in_memory,
     check_int,
     check_scalar,
     check_shard,
@@ -27,10 +29,14 @@ from .functional.checks import (
 )
 from .functional.linear import LogitsBackward, linear_under
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
-from .ops.counter import CachedMask, Counter, CounterState, MaskSource
+from .ops.counter import CachedMask, Counter, CounterState, MaskSource, Place
 from .ops.dispatch import in_onnx_export
 from .ops.pattern import NMPattern
 from .ops.philox import MAX_LAYERS, MAX_STEPS
+from .shards import is_distributed, local
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 
 @torch._disable_dynamo
@@ -106,12 +112,17 @@ class MaskedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._add_logits(logits, layer, counter_state, group_offset, group_row_stride)
+
+    def _add_logits(self, logits: Tensor, layer: int, counter_state: CounterState | None, group_offset: int,
+                    group_row_stride: int) -> None:  # fmt: skip
+        device = self.weight.device
         self.logits = nn.Parameter(logits.contiguous())
-        self.register_buffer("layer_id", torch.empty((), dtype=torch.int64, device=weight.device), persistent=False)
+        self.register_buffer("layer_id", torch.empty((), dtype=torch.int64, device=device), persistent=False)
         self.layer = layer
         self.group_offset = group_offset
         self.group_row_stride = group_row_stride
-        self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
+        self.counter_state = CounterState(device=device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
         self.cached_mask: CachedMask | None = None
         self.shard: RowShard | None = None
@@ -171,10 +182,37 @@ class MaskedLinear(nn.Module):
         weight = linear.weight.detach().contiguous()
         return cls(weight, linear.bias, logits, pattern, counter_state=counter_state, **where).train(linear.training)
 
+    @classmethod
+    def from_shards(cls, linear: nn.Linear, pattern: NMPattern, logits: Tensor, module: nn.Module, *,
+                    layer: int, counter_state: CounterState) -> MaskedLinear:  # fmt: skip
+        """Turn an nn.Linear that fully_shard has split into a MaskedLinear, in place: FSDP2 gathers into that module.
+
+        Args:
+            linear: with rows of its weight [out, K] on each rank.
+            pattern: of the logits.
+            logits: [rows, K] of this rank.
+            module: the module given to ``fully_shard`` that gathers the weight.
+            layer, counter_state: as for the class.
+        """
+        linear.__class__ = cls
+        linear.pattern = pattern
+        linear.requires_grad_(False)
+        linear._add_logits(logits, layer, counter_state, 0, linear.in_features // pattern.m)
+        linear.shard = RowShard(linear, module)
+        return linear
+
+    def as_linear_of_shards(self) -> nn.Linear:
+        """Turn a layer that fully_shard has split into an nn.Linear with exact zeros, in place."""
+        self.shard.bake()
+        del self.pattern, self.logits, self.layer_id, self._layer, self.group_offset, self.group_row_stride
+        del self.counter_state, self.logits_backward, self.cached_mask, self.shard, self.weight_changed, self.is_dense
+        self.__class__ = nn.Linear
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
         if self.shard is not None:
-            return self.shard.forward(input)
+            return self._forward_of_shards(input)
         weight = self.weight
         bias = self.bias
         backward = self.logits_backward if self.training else None
@@ -187,16 +225,25 @@ class MaskedLinear(nn.Module):
         y, _ = linear_under(input, weight, bias, self._mask(self.training), logits_backward=backward)
         return self._warning(y) if backward is None else y
 
-    def gathered_product(self, input: Tensor, weight: Tensor, is_current: Callable[[], bool]) -> Tensor:
-        """Run ``forward`` with a masked weight [out, K] gathered from ranks, stale where ``is_current()`` is false."""
+    def _forward_of_shards(self, input: Tensor) -> Tensor:
+        """``forward`` with the masked weight [out, K] that FSDP2 has gathered."""
+        backward = self.logits_backward if self.training else None
+        if backward is not None and not getattr(backward, "takes_shards", False):
+            raise ValueError(
+                "logits_backward: expected one of MaskTrainer in a layer that fully_shard has split, got "
+                f"{type(backward).__name__}"
+            )
+        weight = self.shard.gathered_weight()
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "weight: expected a frozen one in a layer that fully_shard has split, got one that requires a "
                 "gradient; only whole weights can learn"
             )
-        backward = self.logits_backward if self.training else None
+        key = self.shard.mask_key()
         mask = MaskSource(None if backward is None else self.logits, "applied", self.pattern.n, self.pattern.m, 1.0)
-        y, _ = linear_under(input, weight, self.bias, mask, logits_backward=backward, is_current=is_current)
+        y, _ = linear_under(
+            input, weight, self.bias, mask, logits_backward=backward, is_current=lambda: self.shard.gathered == key
+        )
         return self._warning(y) if backward is None else y
 
     def _warning(self, y: Tensor) -> Tensor:
@@ -268,7 +315,7 @@ class MaskedLinear(nn.Module):
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         codes = self.drawn_codes()
         # ``to_local`` of a DTensor passes a gradient back, ``own_logits`` does not
-        logits = self.logits if self.shard is None else self.logits.to_local()
+        logits = local(self.logits)
         away = self.logits.device != self.weight.device
         # otherwise the graph keeps the copies of all layers on the device until backward
         with torch.autograd.graph.save_on_cpu() if away else nullcontext():
@@ -312,6 +359,8 @@ class MaskedLinear(nn.Module):
         super()._apply(fn, recurse)
         # ``to_empty`` makes new tensors without values
         self.layer_id.fill_(self._layer)
+        if self.shard is not None:
+            self.shard.update()
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -361,6 +410,8 @@ class MaskedLinear(nn.Module):
                     errors.append(f"state_dict: expected {expected}, got {got} in {prefix!r}")
                     return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.shard is not None:
+            self.shard.update()
 
     def extra_repr(self) -> str:
         shard = f", group_offset={self.group_offset}, group_row_stride={self.group_row_stride}"
@@ -376,6 +427,16 @@ def _onnx_weight(weight: Tensor, logits: Tensor, n: int, m: int) -> Tensor:
     largest = logits.unflatten(-1, (-1, m)).topk(n, dim=-1).indices
     kept = largest.unsqueeze(-2) == torch.arange(m, device=weight.device).unsqueeze(-1)
     return torch.where(kept.any(-1).flatten(-2), weight, 0.0)
+
+
+def without_gradients(model: nn.Module) -> AbstractContextManager:
+    """Inference mode, or no_grad for a sharded model.
+
+    FSDP2 could not write memory of inference mode outside of it.
+    """
+    # parameters may be gathered now
+    is_sharded = bool(sharded_modules(model)) or any(map(is_distributed, model.parameters()))
+    return torch.no_grad() if is_sharded else torch.inference_mode()
 
 
 @contextmanager
@@ -426,6 +487,39 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
         raise ValueError("model: expected a model with MaskedLinear layers, got none; call convert first")
     attach(layers, model)
     return layers
+
+
+def is_sharded(layers: Mapping[str, MaskedLinear]) -> bool:
+    """Return whether fully_shard has split the layers of a model: all of them, if any."""
+    return any(layer.shard is not None for layer in layers.values())
+
+
+def check_not_sharded(layers: Mapping[str, MaskedLinear], reason: str) -> None:
+    """Raise ValueError if fully_shard has split a layer."""
+    for name, layer in layers.items():
+        if layer.shard is not None:
+            raise ValueError(f"model: expected whole layers, got {name}, which fully_shard has split: {reason}")
+
+
+def check_finite(layers: Mapping[str, MaskedLinear]) -> None:
+    """Raise ValueError unless the logits of this rank are finite."""
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.own_logits).all():
+            raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
+
+
+def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
+    """Raise ValueError on all ranks unless they have the same layers on the same meshes, with finite logits.
+
+    Afterwards all weights are shards.
+    """
+    shards = {name: layer.shard for name, layer in layers.items() if layer.shard is not None}
+    if not shards:
+        return
+    ranks.agree({name: shard.layout for name, shard in shards.items()})
+    ranks.run_on_all(lambda: check_finite(layers))
+    for shard in shards.values():
+        shard.reshard()
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import ops
-from .fsdp import local
 from .functional.checks import (
     LOGIT_DTYPES,
     check_cast,
@@ -33,6 +32,7 @@ from .modules import MaskedLinear
 from .ops.dispatch import holds_metadata, in_onnx_export
 from .ops.pattern import METADATA_BLOCK, NMPattern, as_bitmask, bitmask_of, codes_of, metadata_of
 from .ops.reference import INT4_GROUPS, INTEGERS, SCALED, dequantized, kept_values, scaled_group
+from .shards import local
 
 # How values are stored: unchanged, or as integers with scales
 KEEP, INT8, INT4 = VALUE_KINDS = ("keep", "int8", "int4")
@@ -578,8 +578,7 @@ def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
     """Make an nn.Linear with exact zeros for dropped weights; a MaskedLinear keeps its N largest logits."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     if isinstance(layer, MaskedLinear) and layer.shard is not None:
-        layer.shard.bake_into(linear)
-        return linear.train(layer.training)
+        return layer.as_linear_of_shards()
     if isinstance(layer, MaskedLinear):
         weight = layer.top_n_weight()
         trained = layer.weight.requires_grad

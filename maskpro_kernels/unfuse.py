@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fsdp import is_distributed, resharded
+from .fsdp import reshard
+from .shards import is_distributed
 
 # Attribute of a layer that replaces a module of another class: this class
 BUILT_AS = "built_as"
@@ -373,7 +374,7 @@ def _unfuse(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, 
     }
     beside = {layer.get_base_layer() for layer in model.modules() if _has_adapters(layer)}
     # so that parameters of FSDP2 are DTensors
-    resharded(model)
+    reshard(model)
     reasons = {name: _reason_against(form, module, beside) for name, (form, module) in candidates.items()}
     against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
@@ -424,7 +425,6 @@ def as_built(model: nn.Module) -> None:
     """Fuse unfused modules whose layers are all nn.Linear, in place, with new parameters."""
     back = {}
     joins = Joins()
-    resharded(model)
     for _, form, module in list(_unfused(model)):
         if _is_dense(form.parts(module)):
             built = form.fuse(module, joins)

@@ -15,8 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import digest, write_tensors
-from ..fsdp import check_not_sharded
-from ..modules import MaskedLinear, masked_layers
+from ..modules import MaskedLinear, check_not_sharded, masked_layers
 
 # In the folder of a run. A folder of its own, since loaders of checkpoints read every safetensors file beside the model
 LOGITS_FILE = "learned/logits.safetensors"

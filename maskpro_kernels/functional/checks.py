@@ -117,6 +117,32 @@ def check_not_distributed(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_in_memory(
+    argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None, sharded: bool = False
+) -> None:
+    """Raise ValueError unless a layer's weight is a whole tensor in memory, or with ``sharded`` a DTensor."""
+    weight = layer.weight if weight is None else weight
+    if weight.is_meta:
+        offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
+        cure = "accelerate offloads it, give it a device in device_map" if offloads else "load it first"
+        raise ValueError(f"{argument}: expected weights in memory, got {name} on meta: {cure}")
+    if hasattr(weight, "to_local") and not sharded:
+        raise ValueError(
+            f"{argument}: expected plain tensors as weights, got a DTensor in {name}; for a sharded model use "
+            "the refit of convert, and MaskTrainer"
+        )
+
+
+def check_no_flat_parameters(argument: str, model: nn.Module) -> None:
+    """Raise ValueError if FSDP1 has flattened the parameters of a module."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError(
+                f"{argument}: expected plain parameters or those of fully_shard, got the flat ones of "
+                f"FullyShardedDataParallel (FSDP1) in {name or 'the model itself'}"
+            )
+
+
 def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
     """Raise unless ``codes`` are group codes of the pattern; they must fit ``like`` [..., K] if it is given."""
     if not isinstance(codes, Tensor) or codes.dtype != pattern.code_dtype:

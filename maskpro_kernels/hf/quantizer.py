@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..fsdp import check_in_memory
+from ..functional.checks import check_in_memory
 from ..modules import CounterState, MaskedLinear
 from ..ops.pattern import NMPattern
 from ..ops.reference import INT4_GROUPS, SCALED

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import make_readable
-from ..fsdp import is_distributed
 from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern
 from ..packed import KEEP, SPARSE, NMLinear, bits_a_weight
+from ..shards import is_distributed
 from ..unfuse import adapter_modules
 from .loading import SMOLLM2_ID, SMOLLM2_LICENSE
 from .quantizer import describe, guarded_state_dict

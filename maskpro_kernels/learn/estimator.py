@@ -19,9 +19,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import without_gradients
 from ..functional.checks import FLOAT32_MAX, LARGEST_GAP, describe
-from ..modules import MaskedLinear, evaluating
+from ..modules import MaskedLinear, evaluating, without_gradients
 from ..ops.layer_groups import Uses
 from .batches import count_tokens, weighted_mean, weights_of
 from .masks import ModelMasks

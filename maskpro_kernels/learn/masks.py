@@ -11,12 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import Place
 from ..functional.checks import Scalar, check_scalar, coefs_and_draws, describe, on_device, readable_value, stacked
 from ..functional.masks import mask_log_prob, score_update_, top_n_mask
 from ..modules import MaskedLinear, masked_layers
 from ..ops import sample_mask
-from ..ops.counter import CachedMask, version_of
+from ..ops.counter import CachedMask, Place, version_of
 from ..ops.layer_groups import GroupedLayer, LayerGroup, Uses, draw_layers_, draws_once, kind_of, update_layers_
 from ..ops.pattern import NMPattern
 from ..ops.philox import MAX_DRAWS, MAX_STEPS

@@ -10,12 +10,12 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import check_in_memory, is_distributed
-from ..functional.checks import on_device
+from ..functional.checks import check_in_memory, on_device
 from ..functional.linear import check_tokens, straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
 from ..ops.counter import MaskSource
+from ..shards import is_distributed
 from .backward import check_slope_settings, descend_by_rms, descent, running_mean_square, values_of
 from .estimator import check_float
 from .offload import OffloadedLogits

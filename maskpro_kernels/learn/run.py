@@ -47,10 +47,10 @@ from ..files import (
     unfinished,
     write_whole,
 )
-from ..fsdp import is_distributed, is_sharded, kinds_of_parts, planned_parts, read_parts
-from ..modules import MaskedLinear, tensors_of_base
+from ..modules import MaskedLinear, is_sharded, tensors_of_base
 from ..ops.pattern import NMPattern
 from ..ranks import Ranks
+from ..shards import is_distributed, kinds_of_parts, planned_parts, read_parts
 from .batches import content
 from .estimator import Draw, Entry, Estimator, LossFn, StepRecord, replay
 from .masks import ModelMasks, ReplayedLayer

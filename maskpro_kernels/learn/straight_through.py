@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..fsdp import check_not_sharded
 from ..functional.checks import describe
 from ..functional.linear import labelled_tokens
-from ..modules import MaskedLinear
+from ..modules import MaskedLinear, check_not_sharded
 from ..ops.counter import MaskSource
 from ..ranks import Ranks
 from .backward import BackwardPass, LayerUpdater, ShardedPass, ShardUpdater, WeightLearner, check_slope_settings

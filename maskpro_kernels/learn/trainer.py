@@ -20,21 +20,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import digest
-from ..fsdp import (
+from ..fsdp import resetting
+from ..functional.checks import check_no_flat_parameters, describe
+from ..functional.masks import top_n_mask
+from ..modules import (
+    MaskedLinear,
+    advance,
     agree_on_shards,
     check_finite,
-    check_no_flat_parameters,
-    check_sharding,
-    is_distributed,
+    counter_states,
     is_sharded,
-    resetting,
+    masked_layers,
     without_gradients,
 )
-from ..functional.checks import describe
-from ..functional.masks import top_n_mask
-from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
+from ..shards import is_distributed
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
 from .masks import ModelMasks, least_margin
@@ -126,7 +127,6 @@ class MaskTrainer:
         except (TypeError, OSError) as error:
             raise ValueError(f"output_dir: expected a folder, got {describe(output_dir)}: {error}") from error
         self.ranks = Ranks(timeout)
-        check_sharding(self.layers)
         self._sharded = is_sharded(self.layers)
         if accumulate % self.ranks.world_size:
             raise ValueError(f"accumulate: expected a multiple of the {self.ranks.world_size} ranks, got {accumulate}")

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor, nn
 
 
+class Place(NamedTuple):
+    """Place of some rows' groups in their layer: fields of a ``Counter``."""
+
+    group_offset: int
+    group_row_stride: int
+
+
 class Counter(NamedTuple):
     """Arguments of the random words of a draw, see ``ops.philox``.
 

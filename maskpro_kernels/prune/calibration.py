@@ -19,12 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import gathers_within, is_distributed, like_shards, local, part_of, resetting, resharded, whole
+from ..fsdp import resetting, reshard, sharded_modules
 from ..functional.linear import codes_linear
 from ..functional.masks import expand_mask
 from ..modules import evaluating
 from ..ops.pattern import NMPattern
 from ..ranks import Ranks
+from ..shards import is_distributed, like_shards, local, part_of, whole
 from ..unfuse import expert_groups
 
 # Memory for the Gram matrices of a mixture's experts at a time. Smaller parts would cost more forward passes
@@ -72,6 +73,12 @@ def run_call(module: nn.Module, call: Call):
     return module(*args, **kwargs)
 
 
+def run_model(model: nn.Module, call: Call):
+    """``run_call``; a model that fully_shard has split is in its shards afterwards."""
+    with resetting(model):
+        return run_call(model, call)
+
+
 @contextmanager
 def watching_inputs(hooks: Iterable[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
     """Call ``hook(x)`` before each forward of its module, with the module's input x, inside the context."""
@@ -102,9 +109,9 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
     check_calibration(calibration)
     batches = 0
     with watching_inputs((layer, partial(add, name)) for name, layer in layers.items()):
-        with torch.no_grad(), evaluating(model), resetting(model):
+        with torch.no_grad(), evaluating(model):
             for batch in calibration:
-                run_call(model, as_call(batch))
+                run_model(model, as_call(batch))
                 batches += 1
     if not batches:
         raise ValueError("calibration: expected at least one batch, got none")
@@ -227,11 +234,12 @@ class LayerMasks:
 class ShardedMasks(LayerMasks):
     """Masks of layers that are cut over ranks: codes and weights of this rank's rows. All ranks make each call."""
 
+    # FSDP2 frees gathered weights at the end of a block
+    may_stop = False
+
     def __init__(self, model: nn.Module, layers, codes, patterns):
         super().__init__(layers, codes, patterns)
         self._model = model
-        # FSDP2 frees gathered weights at the end of a block
-        self.may_stop = not resharded(model)
         self._ranks = Ranks()
         # the dense weights of the current block
         self._dense: dict[str, Tensor] = {}
@@ -256,12 +264,12 @@ class ShardedMasks(LayerMasks):
                 self._mask(name)
 
     def dense(self, name: str) -> Tensor:
-        resharded(self._model)
+        reshard(self._model)
         return whole(like_shards(self._dense[name], self.layers[name].weight))
 
     def whole_codes(self, name: str) -> Tensor:
-        resharded(self._model)
-        return whole(like_shards(self.codes[name], self.layers[name].weight, self.patterns[name].m))
+        reshard(self._model)
+        return whole(like_shards(self.codes[name], self.layers[name].weight))
 
     def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
         """Compute like one process: each rank computes a share of the rows, not of its own part of the layer."""
@@ -283,9 +291,9 @@ class ShardedMasks(LayerMasks):
         return [joined(rows) for rows in self._ranks.run_on_all(lambda: function(*rows_of_rank))]
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
-        resharded(self._model)
+        reshard(self._model)
         like = self.layers[name].weight
-        self.codes[name] = part_of(codes, like, self.patterns[name].m).clone()
+        self.codes[name] = part_of(codes, like).clone()
         if weight is not None:
             self.weights[name] = part_of(weight, like).clone()
         self._mask(name)
@@ -298,7 +306,7 @@ class ShardedMasks(LayerMasks):
 
     @torch.no_grad()
     def _leave_block(self) -> None:
-        resharded(self._model)
+        reshard(self._model)
         for name, dense in self._dense.items():
             local(self.layers[name].weight).copy_(dense)
         self._dense.clear()
@@ -370,7 +378,7 @@ def calls_by_block(
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and all(layer.startswith(prefix) for layer in layers):
             chain = list(module)
             break
-    recorded = _record_chain(model, chain, calls) if chain and gathers_within(model, chain) else None
+    recorded = _record_chain(model, chain, calls) if chain and _run_alone(model, chain) else None
     if recorded is None:
         yield model, calls
         return
@@ -415,8 +423,7 @@ def _record_chain(
         for call in calls:
             entered = 0
             output = None
-            with resetting(model):
-                run_call(model, call)
+            run_model(model, call)
             if entered < len(chain):
                 return None
     except StopForward:
@@ -425,6 +432,17 @@ def _record_chain(
         for handle in handles:
             handle.remove()
     return hidden, other_arguments
+
+
+def _run_alone(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Return whether each block can run alone: FSDP2 gathers no parameter of it together with others outside."""
+    reshard(model)
+    for block in blocks:
+        gathered = {inner for module in sharded_modules(block) for inner in module.modules()}
+        for module in block.modules():
+            if module not in gathered and any(map(is_distributed, module.parameters(recurse=False))):
+                return False
+    return True
 
 
 def _hidden_state(output):

@@ -10,16 +10,25 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..files import digest_of_named
-from ..fsdp import check_no_flat_parameters, is_distributed, like_shards, resharded
-from ..functional.checks import LARGEST_GAP, check_gap, check_int, check_one_of, device_of_logits, in_a_line
+from ..fsdp import gathering_modules, reshard
+from ..functional.checks import (
+    LARGEST_GAP,
+    check_gap,
+    check_int,
+    check_no_flat_parameters,
+    check_one_of,
+    device_of_logits,
+    in_a_line,
+)
 from ..learn.batches import content
-from ..modules import CounterState, MaskedLinear, initial_logits, masked_layers
+from ..modules import CounterState, MaskedLinear, initial_logits
 from ..ops.pattern import NMPattern
 from ..packed import SPARSE
 from ..ranks import Ranks
+from ..shards import is_distributed
 from ..unfuse import (
     as_built,
     check_not_merged,
@@ -108,7 +117,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
     pattern = NMPattern(pattern)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    resharded(model)
+    reshard(model)
     cut = any(map(is_distributed, model.parameters()))
     if not cut:
         # for cut models all ranks check it together
@@ -122,36 +131,37 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
         gap = gap_for_flip_rate(flip_rate, pattern)
     device = None if logits_device is None else device_of_logits(logits_device)
     check_no_flat_parameters("model", model)
+    # all parameters, before the model runs
+    gathering_modules(model, {})
     check_replaceable(model)
     call, calibration = first_call(_agreed_calibration(calibration) if cut else calibration)
     with one_layer_a_weight(model), in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-        # FSDP2 may have kept the last layers gathered
-        resharded(model)
-        shards = any(is_distributed(layer.weight) for layer in layers.values())
-        if shards and device is not None:
+        modules = gathering_modules(model, {name: layer.weight for name, layer in layers.items()})
+        if modules and device is not None:
             raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it before fully_shard")
-        find = _masks_of_shards if shards else refitted_masks
+        find = _masks_of_shards if modules else refitted_masks
         masks = find(layers, pattern, init, refit, model, calibration, progress, seed)
         # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
         earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
         states = {layer.weight.device: layer.counter_state for layer in earlier}
         first_id = max((layer.layer + 1 for layer in earlier), default=0)
         replacements = {}
+        logits_of_shards = {}
         for layer_id, (name, layer) in enumerate(layers.items(), start=first_id):
             place = layer.weight.device
             if place not in states:
                 states[place] = CounterState(device=place)
             codes = masks.codes.pop(name)
             keywords = {"layer": layer_id, "counter_state": states[place]}
-            if is_distributed(layer.weight):
-                masked = _masked_linear_of_shards(
-                    layer, pattern, initial_logits(codes, pattern, gap, logits_dtype), **keywords
-                )
-            else:
-                keywords |= {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
-                masked = MaskedLinear.from_linear(layer, pattern, codes, **keywords)
-            replacements[id(layer)] = masked
+            if name in modules:
+                logits_of_shards[name] = initial_logits(codes, pattern, gap, logits_dtype), keywords
+                continue
+            keywords |= {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
+            replacements[id(layer)] = MaskedLinear.from_linear(layer, pattern, codes, **keywords)
+        for name, (logits, keywords) in logits_of_shards.items():
+            layer = layers[name]
+            replacements[id(layer)] = MaskedLinear.from_shards(layer, pattern, logits, modules[name], **keywords)
         put_weights({name: replacements[id(layers[name])] for name in masks.weights}, masks.weights)
         replace_layers(model, replacements)
     skipped = reasons_by_name(model, skipped | left_out)
@@ -193,28 +203,6 @@ def one_layer_a_weight(model: nn.Module) -> Iterator[None]:
                 setattr(parent, name, child)
 
 
-def _masked_linear_of_shards(
-    linear: nn.Linear, pattern: NMPattern, logits: Tensor, layer: int, counter_state: CounterState
-) -> MaskedLinear:
-    """Make a MaskedLinear with the shards of a layer's weight and bias, frozen, and this rank's logits on their mesh.
-
-    FSDP2 does not handle the logits. ``masked_layers`` passes the weight that FSDP2 gathers to the new layer.
-    """
-    weight = linear.weight
-    bias = linear.bias
-    meta_weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    meta_bias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device="meta")
-    meta_logits = torch.empty(weight.shape, dtype=logits.dtype, device="meta")
-    masked = MaskedLinear(meta_weight, meta_bias, meta_logits, pattern, layer=layer, counter_state=counter_state)
-    # the same objects: FSDP2 identifies parameters by them
-    masked.weight = weight.requires_grad_(False)
-    masked.bias = None if bias is None else bias.requires_grad_(False)
-    masked.logits = nn.Parameter(like_shards(logits, weight))
-    masked.layer_id = torch.empty((), dtype=torch.int64, device=weight.device)
-    masked.layer = layer
-    return masked.train(linear.training)
-
-
 def _agreed_calibration(calibration: Iterable | None) -> list | None:
     """Return the batches; before any forward, raise TypeError or ValueError unless all ranks have the same."""
 
@@ -249,27 +237,7 @@ def _masks_of_shards(layers: Mapping[str, nn.Linear], pattern: NMPattern, init: 
     with closing(Ranks()) as ranks:
         ranks.connect()
         ranks.agree({"init": ranks.run_on_all(described), "refit": refit, "seed": seed})
-        if refit != "none" or init in ("wanda", "reconstruction"):
-            _check_all_cut(layers)
         return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
-
-
-def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
-    cut = {name: is_distributed(layer.weight) for name, layer in layers.items()}
-    if not all(cut.values()):
-        cut_name = next(name for name, is_cut in cut.items() if is_cut)
-        whole_name = next(name for name, is_cut in cut.items() if not is_cut)
-        raise ValueError(
-            f"targets: expected layers that are all cut over ranks, or none of them, got {cut_name}, which is cut, "
-            f"and {whole_name}, which is not"
-        )
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        if owners.setdefault(id(layer.weight), name) != name:
-            raise ValueError(
-                f"targets: expected layers with a weight of their own {CUT}, got one weight in "
-                f"{owners[id(layer.weight)]} and {name}"
-            )
 
 
 def check_replaceable(model: nn.Module) -> None:
@@ -288,9 +256,6 @@ def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> N
     module is fused again once none of its layers is sparse.
     """
     replace_modules(model, replacements)
-    if any(isinstance(layer, MaskedLinear) for layer in replacements.values()):
-        # from here on the new layers get the weights that FSDP2 gathers
-        masked_layers(model)
     if not any(isinstance(layer, SPARSE) for layer in replacements.values()):
         as_built(model)
     fit_adapters(model)

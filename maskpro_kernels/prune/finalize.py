@@ -8,10 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..fsdp import check_in_memory, check_not_sharded, check_not_wrapped
-from ..functional.checks import check_one_of
+from ..functional.checks import check_in_memory, check_one_of
 from ..functional.masks import top_n_mask
-from ..modules import masked_layers
+from ..modules import check_not_sharded, masked_layers
 from ..ops.pattern import NMPattern
 from ..packed import INT4, KEEP, NMLinear, check_values, dense_layer, packed_class
 from ..unfuse import in_linear_form, unfused_modules
@@ -66,9 +65,13 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
         cut = {name: layer for name, layer in layers.items() if name == apart or name.startswith(f"{apart}.")}
         reason = f"{apart}, which convert unfused, can only be fused from whole layers; finalize it in one process"
         check_not_sharded(cut, reason)
-    check_not_wrapped(layers)
     for name, layer in layers.items():
         check_in_memory("model", layer, name, sharded=True)
+        if hasattr(layer, "reshard"):
+            raise ValueError(
+                "model: expected fully_shard around a module that contains masked layers, got one around "
+                f"{name or 'the only one'} itself"
+            )
     with torch.no_grad():
         for name, layer in layers.items():
             if to == "packed":

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from ..checkpoints.logits import LOGITS_FILE, logits_of_run
 from ..checkpoints.mask_file import DTYPES, load_masks
 from ..files import digest
-from ..fsdp import local, part_of, resharded
 from ..functional.checks import as_codes, check_exactly_n, check_int, in_a_line
 from ..functional.masks import expand_mask, sample_mask, top_n_mask
 from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern, as_bitmask, codes_of
 from ..ops.philox import MAX_STEPS
 from ..packed import KEEP, SPARSE, NMLinear
+from ..shards import local, part_of
 from ..unfuse import in_linear_form
 from .calibration import check_calibration, input_squares
 from .reconstruction import Reconstruction, reconstruct
@@ -69,8 +69,6 @@ def wanda(dense: Dense) -> dict[str, Tensor]:
     """
     _check_given('batches for init="wanda"', dense.model, dense.calibration)
     squares = input_squares(dense.model, dense.layers, dense.calibration)
-    # FSDP2 may have kept the last layers gathered
-    resharded(dense.model)
     codes = {}
     for name, layer in dense.layers.items():
         weight = local(layer.weight.detach())
@@ -103,7 +101,7 @@ def random(dense: Dense) -> dict[str, Tensor]:
     for place, (name, layer) in enumerate(dense.layers.items()):
         logits = torch.zeros(layer.weight.shape, device=layer.weight.device)
         drawn = sample_mask(logits, dense.pattern, seed=dense.seed, step=MAX_STEPS - 1, layer=place)
-        codes[name] = part_of(drawn, layer.weight, dense.pattern.m)
+        codes[name] = part_of(drawn, layer.weight)
     return codes
 
 
@@ -155,7 +153,7 @@ def initial_codes(layers: Mapping[str, nn.Module], pattern: str | NMPattern, ini
     if isinstance(init, str) and init in INITIAL_MASKS:
         return INITIAL_MASKS[init](Dense(layers, pattern, model, calibration, progress, seed))
     codes = given(layers, pattern, init if isinstance(init, Mapping) else stored_mask(init, layers, pattern))
-    return {name: part_of(codes[name], layer.weight, pattern.m) for name, layer in layers.items()}
+    return {name: part_of(codes[name], layer.weight) for name, layer in layers.items()}
 
 
 def refitted_masks(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Init, refit: str,

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import check_in_memory, is_distributed, local
-from ..functional.checks import check_one_of
+from ..functional.checks import check_in_memory, check_one_of
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear, masked_layers
 from ..ops.pattern import NMPattern
+from ..shards import is_distributed, local
 from .calibration import calls_of, layer_by_layer, masks_of
 
 # Added to the diagonal of a Gram matrix, as a fraction of the diagonal's mean

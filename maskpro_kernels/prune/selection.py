@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..fsdp import check_cut_by_fsdp, check_in_memory, check_row_shard, is_finite, resetting, resharded
-from ..functional.checks import LOGIT_DTYPES, describe
+from ..functional.checks import LOGIT_DTYPES, check_in_memory, describe
 from ..modules import MaskedLinear, evaluating
 from ..ops.pattern import NMPattern
 from ..packed import NMLinear
+from ..shards import is_finite
 from ..unfuse import ADAPTER, adapter_modules, is_linear, lost_with
-from .calibration import Call, as_call, check_calibration, run_call
+from .calibration import Call, as_call, check_calibration, run_model
 
 HEAD = "output head"
 EMBEDDING = "embedding"
@@ -42,12 +42,9 @@ def layers_to_convert(
         model, pattern, targets: as for ``convert``.
         call: a call of the model that shows which weights other code reads, see ``read_elsewhere``.
     """
-    params = resharded(model)
-    check_cut_by_fsdp(model, params)
     layers, skipped = select_layers(model, NMPattern(pattern), targets)
     for name, layer in layers.items():
         check_in_memory("model", layer, name, sharded=True)
-        check_row_shard(name, layer.weight, params)
         if layer.weight.dtype not in LOGIT_DTYPES:
             raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
         if not is_finite(layer.weight):
@@ -289,12 +286,11 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
         try:
             with torch.compiler.set_stance("force_eager"), reads:
-                with resetting(model):
-                    run_call(model, call)
+                run_model(model, call)
                 model.train()
                 # such as a norm over a batch of one, or a detector without labels
-                with suppress(Exception), resetting(model):
-                    run_call(model, call)
+                with suppress(Exception):
+                    run_model(model, call)
         finally:
             for handle in handles:
                 handle.remove()

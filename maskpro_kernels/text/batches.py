@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fsdp import without_gradients
-from ..modules import evaluating
+from ..modules import evaluating, without_gradients
 from .sources import BUILT_IN, SELF, is_path
 
 # Most windows, and most of their tokens, to sample together by default

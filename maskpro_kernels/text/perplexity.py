@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..fsdp import without_gradients
-from ..modules import evaluating
+from ..modules import evaluating, without_gradients
 from .batches import check_vocabulary
 
 # Called with (windows done, windows in all)

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 
 import maskpro_kernels as mk
 from helpers.rank_jobs import rank_trainer, records_of_run
-from maskpro_kernels.fsdp import whole
-from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.modules import MaskedLinear, masked_layers
+from maskpro_kernels.shards import whole
 
 NAMES = {1: ("fsdp",), 2: ("replicate", "fsdp")}
 
@@ -41,11 +41,16 @@ def a_mesh(shape: Sequence[int]):
     return init_device_mesh("cpu", tuple(shape), mesh_dim_names=NAMES[len(shape)])
 
 
+def logits_of(model: nn.Module) -> set[nn.Parameter]:
+    """Logits of a model, which FSDP2 must ignore."""
+    return {layer.logits for layer in model.modules() if isinstance(layer, MaskedLinear)}
+
+
 def shard(model: nn.Module, mesh: Sequence[int], **how) -> None:
-    mesh = a_mesh(mesh)
+    how = {"mesh": a_mesh(mesh), "ignored_params": logits_of(model)} | how
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, **how)
-    fully_shard(model, mesh=mesh, **how)
+        fully_shard(block, **how)
+    fully_shard(model, **how)
 
 
 def a_sharded_model(mesh: Sequence[int] | None, after: bool = False, **of_model) -> Blocks:

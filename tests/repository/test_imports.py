@@ -73,17 +73,18 @@ def test_collectives_are_called_in_one_place():
     users = {module: names_in(path) for module, path in MODULES.items() if "torch.distributed" in names_in(path)}
     of_ranks = users.pop(f"{NAME}.ranks")
     assert of_ranks and users.keys() == {f"{NAME}.fsdp"}
-    # what ranks share of a tensor is torch's own, and calls them itself
     used = {name for name in users[f"{NAME}.fsdp"] if name.startswith("torch.distributed.")}
-    others = {
-        name for name in used if not name.startswith(("torch.distributed.tensor", "torch.distributed.checkpoint"))
-    }
-    assert others == {"torch.distributed.get_world_size"}
+    assert used == {"torch.distributed.get_world_size"}
+
+
+def test_few_modules_know_fsdp2():
+    users = [module for module, below in imported().items() if f"{NAME}.fsdp" in below]
+    assert len(users) <= 5, users
 
 
 def test_files_of_ranks_are_written_in_one_place_without_collectives():
     """Of torch's distributed checkpoints planners, reader and writer alone: ``save`` and ``load`` call collectives."""
-    place, dcp = f"{NAME}.fsdp", "torch.distributed.checkpoint"
+    place, dcp = f"{NAME}.shards", "torch.distributed.checkpoint"
     used = {module: {name for name in names_in(path) if name.startswith(dcp)} for module, path in MODULES.items()}
     assert [module for module, names in used.items() if names] == [place]
     names = {name.removeprefix(f"{dcp}.") for name in used[place] - {dcp}}

@@ -14,7 +14,7 @@ from helpers.sharded_jobs import Blocks, shard, whole_logits
 from safetensors.torch import save_file
 
 import maskpro_kernels as mk
-from maskpro_kernels.fsdp import kinds_of_parts, read_parts
+from maskpro_kernels.shards import kinds_of_parts, read_parts
 
 WIDTH = 128
 

@@ -13,9 +13,9 @@ from helpers.sharded_jobs import shard
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.fsdp import local
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ops import dispatch
+from maskpro_kernels.shards import local
 
 WIDTH = 256
 # Layers in a block

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from unittest import mock
+
 import torch
 import torch.distributed as dist
 from helpers.in_ranks import all_in_ranks
 from helpers.moe_jobs import a_mixture
 from helpers.rank_jobs import rank_trainer
 from helpers.refusals import assert_lines, lines_of
-from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, shard
+from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, logits_of, shard
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
@@ -35,7 +36,7 @@ def converted(pattern: str = "2:4", targets: tuple[str, ...] = ("*",)) -> Blocks
 
 def sharded_by(pattern: str = "2:4", targets: tuple[str, ...] = ("*",), **how) -> mk.MaskTrainer:
     model = converted(pattern, targets)
-    fully_shard(model, **{"mesh": a_mesh([2])} | how)
+    fully_shard(model, **{"mesh": a_mesh([2]), "ignored_params": logits_of(model)} | how)
     return trained(model)
 
 
@@ -71,7 +72,7 @@ def cut_by_a_plan_and_fully_shard() -> None:
 
 def cut(model: nn.Module) -> nn.Module:
     for block in model.model.layers:
-        fully_shard(block, mesh=a_mesh([2]))
+        fully_shard(block, mesh=a_mesh([2]), ignored_params=logits_of(model))
     return model
 
 
@@ -87,7 +88,7 @@ def finished_experts() -> None:
 
 def sharded_in_part() -> mk.MaskTrainer:
     model = converted()
-    fully_shard(model.blocks[0], mesh=a_mesh([2]))
+    fully_shard(model.blocks[0], mesh=a_mesh([2]), ignored_params=logits_of(model))
     return trained(model)
 
 
@@ -122,7 +123,7 @@ def in_flat_parameters() -> mk.MaskTrainer:
 
 def finished_around_a_layer_itself() -> None:
     model = converted()
-    fully_shard(model.out, mesh=a_mesh([2]))
+    fully_shard(model.out, mesh=a_mesh([2]), ignored_params=logits_of(model))
     shard(model, [2])
     before = dict(model.named_modules())
     try:
@@ -131,10 +132,25 @@ def finished_around_a_layer_itself() -> None:
         assert dict(model.named_modules()) == before
 
 
-def sharded_by_an_older_torch() -> mk.MaskTrainer:
-    model = a_sharded_model([2])
-    vars(model._get_fsdp_state()).pop("_fsdp_param_groups")
+def with_logits_that_fully_shard_has_split() -> mk.MaskTrainer:
+    model = converted()
+    shard(model, [2], ignored_params=None)
     return trained(model)
+
+
+def offloaded_by_fully_shard() -> None:
+    """With a CPUOffloadPolicy on a GPU the mesh is on another device than the shards."""
+    model = converted()
+    shard(model, [2], offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with mock.patch.object(DeviceMesh, "device_type", "cuda"):
+        masked_layers(model)
+
+
+def with_rows_that_ranks_cannot_share_equally() -> None:
+    model = Blocks(outputs=3)
+    mk.convert(model, "2:4", targets=["out"])
+    shard(model, [2])
+    masked_layers(model)
 
 
 def trained(model: nn.Module, **how) -> mk.MaskTrainer:
@@ -143,7 +159,11 @@ def trained(model: nn.Module, **how) -> mk.MaskTrainer:
 
 # what is refused, and how the line begins
 REFUSED = {
-    "an older torch": (sharded_by_an_older_torch, "torch: expected 2.13 or newer for fully_shard, got "),
+    "split logits": (
+        with_logits_that_fully_shard_has_split,
+        "model: expected whole logits, which fully_shard ignores, got split ones in blocks.0.1; call it with "
+        "ignored_params={layer.logits for layer in masked_layers(model).values()}",
+    ),
     "flat parameters": (in_flat_parameters, "model: expected plain parameters or those of fully_shard, got the"),
     "placed by hand": (lambda: placed_by_hand(Shard(0), Shard(0)), f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
     "a plan": (cut_by_a_plan, f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
@@ -154,7 +174,11 @@ REFUSED = {
         "model: expected whole layers, got model.layers.0.mlp.experts.linears.gate_proj.0, which fully_shard has "
         "split: model.layers.0.mlp.experts, which convert unfused, can only be fused from whole layers",
     ),
-    "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS} once, got (Shard(dim=1),) in blocks.0.1"),
+    "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS}, got (Shard(dim=1),) in blocks.0.1"),
+    "an odd number of rows": (
+        with_rows_that_ranks_cannot_share_equally,
+        f"{ROWS}, the same number for each rank, got 3 over 2 ranks in out",
+    ),
     "fewer ranks": (
         lambda: sharded_by(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("apart", "fsdp"))["fsdp"]),
         f"{ROWS}, over all ranks, got a mesh of 1 of 2 in blocks.0.1",
@@ -174,8 +198,8 @@ REFUSED = {
     ),
     "meta": (on_the_meta_device, "model: expected weights and logits in memory, got some on meta in blocks.0.1"),
     "offloaded": (
-        lambda: sharded_by(offload_policy=CPUOffloadPolicy(pin_memory=False)),
-        "model: expected shards that stay on their device, got a CPUOffloadPolicy in blocks.0.1",
+        offloaded_by_fully_shard,
+        "model: expected shards that stay on their device, got some offloaded to cpu in blocks.0.1",
     ),
     "an initial mask": (
         lambda: converted_after(init="sparsegpt", calibration=[torch.randn(4, 16)]),
@@ -214,17 +238,3 @@ def refuse_all(rank: int) -> dict[str, str]:
 def test_what_has_no_code_is_refused_by_name():
     for reported in all_in_ranks(2, refuse_all):
         assert_lines(reported, REFUSED)
-
-
-def refuse_ranks_in_part(rank: int) -> str:
-    with pytest.raises(ValueError) as error:
-        sharded_by(mesh=a_mesh([4]), reshard_after_forward=2)
-    return str(error.value)
-
-
-@pytest.mark.slow
-def test_a_number_of_ranks_to_gather_on_is_refused():
-    for reported in all_in_ranks(4, refuse_ranks_in_part):
-        assert reported.startswith(
-            "model: expected reshard_after_forward to be a bool, got a number of ranks in blocks.0.1"
-        )

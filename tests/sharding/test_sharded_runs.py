@@ -14,9 +14,9 @@ from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import a_sharded_model, learn_sharded
 
 import maskpro_kernels as mk
-from maskpro_kernels.fsdp import local
 from maskpro_kernels.learn import run
 from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.shards import local
 
 STEPS = 4
 HOW = {

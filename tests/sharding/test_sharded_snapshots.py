@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from maskpro_kernels.fsdp import planned_parts
 from maskpro_kernels.learn.run import (
     MANIFEST,
     digest_of_file,
@@ -28,6 +27,7 @@ from maskpro_kernels.learn.run import (
 )
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import FailedRank, Ranks
+from maskpro_kernels.shards import planned_parts
 
 STEPS = 4
 
@@ -176,13 +176,13 @@ def continue_run(rank: int, mesh: list[int] | None, how: str, steps: int, folder
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 def test_runs_continue_from_mesh_to_mesh(how, tmp_path, eager_reference):
-    """From four ranks that hold each row twice to four, three, two, one, and two again."""
-    alone = learn_sharded(0, None, how=how, steps=6, accumulate=12)[0]
+    """From four ranks that hold each row twice to four, two, one, and two again."""
+    alone = learn_sharded(0, None, how=how, steps=5, accumulate=12)[0]
     of = {"how": how, "folder": tmp_path}
-    for steps, (world, mesh) in enumerate([(4, [2, 2]), (4, [4]), (3, [3]), (2, [2])], 1):
+    for steps, (world, mesh) in enumerate([(4, [2, 2]), (4, [4]), (2, [2])], 1):
         all_in_ranks(world, continue_run, mesh=mesh, steps=steps, **of)
-    continue_run(0, None, steps=5, **of)
-    for theirs in all_in_ranks(2, continue_run, mesh=[2], steps=6, **of):
+    continue_run(0, None, steps=4, **of)
+    for theirs in all_in_ranks(2, continue_run, mesh=[2], steps=5, **of):
         if how == "reinforce":
             assert_same_bits(theirs, alone)
         else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from helpers.bits import assert_same_bits
@@ -15,10 +13,11 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
-from maskpro_kernels.fsdp import resetting, whole
+from maskpro_kernels.fsdp import resetting
 from maskpro_kernels.learn.masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.selection import READ_ELSEWHERE
+from maskpro_kernels.shards import whole
 
 WIDTH = 256
 
@@ -115,14 +114,12 @@ def assert_finalized_weights_are_the_shards(model: nn.Module, alone: nn.Module, 
 
 @torch.no_grad()
 def gather_each_kind(rank: int) -> None:
-    """Outputs have the bits of the whole model by each kind of code and of value; the last layer has one row."""
+    """Outputs have the bits of the whole model by each kind of code and of value; a rank has one row of the last."""
     for pattern, dtype in {"1:2": torch.float32, "4:8": torch.bfloat16, "9:16": torch.float16}.items():
-        model, alone, x = Blocks(64, dtype, 1), Blocks(64, dtype, 1), torch.randn(3, 64, dtype=dtype)
+        model, alone, x = Blocks(64, dtype, 2), Blocks(64, dtype, 2), torch.randn(3, 64, dtype=dtype)
         for one in (model, alone):
             mk.convert(one, pattern, targets=["*"], gap=2.0)
         shard(model, [2])
-        # before a first forward: FSDP2 refuses logits in float32 beside weights in 16 bits
-        masked_layers(model)
         for change in (mk.advance, lambda m: m.eval()):
             change(model)
             change(alone)
@@ -175,8 +172,8 @@ def go_back(rank: int) -> None:
         y = model.train()(x).sum()
         change(model)
         with pytest.raises(RuntimeError, match=r"^weight: expected the mask of the forward in its backward, got"):
-            y.backward()
-        model.reset_iter_state()
+            with resetting(model):
+                y.backward()
     masked_layers(model)["out"].weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"^weight: expected a frozen one in a layer that fully_shard has split, got"):
         model(x)
@@ -214,6 +211,19 @@ def use_in_other_ways(rank: int) -> None:
         masked_layers(model)
         assert_same_bits(model(x), before)
         assert before.dtype == torch.bfloat16 and before.isfinite().all()
+    model = Blocks()
+    mk.convert(model, "2:4", targets=["*"], gap=2.0)
+    shard(model, [2], reshard_after_forward=False)
+    alone = a_sharded_model(None)
+    for _ in range(2):
+        assert_same_bits(model(x), alone(x))
+        for one in (model, alone):
+            mk.advance(one)
+    model.unshard()
+    mk.advance(model)
+    with pytest.raises(RuntimeError, match=r"^weight: expected one gathered under the current mask, got one under"):
+        with resetting(model):
+            model(x)
     model = a_sharded_model([2])
     mk.log_prob(model).backward()
     grads = [whole(layer.logits.grad) for layer in masked_layers(model).values()]
@@ -245,11 +255,11 @@ def test_sharded_layers_take_a_policy_and_give_gradients():
 
 def test_the_first_error_is_raised_where_ranks_have_ended(monkeypatch):
     class Root(nn.Module):
-        def _get_fsdp_state(self):
-            return SimpleNamespace(_is_root=True)
-
         def reset_iter_state(self):
             raise RuntimeError("Connection closed by peer")
+
+        def reshard(self):
+            pass
 
     monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", Root)
     with pytest.raises(ValueError, match="^the first$"), resetting(nn.Sequential(Root())):
