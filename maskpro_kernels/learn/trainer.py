@@ -38,7 +38,8 @@ from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
 from .masks import ModelMasks, least_margin
-from .run import PREFIX, RunFolder, SavedRun, StoredTensors, newest_snapshot, restore, settings_of, write_parts
+from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
+from .snapshots import StoredTensors, newest_snapshot
 
 LOGGER = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ class MaskTrainer:
         if self.output_dir is not None and self.ranks.is_main_process:
             self._folder = RunFolder(self.output_dir, estimator)
         self._snapshot_time = time.monotonic()
-        self._begun = self._broken = False
+        self._begun = False
+        self._broken = False
         self._skipped = 0
         self._initial_masks: dict[str, Tensor] | None = None
         estimator.taken = True
@@ -197,24 +199,23 @@ class MaskTrainer:
             least = min(rank_margin for (rank_margin,) in self.ranks.all_gather_numbers([margin]))
             _check_reach(self.estimator, least, self.ranks.is_main_process)
         if self.output_dir is not None:
-
-            def start() -> None:
-                self._folder.start(settings)
-                if not self._sharded:
-                    # an error of rank 0 alone ends all ranks
-                    self._save_snapshot()
-
-            self.ranks.run_on_main(start)
+            self.ranks.run_on_main(self._start_folder, settings)
             if self._sharded:
                 self._save_snapshot()
         with resetting(self.model):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
-            self.ranks.run_on_main(lambda: self._folder.start_journal(losses))
+            self.ranks.run_on_main(RunFolder.start_journal, self._folder, losses)
         if self.output_dir is None:
             self._initial_masks = {name: _top_n(layer).cpu() for name, layer in self.layers.items()}
         self._report_flips(progress)
         self._begun = True
+
+    def _start_folder(self, settings: Mapping) -> None:
+        self._folder.start(settings)
+        if not self._sharded:
+            # an error of rank 0 alone ends all ranks
+            self._save_snapshot()
 
     def moved(self) -> int | None:
         """Count the groups whose N largest logits differ from those before the first step.
@@ -234,17 +235,11 @@ class MaskTrainer:
 
     def _first_masks(self) -> dict[str, Tensor] | None:
         """Top-N masks of the first snapshot: of this rank's rows, or of whole layers on rank 0 alone."""
-
-        def read() -> StoredTensors | None:
-            with suppress(OSError, ValueError):
-                _, tensors, _, _ = newest_snapshot(self.output_dir, 0, self._folder.run)
-                return tensors
-            return None
-
-        if not self._sharded:
-            first = read() if self._begun and self.ranks.is_main_process else None
-        else:
-            first = self.ranks.run_on_main(read) if self._begun else None
+        first = None
+        if self._begun and self._sharded:
+            first = self.ranks.run_on_main(self._first_tensors)
+        elif self._begun and self.ranks.is_main_process:
+            first = self._first_tensors()
         if first is None:
             return None
         masks = {}
@@ -254,6 +249,12 @@ class MaskTrainer:
             local = logits.to_local() if is_distributed(logits) else logits
             masks[name] = top_n_mask(local, layer.pattern)
         return masks
+
+    def _first_tensors(self) -> StoredTensors | None:
+        with suppress(OSError, ValueError):
+            _, tensors, _, _ = newest_snapshot(self.output_dir, 0, self._folder.run)
+            return tensors
+        return None
 
     def _report_flips(self, progress: bool) -> None:
         """Report how many groups a draw changes on average; warn if these are too few for the estimator."""
@@ -364,11 +365,8 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.add_row(asdict(record))
-        if self.output_dir is not None:
-            is_due = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
-            # by the clock of rank 0, the only writer unless layers are cut into rows
-            if self.ranks.run_on_main(lambda: is_due) if self._sharded else is_due:
-                self._save_snapshot()
+        if self.output_dir is not None and self._snapshot_is_due():
+            self._save_snapshot()
         if self._skipped:
             self._check_skipped(record, result)
         return record
@@ -402,24 +400,12 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-
-        def read() -> SavedRun:
-            saved = self._folder.resume(settings, partial(self._batches.skip, progress=progress), check)
-            # no disk error can come from here on
-            self._begun = self._broken = True
-            return saved
-
-        def refresh() -> None:
-            self.steps_done = saved.refreshed
-            self._losses_of_initial_masks(progress)
-
-        saved = self.ranks.run_on_main(read)
-        self.ranks.run_on_all(
-            lambda: self.ranks.is_main_process or self._batches.skip(saved.steps, saved.batches, progress=False)
-        )
-        self._begun = self._broken = True
+        saved = self.ranks.run_on_main(self._read_folder, settings, progress, check)
+        self.ranks.run_on_all(self._skip_batches, saved)
+        self._begun = True
+        self._broken = True
         self._initial_losses.losses = saved.initial_losses
-
+        refresh = partial(self._refresh_losses, saved.refreshed, progress)
         with resetting(self.model):
             restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
         self.estimator.load_state(saved.state)
@@ -430,6 +416,21 @@ class MaskTrainer:
         for line in saved.warnings if self.ranks.is_main_process else ():
             warnings.warn(line, stacklevel=2)
         return saved.steps
+
+    def _read_folder(self, settings: Mapping, progress: bool, check: Callable[[str], object] | None) -> SavedRun:
+        saved = self._folder.resume(settings, partial(self._batches.skip, progress=progress), check)
+        # no disk error can come from here on
+        self._begun = True
+        self._broken = True
+        return saved
+
+    def _skip_batches(self, saved: SavedRun) -> None:
+        if not self.ranks.is_main_process:
+            self._batches.skip(saved.steps, saved.batches, progress=False)
+
+    def _refresh_losses(self, step: int, progress: bool) -> None:
+        self.steps_done = step
+        self._losses_of_initial_masks(progress)
 
     def close(self) -> None:
         """Release ``output_dir`` for another trainer and leave the other ranks; this trainer takes no further step."""
@@ -458,6 +459,11 @@ class MaskTrainer:
             name = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__)
             self.ranks.agree(settings | {"loss_fn": name})
         return settings
+
+    def _snapshot_is_due(self) -> bool:
+        is_due = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
+        # by the clock of rank 0, the only writer unless layers are cut into rows
+        return self.ranks.all_gather_object(is_due)[0] if self._sharded else is_due
 
     def _save_snapshot(self) -> None:
         step = self.steps_done

@@ -13,7 +13,8 @@ from helpers.disk_model import put
 from helpers.power_cuts import NOTHING, State, Watched
 from helpers.small_trainer import a_trainer_in, logits_of
 from maskpro_kernels.files import digest
-from maskpro_kernels.learn.run import METRICS, Journal, RunFolder
+from maskpro_kernels.learn.journal import Journal
+from maskpro_kernels.learn.run import METRICS, RunFolder
 from maskpro_kernels.learn.trainer import MaskTrainer
 
 STEPS, BETWEEN_SNAPSHOTS = 40, 5

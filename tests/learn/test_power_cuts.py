@@ -11,7 +11,7 @@ from helpers.cases import cases
 from helpers.power_cuts import Failing, Kill, Watched
 from helpers.watched_runs import Continued, SmallRun, reported, resumed, thinned, watched_run
 
-from maskpro_kernels.learn import run
+from maskpro_kernels.learn import journal
 
 pytestmark = pytest.mark.usefixtures("compiled_reference")
 
@@ -74,7 +74,7 @@ def test_a_run_that_does_not_sync_is_found(tmp_path, monkeypatch, no_sync, fault
     how, watch = FAULTS[fault]
     with monkeypatch.context() as patched:
         if "before" in fault:
-            patched.setattr(run, "write_whole", renamed_before_it_is_synced)
+            patched.setattr(journal, "write_whole", renamed_before_it_is_synced)
         watched, _ = watched_run(tmp_path / "whole", how, monkeypatch, **watch)
     with pytest.raises((AssertionError, ValueError), match=FOUND):
         for index, state in enumerate(watched.states.values()):

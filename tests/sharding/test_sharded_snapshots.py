@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from maskpro_kernels.fsdp import planned_parts
-from maskpro_kernels.learn.run import (
+from maskpro_kernels.learn.snapshots import (
     MANIFEST,
     digest_of_file,
     newest_snapshot,
