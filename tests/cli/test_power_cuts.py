@@ -14,8 +14,8 @@ from helpers.disk_model import put
 from helpers.power_cuts import NOTHING, Failing, Watched
 from helpers.watched_runs import reported, thinned
 
-from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.learn.steps import Run
 from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -68,7 +68,7 @@ def test_a_power_cut_loses_nothing_that_the_command_has_reported(
 ):
     root, command = tmp_path / "whole", Command(inputs, how)
     root.mkdir()
-    with Watched(root, unseen=True) as watched, reported(watched, monkeypatch, of=learning._Run):
+    with Watched(root, unseen=True) as watched, reported(watched, monkeypatch, of=Run):
         assert command.begin(root / "run") == 0
         watched.acknowledge(math.inf)
     whole = command.learned(root / "run")
