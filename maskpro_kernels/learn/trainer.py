@@ -301,10 +301,10 @@ class MaskTrainer:
                     record = self.step()
                     records.append(record)
                     numbers = {"residual": record.residual, "advantage": record.advantage}
-                    shown = {name: f"{number:+.2e}" for name, number in numbers.items() if number is not None}
+                    signed = {name: f"{number:+.2e}" for name, number in numbers.items() if number is not None}
                     rate = f"{record.tokens / record.seconds:.0f}"
                     bar.set_postfix(
-                        loss=f"{record.loss:.4f}", **shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=rate
+                        loss=f"{record.loss:.4f}", **signed, flips=f"{record.flip_rate:.1e}", tokens_per_s=rate
                     )
                     bar.update()
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
@@ -323,8 +323,10 @@ class MaskTrainer:
         if unlearned and learned and self.ranks.is_main_process:
             share = sum(self.layers[name].weight.numel() for name in unlearned)
             share /= sum(layer.weight.numel() for layer in self.layers.values())
-            what = f"no finite gradient other than 0 in {len(unlearned)} layers, {share:.1%} of the weights with a mask"
-            warnings.warn(f"{what}; their masks have not been learned: {', '.join(unlearned)}", stacklevel=2)
+            message = (
+                f"no finite gradient other than 0 in {len(unlearned)} layers, {share:.1%} of the weights with a mask"
+            )
+            warnings.warn(f"{message}; their masks have not been learned: {', '.join(unlearned)}", stacklevel=2)
         return records
 
     def step(self) -> StepRecord:
@@ -498,10 +500,12 @@ class MaskTrainer:
         remaining = MAX_STEPS - 1 - self.steps_done
         if steps > remaining:
             raise ValueError(f"steps: expected at most {remaining} more, as the counter allows, got {steps}")
-        most = self.estimator.steps
-        if most is not None and self.steps_done + steps > most:
-            whose = f"{type(self.estimator).__name__}'s {most}"
-            raise ValueError(f"steps: expected at most {most - self.steps_done} more of {whose}, got {steps}")
+        limit = self.estimator.steps
+        if limit is not None and self.steps_done + steps > limit:
+            raise ValueError(
+                f"steps: expected at most {limit - self.steps_done} more of {type(self.estimator).__name__}'s {limit}, "
+                f"got {steps}"
+            )
 
     def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
         message = f"loss of step {record.step}: expected a finite number, got {record.loss}"
@@ -549,9 +553,9 @@ def _batches_of_steps(
             f"estimator: expected a number of steps, such as {type(estimator).__name__}(steps=1000), since all "
             "batches are loaded before the first step and they are not a sequence, got steps=None"
         )
-    taken = list(islice(batches, estimator.steps * accumulate))
-    _check_batches(taken)
-    return BatchCycle(taken, accumulate)
+    sequence = list(islice(batches, estimator.steps * accumulate))
+    _check_batches(sequence)
+    return BatchCycle(sequence, accumulate)
 
 
 def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:

@@ -42,15 +42,15 @@ def learn(options: Learn) -> None:
         ranks.run_on_main(claim, output, lock, resuming)
         with hint_at_resume(output, "before the next step"):
             start = ranks.run_on_main(read_start, options)
-            begun = start is not None
+            has_begun = start is not None
             dense, windows = _load(options, ranks, start)
-            if not begun:
+            if not has_begun:
                 init = ranks.run_on_main(codes_of_init, options, dense)
                 # once all arguments are checked
                 ranks.run_on_main(write_settings, stored, output, lock)
             data = choose_batches(options, ranks, dense, windows, start)
             loss_fn = _loss_of(options)
-            if begun:
+            if has_begun:
                 restore_masks(options, ranks, dense, start)
             else:
                 start = choose_masks(options, ranks, dense, data, init, loss_fn)
@@ -58,7 +58,7 @@ def learn(options: Learn) -> None:
         with closing(trainer):
             run = Run(options, ranks, trainer, data, start)
             with hint_at_resume(output, "before the next step"):
-                if begun:
+                if has_begun:
                     run.resume()
                 else:
                     run.begin()

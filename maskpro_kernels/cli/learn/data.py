@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -147,8 +148,8 @@ def load_texts(options: Learn) -> dict[str, dict[str, str]]:
     """Load the texts of the data by name, and under "" a text of another kind, which shows forgetting."""
     with naming("data"):
         texts = {name: load_text(name, documents=options.documents) for name, _ in texts_of(options.data)}
-    other = other_kind(options.data)
-    return texts | ({"": load_text(other)} if other else {})
+    name_of_other = other_kind(options.data)
+    return texts | ({"": load_text(name_of_other)} if name_of_other else {})
 
 
 def cut_windows(options: Learn, texts: Mapping[str, Mapping[str, str]], dense: Dense) -> Windows:
@@ -169,8 +170,8 @@ def cut_windows(options: Learn, texts: Mapping[str, Mapping[str, str]], dense: D
     tests = {"perplexity": torch.cat(by_split["test"])} if from_texts else {}
     validation = torch.cat(by_split["validation"]) if from_texts else torch.empty(0)
     if "" in texts:
-        other = windows_of(texts[""]["test"], model, tokenizer, length, "other text")
-        tests["other_perplexity"] = other[: options.eval_windows]
+        other_windows = windows_of(texts[""]["test"], model, tokenizer, length, "other text")
+        tests["other_perplexity"] = other_windows[: options.eval_windows]
     device = model.get_input_embeddings().weight.device
     windows = Windows(tests, validation, {})
     for name, _ in from_texts:
@@ -182,11 +183,16 @@ def cut_windows(options: Learn, texts: Mapping[str, Mapping[str, str]], dense: D
     shares = dict(sources)
     if SELF in shares:
         check_context(model, options.seq_len, "seq_len")
-        order = turns(list(shares.values()), options.batch_size * max(batches_of_steps(options), INIT_BATCHES))
-        wanted = order.count(list(shares).index(SELF))
-        held_out = 0 if from_texts else 2 * options.eval_windows
-        windows.samples = max(in_a_batch(shares[SELF], options.batch_size), wanted) + held_out
+        windows.samples = _count_samples(options, shares)
     return windows
+
+
+def _count_samples(options: Learn, shares: Mapping[str, Fraction]) -> int:
+    """Number of windows to sample for the batches, and without a text also for evaluation."""
+    order = turns(list(shares.values()), options.batch_size * max(batches_of_steps(options), INIT_BATCHES))
+    wanted = order.count(list(shares).index(SELF))
+    held_out = 2 * options.eval_windows if list(shares) == [SELF] else 0
+    return max(in_a_batch(shares[SELF], options.batch_size), wanted) + held_out
 
 
 def choose_batches(options: Learn, ranks: Ranks, dense: Dense, windows: Windows, start: Mapping | None) -> Data:

@@ -91,5 +91,5 @@ class Validation:
         """Return whether the last two perplexities are NaN or over 10% above the initial mask's."""
         if len(self.rows) < 3:
             return False
-        most = DIVERGED * self.rows[0]["perplexity"]
-        return not any(row["perplexity"] <= most for row in self.rows[-2:])
+        limit = DIVERGED * self.rows[0]["perplexity"]
+        return not any(row["perplexity"] <= limit for row in self.rows[-2:])

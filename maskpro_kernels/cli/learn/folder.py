@@ -46,15 +46,15 @@ def options_to_store(options: Learn) -> Learn:
     return options
 
 
-def read_options(given: Learn) -> Learn:
+def read_options(resume_options: Learn) -> Learn:
     """Read the options of the run in the folder of ``resume``, and add options that may change.
 
     Raises:
-        ValueError: if the folder is not an unfinished run of this version, or another option is given.
+        ValueError: if the folder is not an unfinished run of this version, or another option is resume_options.
     """
-    folder = Path(given.resume)
+    folder = Path(resume_options.resume)
     defaults = {field.name: field.default for field in dataclasses.fields(Learn)}
-    changed = [name for name, default in defaults.items() if getattr(given, name) != default]
+    changed = [name for name, default in defaults.items() if getattr(resume_options, name) != default]
     refused = [name for name in changed if name not in ("resume", *CHANGEABLE)]
     if refused:
         allowed = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGEABLE)
@@ -67,7 +67,7 @@ def read_options(given: Learn) -> Learn:
         options, _ = parse("learn", [str(folder / SETTINGS), f"--output={folder}"])
     for name in CHANGEABLE:
         if name in changed:
-            setattr(options, name, getattr(given, name))
+            setattr(options, name, getattr(resume_options, name))
     return options
 
 
@@ -138,12 +138,12 @@ def read_start(options: Learn) -> dict | None:
     with naming("resume"):
         start = read_progress(progress / START)
         for name, value in with_absolute_paths(options).items():
-            begun = start["options"][name]
+            value_at_start = start["options"][name]
             # model and texts may have moved: their content is compared; that of an initial mask is in the logits
-            is_path = name in ("model", "data") or (name == "init" and not {value, begun} & {*INITIAL_MASKS})
-            if name not in CHANGEABLE and not is_path and value != begun:
+            is_path = name in ("model", "data") or (name == "init" and not {value, value_at_start} & {*INITIAL_MASKS})
+            if name not in CHANGEABLE and not is_path and value != value_at_start:
                 raise ValueError(
-                    f"expected {name} {begun!r}, with which the run began, got {value!r} in "
+                    f"expected {name} {value_at_start!r}, with which the run began, got {value!r} in "
                     f"{str(progress.parent / SETTINGS)!r}"
                 )
     return start

@@ -35,8 +35,8 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
         if getattr(options, name) is None:
             raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
     pattern = NMPattern(options.pattern)
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    options = dataclasses.replace(options, **DEFAULTS[options.estimator] | given)
+    set_options = {name: value for name, value in vars(options).items() if value is not None}
+    options = dataclasses.replace(options, **DEFAULTS[options.estimator] | set_options)
     if options.eval_every is None:
         options.eval_every = max(options.steps // 5, 1)
     check_least(options, steps=1, batch_size=1, accumulate=1, seq_len=2, calibration_batches=1)

@@ -33,9 +33,9 @@ def write_result(run: Run, tokenizer) -> None:
     # None if the first snapshot is damaged
     flipped = run.trainer.moved()
     logits = digest(layers[name].logits for name in sorted(layers))
-    for part in unfinished(output):
+    for path in unfinished(output):
         # of this run, killed at this point
-        discard(part)
+        discard(path)
     save(finalize(run.model), tokenizer, output, options.model, str(pattern), table)
     _save_picture(output / "perplexity.png", method, run.validation.rows)
     weights = ", ".join(changes) or "weights frozen"
