@@ -12,7 +12,7 @@ from .functional.masks import (
     top_n_mask,
 )
 from .learn.estimator import StepRecord
-from .learn.masks import ModelMasks
+from .learn.model_masks import ModelMasks
 from .learn.optimizer import MaskOptimizer
 from .learn.reinforce import Reinforce
 from .learn.straight_through import StraightThrough

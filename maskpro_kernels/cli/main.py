@@ -21,7 +21,7 @@ from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_checkpoint
 from .inputs import report, report_as
-from .learn import learn
+from .learn.command import learn
 from .speed import speed
 
 FUNCTIONS = {"learn": learn, "eval": evaluate, "export": export, "import": import_checkpoint, "speed": speed}

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from ..functional.linear import count_labels
 from ..kept_zeros import KeptZeros
 from ..learn.backward import check_slope_settings
-from ..learn.masks import margins
+from ..learn.model_masks import margins
 from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..ops.pattern import NMPattern

@@ -1,4 +1,12 @@
-"""Backward passes of a straight-through step, which move the logits of each layer and the weights that learn."""
+"""Backward passes of a straight-through step, which move the logits of each layer and the weights that learn.
+
+A layer that is used once moves within its own backward, by one kernel that writes no slope to memory. So uses are
+counted in the forward. With ``register_post_accumulate_grad_hook`` on the logits, autograd would count them, but the
+slope is then a gradient in memory: on one core of a CPU, for a LLaMA of 8 layers with hidden size 576, a step with
+1,024 tokens took 5% longer in float32 and 9% in bfloat16, and one with 128 tokens 33%, with the same bits. Logits of 16
+bits would get other bits, since autograd rounds gradients to their dtype. Slopes would also have no place to wait for
+those of other ranks, and no shape in layers that are cut into rows.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +24,10 @@ from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ops.counter import MaskSource
 from ..ops.dispatch import uses_triton
-from ..ops.reference import adamw_scalars
 from ..ranks import Ranks
 from .estimator import Estimator, check_float
 from .offload import OffloadedLogits
+from .weight_learner import WeightLearner
 
 
 class BackwardPass:
@@ -41,8 +49,8 @@ class BackwardPass:
         self.remaining_passes = batches
         self.hooks: list = []
         # true while every finished layer was used at most once, on each rank
-        self.in_turn = True
-        self.turns: collections.deque[LayerUpdater] = collections.deque()
+        self.used_once = True
+        self.queue: collections.deque[LayerUpdater] = collections.deque()
         # backward begins at the last layers
         self.offloaded = OffloadedLogits([updater.layer for updater in reversed(updaters.values())])
         # autograd has a thread for each device
@@ -63,35 +71,35 @@ class BackwardPass:
         """Return a digest of the order of layers in a backward of ``loss``, as a number."""
         reached = _reached(loss, self.updaters) if self.sums_within() else []
         times = collections.Counter(reached)
-        turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
-        self.turns = collections.deque(self.updaters[name] for name in turns)
+        names = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
+        self.queue = collections.deque(self.updaters[name] for name in names)
         # 48 bits: exact in float64
-        return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
+        return float(int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=6).digest(), "big"))
 
     def sums_within(self) -> bool:
         """Return whether slopes may be summed inside backward."""
         return self.every_pass or self.ranks.world_size > 1 and self.batches == 1
 
-    def alike(self, loss: Tensor) -> bool:
+    def has_equal_order(self, loss: Tensor) -> bool:
         """Return whether the order of layers is the same on all ranks, in a pass before the last."""
         if not self.every_pass:
             return True
         order = self.order(loss)
         return all(rank_order == order for (rank_order,) in self.ranks.all_gather_numbers([order]))
 
-    def backward(self, loss: Tensor, weight=1.0, alike=True, tokens: Tensor | None = None) -> list[str]:
+    def backward(self, loss: Tensor, weight=1.0, equal_order=True, tokens: Tensor | None = None) -> list[str]:
         """Backpropagate the loss of the last forward to the logits; its slopes have the factor ``weight``.
 
-        ``alike`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
+        ``equal_order`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
         ``ops.curvature_factors``. After the last pass, return the names of layers with a slope that is not finite: the
         logits of such weights and the running mean square do not change.
         """
         # forwards that compute activations again do not count
         self.unwatch()
         self.remaining_passes -= 1
-        self.in_turn = True
-        if not alike:
-            self.turns.clear()
+        self.used_once = True
+        if not equal_order:
+            self.queue.clear()
         for updater in self.updaters.values():
             updater.weight = weight
             updater.tokens = tokens
@@ -113,25 +121,25 @@ class BackwardPass:
             updater.mean_square = running_mean_square(updater.mean_square, square, updater.estimator.decay)
             if not math.isfinite(square):
                 bad.append(name)
-        elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
-        if elsewhere:
-            raise ValueError(f"loss_fn: expected a loss that depends on logits only by masks, not so {elsewhere}")
+        with_gradient = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
+        if with_gradient:
+            raise ValueError(f"loss_fn: expected a loss that depends on logits only by masks, not so {with_gradient}")
         return bad
 
     def move_next(self) -> None:
         """Move the next layers in the order, as far as their slopes are there."""
         with self.lock:
-            while self.turns and self.turns[0].slopes is not None:
-                self.turns.popleft().finish()
+            while self.queue and self.queue[0].slopes is not None:
+                self.queue.popleft().finish()
 
     def _end_pass(self) -> None:
         """Finish the remaining layers that have slopes on any rank."""
         if self.remaining_passes and not self.every_pass:
             return
-        while self.turns:
+        while self.queue:
             # other ranks may wait for it, even if it has no slopes on this one
-            self.turns.popleft().finish()
-        self.in_turn = False
+            self.queue.popleft().finish()
+        self.used_once = False
         has_slopes = self.ranks.all_gather_numbers([updater.slopes is not None for updater in self.updaters.values()])
         by_layer = list(zip(self.updaters.values(), *has_slopes, strict=True))
         # the last ones first, in the order in which backward and copies of logits go
@@ -143,18 +151,18 @@ class BackwardPass:
 def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
     """Names of the layers in the order of backward, one for each use; none inside a reentrant checkpoint."""
     names = {id(updater.layer.logits): name for name, updater in updaters.items()}
-    ahead = [loss.grad_fn]
+    nodes = [loss.grad_fn]
     seen = {None}
     reached = []
-    while ahead:
-        node = ahead.pop()
+    while nodes:
+        node = nodes.pop()
         if node in seen:
             continue
         seen.add(node)
-        for source, _ in node.next_functions:
-            name = names.get(id(getattr(source, "variable", None)))
+        for function, _ in node.next_functions:
+            name = names.get(id(getattr(function, "variable", None)))
             if name is None:
-                ahead.append(source)
+                nodes.append(function)
             else:
                 # autograd begins with the last operation of the forward
                 reached.append((node._sequence_nr(), name))
@@ -318,46 +326,6 @@ def running_mean_square(mean_square: float | None, latest: float, decay: float) 
     return decay * (latest if mean_square is None else mean_square) + (1.0 - decay) * latest
 
 
-class WeightLearner:
-    """AdamW on the kept weights of one layer, see ``ops/reference/slopes.py``.
-
-    The loss does not depend on dropped weights, so they and their moments do not change until they are kept again. Bias
-    correction counts the steps of the layer. ``master`` is the weight in float32, from which 16 bits are rounded.
-    """
-
-    def __init__(self, layer: MaskedLinear, decay: float):
-        self.layer = layer
-        self.decay = decay
-        # copy: an embedding, or the layer that this one was made from, may share the tensor
-        layer.weight.data = layer.weight.detach().clone()
-        self.master = layer.weight.detach().to(torch.float32)
-        self.first = torch.zeros_like(self.master)
-        self.second = torch.zeros_like(self.master)
-        self.count = torch.zeros((), device=self.master.device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.master, "first": self.first, "second": self.second, "count": self.count}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        self.layer.weight.copy_(self.master)
-        if self.count > 0:
-            self.layer.weight_changed = True
-
-    @torch.no_grad()
-    def step(self, gradient: Tensor, codes: Tensor, rate: float, slope_square: Tensor) -> None:
-        """Move the kept weights by their gradient [out, K], without a transfer from the device.
-
-        If ``slope_square``, the mean square of the slopes, or the norm of the gradient is not finite, nothing changes.
-        """
-        usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient, dtype=torch.float32))
-        scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
-        m = self.layer.pattern.m
-        ops.adamw_(self.layer.weight, self.master, self.first, self.second, gradient, codes, scalars, m)
-        self.count += usable
-        self.layer.weight_changed = True
-
-
 class ShardedPass(BackwardPass):
     """``BackwardPass`` of layers that fully_shard has split into rows.
 
@@ -419,7 +387,7 @@ class ShardUpdater(LayerUpdater):
         self.factors = []
         second = torch.zeros_like(first)
         uses = 1
-        if not self.backward_pass.in_turn:
+        if not self.backward_pass.used_once:
             uses = max(int(count) for (count,) in ranks.all_gather_numbers([len(factors)]))
         for use in range(uses):
             rank_factors = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..functional.checks import FLOAT32_MAX, LARGEST_GAP, describe
 from ..modules import MaskedLinear, evaluating, without_gradients
 from ..ops.layer_groups import Uses
-from .batches import count_tokens, weighted_mean, weights_of
-from .masks import ModelMasks
+from .model_masks import ModelMasks
+from .step_batches import count_tokens, weighted_mean, weights_of
 
 LossFn = Callable[[nn.Module, object], Tensor]
 

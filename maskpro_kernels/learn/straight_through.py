@@ -17,8 +17,9 @@ from ..functional.linear import labelled_tokens
 from ..modules import MaskedLinear, check_not_sharded
 from ..ops.counter import MaskSource
 from ..ranks import Ranks
-from .backward import BackwardPass, LayerUpdater, ShardedPass, ShardUpdater, WeightLearner, check_slope_settings
+from .backward import BackwardPass, LayerUpdater, ShardedPass, ShardUpdater, check_slope_settings
 from .estimator import Estimator, Step, StepResult, check_float, check_whole
+from .weight_learner import WeightLearner
 
 
 class StraightThrough(Estimator):
@@ -141,17 +142,17 @@ class StraightThrough(Estimator):
             with self.attached(step.index, step.ranks, len(places), fisher) as backward_pass:
                 for place in earlier:
                     loss = step.forward(place)
-                    alike = backward_pass.alike(loss)
+                    equal_order = backward_pass.has_equal_order(loss)
                     tokens = labelled_tokens(step.loss_fn, step.batches[place])
-                    backward_pass.backward(loss, float(step.weights[place]), alike, tokens)
+                    backward_pass.backward(loss, float(step.weights[place]), equal_order, tokens)
                 loss = step.forward(last)
                 tokens = labelled_tokens(step.loss_fn, step.batches[last])
-                (value,), alike = step.exchange(backward_pass.order(loss))
+                (value,), equal_order = step.exchange(backward_pass.order(loss))
                 if not math.isfinite(value):
                     return StepResult(value)
                 step.begin_update()
                 self._fisher.take(fisher)
-                bad_layers = backward_pass.backward(loss, float(step.weights[last]), alike, tokens)
+                bad_layers = backward_pass.backward(loss, float(step.weights[last]), equal_order, tokens)
         return StepResult(value, bad_layers=tuple(bad_layers))
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:

@@ -36,10 +36,11 @@ from ..modules import (
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from ..shards import is_distributed
-from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Entry, Estimator, LossFn, Step, StepRecord, StepResult, check_float, check_whole, top_n_loss
-from .masks import ModelMasks, least_margin
-from .run import PREFIX, RunFolder, SavedRun, StoredTensors, newest_snapshot, restore, settings_of, write_parts
+from .model_masks import ModelMasks, least_margin
+from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
+from .snapshots import StoredTensors, newest_snapshot
+from .step_batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 
 LOGGER = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ class MaskTrainer:
         if self.output_dir is not None and self.ranks.is_main_process:
             self._folder = RunFolder(self.output_dir, estimator)
         self._snapshot_time = time.monotonic()
-        self._begun = self._broken = False
+        self._begun = False
+        self._broken = False
         self._skipped = 0
         self._initial_masks: dict[str, Tensor] | None = None
         estimator.taken = True
@@ -197,24 +199,23 @@ class MaskTrainer:
             least = min(rank_margin for (rank_margin,) in self.ranks.all_gather_numbers([margin]))
             _check_reach(self.estimator, least, self.ranks.is_main_process)
         if self.output_dir is not None:
-
-            def start() -> None:
-                self._folder.start(settings)
-                if not self._sharded:
-                    # an error of rank 0 alone ends all ranks
-                    self._save_snapshot()
-
-            self.ranks.run_on_main(start)
+            self.ranks.run_on_main(self._start_folder, settings)
             if self._sharded:
                 self._save_snapshot()
         with resetting(self.model):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
-            self.ranks.run_on_main(lambda: self._folder.start_journal(losses))
+            self.ranks.run_on_main(RunFolder.start_journal, self._folder, losses)
         if self.output_dir is None:
             self._initial_masks = {name: _top_n(layer).cpu() for name, layer in self.layers.items()}
         self._report_flips(progress)
         self._begun = True
+
+    def _start_folder(self, settings: Mapping) -> None:
+        self._folder.start(settings)
+        if not self._sharded:
+            # an error of rank 0 alone ends all ranks
+            self._save_snapshot()
 
     def moved(self) -> int | None:
         """Count the groups whose N largest logits differ from those before the first step.
@@ -234,17 +235,11 @@ class MaskTrainer:
 
     def _first_masks(self) -> dict[str, Tensor] | None:
         """Top-N masks of the first snapshot: of this rank's rows, or of whole layers on rank 0 alone."""
-
-        def read() -> StoredTensors | None:
-            with suppress(OSError, ValueError):
-                _, tensors, _, _ = newest_snapshot(self.output_dir, 0, self._folder.run)
-                return tensors
-            return None
-
-        if not self._sharded:
-            first = read() if self._begun and self.ranks.is_main_process else None
-        else:
-            first = self.ranks.run_on_main(read) if self._begun else None
+        first = None
+        if self._begun and self._sharded:
+            first = self.ranks.run_on_main(self._first_tensors)
+        elif self._begun and self.ranks.is_main_process:
+            first = self._first_tensors()
         if first is None:
             return None
         masks = {}
@@ -254,6 +249,12 @@ class MaskTrainer:
             local = logits.to_local() if is_distributed(logits) else logits
             masks[name] = top_n_mask(local, layer.pattern)
         return masks
+
+    def _first_tensors(self) -> StoredTensors | None:
+        with suppress(OSError, ValueError):
+            _, tensors, _, _ = newest_snapshot(self.output_dir, 0, self._folder.run)
+            return tensors
+        return None
 
     def _report_flips(self, progress: bool) -> None:
         """Report how many groups a draw changes on average; warn if these are too few for the estimator."""
@@ -300,10 +301,10 @@ class MaskTrainer:
                     record = self.step()
                     records.append(record)
                     numbers = {"residual": record.residual, "advantage": record.advantage}
-                    shown = {name: f"{number:+.2e}" for name, number in numbers.items() if number is not None}
+                    signed = {name: f"{number:+.2e}" for name, number in numbers.items() if number is not None}
                     rate = f"{record.tokens / record.seconds:.0f}"
                     bar.set_postfix(
-                        loss=f"{record.loss:.4f}", **shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=rate
+                        loss=f"{record.loss:.4f}", **signed, flips=f"{record.flip_rate:.1e}", tokens_per_s=rate
                     )
                     bar.update()
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
@@ -322,8 +323,10 @@ class MaskTrainer:
         if unlearned and learned and self.ranks.is_main_process:
             share = sum(self.layers[name].weight.numel() for name in unlearned)
             share /= sum(layer.weight.numel() for layer in self.layers.values())
-            what = f"no finite gradient other than 0 in {len(unlearned)} layers, {share:.1%} of the weights with a mask"
-            warnings.warn(f"{what}; their masks have not been learned: {', '.join(unlearned)}", stacklevel=2)
+            message = (
+                f"no finite gradient other than 0 in {len(unlearned)} layers, {share:.1%} of the weights with a mask"
+            )
+            warnings.warn(f"{message}; their masks have not been learned: {', '.join(unlearned)}", stacklevel=2)
         return records
 
     def step(self) -> StepRecord:
@@ -364,11 +367,8 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.add_row(asdict(record))
-        if self.output_dir is not None:
-            is_due = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
-            # by the clock of rank 0, the only writer unless layers are cut into rows
-            if self.ranks.run_on_main(lambda: is_due) if self._sharded else is_due:
-                self._save_snapshot()
+        if self.output_dir is not None and self._snapshot_is_due():
+            self._save_snapshot()
         if self._skipped:
             self._check_skipped(record, result)
         return record
@@ -402,24 +402,12 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-
-        def read() -> SavedRun:
-            saved = self._folder.resume(settings, partial(self._batches.skip, progress=progress), check)
-            # no disk error can come from here on
-            self._begun = self._broken = True
-            return saved
-
-        def refresh() -> None:
-            self.steps_done = saved.refreshed
-            self._losses_of_initial_masks(progress)
-
-        saved = self.ranks.run_on_main(read)
-        self.ranks.run_on_all(
-            lambda: self.ranks.is_main_process or self._batches.skip(saved.steps, saved.batches, progress=False)
-        )
-        self._begun = self._broken = True
+        saved = self.ranks.run_on_main(self._read_folder, settings, progress, check)
+        self.ranks.run_on_all(self._skip_batches, saved)
+        self._begun = True
+        self._broken = True
         self._initial_losses.losses = saved.initial_losses
-
+        refresh = partial(self._refresh_losses, saved.refreshed, progress)
         with resetting(self.model):
             restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
         self.estimator.load_state(saved.state)
@@ -430,6 +418,21 @@ class MaskTrainer:
         for line in saved.warnings if self.ranks.is_main_process else ():
             warnings.warn(line, stacklevel=2)
         return saved.steps
+
+    def _read_folder(self, settings: Mapping, progress: bool, check: Callable[[str], object] | None) -> SavedRun:
+        saved = self._folder.resume(settings, partial(self._batches.skip, progress=progress), check)
+        # no disk error can come from here on
+        self._begun = True
+        self._broken = True
+        return saved
+
+    def _skip_batches(self, saved: SavedRun) -> None:
+        if not self.ranks.is_main_process:
+            self._batches.skip(saved.steps, saved.batches, progress=False)
+
+    def _refresh_losses(self, step: int, progress: bool) -> None:
+        self.steps_done = step
+        self._losses_of_initial_masks(progress)
 
     def close(self) -> None:
         """Release ``output_dir`` for another trainer and leave the other ranks; this trainer takes no further step."""
@@ -458,6 +461,11 @@ class MaskTrainer:
             name = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__qualname__)
             self.ranks.agree(settings | {"loss_fn": name})
         return settings
+
+    def _snapshot_is_due(self) -> bool:
+        is_due = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
+        # by the clock of rank 0, the only writer unless layers are cut into rows
+        return self.ranks.all_gather_object(is_due)[0] if self._sharded else is_due
 
     def _save_snapshot(self) -> None:
         step = self.steps_done
@@ -492,10 +500,12 @@ class MaskTrainer:
         remaining = MAX_STEPS - 1 - self.steps_done
         if steps > remaining:
             raise ValueError(f"steps: expected at most {remaining} more, as the counter allows, got {steps}")
-        most = self.estimator.steps
-        if most is not None and self.steps_done + steps > most:
-            whose = f"{type(self.estimator).__name__}'s {most}"
-            raise ValueError(f"steps: expected at most {most - self.steps_done} more of {whose}, got {steps}")
+        limit = self.estimator.steps
+        if limit is not None and self.steps_done + steps > limit:
+            raise ValueError(
+                f"steps: expected at most {limit - self.steps_done} more of {type(self.estimator).__name__}'s {limit}, "
+                f"got {steps}"
+            )
 
     def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
         message = f"loss of step {record.step}: expected a finite number, got {record.loss}"
@@ -543,9 +553,9 @@ def _batches_of_steps(
             f"estimator: expected a number of steps, such as {type(estimator).__name__}(steps=1000), since all "
             "batches are loaded before the first step and they are not a sequence, got steps=None"
         )
-    taken = list(islice(batches, estimator.steps * accumulate))
-    _check_batches(taken)
-    return BatchCycle(taken, accumulate)
+    sequence = list(islice(batches, estimator.steps * accumulate))
+    _check_batches(sequence)
+    return BatchCycle(sequence, accumulate)
 
 
 def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:

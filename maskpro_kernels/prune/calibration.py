@@ -276,7 +276,7 @@ class ShardedMasks(LayerMasks):
         out = len(tensors[0])
         world = self._ranks.world_size
         if out < world:
-            return self._ranks.run_on_all(lambda: function(*tensors))
+            return self._ranks.run_on_all(function, *tensors)
         sizes = [out // world + (rank < out % world) for rank in range(world)]
         rows_of_rank = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors]
 
@@ -288,7 +288,7 @@ class ShardedMasks(LayerMasks):
             every = torch.cat([padded_rows[:size] for padded_rows, size in zip(gathered, sizes, strict=True)])
             return every.view(rows.dtype).view(-1, *rows.shape[1:])
 
-        return [joined(rows) for rows in self._ranks.run_on_all(lambda: function(*rows_of_rank))]
+        return [joined(rows) for rows in self._ranks.run_on_all(function, *rows_of_rank)]
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
         reshard(self._model)

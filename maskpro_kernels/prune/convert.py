@@ -23,7 +23,7 @@ from ..functional.checks import (
     device_of_logits,
     in_a_line,
 )
-from ..learn.batches import content
+from ..learn.step_batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..ops.pattern import NMPattern
 from ..packed import SPARSE

@@ -24,9 +24,12 @@ from transformers import (
 import maskpro_kernels as mk
 from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import inputs as shared
-from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.config import Learn
+from maskpro_kernels.cli.learn import command, data, evaluation, result, start, steps
+from maskpro_kernels.cli.learn.options import complete
 from maskpro_kernels.hf import save_model
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.perplexity import perplexity
@@ -97,18 +100,18 @@ def test_a_run_leaves_its_record_and_prints_its_table(inputs, tmp_path, capsys):
 
 
 def test_the_defaults_of_an_estimator_hold_where_nothing_is_given(inputs):
-    options = learning.Learn(model=str(inputs / "model"), output="out")
-    found = learning.complete(options)
+    options = Learn(model=str(inputs / "model"), output="out")
+    found = complete(options)
     assert (found.init, found.gap, found.steps, found.lr, found.eval_every) == ("reconstruction", 15.0, 200, 0.3, 40)
     options.estimator, options.gap = "reinforce", 5.0
-    found = learning.complete(options)
+    found = complete(options)
     assert (found.init, found.gap, found.steps, found.calibration_batches) == ("wanda", 5.0, 1000, 16)
 
 
 def looked_at(monkeypatch, *validation: float) -> None:
     """These are the perplexities of the validation text, step by step; those of both test texts are others."""
     values = iter([10.0] * 6 + [*validation] + [9.0] * 2)
-    monkeypatch.setattr(learning, "perplexity", lambda *args, **options: next(values))
+    monkeypatch.setattr(evaluation, "perplexity", lambda *args, **options: next(values))
 
 
 @pytest.mark.parametrize("rows", [(10.0, 12.0, 10.5, 11.5, 11.2), (10.0, float("nan"), 10.5, float("nan"), 12.0)])
@@ -132,7 +135,7 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
     ids=["bfloat16", "float32", "no backward", "long"],
 )
 def test_attention_of_steps_on_a_cpu(options, used, inputs, tmp_path, monkeypatch):
-    seen, step, perplexity = [], learning.MaskTrainer.step, learning.perplexity
+    seen, step, perplexity = [], MaskTrainer.step, evaluation.perplexity
 
     def recorded(trainer):
         seen.append(trainer.model.config._attn_implementation)
@@ -143,9 +146,9 @@ def test_attention_of_steps_on_a_cpu(options, used, inputs, tmp_path, monkeypatc
         assert model.config._attn_implementation == "sdpa"
         return perplexity(model, *args, **how)
 
-    monkeypatch.setattr(learning, "SHORT", 16)
-    monkeypatch.setattr(learning.MaskTrainer, "step", recorded)
-    monkeypatch.setattr(learning, "perplexity", evaluated)
+    monkeypatch.setattr(steps, "SHORT", 16)
+    monkeypatch.setattr(MaskTrainer, "step", recorded)
+    monkeypatch.setattr(evaluation, "perplexity", evaluated)
     assert main.main(learn(inputs, tmp_path / "run", *options, "--steps", "3", "--eval-every", "1")) == 0
     assert seen == [used] * 3
 
@@ -163,13 +166,13 @@ def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_
 
 def test_several_texts_and_samples_of_the_model_are_mixed(inputs, tmp_path, capsys, monkeypatch):
     (tmp_path / "two.txt").write_text(tiny_text(seed=1), encoding="utf-8")
-    seen, step = [], learning.MaskTrainer.__init__
+    seen, step = [], MaskTrainer.__init__
 
     def noting(trainer, model, loss_fn, batches, estimator, **how):
         seen.append(torch.stack(list(batches)))
         step(trainer, model, loss_fn, batches, estimator, **how)
 
-    monkeypatch.setattr(learning.MaskTrainer, "__init__", noting)
+    monkeypatch.setattr(MaskTrainer, "__init__", noting)
     data = f"{inputs / 'text.txt'}:1,{tmp_path / 'two.txt'}:1,self:2"
     assert main.main(learn(inputs, tmp_path / "run", "--data", data)) == 0
     with safe_open(tmp_path / "run" / "progress" / "samples.safetensors", framework="pt") as file:
@@ -194,11 +197,11 @@ def test_samples_alone_are_evaluated_as_well(inputs, tmp_path):
 def test_a_dataset_is_read_only_as_far_as_needed(inputs, tmp_path, datasets_cache, monkeypatch):
     rows = "".join(f'{{"text": "{paragraph}"}}\n' for paragraph in tiny_text().split("\n\n"))
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    asked, load = [], learning.load_text
-    monkeypatch.setattr(learning, "load_text", lambda name, **how: (asked.append((name, how)), load(name, **how))[1])
-    data = str(tmp_path / "rows.jsonl")
-    assert main.main(learn(inputs, tmp_path / "run", "--data", data, "--documents", "40")) == 0
-    assert asked[0] == (data, {"documents": 40})
+    asked, load = [], data.load_text
+    monkeypatch.setattr(data, "load_text", lambda name, **how: (asked.append((name, how)), load(name, **how))[1])
+    source = str(tmp_path / "rows.jsonl")
+    assert main.main(learn(inputs, tmp_path / "run", "--data", source, "--documents", "40")) == 0
+    assert asked[0] == (source, {"documents": 40})
 
 
 def test_masks_by_name_and_by_path_are_begun_with(inputs, run, tmp_path, monkeypatch):
@@ -236,19 +239,19 @@ def test_a_run_that_is_interrupted_before_its_first_step_names_the_command_that_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(learning, "_choose_masks", interrupt)
+        patched.setattr(command, "choose_masks", interrupt)
         assert main.main(learn(inputs, run)) == 130
     lines = capsys.readouterr().err.splitlines()
     assert f"stopped before the next step; continue with: maskpro learn --resume {run}" in lines
     assert main.main(["learn", "--resume", str(run)]) == 0
     with monkeypatch.context() as patched:
-        patched.setattr(learning, "save", interrupt)
+        patched.setattr(result, "save", interrupt)
         assert main.main(learn(inputs, tmp_path / "last")) == 130
     assert "stopped before the result was written; continue with: " in capsys.readouterr().err
     assert main.main(["learn", "--resume", str(tmp_path / "last")]) == 0
     # nothing to continue before the settings are on disk
     with monkeypatch.context() as patched:
-        patched.setattr(learning, "load", interrupt)
+        patched.setattr(data, "load", interrupt)
         assert main.main(learn(inputs, tmp_path / "other")) == 130
     assert capsys.readouterr().err.splitlines()[-2:] == ["nothing was written", "maskpro: interrupted"]
     assert not (tmp_path / "other").exists()
@@ -317,9 +320,9 @@ def test_whole_matrices_stay_dense_up_to_the_density(inputs, tmp_path, capsys):
     run, packed = tmp_path / "run", tmp_path / "packed"
     assert main.main(learn(inputs, run, *STRAIGHT, "--refit", "weights", "--density", "0.6")) == 0
     written, model, dense = report(run), AutoModelForCausalLM.from_pretrained(run), tiny_model()
-    left = [name for name, reason in written["skipped"].items() if reason == learning.COSTLY]
+    left = [name for name, reason in written["skipped"].items() if reason == start.COSTLY]
     assert left and not set(left) & set(written["converted"]) and len(left) + len(written["converted"]) == 14
-    assert f"left dense: {len(left)} of 14 layers ({learning.COSTLY})" in capsys.readouterr().err
+    assert f"left dense: {len(left)} of 14 layers ({start.COSTLY})" in capsys.readouterr().err
     for name in left:
         assert_same_bits(model.get_submodule(name).weight, dense.get_submodule(name).weight)
     assert all((nonzeros(model, name) == 2).all() for name in written["converted"])

@@ -11,8 +11,8 @@ import torch
 from helpers.children import environment
 from helpers.command import learn
 
-from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.learn import command, start
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -31,7 +31,7 @@ def test_an_interrupt_before_the_first_step_is_a_line(inputs, tmp_path, capsys, 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(learning, "_evaluate_initial_masks", interrupted)
+    monkeypatch.setattr(start, "_convert_and_evaluate", interrupted)
     assert main.main(learn(inputs, tmp_path / "out")) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "maskpro: interrupted"
 
@@ -50,7 +50,7 @@ def test_an_error_is_one_line(inputs, tmp_path, capsys, monkeypatch, error, repo
     def failing(*_):
         raise error
 
-    monkeypatch.setattr(learning, "_load_texts", failing)
+    monkeypatch.setattr(command, "load_texts", failing)
     assert main.main(learn(inputs, tmp_path / "out")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"maskpro: error: {reported}")
@@ -60,7 +60,7 @@ def test_a_fault_of_the_package_is_no_line(inputs, tmp_path, monkeypatch):
     def failing(*_):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(learning, "_load_texts", failing)
+    monkeypatch.setattr(command, "load_texts", failing)
     with pytest.raises(RuntimeError, match="a fault"):
         main.main(learn(inputs, tmp_path / "out"))
 

@@ -20,8 +20,9 @@ from helpers.in_ranks import LONGEST, all_in_ranks
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
 from maskpro_kernels.checkpoints.logits import load_logits
-from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.config import Learn
+from maskpro_kernels.cli.learn.options import complete
 from maskpro_kernels.ranks import FailedRank
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -216,12 +217,12 @@ def test_each_rank_needs_a_gpu_of_its_own(inputs, tmp_path, capsys, monkeypatch)
 
 
 def test_each_rank_has_a_device_of_its_own(inputs):
-    options = learning.Learn(model=str(inputs / "model"), output="out", accumulate=2)
-    assert learning.complete(options, world=2).device is None
+    options = Learn(model=str(inputs / "model"), output="out", accumulate=2)
+    assert complete(options, 2).device is None
     for device in ("cuda:1", "auto"):
         options.device = device
         with pytest.raises(ValueError, match=f"device: expected cpu or cuda, since each .*, got '{device}'"):
-            learning.complete(options, world=2)
+            complete(options, 2)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from helpers.tiny_llama import tiny_model, write_inputs
 from safetensors.torch import load_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
-from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.learn import command, steps
 from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -111,20 +111,19 @@ def test_a_signal_ends_a_run_after_its_step(inputs, wholes, tmp_path, monkeypatc
     assert_ends_as(run, wholes("reinforce"))
 
 
-@pytest.mark.parametrize("where", ["_choose_masks", slow("write_whole")])
-def test_a_run_that_was_killed_before_its_first_step_begins_again(inputs, wholes, tmp_path, monkeypatch, capsys, where):
+@pytest.mark.parametrize(("module", "function"), [(command, "choose_masks"), slow(steps, "write_record")])
+def test_a_run_that_was_killed_before_its_first_step_begins_again(
+    inputs, wholes, tmp_path, monkeypatch, capsys, module, function
+):
     """With the samples that it has drawn; by ``--resume`` and by the same command."""
-    arguments, before = options(inputs, "straight-through"), getattr(learning, where)
+    arguments = options(inputs, "straight-through")
 
-    def killed(*given):
-        # of what is written the settings alone
-        if where == "write_whole" and given[0].name == "settings.json":
-            return before(*given)
+    def killed(*_):
         raise Killed
 
     for name in ("resumed", "again"):
         with monkeypatch.context() as patched:
-            patched.setattr(learning, where, killed)
+            patched.setattr(module, function, killed)
             with pytest.raises(Killed):
                 main.main(learn(inputs, tmp_path / name, *arguments))
     capsys.readouterr()
@@ -161,8 +160,10 @@ def test_what_does_not_continue_is_refused_in_a_line(inputs, run, broken, tmp_pa
     refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended, got")
     refuses(capsys, tmp_path, ["learn", "--resume", str(inputs)], "without settings.json")
     refuses(capsys, tmp_path, learn(inputs, broken), "which has a run that has not ended; continue with")
-    for command in ("eval", "speed"):
-        refuses(capsys, tmp_path, [command, str(broken)], "model: expected a model or a run that has ended", "continue")
+    for subcommand in ("eval", "speed"):
+        refuses(
+            capsys, tmp_path, [subcommand, str(broken)], "model: expected a model or a run that has ended", "continue"
+        )
     refuses(capsys, tmp_path, ["export", str(broken), str(tmp_path / "out")], "its run has not ended, continue with")
     settings = (broken / "settings.json").read_text()
     for content in ("{", "[]", "{}", settings.replace("maskpro-run 3", "maskpro-run 2")):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from transformers import AutoModelForCausalLM
 
-from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.learn import data, evaluation, result, start
 from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -44,12 +44,12 @@ def killed_run(inputs, folder, monkeypatch, options, step=2):
 def test_another_process_is_refused_at_once_from_the_first_write_to_the_last(inputs, tmp_path, monkeypatch, capsys):
     """Before it loads anything, and the first one ends as it would alone."""
     output = tmp_path / "run"
-    moments = {"perplexity": learning, "step": MaskTrainer, "finalize": learning}
+    moments = {"perplexity": evaluation, "step": MaskTrainer, "finalize": result}
     seen = set()
 
     def refused() -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(learning, "load", None)
+            patched.setattr(data, "load", None)
             refusal = f"expected a folder that no other process learns in, got {str(output)!r}"
             files = contents(output)
             second = learn(inputs, output, "--steps", "7", "--seed", "5")
@@ -77,15 +77,15 @@ def test_another_process_is_refused_at_once_from_the_first_write_to_the_last(inp
 
 
 def test_a_run_that_ends_while_another_loads_its_model_is_kept(inputs, tmp_path, monkeypatch, capsys):
-    load_model = learning.load
+    load_model = data.load
 
     def slow_load(*given):
         with monkeypatch.context() as patched:
-            patched.setattr(learning, "load", load_model)
+            patched.setattr(data, "load", load_model)
             assert main.main(learn(inputs, tmp_path / "run")) == 0
         return load_model(*given)
 
-    monkeypatch.setattr(learning, "load", slow_load)
+    monkeypatch.setattr(data, "load", slow_load)
     assert main.main(learn(inputs, tmp_path / "run", "--seed", "5")) == 2
     assert "output: expected a new or empty folder, got" in capsys.readouterr().err.splitlines()[-1]
     assert report(tmp_path / "run")["settings"]["seed"] == 0
@@ -132,7 +132,7 @@ def test_another_base_is_neither_exported_nor_learned_further(inputs, tmp_path, 
     assert main.main(learn(inputs, runs["ended"], *arguments)) == 0
     killed_run(inputs, runs["killed"], monkeypatch, arguments)
     skipped = report(runs["ended"])["skipped"]
-    left_dense = next(name for name, reason in skipped.items() if reason == learning.COSTLY)
+    left_dense = next(name for name, reason in skipped.items() if reason == start.COSTLY)
     refusal = f"got other weights in {str(base)!r}"
     for name in (*CHANGED, f"{left_dense}.weight"):
         model = tiny_model()

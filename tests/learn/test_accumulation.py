@@ -13,7 +13,7 @@ from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_model, a_trainer, logits_of, some_batches, under_masks, uneven_batches
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn.batches import loss_tokens, weighted_mean, weights_of
+from maskpro_kernels.learn.step_batches import loss_tokens, weighted_mean, weights_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -9,7 +9,8 @@ from helpers.small_trainer import a_trainer_in, logits_of
 
 from maskpro_kernels.files import append_whole
 from maskpro_kernels.learn import run
-from maskpro_kernels.learn.run import snapshots_in
+from maskpro_kernels.learn.journal import read_journal
+from maskpro_kernels.learn.snapshots import snapshots_in
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -60,6 +61,6 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_record(tmp_path):
         assert (tmp_path / "journal").read_bytes() == before
     trainer.run(3, progress=False)
     trainer.close()
-    assert len(run.read_journal(tmp_path / "journal").entries) == 6
+    assert len(read_journal(tmp_path / "journal").entries) == 6
     assert len(snapshots_in(tmp_path)) == 3
     assert_same_bits(logits_of(trainer.model), logits_of(whole_run(tmp_path / "whole", "reinforce").model))

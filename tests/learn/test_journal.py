@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from maskpro_kernels.learn import run
 from maskpro_kernels.learn.estimator import Draw, Entry
-from maskpro_kernels.learn.run import Journal, pack_entry
+from maskpro_kernels.learn.journal import Journal, pack_entry, read_journal
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -36,13 +35,13 @@ def a_journal(path: Path, steps: int = 40, draws: int = 1, header=HEADER) -> lis
 @pytest.mark.parametrize("draws", [1, 4])
 def test_what_is_written_is_read(tmp_path, draws):
     entries = a_journal(tmp_path / "journal", 7, draws)
-    found = run.read_journal(tmp_path / "journal")
+    found = read_journal(tmp_path / "journal")
     assert found[:4] == (HEADER, entries, 0, draws)
-    writer, before = Journal.resume(tmp_path / "journal", found), found.chain
-    assert writer.steps == 7 and writer.chain == found.chain[7]
+    writer, before = Journal.resume(tmp_path / "journal", found), found.checksums
+    assert writer.steps == 7 and writer.checksum == found.checksums[6]
     writer.append(entry(7, draws))
-    found = run.read_journal(tmp_path / "journal")
-    assert found.entries == [*entries, entry(7, draws)] and found.chain == [*before, writer.chain]
+    found = read_journal(tmp_path / "journal")
+    assert found.entries == [*entries, entry(7, draws)] and found.checksums == [*before, writer.checksum]
     for wrong in (entry(7, draws), entry(8, draws + 1)):
         with pytest.raises(ValueError, match=f"entry: expected step 8 with {draws} draws"):
             writer.append(wrong)
@@ -56,10 +55,10 @@ def test_every_byte_flipped_is_found(tmp_path):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         if at >= len(whole) - RECORD:
             # as one that was cut short
-            assert run.read_journal(path)[1:3] == (entries[:-1], RECORD)
+            assert read_journal(path)[1:3] == (entries[:-1], RECORD)
         else:
             with pytest.raises(ValueError, match="journal: expected"):
-                run.read_journal(path)
+                read_journal(path)
 
 
 def test_a_record_cut_short_is_cut_off(tmp_path):
@@ -68,7 +67,7 @@ def test_a_record_cut_short_is_cut_off(tmp_path):
     whole = path.read_bytes()
     for cut in range(1, RECORD):
         path.write_bytes(whole[:-cut])
-        found = run.read_journal(path)
+        found = read_journal(path)
         writer = Journal.resume(path, found)
         assert found.entries == entries[:-1] and found.torn == RECORD - cut
         writer.append(entries[-1])
@@ -81,11 +80,11 @@ def test_journals_of_others_are_refused(tmp_path):
     a_journal(path, 3)
     content = path.read_bytes()
     path.write_bytes(content[:8] + b"\x02" + content[9:])
-    with pytest.raises(ValueError, match="journal: expected format 5, got 2, of another version"):
-        run.read_journal(path)
+    with pytest.raises(ValueError, match="journal: expected format 6, got 2, of another version"):
+        read_journal(path)
     path.write_text("nothing")
     with pytest.raises(ValueError, match="journal: expected a journal of maskpro_kernels"):
-        run.read_journal(path)
+        read_journal(path)
 
 
 def test_records_count_in_their_own_run_and_place_alone(tmp_path):
@@ -110,11 +109,11 @@ def test_records_count_in_their_own_run_and_place_alone(tmp_path):
     for name, chosen in mixed.items():
         own.write_bytes(content[:start] + b"".join(chosen))
         with pytest.raises(ValueError, match=r"journal: expected the record of step \d of this run at byte"):
-            pytest.fail(f"{name}: {len(run.read_journal(own).entries)} steps")
+            pytest.fail(f"{name}: {len(read_journal(own).entries)} steps")
     # the header of the other with these records
     own.write_bytes(foreign[:start] + content[start:])
     with pytest.raises(ValueError, match="journal: expected the record of step 0 of this run"):
-        run.read_journal(own)
+        read_journal(own)
 
 
 class FullDisk:
@@ -130,15 +129,15 @@ class FullDisk:
 
 def test_a_full_disk_leaves_the_journal_whole(tmp_path):
     entries = a_journal(tmp_path / "journal", 3)
-    before = run.read_journal(tmp_path / "journal")
+    before = read_journal(tmp_path / "journal")
     writer = Journal.resume(tmp_path / "journal", before)
     file, writer._file = writer._file, FullDisk(writer._file)
     with pytest.raises(OSError, match="No space left"):
         writer.append(entry(3))
-    assert run.read_journal(tmp_path / "journal") == before
+    assert read_journal(tmp_path / "journal") == before
     writer._file = file
     writer.append(entry(3))
-    assert run.read_journal(tmp_path / "journal").entries == [*entries, entry(3)]
+    assert read_journal(tmp_path / "journal").entries == [*entries, entry(3)]
 
 
 @pytest.mark.parametrize("failing", ["fsync", "ftruncate"])
@@ -146,7 +145,7 @@ def test_after_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_path
     """A sync that is asked for again would succeed without a write; after a half no record would be found."""
     path = tmp_path / "journal"
     entries = a_journal(path, 3)
-    writer = Journal.resume(path, run.read_journal(path))
+    writer = Journal.resume(path, read_journal(path))
     file = writer._file
 
     def fail(*_):
@@ -165,12 +164,12 @@ def test_after_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_path
         writer.append(entry(3))
     assert path.stat().st_size == size
     writer.close()
-    found = run.read_journal(path)
+    found = read_journal(path)
     again = Journal.resume(path, found)
     assert found.entries == entries
     again.append(entry(3))
     again.close()
-    assert run.read_journal(path).entries == [*entries, entry(3)]
+    assert read_journal(path).entries == [*entries, entry(3)]
 
 
 def test_what_is_read_is_on_disk(tmp_path, monkeypatch):
@@ -179,6 +178,6 @@ def test_what_is_read_is_on_disk(tmp_path, monkeypatch):
     a_journal(path, 3)
     before, synced, sync = path.stat().st_ino, [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), sync(file)))
-    writer = Journal.resume(path, run.read_journal(path))
+    writer = Journal.resume(path, read_journal(path))
     assert path.stat().st_ino != before and path.stat().st_ino in synced
     writer.close()

@@ -13,8 +13,8 @@ from helpers.small_trainer import logits_of
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import masks as masks_file
-from maskpro_kernels.learn.masks import ModelMasks
+from maskpro_kernels.learn import model_masks as masks_file
+from maskpro_kernels.learn.model_masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ops.layer_groups import Uses, draws_once
 

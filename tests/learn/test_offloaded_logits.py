@@ -12,7 +12,7 @@ from helpers.small_trainer import a_trainer, logits_of
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import masks, offload
+from maskpro_kernels.learn import offload
 from maskpro_kernels.learn.offload import OffloadedLogits, Transfers
 from maskpro_kernels.modules import masked_layers
 
@@ -69,7 +69,7 @@ def late(monkeypatch):
     """All logits pass as those of another device."""
     transfers = LateTransfers()
     monkeypatch.setattr(offload, "transfers_of", lambda device: transfers)
-    for module in (offload, masks):
+    for module in (offload, model_masks):
         monkeypatch.setattr(module, "offloaded", lambda layer: isinstance(layer, mk.MaskedLinear))
     yield transfers
     assert not transfers.outgoing

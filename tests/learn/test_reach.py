@@ -9,7 +9,7 @@ import torch
 from helpers import small_trainer
 from helpers.small_trainer import a_model, a_trainer
 
-from maskpro_kernels.learn.masks import margins
+from maskpro_kernels.learn.model_masks import margins
 from maskpro_kernels.learn.reinforce import Reinforce
 from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.modules import masked_layers

@@ -8,7 +8,7 @@ from helpers.small_trainer import a_trainer_in, logits_of
 
 import maskpro_kernels as mk
 from maskpro_kernels.learn import estimator, reinforce, run
-from maskpro_kernels.learn.run import Journal
+from maskpro_kernels.learn.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

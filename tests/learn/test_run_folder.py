@@ -13,8 +13,8 @@ from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_model, a_trainer_in, logits_of, some_batches
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import run
-from maskpro_kernels.learn.run import save_snapshot
+from maskpro_kernels.learn import journal, run
+from maskpro_kernels.learn.snapshots import save_snapshot, snapshots_in
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -111,7 +111,7 @@ def test_files_of_an_interrupted_start_are_removed(tmp_path):
     half.touch()
     trainer = a_trainer_in(tmp_path)
     trainer.step()
-    assert len(run.snapshots_in(tmp_path)) == 1 and not half.exists()
+    assert len(snapshots_in(tmp_path)) == 1 and not half.exists()
     trainer.close()
     save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}})
     again = a_trainer_in(tmp_path)
@@ -171,9 +171,9 @@ def test_a_run_like_another_is_another(tmp_path):
         trainer = a_trainer_in(tmp_path / name)
         trainer.run(4, progress=False)
         trainer.close()
-    for path in run.snapshots_in(tmp_path / "one")[1:]:
+    for path in snapshots_in(tmp_path / "one")[1:]:
         path.unlink()
-    (foreign,) = run.snapshots_in(tmp_path / "two")[1:]
+    (foreign,) = snapshots_in(tmp_path / "two")[1:]
     shutil.copy(foreign, tmp_path / "one")
     again = a_trainer_in(tmp_path / "one")
     with pytest.warns(UserWarning, match=f"{foreign.name} is damaged or of steps .*: it is set aside"):
@@ -190,7 +190,7 @@ def test_a_snapshot_of_another_straight_through_run_is_refused(tmp_path):
         trainer = a_trainer_in(tmp_path / name, "straight-through")
         trainer.run(steps, progress=False)
         trainer.close()
-    foreign = Path(shutil.copy(run.snapshots_in(tmp_path / "two")[-1], tmp_path / "one"))
+    foreign = Path(shutil.copy(snapshots_in(tmp_path / "two")[-1], tmp_path / "one"))
     files = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run .* one of another run"):
         a_trainer_in(tmp_path / "one", "straight-through").resume()
@@ -218,7 +218,7 @@ def test_a_snapshot_beside_other_records_is_refused(tmp_path):
         a_trainer_in(tmp_path / "one").resume()
     assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == files
     # the way out that the message names
-    run.snapshots_in(tmp_path / "one")[-1].unlink()
+    snapshots_in(tmp_path / "one")[-1].unlink()
     again, other = a_trainer_in(tmp_path / "one"), a_trainer_in(tmp_path / "two")
     assert again.resume() == other.resume() == 4
     assert_same_bits(logits_of(again.model), logits_of(other.model))
@@ -228,12 +228,13 @@ def test_a_snapshot_beside_other_records_is_refused(tmp_path):
 def test_a_folder_of_another_format_is_refused_in_a_line(tmp_path, how, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(run, "FORMAT", 3)
+        patched.setattr(journal, "FORMAT", 3)
         trainer = a_trainer_in(tmp_path, how)
         trainer.run(2, progress=False)
         trainer.close()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
-        ValueError, match="^(journal: expected format 5|output_dir: expected a run with format 5), got 3"
+        ValueError, match="^(journal: expected format 6|output_dir: expected a run with format 6), got 3"
     ):
         a_trainer_in(tmp_path, how).resume()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files

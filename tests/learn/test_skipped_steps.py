@@ -9,7 +9,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_trainer_in, logits_of
 
-from maskpro_kernels.learn import run
+from maskpro_kernels.learn import journal
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -31,7 +31,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
     trainer = spoiled(tmp_path, "reinforce", (2, 3), 2)
     records = trainer.run(6, progress=False)
     assert [math.isnan(record.loss) for record in records] == [False, False, True, True, False, False]
-    assert [one.skipped for one in run.read_journal(tmp_path / "journal")[1]] == [
+    assert [one.skipped for one in journal.read_journal(tmp_path / "journal")[1]] == [
         False,
         False,
         True,

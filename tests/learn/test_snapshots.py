@@ -9,7 +9,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_trainer_in, logits_of
 
-from maskpro_kernels.learn.run import newest_snapshot, save_snapshot, snapshots_in, step_of
+from maskpro_kernels.learn.snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

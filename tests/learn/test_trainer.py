@@ -12,7 +12,6 @@ from helpers.small_trainer import a_model, a_trainer, a_trainer_in, logits_of, l
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import masks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -269,17 +268,17 @@ def test_it_counts_the_groups_that_moved_also_after_a_resume(tmp_path, make, cap
 @pytest.mark.parametrize("pattern", ["8:16", "4:16", "7:8"])
 def test_flips_are_estimated_by_few_groups_where_a_probability_takes_long(pattern, monkeypatch):
     computed = []
-    compute = masks.mask_log_prob
+    compute = model_masks.mask_log_prob
     monkeypatch.setattr(
-        masks, "mask_log_prob", lambda logits, *rest: computed.append(len(logits)) or compute(logits, *rest)
+        model_masks, "mask_log_prob", lambda logits, *rest: computed.append(len(logits)) or compute(logits, *rest)
     )
     model = nn.Linear(64, 512)
     model = nn.Sequential(model)
     mk.convert(model, pattern, gap=6.0)
     n, m = map(int, pattern.split(":"))
     groups = 64 * 512 // m
-    found = masks.ModelMasks(model).expected_flips()
-    assert sum(computed) < 2 * masks.SAMPLED_GROUPS
+    found = model_masks.ModelMasks(model).expected_flips()
+    assert sum(computed) < 2 * model_masks.SAMPLED_GROUPS
     assert found == pytest.approx(groups * flip_probability(6.0, n, m), rel=1e-3)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.files import SIZE
-from maskpro_kernels.learn.run import pack_entry, read_journal
+from maskpro_kernels.learn.journal import pack_entry, read_journal
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 ROWS, SEED = 33, 12345678901234

@@ -24,7 +24,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels import ranks
 from maskpro_kernels.files import digest
-from maskpro_kernels.learn import run
+from maskpro_kernels.learn import journal
 
 
 @pytest.mark.parametrize("how", ["two draws", pytest.param("normalized", marks=pytest.mark.slow)])
@@ -42,7 +42,7 @@ def test_ranks_have_the_bits_of_one_process(how, tmp_path, eager_reference):
 
 def in_journal(folder: Path):
     """(header, entries), without the id, which each run has of its own."""
-    found = run.read_journal(folder / "journal")
+    found = journal.read_journal(folder / "journal")
     del found.header["run"]["id"]
     return found.header, found.entries
 
@@ -287,7 +287,7 @@ def test_the_others_end_where_a_rank_is_killed_and_the_run_continues(victim, res
     results = in_ranks(2, learn_until_killed, victim=victim, folder=tmp_path)
     assert isinstance(results.pop(victim), Ended)
     assert all(isinstance(error, RuntimeError) for error in results)
-    assert len(run.read_journal(tmp_path / "journal")[1]) == 2
+    assert len(journal.read_journal(tmp_path / "journal")[1]) == 2
     for theirs, records in all_in_ranks(
         resumed, learn_on_rank, how="reinforce", steps=4, folder=tmp_path, resume=True, accumulate=4
     ):

@@ -14,7 +14,7 @@ from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import a_sharded_model, learn_sharded
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import run
+from maskpro_kernels.learn import journal
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.shards import local
 
@@ -50,7 +50,7 @@ def test_runs_continue_sharded_and_as_one_process(tmp_path, eager_reference):
             else:
                 for one, other in zip(theirs, logits, strict=True):
                     assert (one - other).abs().max() < 1e-5
-    reported = [run.read_journal(Path(folders["reinforce"]) / "journal")[1] for folders in (first, second)]
+    reported = [journal.read_journal(Path(folders["reinforce"]) / "journal")[1] for folders in (first, second)]
     assert reported[0] == reported[1] and len(reported[0]) == STEPS
 
 

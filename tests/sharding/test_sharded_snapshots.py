@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from maskpro_kernels.learn.run import (
+from maskpro_kernels.learn.snapshots import (
     MANIFEST,
     digest_of_file,
     newest_snapshot,

@@ -13,10 +13,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import run
+from maskpro_kernels.learn import journal
 from maskpro_kernels.learn.estimator import Draw, Entry, replay
-from maskpro_kernels.learn.masks import ModelMasks
-from maskpro_kernels.learn.run import JOURNAL, settings_of
+from maskpro_kernels.learn.journal import JOURNAL
+from maskpro_kernels.learn.model_masks import ModelMasks
+from maskpro_kernels.learn.run import settings_of
 from maskpro_kernels.modules import CounterState
 from maskpro_kernels.ranks import Ranks
 
@@ -201,7 +202,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path):
     first = a_trainer(shard, folder)
     first.run(4, progress=False)
     first.close()
-    header, entries, *_ = run.read_journal(folder / JOURNAL)
+    header, entries, *_ = journal.read_journal(folder / JOURNAL)
     for entry in entries:
         replay(ModelMasks({"0": whole}), 9, entry)
     assert_is_part(shard, whole, place)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
 from maskpro_kernels.fsdp import resetting
-from maskpro_kernels.learn.masks import ModelMasks
+from maskpro_kernels.learn.model_masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.selection import READ_ELSEWHERE
 from maskpro_kernels.shards import whole

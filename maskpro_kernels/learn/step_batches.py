@@ -127,7 +127,7 @@ class BatchStream:
 
     def of_step(self, step: int) -> list:
         """Batches of the next step, or of the last one again; ValueError if there are no more."""
-        batches = self._ranks.run_on_all(lambda: self._of_step(step))
+        batches = self._ranks.run_on_all(self._of_step, step)
         self._ranks.agree({"batches": self._after})
         return batches
 
