@@ -103,6 +103,7 @@ class RowShard:
         weight, logits: plain tensors [rows, K], the memory of these DTensors on this rank.
         shape: of the whole weight.
         mesh: of the ranks; ``mesh_dim`` is the dimension that splits rows, another one copies them.
+        place: of the rows' groups in the whole layer.
         gathered: ``mask_key`` of the weight that FSDP2 has gathered last.
     """
 
@@ -118,6 +119,8 @@ class RowShard:
         self.shape = layer.weight.shape
         self.mesh = layer.weight.device_mesh
         self.mesh_dim = rows_dim(layer.weight)
+        groups = self.shape[1] // layer.pattern.m
+        self.place = Place(first_row(layer.weight) * groups, groups)
         self.gathered: tuple | None = None
         logits = like_shards(layer.logits.detach(), layer.weight)
         layer.logits = nn.Parameter(logits, requires_grad=layer.logits.requires_grad)
@@ -138,11 +141,6 @@ class RowShard:
         weight = like_shards(rows, layer.weight)
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         _gather_anew(layer, self._module)
-
-    @property
-    def place(self) -> Place:
-        groups = self.shape[1] // self._layer.pattern.m
-        return Place(first_row(self._layer.logits) * groups, groups)
 
     @property
     def layout(self) -> list:

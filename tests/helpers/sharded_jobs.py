@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import maskpro_kernels as mk
 from helpers.rank_jobs import rank_trainer, records_of_run
 from maskpro_kernels.modules import MaskedLinear, masked_layers
 from maskpro_kernels.shards import whole
+
+# FSDP2 can be reset after an error inside of a forward or backward
+resets = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="torch has reset_iter_state since 2.13")
 
 NAMES = {1: ("fsdp",), 2: ("replicate", "fsdp")}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
-from helpers.sharded_jobs import Blocks, a_mesh, shard, whole_logits
+from helpers.sharded_jobs import Blocks, a_mesh, resets, shard, whole_logits
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -172,6 +172,7 @@ def refuse(rank: int) -> None:
         mk.convert(tied, "2:4", targets=["*"], init="wanda", calibration=batches)
 
 
+@resets
 def test_errors_change_nothing(eager_reference):
     all_in_ranks(2, fail)
 

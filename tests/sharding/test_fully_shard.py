@@ -16,11 +16,12 @@ from helpers.sharded_jobs import (
     learn_each,
     learn_sharded,
     logits_of,
+    resets,
     shard,
     whole_logits,
 )
 from helpers.tiny_llama import tiny_model
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
@@ -97,7 +98,7 @@ def learn_each_after_errors(rank: int, mesh: list[int] | None) -> dict[str, list
     return {how: learn_after_errors(mesh, how, after) for how, after in FAILING.items()}
 
 
-@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="torch has reset_iter_state since 2.13")
+@resets
 def test_an_error_inside_a_step_leaves_nothing_gathered(eager_reference):
     alone = learn_each_after_errors(0, None)
     for theirs in all_in_ranks(2, learn_each_after_errors, mesh=[2]):
