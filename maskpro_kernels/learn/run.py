@@ -227,8 +227,6 @@ class RunFolder:
         steps = step + len(entries)
         rows = self._read_rows(state["run"]["id"], steps)
         lost = [index for index in range(steps) if index not in rows]
-        for index in lost:
-            rows[index] = asdict(StepRecord(index, math.nan, None, None, None, math.nan, math.nan, math.nan))
         losses = state["initial_losses"]
         skipped = state["skipped"]
         estimator_state = state["estimator"]
@@ -245,17 +243,18 @@ class RunFolder:
                 if result.refreshes:
                     losses = None
                     refreshed = entry.step + 1
-                if entry.step in lost:
-                    # a power cut may lose lines after the last snapshot; records lack their flip rates and seconds
-                    rows[entry.step] = asdict(result.record(entry.step, entry.tokens, math.nan, math.nan))
+                # a power cut may lose lines after the snapshot; records lack their flip rates and seconds
+                rows.setdefault(entry.step, asdict(result.record(entry.step, entry.tokens, math.nan, math.nan)))
             estimator_state = estimator.state()
+        for index in lost:
+            rows.setdefault(index, asdict(StepRecord(index, math.nan, None, None, None, math.nan, math.nan, math.nan)))
         again = [path for path in snapshots_in(self.path) if step_of(path) > steps]
         unusable = list(dict.fromkeys([*damaged, *again]))
         warnings = [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
         if records is not None and records.torn:
             warnings.append(f"the last record of {self.path / JOURNAL} is incomplete: its step is taken again")
         if lost:
-            unknown = "flip rates and seconds" if entries and lost[0] >= step else "figures"
+            unknown = "figures" if math.isnan(rows[lost[0]]["tokens"]) else "flip rates and seconds"
             warnings.append(
                 f"{self.path / METRICS} has no intact lines of {len(lost)} of {steps} steps, the first step "
                 f"{lost[0]}: their {unknown} are unknown, nan"
