@@ -12,7 +12,7 @@ from helpers.small_trainer import a_trainer, logits_of
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import offload
+from maskpro_kernels.learn import model_masks, offload
 from maskpro_kernels.learn.offload import OffloadedLogits, Transfers
 from maskpro_kernels.modules import masked_layers
 

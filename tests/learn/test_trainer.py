@@ -12,6 +12,7 @@ from helpers.small_trainer import a_model, a_trainer, a_trainer_in, logits_of, l
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.learn import model_masks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
