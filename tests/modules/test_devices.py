@@ -143,7 +143,7 @@ def assert_layer_computes_the_same(rank: int) -> None:
     estimator = mk.StraightThrough()
     estimator.begin({"near": near, "away": away})
     with estimator.attached(0, Ranks(), 1, {}) as passes:
-        passes.backward(near(inputs).square().sum(), alike=False)
+        passes.backward(near(inputs).square().sum(), equal_order=False)
     assert away.logits.device.type == "cpu"
     near.load_state_dict({**near.state_dict(), "logits": away.logits.detach()})
     near.eval()

@@ -24,7 +24,7 @@ from maskpro_kernels import packed as packed_file
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu.packed_gemm import products
 from maskpro_kernels.ops.pattern import GROUP_SIZES, bitmask_of, codes_of
-from maskpro_kernels.ops.triton import packed as kernels_file
+from maskpro_kernels.ops.triton import packed_gemm as kernels_file
 from maskpro_kernels.packed import HUGE_PAGE, hold_in_huge_pages, move_into_huge_pages, page_ranges
 from maskpro_kernels.prune.finalize import repack
 
