@@ -221,7 +221,8 @@ class MaskTrainer:
         """Count the groups whose N largest logits differ from those before the first step.
 
         None before the first step. With ``output_dir`` its first snapshot has these masks: None if it is damaged, and
-        on ranks other than 0. For layers that are cut over ranks all ranks must call it, and all get the number.
+        on ranks other than 0. Without it the memory of the host has them, a byte a group (4 bytes for M = 16). For
+        layers that are cut over ranks all ranks must call it, and all get the number.
         """
         masks = self._initial_masks if self.output_dir is None else self._first_masks()
         if masks is None:
