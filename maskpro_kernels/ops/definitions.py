@@ -240,7 +240,7 @@ def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: 
     """Unpack the weight [rows, K], in the dtype of the scales of integers, or of the values."""
     if scales is not None:
         values = reference.dequantized(values, scales, scales.dtype)
-    return unpack_nm(values, bitmask, n, m)
+    return unpack_nm(values.contiguous(), bitmask.contiguous(), n, m)
 
 
 @operation("(Tensor x, Tensor values, Tensor bitmask, Tensor? scales, Tensor? bias, int n, int m) -> Tensor")
