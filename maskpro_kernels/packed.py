@@ -23,6 +23,7 @@ from .functional.checks import (
     check_transforms,
     check_weight,
     describe,
+    in_forward_mode,
     linear_input,
     needs_gradient,
     tokens_of,
@@ -379,8 +380,7 @@ def packed_linear(
             raise ValueError(f"{name}: expected a tensor on the values' device {values.device}, got {describe(part)}")
     transformed = check_transforms("Grad", "a packed layer has jacobian, hessian and hvp of torch.autograd.functional")
     x = linear_input(x, bias, (rows, k), own.dtype, values.device)
-    # a private variable of torch: asking each tensor takes longer than a small product
-    if getattr(forward_ad, "_current_level", 0) >= 0:
+    if in_forward_mode():
         for name, part in (("x", x), ("values", values), ("scales", scales), ("bias", bias)):
             if part is not None and forward_ad.unpack_dual(part).tangent is not None:
                 raise ValueError(

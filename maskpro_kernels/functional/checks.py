@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..ops import philox
 from ..ops.counter import Counter, MaskSource
@@ -196,6 +197,12 @@ def check_transforms(refused: str, works: str) -> bool:
     if refused in kinds or kinds.count("Grad") > 1:
         raise ValueError(f"x: expected none within torch.func's {kinds}: {works}; a dense model has them all")
     return True
+
+
+def in_forward_mode() -> bool:
+    """Return whether tensors may have forward-mode derivatives."""
+    # a private variable of torch: asking each tensor takes longer than a small product
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

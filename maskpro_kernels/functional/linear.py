@@ -23,6 +23,7 @@ from .checks import (
     check_weight,
     describe,
     drawn_from,
+    in_forward_mode,
     linear_input,
     needs_gradient,
     on_device,
@@ -203,7 +204,8 @@ def linear_under(x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSourc
         # the product needs no more than the codes, if there are any
         mask = mask.by_codes
         mask = mask._replace(tensor=mask.tensor.detach())
-    if transformed or needs_gradient(tokens, matrix, vector, mask.tensor):
+    # in forward mode the function refuses tangents
+    if transformed or in_forward_mode() or needs_gradient(tokens, matrix, vector, mask.tensor):
         inputs = tokens, matrix, vector, mask.tensor, mask._replace(tensor=None), log_prob, logits_backward, is_current
         outputs = (_TransformedMaskedLinear if transformed else _MaskedLinear).apply(*inputs)
         y, total = outputs if log_prob else (outputs, None)

@@ -175,7 +175,7 @@ def straight_through_update_(
     weight_grad: Tensor | None = None, tokens: Tensor | None = None, row_squares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``descend_`` of a drawn mask's logits by ``straight_through_grad``, which a GPU never writes to memory."""
-    # an argument that changes stands apart
+    # a schema can mark only an argument of its own as changed, not a part of the mask
     logits = mask.tensor
     mask = mask._replace(tensor=None)
     return _straight_through_update_(

@@ -1,4 +1,4 @@
-"""Products and slopes by torch's products, beside operations on groups: on devices without kernels of their own."""
+"""Products and slopes by torch.mm, for tables without kernels of them."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from helpers.bits import assert_same_bits
 from helpers.enumerated import exact_log_prob, exact_score
 from helpers.products import DRAW
 from torch import nn
+from torch.autograd import forward_ad
 
 import maskpro_kernels as mk
 from maskpro_kernels.packed import dense_layer
@@ -97,6 +98,9 @@ def test_a_forward_mode_derivative_is_not_lost_but_refused(name):
 
     with pytest.raises(RuntimeError, match="forward mode AD"):
         torch.func.jvp(product, (operands[name],), (torch.ones_like(operands[name]),))
+    # also where nothing needs a gradient
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        product(forward_ad.make_dual(operands[name], torch.ones_like(operands[name])))
 
 
 def twice(layer):

@@ -50,7 +50,7 @@ def read_options(resume_options: Learn) -> Learn:
     """Read the options of the run in the folder of ``resume``, and add options that may change.
 
     Raises:
-        ValueError: if the folder is not an unfinished run of this version, or another option is resume_options.
+        ValueError: if the folder is not an unfinished run of this version, or another option is given.
     """
     folder = Path(resume_options.resume)
     defaults = {field.name: field.default for field in dataclasses.fields(Learn)}
