@@ -155,12 +155,12 @@ def _implementation(
                 return function(*arguments)
         return function(*arguments)
 
-    run = _joining(run, last)
+    run_on_parts = _joining(run, last)
     if not changed:
-        return run
+        return run_on_parts
 
     def run_in_place(*arguments):
-        results = run(*arguments)
+        results = run_on_parts(*arguments)
         for i in changed:
             if arguments[i] is not None and not arguments[i].is_inference():
                 # what autograd has saved of it is no longer valid

@@ -90,7 +90,7 @@ class LayerGroup:
             self._addresses.copy_(self._current_addresses())
 
     def addresses(self) -> Tensor:
-        """Table of the layers for kernels, int64 [layers, 7], on the device, made once."""
+        """Table of the layers, int64 [layers, 7] on the device, made once; ``triton.grouped`` has its fields."""
         if self._addresses is None:
             # inference tensors would be useless to a later step with autograd
             with torch.inference_mode(False):

@@ -1,1 +1,4 @@
-"""The functions that run operations, one file a kind of device; each has the names and arguments of the definitions."""
+"""The functions that run operations, one file a kind of device, with the names and arguments of the definitions.
+
+Besides, each has ``draw_layers_`` and ``update_layers_`` of a ``LayerGroup``, ``weight_gradient`` and ``mask_slope``.
+"""
