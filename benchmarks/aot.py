@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -261,6 +262,21 @@ def _compile(function, target, types, constants, options, multiples=(), source=A
     compiled = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
     measure = _amd if target.startswith("gfx") else _nvidia
     return measure(compiled.asm, compiled.metadata.shared)
+
+
+def warnings(built: Built) -> list[str]:
+    """Return the numbers of ptxas's warnings about a kernel for sm_90 that multiplies by wgmma.
+
+    C7515 for one: each wgmma waits for the one before.
+    """
+    if "wgmma" not in built.asm.get("ptx", ""):
+        return []
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(built.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(90).path, "--gpu-name=sm_90a", "--output-file=/dev/null", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.findall(r"\((C\d+)\)", text)
 
 
 def _nvidia(asm, shared) -> Built:

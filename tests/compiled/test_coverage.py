@@ -111,7 +111,6 @@ def run_products(target, patched):
     for kernel in PRODUCTS:
         Product(kernel, tiles_of(kernel, target, 2)[0], kind="codes").assert_right()
     for kernel in PRODUCTS[:2]:
-        # of few steps the last part has none
         Product(kernel, tiles_of(kernel, target, 2)[0], log_prob=True, parts=4).assert_right()
     for kind, spread in (("drawn", "certain"), ("drawn", "open"), ("codes", "open")):
         Product(STEP, tiles_of(STEP, target, 2)[0], kind=kind, spread=spread, update=kind == "drawn").assert_right()

@@ -16,7 +16,7 @@ from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import bitmask_of, metadata_of
 from maskpro_kernels.ops.triton import masked_gemm, packed_gemm, slopes, sparse_mma
-from maskpro_kernels.ops.triton.tiles import ONE_PASS_TOKENS, Rows, Tiles
+from maskpro_kernels.ops.triton.tiles import ONE_PASS_TOKENS, Rows, Tiles, nonempty_parts
 from maskpro_kernels.packed import quantized
 
 CURVATURE = 0.7
@@ -91,11 +91,16 @@ class Product:
         with pytest.MonkeyPatch.context() as patched:
             for module in (masked_gemm, slopes):
                 patched.setattr(module, "tiles_for", lambda *_: self.tile)
-            patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
+            patched.setattr(masked_gemm, "parts_for", parts_at_most(self.parts))
             patched.setattr(slopes, "fused", lambda *_: self.kernel != STEP)
             # on a B200 tiles of many tokens take given masks alone, and draw where a test is about them
             patched.setattr(masked_gemm, "one_pass_tokens", lambda *_: ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)
+
+
+def parts_at_most(parts: int):
+    """``parts_for`` that splits each sum, whatever its size."""
+    return lambda tile, blocks, steps, *_: nonempty_parts(steps, parts)
 
 
 def masked(of: Product, weight: Tensor) -> Tensor:
@@ -217,7 +222,7 @@ class PackedProduct:
         with pytest.MonkeyPatch.context() as patched:
             for name in ("tiles_for", "rows_for"):
                 patched.setattr(packed_gemm, name, lambda *_: self.config)
-            patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
+            patched.setattr(masked_gemm, "parts_for", parts_at_most(self.parts))
             operands = moved(x), values, bitmask, scales, None if bias is None else moved(bias), self.n, self.m
             (found,), (by_torch,) = by_both(lambda: [ops.nm_linear(*operands)])
         dense = reference.unpack_nm(
@@ -257,7 +262,7 @@ class SparseProduct:
         operands = moved(x), values, metadata_of(bitmask), None, moved(bias) if self.biased else None, 2, 4
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(sparse_mma, "tiles_for", lambda *_: self.tile)
-            patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
+            patched.setattr(masked_gemm, "parts_for", parts_at_most(self.parts))
             (found,), (by_torch,) = by_both(lambda: [ops.nm_linear(*operands)])
         exact = x.double() @ reference.unpack_nm(values, bitmask, n=2, m=4).double().t()
         exact = exact + bias.double() if self.biased else exact

@@ -44,7 +44,11 @@ def own_part(size, STEP: tl.constexpr):
     """(first, end) of the program's part of an inner dimension: whole steps, except at its end."""
     steps = tl.cdiv(tl.cdiv(size, STEP), tl.num_programs(2))
     first = tl.program_id(2) * steps * STEP
-    return first, tl.minimum(first + steps * STEP, size)
+    end = tl.minimum(first + steps * STEP, size)
+    # ``nonempty_parts`` leaves none empty. If a loop may run zero times, LLVM sets the sums just before the wait for
+    # wgmma, and then ptxas lets each wgmma wait for the one before: its warning C7515
+    tl.assume(first < end)
+    return first, end
 
 
 @triton.jit

@@ -310,7 +310,13 @@ def parts_for(tile: Tiles, blocks: int, steps: int, target: str, weight_bytes: i
     most = min(MOST_PARTS, steps // LEAST_STEPS, MOST_SUMS * weight_bytes / (2 * 4 * max(results, 1)))
     while blocks * parts * tile.num_warps < enough and 2 * parts <= most:
         parts *= 2
-    return parts
+    return nonempty_parts(steps, parts)
+
+
+def nonempty_parts(steps: int, parts: int) -> int:
+    """Number of parts that have a step, if each takes ``ceil(steps / parts)`` of ``steps`` until none is left."""
+    steps_of_part = -(-steps // parts)
+    return -(-steps // steps_of_part)
 
 
 def power_above(size: int) -> int:

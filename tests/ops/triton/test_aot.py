@@ -45,7 +45,7 @@ for kernel, n, m, logits, constants in cases:
 """
 
 PRODUCTS_CHILD = """
-from aot import PACKED, build_product
+from aot import PACKED, build_product, warnings
 from maskpro_kernels.ops.triton.tiles import TILES, tiles_of
 forbidden, operand, (n, m), targets, options, ends = arguments
 for target in targets:
@@ -70,7 +70,7 @@ for target in targets:
             side = tile.k if product == "masked_linear_input_grad" else tile.out
             ptx = built.asm.get("ptx", "")
             unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in ptx]
-            found = [name for name in forbidden if name in ptx]
+            found = [name for name in forbidden if name in ptx] + warnings(built)
             emit([target, [product, side], built.registers, built.spills, built.stack, built.shared, found, unit])
 """
 
@@ -146,7 +146,7 @@ def test_products_under_drawn_masks_and_by_codes(child, target):
 
 CODES_CHILD = """
 import modelled_costs
-from aot import build_packed, build_product
+from aot import build_packed, build_product, warnings
 from maskpro_kernels.ops.triton.tiles import tiles_of
 targets, (n, m), tiles = arguments
 for target in targets:
@@ -159,7 +159,7 @@ for target in targets:
             lines = modelled_costs.disassembled(built.asm["cubin"])
             first, last = modelled_costs.largest_loop(lines)
             loop = [sum(name in line for line in lines[first:last]) for name in ("LDG.", "LDGSTS")]
-            emit([target, product, built.registers, built.spills, built.stack, built.shared, [], *loop])
+            emit([target, product, built.registers, built.spills, built.stack, built.shared, warnings(built), *loop])
 """
 
 
@@ -210,7 +210,7 @@ def test_products_in_tf32(child):
 PACKED_CHILD = """
 import modelled_costs
 from dataclasses import replace
-from aot import TARGETS, build_packed
+from aot import TARGETS, build_packed, warnings
 from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
 n, m, element = arguments
 bits = {"int8": 8, "int4": 4, "int4 fp16": 4}.get(element, 16)
@@ -237,7 +237,7 @@ for target in TARGETS:
                 product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)
                 loop = sum("LDG.E" in line for line in lines[:product])
         emit([target, [kernel, unit, getattr(config, "rows", None), getattr(config, "out", None)],
-              built.registers, built.spills, built.stack, built.shared, [], loop, matrix_unit])
+              built.registers, built.spills, built.stack, built.shared, warnings(built), loop, matrix_unit])
 """
 
 
