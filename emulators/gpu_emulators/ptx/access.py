@@ -24,16 +24,22 @@ def _pieces(operand, vector: str, ins: Instruction) -> tuple:
 
 @instruction("ld.param")
 def load_parameter(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.9.8, ld, of a kernel's parameters."""
+    """PTX ISA 9.7.9.8, ld, of a kernel's parameters. They lie in memory, where the low bytes come first."""
     _, kind = modifiers(ins, "param", TYPES)
     to, where = operands(ins, 2)
     if not isinstance(where, Address) or not isinstance(where.base, Symbol) or where.offset:
         raise refusal(ins, "the name of a parameter is expected")
     (parameter,) = (one for one in kernel.params if one.name == where.base.name)
-    if parameter.bits != int(kind[1:]):
+    bits = int(kind[1:])
+    if parameter.bits < bits:
         raise refusal(ins, f"the parameter is of {parameter.bits} bits")
     index, loaded, filled = filled_register(to, kind, ins, kernel)
-    return lambda batch, mask: batch.write(index, batch.arguments[parameter.name].view(loaded).astype(filled), mask)
+
+    def run(batch, mask):
+        low = UNSIGNED[bits](batch.arguments[parameter.name] & UNSIGNED[parameter.bits]((1 << bits) - 1))
+        batch.write(index, low.view(loaded).astype(filled), mask)
+
+    return run
 
 
 @instruction("ld")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hand_written.ptx import Run, kernel, kinds
 
-from gpu_emulators.ptx import Fault, Findings, GlobalMemory, Program, control, registry
+from gpu_emulators.ptx import Fault, Findings, GlobalMemory, Program, Refused, control, registry
 
 STORE = "mad.wide.u32 %rd9, %r72, 4, %rd0;\n st.global.b32 [%rd9], %r1;\n ret;"
 
@@ -333,6 +333,8 @@ def test_arguments_are_of_the_kinds_that_the_kernel_declares():
 @pytest.mark.parametrize(("kind", "load", "value", "wanted"), [
     ("f32", "ld.param.b32 %r1, [scalar];", 1.5, 0x3FC00000),
     ("u32", "ld.param.u32 %r1, [scalar];", -2, 0xFFFFFFFE),
+    ("u64", "ld.param.b32 %r1, [scalar];", 0x123456789ABCDEF0, 0x9ABCDEF0),
+    ("u64", "ld.param.s8 %rs1, [scalar]; cvt.s32.s16 %r1, %rs1;", 0x1234567800000080, 0xFFFFFF80),
     ("u8", "ld.param.b8 %rs1, [scalar]; cvt.u32.u16 %r1, %rs1;", True, 1),
     ("u8", "ld.param.s8 %rs1, [scalar]; cvt.s32.s16 %r1, %rs1;", 0xFE, 0xFFFFFFFE),
 ])  # fmt: skip
@@ -343,6 +345,13 @@ def test_scalars_are_loaded_by_their_types(kind, load, value, wanted):
     Program(text).launch((1, 1, 1), [4096, value], 0, memory, findings)
     assert not findings
     assert (result == wanted).all()
+
+
+def test_a_load_of_more_bytes_than_a_parameter_has_is_refused():
+    text = kernel("ld.param.b64 %rd1, [scalar];" + STORE)
+    text = text.replace("kernel_param_0\n)", "kernel_param_0,\n .param .u32 scalar\n)")
+    with pytest.raises(Refused, match="the parameter is of 32 bits"):
+        Program(text)
 
 
 @pytest.fixture

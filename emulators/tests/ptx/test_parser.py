@@ -271,7 +271,6 @@ def test_two_kernels_are_refused():
         "ld.global.b64 %r1, [%rd0];",
         "ld.global.b32 %r1, %rd0;",
         "ld.global.b32 %r1, [%r70];",
-        "ld.param.b32 %r1, [kernel_param_0];",
         "ld.param.b64 %rd1, [kernel_param_0+4];",
         "ld.param.b64 %rd1, [%rd0];",
         "st.global.b64 [%rd0], %r70;",

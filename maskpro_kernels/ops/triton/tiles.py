@@ -101,16 +101,35 @@ class Target:
     tiles: Mapping[tuple[str, int], tuple[Tiles, ...]] = field(default_factory=dict)
 
 
+# From 64 tokens on an H100 takes masks from codes alone. Each block of weight rows reads all of x from the L2 cache,
+# which bounds the time: so 128 rows a block, for two warp groups of wgmma. Of 32 columns, two programs fit into the
+# registers of a processor.
+_SM_90_TILES = {
+    ("masked_linear", 2): (
+        Tiles(out=16, tokens=16, k=64),
+        Tiles(out=32, tokens=32, k=64),
+        Tiles(out=128, tokens=64, k=32, num_warps=8),
+        Tiles(out=128, tokens=128, k=32, num_warps=8),
+    ),
+    ("masked_linear_input_grad", 2): (
+        Tiles(out=32, tokens=16, k=32),
+        Tiles(out=32, tokens=32, k=32),
+        Tiles(out=32, tokens=64, k=128, num_warps=8),
+        Tiles(out=32, tokens=128, k=128, num_warps=8),
+    ),
+}
+
 # Numbers of tokens come from the cost model in benchmarks/, whose figures are in docs/kernels.md; it does not cover
 # gfx942. A B200's memory is so fast that the draw bounds the time, and a product would add to it: so drawn masks have
 # few tokens there, and on an H100 until one is measured, since at gaps below 10 the draw takes longer. torch for ROCm
 # has no product of 16 bits with a float32 result, so the kernel multiplies any number.
 TARGETS = {
     "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024, sparse_tokens=sys.maxsize),
-    "sm_90": Target(processors=132, drawn_tokens=32, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512),
+    "sm_90": Target(processors=132, drawn_tokens=32, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512,
+                    tiles=_SM_90_TILES),
     "sm_100": Target(processors=148, drawn_tokens=32, fused_tokens=96, fused_drawn_tokens=32, sparse_tokens=128),
     "gfx942": Target(processors=304, fused_tokens=sys.maxsize, fused_drawn_tokens=sys.maxsize),
-}
+}  # fmt: skip
 
 # Target of each architecture. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction mma.sync like those of 8.0:
 # 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block, and all tiles of sm_80 fit.
@@ -175,9 +194,9 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
         Tiles(out=32, tokens=32, k=64),
-        Tiles(out=32, tokens=64, k=64, num_warps=8),
-        # not 3 stages, which exceed the 99 KiB of cards of 8.6 with weights of 4 bytes, as under autocast
-        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2),
+        # not 64 columns, whose masks in registers would leave a processor a single program
+        Tiles(out=64, tokens=64, k=32),
+        Tiles(out=64, tokens=128, k=32, num_warps=8),
     ),
     ("masked_linear", 4): (
         Tiles(out=16, tokens=16, k=64),
@@ -193,8 +212,8 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         # each has rows of 64 bytes, two sectors of memory
         Tiles(out=32, tokens=16, k=32),
         Tiles(out=32, tokens=32, k=32),
-        Tiles(out=32, tokens=64, k=32),
-        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2),
+        Tiles(out=32, tokens=64, k=64),
+        Tiles(out=32, tokens=128, k=64, num_warps=8),
     ),
     ("masked_linear_input_grad", 4): (
         Tiles(out=64, tokens=16, k=16),
