@@ -214,8 +214,8 @@ def descend_(logits, gradient, rate, max_update, m, counter):
 
 
 def fused(tokens: int, kind: str, device: torch.device) -> bool:
-    """Return whether one kernel multiplies and steps under a mask of this kind; else torch multiplies."""
-    return tokens <= fused_tokens(kind, architecture(device))
+    """Return whether one kernel multiplies some tokens and steps under a mask of this kind; else torch multiplies."""
+    return 0 < tokens <= fused_tokens(kind, architecture(device))
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
