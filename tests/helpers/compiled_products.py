@@ -182,7 +182,11 @@ CHECKS = dict(zip((*PRODUCTS, STEP), (linear, input_grad, weight_grad, slope, sl
 
 @dataclass(frozen=True)
 class PackedProduct:
-    """A product with a packed weight: of one token on Rows, of several on Tiles."""
+    """A product with a packed weight: of one token on Rows, of several on Tiles.
+
+    Attributes:
+        k: columns of the weight; by default of a size that no block of chunks divides, with ``aligned`` of two blocks.
+    """
 
     config: Rows | Tiles
     n: int = 2
@@ -192,10 +196,18 @@ class PackedProduct:
     aligned: bool = False
     one_hot: bool = False
     parts: int = 1
+    k: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(tokens, rows, chunks)."""
+        tokens, rows, chunks = self._sizes_of_blocks
+        if self.k is not None:
+            chunks = self.k // packed_gemm.chunk_length(self.n, self.m)
+        return tokens, rows, chunks
+
+    @property
+    def _sizes_of_blocks(self) -> tuple[int, int, int]:
         config = self.config
         if isinstance(config, Rows):
             if not self.aligned:

@@ -222,8 +222,9 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | Non
     """G = grad [tokens, rows].T @ x [tokens, K], float32, summed in float32, written to ``out`` if given."""
     if out is None:
         out = torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32, device=grad.device)
-    if grad.device.type == "cpu":
-        # only on GPUs does torch have products with results of another dtype
+    if grad.device.type == "cpu" or torch.version.hip is not None:
+        # torch multiplies into another dtype on CUDA; on ROCm not by each of its libraries (CUDABlas.cpp refuses it for
+        # composable kernels), and on CPUs not at all
         return torch.mm(grad.t().float(), x.float(), out=out)
     return torch.mm(grad.t(), x, out_dtype=torch.float32, out=out)
 

@@ -121,8 +121,8 @@ _SM_90_TILES = {
 
 # Numbers of tokens come from the cost model in benchmarks/, whose figures are in docs/kernels.md; it does not cover
 # gfx942. A B200's memory is so fast that the draw bounds the time, and a product would add to it: so drawn masks have
-# few tokens there, and on an H100 until one is measured, since at gaps below 10 the draw takes longer. torch for ROCm
-# has no product of 16 bits with a float32 result, so the kernel multiplies any number.
+# few tokens there, and on an H100 until one is measured, since at gaps below 10 the draw takes longer. On ROCm torch
+# has products of 16 bits with a float32 result in some of its libraries only, so the kernel multiplies any number.
 TARGETS = {
     "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024, sparse_tokens=sys.maxsize),
     "sm_90": Target(processors=132, drawn_tokens=32, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512,
@@ -145,6 +145,9 @@ TARGET_OF = {
     "sm_121": "sm_80",
     "gfx942": "gfx942",
 }
+# Least compute capability of NVIDIA's GPUs: below it ptxas refuses int4 with bfloat16 (PTX ISA 9.7.4: fma.bf16x2 needs
+# sm_80), and tiles spill
+LEAST_CAPABILITY = (8, 0)
 # Targets of unknown architectures: of each vendor the one whose tiles need the least shared memory
 NVIDIA_TARGET = "sm_80"
 AMD_TARGET = "gfx942"
@@ -274,7 +277,13 @@ def fused_tokens(kind: str, target: str) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Target of a device; warns once for each architecture that is not in ``TARGET_OF``."""
+    """Target of a device; warns once for each architecture that is not in ``TARGET_OF``.
+
+    Every launch asks for it, so no kernel runs on a GPU that is refused here.
+
+    Raises:
+        ValueError: for an NVIDIA GPU below ``LEAST_CAPABILITY``.
+    """
     if device.type == "cpu":
         return ON_CPU
     if torch.version.hip is not None:
@@ -282,6 +291,12 @@ def architecture(device: torch.device) -> str:
         name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
         return _target_of(name, AMD_TARGET)
     major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise ValueError(
+            f"device: expected a GPU of compute capability {least} or higher, which the kernels need, got {device} of "
+            f"{major}.{minor}"
+        )
     return _target_of(f"sm_{major}{minor}", NVIDIA_TARGET)
 
 

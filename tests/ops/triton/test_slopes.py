@@ -50,6 +50,24 @@ def test_the_gradient_of_a_weight_is_summed_in_float32(dtype):
     assert found.dtype == torch.float32 and (found == 811.0).all()
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that names a GPU as its device."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("hip", "dtype", "keywords"), [("7.0", torch.float32, {"out"}), (None, torch.bfloat16, {"out", "out_dtype"})]
+)
+def test_on_rocm_operands_are_float32_before_the_product(hip, dtype, keywords, monkeypatch):
+    products = []
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "mm", lambda grad, x, **named: products.append((grad.dtype, x.dtype, named.keys())))
+    grad, x = (torch.ones(300, size, dtype=torch.bfloat16).as_subclass(OnGpu) for size in (4, 8))
+    slopes.weight_gradient(grad, x, torch.empty(4, 8))
+    assert products == [(dtype, dtype, keywords)]
+
+
 @pytest.fixture
 def by_torch(monkeypatch):
     """The product is torch's, whatever the tokens, and a kernel takes what follows in many tiles."""
