@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..curvature import curvature_factors
 from . import device as d
+from .curvature import curvature_factors
 from .launch import launch, launch_tiles
 from .masked_gemm import (
     UNSPECIALIZED_OF_TILES,
