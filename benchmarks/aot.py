@@ -55,6 +55,7 @@ PACKED = ("packed_linear", "sparse_mma")
 TYPES = {
     "inv_temperature": "fp32",
     "rate": "*fp32",
+    "share": "fp32",
     "max_update": "fp32",
     "partial": "*fp32",
     "seed": "*i64",
