@@ -9,6 +9,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
 from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product, SparseProduct
+from helpers.curvature import Curvature
 from helpers.layers import DRAWS, OVER_LAYERS, ManyLayers, numbers
 
 from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_after_long_divisions
@@ -124,6 +125,13 @@ def run_products(target, patched):
         ops.straight_through_update_(*operands, torch.tensor(0.4), 2.0, of.source(logits=of.logits.clone()))
 
 
+def run_curvatures():
+    """Of sizes that blocks divide and others, of no tokens, and of more than a program squares at a time."""
+    for dtype, given in itertools.product(DTYPES[:2], ("", "tokens", "row_squares", "tokens row_squares")):
+        for sizes in ((32, 48, 64), (0, 48, 64), (7, 37, 41), (0, 37, 41), (300, 2100, 33)):
+            Curvature(*sizes, dtype=dtype, given=given).assert_right()
+
+
 def run_packed(target):
     configs = (*PACKED_ROWS, *tiles_of("packed_linear", target, 2))
     for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), VALUE_KINDS):
@@ -168,6 +176,7 @@ def test_basic_blocks_are_executed(target, compiled_for, emulator, monkeypatch):
     run_over_groups()
     run_over_layers()
     run_products(target, monkeypatch)
+    run_curvatures()
     run_packed(target)
     total, missed, unnamed = not_executed(emulator, reason)
     assert not unnamed, unnamed

@@ -93,6 +93,8 @@ class Product:
                 patched.setattr(module, "tiles_for", lambda *_: self.tile)
             patched.setattr(masked_gemm, "parts_for", parts_at_most(self.parts))
             patched.setattr(slopes, "fused", lambda *_: self.kernel != STEP)
+            # the reference's factors, so that slopes have its bits
+            patched.setattr(slopes, "curvature_factors", reference.curvature_factors)
             # on a B200 tiles of many tokens take given masks alone, and draw where a test is about them
             patched.setattr(masked_gemm, "one_pass_tokens", lambda *_: ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)

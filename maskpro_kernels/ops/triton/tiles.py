@@ -51,7 +51,7 @@ class Configuration(_CompileOptions):
 
 @dataclass(frozen=True)
 class Rows(_CompileOptions):
-    """Launch of a kernel over rows of chunks: rows of a program, and chunks of a row at a time."""
+    """Launch of a kernel over rows: rows of a program, and elements or chunks of a row at a time."""
 
     rows: int
     block: int
@@ -189,6 +189,15 @@ PACKED_ROWS = (
     Rows(rows=4, block=64, num_warps=2),
     Rows(rows=4, block=128, num_warps=4),
 )
+
+# Sums of squares of a gradient: elements of a block, most of them in a row, and most rows. More rows make fewer partial
+# sums, which are written and read again: for 32 rows of 16 bits a sixteenth of the gradient's bytes
+SQUARES = 8192
+MOST_COLUMNS = 2048
+MOST_ROWS = 32
+# Factors of a curvature: 32 columns of 16 bits are two sectors of memory, and few, so that each processor has some of
+# them; with 256 rows a thread has 64 bytes in flight
+FACTORS = Rows(rows=256, block=32, num_warps=8)
 
 # By product and bytes of an operand; for equal tokens smaller tiles come first, see ``_from_table``. With few tokens
 # the draw bounds the time: small tiles keep all processors busy, with two groups of 4 a thread. With many tokens larger
@@ -356,6 +365,16 @@ def nonempty_parts(steps: int, parts: int) -> int:
 def power_above(size: int) -> int:
     """Smallest power of two that is at least ``size`` and 1."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def gradient_rows(tokens: int, target: str) -> Rows:
+    """Configuration of the sums of squares of a gradient of ``tokens`` tokens."""
+    if INTERPRETED:
+        return Rows(rows=min(INTERPRETER_ROWS, power_above(tokens)), block=MOST_COLUMNS)
+    # the largest power of two that gives every processor a program
+    rows = min(power_above(tokens // TARGETS[target].processors + 1) // 2, MOST_ROWS)
+    rows = max(rows, 1)
+    return Rows(rows=rows, block=min(SQUARES // rows, MOST_COLUMNS), num_warps=8)
 
 
 def rows_for(rows: int, chunks: int, target: str) -> Rows:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
-from maskpro_kernels.ops import curvature, reference
+from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import NMPattern
+from maskpro_kernels.ops.reference import curvature
 from maskpro_kernels.ops.triton import slopes, tiles
 
 
@@ -238,10 +239,14 @@ def test_given_squares_take_the_place_of_the_gradients_own(dtype):
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, tokens=16, dtype=dtype)
     mask, rate = source_of(logits, pattern), torch.tensor(0.1, device=KERNEL_DEVICE)
-    own = 16 * curvature.gradient_squares(grad)[0]
-    assert own.dtype == torch.float32 and own.shape == (len(weight),)
-    assert_same_bits(ops.token_squares(grad, None), torch.cat([16 * own, own.new_tensor([16.0])]))
-    assert_same_bits(ops.token_squares(grad, torch.tensor(32.0)), torch.cat([64 * own, own.new_tensor([16.0])]))
+    squares = curvature.gradient_squares(grad)[0]
+    assert squares.dtype == torch.float32 and squares.shape == (len(weight),)
+    assert_same_bits(ops.token_squares(grad, None), torch.cat([256 * squares, squares.new_tensor([16.0])]))
+    expected = torch.cat([1024 * squares, squares.new_tensor([16.0])])
+    assert_same_bits(ops.token_squares(grad, torch.tensor(32.0)), expected)
+    # in the kernel's order of sums
+    own = 16 * ops.curvature_factors(grad, x, 1.0, None, None)[0]
+    torch.testing.assert_close(own, 16 * squares)
 
     def slopes(row_squares, curvature=CURVATURE, tokens=None):
         of = grad, x, weight, curvature, mask
