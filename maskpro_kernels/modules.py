@@ -29,7 +29,7 @@ from .functional.checks import (
 )
 from .functional.linear import LogitsBackward, linear_under
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
-from .ops.counter import CachedMask, Counter, CounterState, MaskSource, Place
+from .ops.counter import CachedMask, Counter, CounterState, KeptCodes, MaskSource, Place
 from .ops.dispatch import in_onnx_export
 from .ops.pattern import NMPattern
 from .ops.philox import MAX_LAYERS, MAX_STEPS
@@ -86,6 +86,11 @@ class MaskedLinear(nn.Module):
             None, the default: the logits get a gradient through ``log_prob`` alone. A function that updates the logits
             itself needs an attribute ``moves_logits`` that is true, so that ``torch.compile`` leaves it out of graphs.
         cached_mask: the current draw, if all layers drew together, see ``ModelMasks``; None if each use draws again.
+        kept_codes: group codes of the N largest logits, a byte a group (four for M = 16), if a use in eval mode has
+            chosen them. The next use takes them unless the logits have changed: another tensor, a new place, dtype or
+            ``_version``. ``train`` and ``eval`` drop them. A write through ``logits.data`` does not count for torch:
+            call ``eval`` again after one. Compiled and captured graphs, and layers that fully_shard has split, choose
+            the N largest again at each use.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is lost. Code that changes them sets it. The state_dict contains it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
@@ -125,6 +130,7 @@ class MaskedLinear(nn.Module):
         self.counter_state = CounterState(device=device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
         self.cached_mask: CachedMask | None = None
+        self.kept_codes: KeptCodes | None = None
         self.shard: RowShard | None = None
         self.weight_changed = self.is_dense = False
 
@@ -205,7 +211,8 @@ class MaskedLinear(nn.Module):
         """Turn a layer that fully_shard has split into an nn.Linear with exact zeros, in place."""
         self.shard.bake()
         del self.pattern, self.logits, self.layer_id, self._layer, self.group_offset, self.group_row_stride
-        del self.counter_state, self.logits_backward, self.cached_mask, self.shard, self.weight_changed, self.is_dense
+        del self.counter_state, self.logits_backward, self.cached_mask, self.kept_codes
+        del self.shard, self.weight_changed, self.is_dense
         self.__class__ = nn.Linear
         return self
 
@@ -264,7 +271,30 @@ class MaskedLinear(nn.Module):
             raise ValueError(f"logits: expected those of a weight {list(weight.shape)}, got {describe(logits)}")
         if drawn:
             return MaskSource(logits, "drawn", n, m, 1.0, counter=self.counter(), codes=cached)
-        return MaskSource(ops.top_n_mask(logits.detach().to(weight.device), n, m), "codes", n, m, 1.0)
+        return MaskSource(self._top_n_codes(logits.detach()), "codes", n, m, 1.0)
+
+    def _top_n_codes(self, logits: Tensor) -> Tensor:
+        """Group codes of the N largest ``logits``, on the weight's device; see ``kept_codes``."""
+        device = self.weight.device
+        n = self.pattern.n
+        m = self.pattern.m
+        # a graph must choose in each replay; a tensor of functional_call or of a transform is not the layer's for long
+        is_graph = torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if is_graph or self.shard is not None or type(self.logits) is not nn.Parameter or self.logits.is_inference():
+            return ops.top_n_mask(logits.to(device), n, m)
+        kept = self.kept_codes
+        if kept is not None and kept.are_of(self.logits, device):
+            return kept.codes
+        # codes of inference mode could not be saved for a backward later
+        with torch.inference_mode(False):
+            codes = ops.top_n_mask(logits.to(device), n, m)
+        # of a fake tensor there is nothing to keep
+        self.kept_codes = KeptCodes(codes, self.logits) if type(codes) is Tensor else None
+        return codes
+
+    def train(self, mode: bool = True) -> MaskedLinear:
+        self.kept_codes = None
+        return super().train(mode)
 
     def logits_on_device(self) -> Tensor:
         """Logits of this rank on the weight's device: a copy if they are on another device."""

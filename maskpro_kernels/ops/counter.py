@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,31 @@ class CachedMask:
                 "changed; leave the context, and draw again"
             )
         return self.codes
+
+
+class KeptCodes:
+    """Group codes of the N largest of logits, kept while the logits stay as they are.
+
+    A deep copy or a pickle of it is None. Writes through ``logits.data`` are not noticed: torch does not count them.
+    """
+
+    def __init__(self, codes: Tensor, logits: Tensor):
+        self.codes = codes
+        # an id would be that of another tensor some day
+        self._logits = weakref.ref(logits)
+        self._state = _state_of(logits)
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    def are_of(self, logits: Tensor, device: torch.device) -> bool:
+        """Return whether the codes are those of ``logits`` as they are now, and on ``device``."""
+        return self._logits() is logits and self._state == _state_of(logits) and self.codes.device == device
+
+
+def _state_of(tensor: Tensor) -> tuple:
+    # a module's ``to`` replaces memory without counting it
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape
 
 
 def version_of(tensor: Tensor) -> int | None:
