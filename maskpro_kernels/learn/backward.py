@@ -14,7 +14,7 @@ import collections
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -87,12 +87,12 @@ class BackwardPass:
         order = self.order(loss)
         return all(rank_order == order for (rank_order,) in self.ranks.all_gather_numbers([order]))
 
-    def backward(self, loss: Tensor, weight=1.0, equal_order=True, tokens: Tensor | None = None) -> list[str]:
+    def backward(self, loss: Tensor, weight=1.0, equal_order=True, tokens: Tensor | None = None) -> None:
         """Backpropagate the loss of the last forward to the logits; its slopes have the factor ``weight``.
 
         ``equal_order`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
-        ``ops.curvature_factors``. After the last pass, return the names of layers with a slope that is not finite: the
-        logits of such weights and the running mean square do not change.
+        ``ops.curvature_factors``. If a slope is not finite, the logits of such weights and the running mean square do
+        not change, see ``bad_layers``. On one rank nothing is read from the device and nothing copied to it.
         """
         # forwards that compute activations again do not count
         self.unwatch()
@@ -108,23 +108,26 @@ class BackwardPass:
         self._end_pass()
         if self.remaining_passes:
             self.watch()
-            return []
-        reached = {name: updater for name, updater in self.updaters.items() if updater.latest is not None}
-        if not reached:
+            return
+        if all(updater.latest is None for updater in self.updaters.values()):
             raise ValueError(
                 "loss_fn: expected a loss with a gradient in a masked layer, got none; checkpointed activations need "
                 "use_reentrant=False"
             )
-        bad = []
-        for name, square in values_of({name: updater.latest for name, updater in reached.items()}).items():
-            updater = reached[name]
-            updater.mean_square = running_mean_square(updater.mean_square, square, updater.estimator.decay)
-            if not math.isfinite(square):
-                bad.append(name)
+        for squares in {updater.squares for updater in self.updaters.values()}:
+            squares.update()
         with_gradient = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
         if with_gradient:
             raise ValueError(f"loss_fn: expected a loss that depends on logits only by masks, not so {with_gradient}")
-        return bad
+
+    def bad_layers(self) -> list[str]:
+        """Read the names of layers with a slope that is not finite, after the last pass, from their devices."""
+        latest = {name: updater.latest for name, updater in self.updaters.items() if updater.latest is not None}
+        values = values_of(latest)
+        for name, square in values.items():
+            updater = self.updaters[name]
+            updater.squares.note(updater.index, square)
+        return [name for name, square in values.items() if not math.isfinite(square)]
 
     def move_next(self) -> None:
         """Move the next layers in the order, as far as their slopes are there."""
@@ -173,7 +176,7 @@ class LayerUpdater:
     """Moves the logits of one layer, inside backward or after it, see ``BackwardPass``, with an estimator's settings.
 
     Attributes:
-        mean_square: running mean square of the slopes; None before the first one above 0.
+        squares, index: running mean square of the slopes, and the rate by it, of this layer among others.
         latest: mean square of this step's slopes, on the device; None if there are none yet.
         uses: uses of the layer by the forward of a pass.
         fisher: squares of the layer, see ``FisherSquares``; None if the gradient itself gives the curvature.
@@ -189,10 +192,10 @@ class LayerUpdater:
         self.layer = layer
         self.estimator = estimator
         self.learner = learner
-        self.mean_square: float | None = None
+        self.squares: RunningSquares | None = None
+        self.index = 0
 
-    def begin(self, lr: float, weight_lr: float, backward_pass: BackwardPass, fisher: Tensor | None) -> None:
-        self.lr = lr
+    def begin(self, weight_lr: float, backward_pass: BackwardPass, fisher: Tensor | None) -> None:
         self.weight_lr = weight_lr
         self.backward_pass = backward_pass
         self.fisher = fisher
@@ -268,7 +271,10 @@ class LayerUpdater:
         if self.learner is not None and codes is None:
             # before the logits move, from which the mask of the step is drawn
             codes = ops.sample_mask(logits, self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter())
-        self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
+        # at a rate of 0 nothing moves
+        rate = self.squares.rate(self.index, lambda: descend(torch.zeros_like(self.squares.rates[0])))
+        self.latest = descend(rate)
+        self.squares.latest[self.index] = self.latest
         # drawn from the logits before the move
         self.layer.cached_mask = None
         if self.learner is not None:
@@ -290,24 +296,71 @@ def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: flo
     return lambda rate: ops.descend_(logits, slopes, rate, max_update, m, counter)
 
 
-def descend_by_rms(
-    descend: Callable[[Tensor], Tensor], lr: float, mean_square: float | None, device: torch.device
-) -> Tensor:
-    """Move logits by -lr * slope / rms and return the mean square of the slopes.
+class RunningSquares:
+    """Running mean squares of the slopes of layers on one device, and the rates of a step by them.
 
-    rms is the root of ``mean_square``; None: of the mean square of these slopes. If it is 0 or not finite, nothing
-    moves.
+    All stay on the device at the same addresses. So a step's backward passes can be captured in a CUDA graph, after
+    steps in which the host has seen a square above 0 of each layer.
+
+    Args:
+        squares: of each layer; 0 before the first one above 0.
+        device: of the layers' weights.
+
+    Attributes:
+        squares: float64 [layers].
+        rates: lr / rms of the step, float32 [layers]; 0 where the square is 0.
+        latest: of each layer the mean square of the step's slopes, 0-dim float32; None without slopes.
     """
-    if mean_square is None:
-        # at a rate of 0 nothing moves
-        mean_square = float(descend(torch.zeros((), dtype=torch.float32, device=device)))
-    return descend(torch.full((), rate_of(lr, mean_square), dtype=torch.float32, device=device))
+
+    def __init__(self, squares: Sequence[float], device: torch.device):
+        self.squares = torch.tensor(squares, dtype=torch.float64, device=device)
+        self.rates = torch.zeros(len(squares), dtype=torch.float32, device=device)
+        self.latest: list[Tensor | None] = [None] * len(squares)
+        self._lr = torch.zeros((), dtype=torch.float64, device=device)
+        self._decay = 0.0
+        # whether the host has seen a square above 0
+        self._seen = [square > 0.0 for square in squares]
+
+    def begin(self, lr: float, decay: float) -> None:
+        """Set the rates of a step."""
+        self._lr.fill_(lr)
+        self._decay = decay
+        self.latest = [None] * len(self.latest)
+        self.rates.copy_(rates_of(self._lr, self.squares))
+
+    def rate(self, index: int, square: Callable[[], Tensor]) -> Tensor:
+        """Rate of a layer, 0-dim float32; before its first square above 0 by ``square()``, that of the step."""
+        if self._seen[index]:
+            return self.rates[index]
+        of_step = rates_of(self._lr, square().to(self._lr))
+        return torch.where(self.squares[index] > 0.0, self.rates[index], of_step)
+
+    def update(self) -> None:
+        """Take the mean squares of the step."""
+        none = torch.zeros_like(self.rates[0])
+        latest = torch.stack([none if square is None else square.to(none.device) for square in self.latest])
+        self.squares.copy_(running_mean_squares(self.squares, latest.to(self.squares.dtype), self._decay))
+
+    def note(self, index: int, square: float) -> None:
+        """Let the host know the mean square of a step."""
+        self._seen[index] |= math.isfinite(square) and square > 0.0
 
 
-def rate_of(lr: float, mean_square: float) -> float:
-    """lr / rms within float32; 0 if the mean square is 0 or not finite."""
-    usable = math.isfinite(mean_square) and mean_square > 0.0
-    return min(lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0
+def rates_of(lr: float | Tensor, mean_squares: Tensor) -> Tensor:
+    """lr / rms as float32, at most its largest number, of mean squares in float64; 0 of one that is 0 or not finite."""
+    usable = mean_squares.isfinite() & (mean_squares > 0.0)
+    rates = (lr / mean_squares.sqrt()).clamp(max=FLOAT32_MAX)
+    return rates.masked_fill(~usable, 0.0).to(torch.float32)
+
+
+def running_mean_squares(before: Tensor, latest: Tensor, decay: float) -> Tensor:
+    """Running mean squares after a step, float64; unchanged where that of the step is 0 or not finite.
+
+    ``before`` are 0 before the first step above 0.
+    """
+    first = torch.where(before > 0.0, before, latest)
+    after = decay * first + (1.0 - decay) * latest
+    return torch.where(latest.isfinite() & (latest != 0.0), after, before)
 
 
 def values_of(scalars: Mapping[str, Tensor]) -> dict[str, float]:
@@ -317,13 +370,6 @@ def values_of(scalars: Mapping[str, Tensor]) -> dict[str, float]:
         names = [name for name, scalar in scalars.items() if scalar.device == device]
         values |= zip(names, torch.stack([scalars[name] for name in names]).tolist(), strict=True)
     return {name: values[name] for name in scalars}
-
-
-def running_mean_square(mean_square: float | None, latest: float, decay: float) -> float | None:
-    """Running mean square after a step; unchanged if that of the step is 0 or not finite."""
-    if not math.isfinite(latest) or latest == 0.0:
-        return mean_square
-    return decay * (latest if mean_square is None else mean_square) + (1.0 - decay) * latest
 
 
 class ShardedPass(BackwardPass):
@@ -342,7 +388,7 @@ class ShardedPass(BackwardPass):
             return
         moved = [updater for updater in self.updaters.values() if updater.own_slopes is not None]
         # at a rate of 0 nothing moves
-        squares = [(float(updater.descend_own(0.0)), updater.own_slopes.numel()) for updater in moved]
+        squares = [(float(updater.descend_own(updater.no_rate())), updater.own_slopes.numel()) for updater in moved]
         numbers = [number for pair in squares for number in pair]
         rows = self.ranks.all_gather_numbers(numbers)
         for index, updater in enumerate(moved):
@@ -399,16 +445,19 @@ class ShardUpdater(LayerUpdater):
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
 
-    def descend_own(self, rate: float) -> Tensor:
+    def no_rate(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float32, device=self.layer.own_logits.device)
+
+    def descend_own(self, rate: Tensor) -> Tensor:
         """Move the logits of this rank's rows, and return the mean square of their slopes."""
-        logits = self.layer.own_logits
-        rate = torch.full((), rate, dtype=torch.float32, device=logits.device)
-        return descent(self.layer, logits, self.own_slopes, self.estimator.max_update)(rate)
+        return descent(self.layer, self.layer.own_logits, self.own_slopes, self.estimator.max_update)(rate)
 
     def move(self, square: float) -> None:
         """Move the logits; ``square`` is the mean square of the slopes of all rows."""
-        self.descend_own(rate_of(self.lr, square if self.mean_square is None else self.mean_square))
+        rate = self.squares.rate(self.index, lambda: torch.tensor(square, dtype=torch.float64))
+        self.descend_own(rate.to(self.layer.own_logits.device))
         self.latest = torch.tensor(square, dtype=torch.float32)
+        self.squares.latest[self.index] = self.latest
         self.layer.cached_mask = None
 
     def end(self) -> None:

@@ -16,7 +16,7 @@ from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
 from ..ops.counter import MaskSource
 from ..shards import is_distributed
-from .backward import check_slope_settings, descend_by_rms, descent, running_mean_square, values_of
+from .backward import check_slope_settings, descent, rates_of, running_mean_squares, values_of
 from .estimator import check_float
 from .offload import OffloadedLogits
 
@@ -110,15 +110,22 @@ class MaskOptimizer(torch.optim.Optimizer):
             for name, layer in reached.items():
                 state = self._state_of(layer)
                 if not state:
-                    state.update(first_mask=_codes(layer), mean_square=None)
-                slopes = layer.logits.grad.to(layer.weight.device, torch.float32).contiguous()
+                    state.update(first_mask=_codes(layer), mean_square=0.0)
+                device = layer.weight.device
+                slopes = layer.logits.grad.to(device, torch.float32).contiguous()
                 with offloaded.moving(layer) as logits:
                     descend = descent(layer, logits, slopes, group["max_update"])
-                    latest[name] = descend_by_rms(descend, float(lr), state["mean_square"], layer.weight.device)
+                    square = torch.full((), state["mean_square"], dtype=torch.float64, device=device)
+                    if not state["mean_square"]:
+                        # at a rate of 0 nothing moves
+                        square = descend(torch.zeros((), dtype=torch.float32, device=device)).double()
+                    latest[name] = descend(rates_of(float(lr), square))
         squares = values_of(latest)
-        for name, square in squares.items():
-            state = self._state_of(self.layers[name])
-            state["mean_square"] = running_mean_square(state["mean_square"], square, group["decay"])
+        states = [self._state_of(self.layers[name]) for name in squares]
+        before = torch.tensor([state["mean_square"] for state in states], dtype=torch.float64)
+        after = running_mean_squares(before, torch.tensor([*squares.values()], dtype=torch.float64), group["decay"])
+        for state, square in zip(states, after.tolist(), strict=True):
+            state["mean_square"] = square
         advance(self._model)
         bad = [name for name, square in squares.items() if not math.isfinite(square)]
         if bad:

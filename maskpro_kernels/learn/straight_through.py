@@ -17,7 +17,7 @@ from ..functional.linear import labelled_tokens
 from ..modules import MaskedLinear, check_not_sharded
 from ..ops.counter import MaskSource
 from ..ranks import Ranks
-from .backward import BackwardPass, LayerUpdater, ShardedPass, ShardUpdater, check_slope_settings
+from .backward import BackwardPass, LayerUpdater, RunningSquares, ShardedPass, ShardUpdater, check_slope_settings
 from .estimator import Estimator, Step, StepResult, check_float, check_whole
 from .weight_learner import WeightLearner
 
@@ -82,6 +82,7 @@ class StraightThrough(Estimator):
         self.weight_decay = float(weight_decay)
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
+        self._squares: list[RunningSquares] = []
         self._fisher = FisherSquares({}, self.decay)
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
@@ -103,6 +104,27 @@ class StraightThrough(Estimator):
         kind = LayerUpdater if next(iter(layers.values())).shard is None else ShardUpdater
         self._updaters = {name: kind(layer, self, self._learners.get(name)) for name, layer in layers.items()}
         self._fisher = FisherSquares(layers, self.decay)
+        self._place_squares({})
+
+    def _place_squares(self, mean_squares: Mapping[str, float]) -> None:
+        """Put the running mean squares of the layers on the devices of their weights."""
+        names: dict[torch.device, list[str]] = {}
+        for name, updater in self._updaters.items():
+            names.setdefault(updater.layer.weight.device, []).append(name)
+        self._squares = [
+            RunningSquares([mean_squares.get(name, 0.0) for name in on_device], device)
+            for device, on_device in names.items()
+        ]
+        for squares, on_device in zip(self._squares, names.values(), strict=True):
+            for index, name in enumerate(on_device):
+                self._updaters[name].squares = squares
+                self._updaters[name].index = index
+
+    def _mean_squares(self) -> dict[str, float]:
+        """Running mean squares of the layers that have one."""
+        values = {id(squares): squares.squares.tolist() for squares in self._squares}
+        by_layer = {name: values[id(updater.squares)][updater.index] for name, updater in self._updaters.items()}
+        return {name: square for name, square in by_layer.items() if square > 0.0}
 
     @property
     def max_logit_travel(self) -> float:
@@ -116,13 +138,10 @@ class StraightThrough(Estimator):
 
     def state(self) -> dict:
         """Running mean squares of the slopes of each layer, if above 0, and numbers of Fisher passes."""
-        items = self._updaters.items()
-        squares = {name: updater.mean_square for name, updater in items if updater.mean_square is not None}
-        return {"mean_squares": squares, "fisher_passes": dict(self._fisher.passes)}
+        return {"mean_squares": self._mean_squares(), "fisher_passes": dict(self._fisher.passes)}
 
     def load_state(self, state: Mapping) -> None:
-        for name, square in state["mean_squares"].items():
-            self._updaters[name].mean_square = square
+        self._place_squares(state["mean_squares"])
         self._fisher.passes.update(state["fisher_passes"])
         for learner in self._learners.values():
             learner.restore()
@@ -152,7 +171,8 @@ class StraightThrough(Estimator):
                     return StepResult(value)
                 step.begin_update()
                 self._fisher.take(fisher)
-                bad_layers = backward_pass.backward(loss, float(step.weights[last]), equal_order, tokens)
+                backward_pass.backward(loss, float(step.weights[last]), equal_order, tokens)
+                bad_layers = backward_pass.bad_layers()
         return StepResult(value, bad_layers=tuple(bad_layers))
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
@@ -179,11 +199,16 @@ class StraightThrough(Estimator):
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
         kind = BackwardPass if next(iter(before)).shard is None else ShardedPass
         backward_pass = kind(self._updaters, ranks, batches)
+        if any(updater.squares.squares.device != updater.layer.weight.device for updater in updaters):
+            # the model has moved
+            self._place_squares(self._mean_squares())
+        for squares in self._squares:
+            squares.begin(self.lr_at(step), self.decay)
         try:
             for name, updater in self._updaters.items():
                 updater.layer.logits.grad = None
                 weight_lr = self._falling(self.train_weights or 0.0, step)
-                updater.begin(self.lr_at(step), weight_lr, backward_pass, fisher.get(name))
+                updater.begin(weight_lr, backward_pass, fisher.get(name))
                 updater.layer.logits_backward = updater
             backward_pass.watch()
             with backward_pass.offloaded:

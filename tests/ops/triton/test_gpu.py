@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.captured_step import CapturedStep
 from helpers.refits import problem as refit_problem
 from helpers.softmax_model import softmax_batches, softmax_model
 from torch import nn
@@ -271,6 +272,29 @@ def test_a_reinforce_step_is_one_captured_graph(pattern, dtype):
         for ours, theirs in zip(masked_layers(on_gpu).values(), masked_layers(on_cpu).values(), strict=True):
             assert_same_bits(ours.logits.detach().cpu(), theirs.logits.detach())
         assert int(on_gpu[0].counter_state.step) == i + 1
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_a_straight_through_step_is_one_captured_graph(pattern):
+    """Replays move logits, running mean squares and rates as steps do that are not captured."""
+    replayed = CapturedStep("cuda", pattern)
+    stepped = CapturedStep("cuda", pattern)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stepped()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed()
+    for _ in range(3):
+        graph.replay()
+    for _ in range(2):
+        stepped()
+    for ours, expected in zip(replayed.logits(), stepped.logits(), strict=True):
+        assert_same_bits(ours, expected)
+    assert replayed.estimator.state() == stepped.estimator.state()
 
 
 @pytest.mark.parametrize("sizes", [[(1000, 1024), (3, 64), (257, 96)]], ids=str)
