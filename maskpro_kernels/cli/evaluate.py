@@ -28,6 +28,7 @@ from .inputs import (
     print_table,
     read_report,
     report_as,
+    report_damaged_settings,
     report_device,
     windows_of,
 )
@@ -49,6 +50,8 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     if options.output is not None:
         check_new_file(options.output)
     runs = {name: read_report(Path(name)) for name in models if (Path(name) / REPORT).is_file()}
+    for name in runs:
+        report_damaged_settings(Path(name))
     settings = next(iter(runs.values()))["settings"] if runs else {}
     dtype = options.dtype or settings.get("dtype") or default_dtype(options.device)
     data = options.data or settings.get("data")
