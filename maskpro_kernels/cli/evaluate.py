@@ -57,7 +57,10 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     data = options.data or settings.get("data")
     if data is None:
         if absent := [name for name in models if not Path(name).exists()]:
-            raise ValueError(f"models: expected the folder of a run or of a model, got {absent[0]!r}; ids need --data")
+            raise ValueError(
+                f"models: expected the folder of a run or of a model, got {absent[0]!r}, which is no folder; an id on "
+                "the hub needs --data"
+            )
         raise ValueError("data: expected --data, since only runs have texts, got none")
     names = [name for name, _ in texts_of(data)]
     if not names:

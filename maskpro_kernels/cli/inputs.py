@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -37,6 +38,8 @@ SETTINGS = "settings.json"
 PROGRESS = "progress"
 # File of the samples in the folder of progress
 SAMPLES = "samples.safetensors"
+# Arguments of functions whose errors ``naming`` prefixes with those of the command, as a regular expression
+INNER_ARGUMENTS = "source|text|path|model|output_dir"
 # Format of these files; earlier versions have none
 FORMAT = "maskpro-run 3"
 # Columns of a run's table: titles, and digits of the figures
@@ -97,11 +100,11 @@ class Progress:
 
 @contextmanager
 def naming(argument: str, cure: str | None = None) -> Iterator[None]:
-    """Prefix errors with the name of an argument, and append the remedy."""
+    """Prefix errors with the name of an argument, in place of that of an inner function, and append the remedy."""
     try:
         yield
     except (ValueError, OSError) as error:
-        reason = str(error).removeprefix("source: ").removeprefix("text: ").removeprefix(f"{argument}: ")
+        reason = re.sub(rf"^(?:{INNER_ARGUMENTS}|{argument}): ", "", str(error))
         message = f"{argument}: {reason}"
         message += f"; {cure}" if cure else ""
         raise (OSError if isinstance(error, OSError) else ValueError)(message) from error

@@ -210,7 +210,7 @@ def test_a_run_that_has_lost_its_report_is_exported_but_only_with_its_logits(inp
     assert_same_bits(load_file(tmp_path / "again" / "model.safetensors"), expected)
     path = output / "learned/logits.safetensors"
     content = path.read_bytes()
-    refusal = "run: path: expected a file of logits, got "
+    refusal = "run: expected a file of logits, got "
     for damaged in damages(path):
         path.write_bytes(damaged)
         refuses(capsys, tmp_path, ["export", str(output), str(tmp_path / "new")], refusal)
