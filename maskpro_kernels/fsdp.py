@@ -11,8 +11,8 @@ Or its layers are converted afterwards, in place: FSDP2 gathers into the same mo
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -325,15 +325,32 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def resetting(model: nn.Module) -> Iterator[None]:
-    """Return a model to its shards at the end; after an error also without gradients, as between two iterations."""
+    """Return a model to its shards at the end; after an error also without gradients, as between two iterations.
+
+    An error that this raises in turn, such as that another rank has ended, becomes a note of the first error.
+    """
     try:
         yield
-    except BaseException:
-        for module in sharded_modules(model):
-            # AttributeError: it has not run yet, or torch is older than 2.13. RuntimeError: it is not the outermost
-            # one, or another rank has ended. Raise the first error
-            with suppress(AttributeError, RuntimeError):
-                module.reset_iter_state()
+    except BaseException as error:
+        modules = sharded_modules(model)
+        # torch before 2.13 has no reset_iter_state
+        for module in filter(lambda root: hasattr(root, "reset_iter_state"), _outermost(modules)):
+            _call_after(error, module.reset_iter_state)
+        for module in modules:
+            _call_after(error, module.reshard)
         raise
-    finally:
-        reshard(model)
+    reshard(model)
+
+
+def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules that are in none of the others: torch resets a model from these alone."""
+    inner = {child for module in modules for child in module.modules() if child is not module}
+    return [module for module in modules if module not in inner]
+
+
+def _call_after(error: BaseException, function: Callable[[], None]) -> None:
+    """Call a function after an error; its own error becomes a note of the first one."""
+    try:
+        function()
+    except Exception as later:
+        error.add_note(f"afterwards {function.__name__} of FSDP2: {type(later).__name__}: {later}")

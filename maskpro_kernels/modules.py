@@ -547,7 +547,7 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
     if not shards:
         return
     ranks.agree({name: shard.layout for name, shard in shards.items()})
-    ranks.run_on_all(lambda: check_finite(layers))
+    ranks.run_on_all(check_finite, layers)
     for shard in shards.values():
         shard.reshard()
 

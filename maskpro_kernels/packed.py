@@ -373,13 +373,18 @@ def packed_linear(
     check_not_distributed("values", values)
     rows = values.shape[0]
     k = kept_values(values) // pattern.n * pattern.m
-    name, own = ("values", values) if scales is None else ("scales", scales)
-    check_floats(name, own)
+    # numbers of the weight's dtype
+    if scales is None:
+        floats = values
+        check_floats("values", values)
+    else:
+        floats = scales
+        check_floats("scales", scales)
     for name, part in (("bitmask", bitmask), ("scales", scales)):
         if part is not None and part.device != values.device:
             raise ValueError(f"{name}: expected a tensor on the values' device {values.device}, got {describe(part)}")
     transformed = check_transforms("Grad", "a packed layer has jacobian, hessian and hvp of torch.autograd.functional")
-    x = linear_input(x, bias, (rows, k), own.dtype, values.device)
+    x = linear_input(x, bias, (rows, k), floats.dtype, values.device)
     if in_forward_mode():
         for name, part in (("x", x), ("values", values), ("scales", scales), ("bias", bias)):
             if part is not None and forward_ad.unpack_dual(part).tangent is not None:
@@ -387,10 +392,13 @@ def packed_linear(
                     f"{name}: expected a tensor without a forward-mode derivative, got one with it: packed products "
                     "support backward alone; use the dense model that finalize returns"
                 )
-    if x.dtype != own.dtype:
+    if x.dtype != floats.dtype:
         # under autocast
         bias = None if bias is None else bias.to(x.dtype)
-        values, scales = (values.to(x.dtype), None) if scales is None else (values, scales.to(x.dtype))
+        if scales is None:
+            values = values.to(x.dtype)
+        else:
+            scales = scales.to(x.dtype)
     if in_onnx_export():
         values = values if scales is None else dequantized(values, scales, scales.dtype)
         return nn.functional.linear(x, _onnx_weight(values, as_bitmask(bitmask, k, rows), pattern.n, pattern.m), bias)
@@ -576,7 +584,6 @@ SPARSE = (MaskedLinear, NMLinear)
 
 def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
     """Make an nn.Linear with exact zeros for dropped weights; a MaskedLinear keeps its N largest logits."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     if isinstance(layer, MaskedLinear) and layer.shard is not None:
         return layer.as_linear_of_shards()
     if isinstance(layer, MaskedLinear):
@@ -585,6 +592,7 @@ def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
     else:
         weight = layer.packed.unpack()
         trained = layer.values.requires_grad
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=trained)
     linear.bias = layer.bias
     return linear.train(layer.training)

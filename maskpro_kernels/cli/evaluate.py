@@ -28,6 +28,7 @@ from .inputs import (
     print_table,
     read_report,
     report_as,
+    report_damaged_settings,
     report_device,
     windows_of,
 )
@@ -49,12 +50,17 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     if options.output is not None:
         check_new_file(options.output)
     runs = {name: read_report(Path(name)) for name in models if (Path(name) / REPORT).is_file()}
+    for name in runs:
+        report_damaged_settings(Path(name))
     settings = next(iter(runs.values()))["settings"] if runs else {}
     dtype = options.dtype or settings.get("dtype") or default_dtype(options.device)
     data = options.data or settings.get("data")
     if data is None:
         if absent := [name for name in models if not Path(name).exists()]:
-            raise ValueError(f"models: expected the folder of a run or of a model, got {absent[0]!r}; ids need --data")
+            raise ValueError(
+                f"models: expected the folder of a run or of a model, got {absent[0]!r}, which is no folder; an id on "
+                "the hub needs --data"
+            )
         raise ValueError("data: expected --data, since only runs have texts, got none")
     names = [name for name, _ in texts_of(data)]
     if not names:

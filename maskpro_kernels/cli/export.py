@@ -36,6 +36,8 @@ from .inputs import (
     read_json,
     read_report,
     read_samples,
+    report_as,
+    report_damaged_settings,
     save,
     windows_of,
 )
@@ -54,7 +56,12 @@ def export(options: Export, source: str, output: str) -> None:
     if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
         raise ValueError(f"run: expected {LOGITS_FILE} in {source!r}, got none; restore it from a copy")
-    table = read_report(Path(source))["table"] if (Path(source) / REPORT).is_file() else ()
+    report_damaged_settings(Path(source))
+    if (Path(source) / REPORT).is_file():
+        table = read_report(Path(source))["table"]
+    else:
+        table = ()
+        report_as("warning", f"{source!r} has no {REPORT}: a model card has no perplexities")
     with naming("run"):
         learned = logits_of_run(Path(source))
         metadata = learned.metadata

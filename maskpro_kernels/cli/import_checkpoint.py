@@ -88,7 +88,7 @@ def _with_zeros(options: Import, path: Path, pattern: NMPattern):
         with _renaming(folder, options.output):
             checkpoint = Path(folder) if write_plain(path, folder) else path
         with _renaming(folder, path):
-            model, tokenizer = load(str(checkpoint), options.dtype, "cpu")
+            model, tokenizer = load(str(checkpoint), options.dtype, "cpu", title=str(path))
     # its card has the license
     model.name_or_path = str(path)
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints.logits import REPORT
+from ..checkpoints.logits import LOGITS_FILE, REPORT
 from ..files import check_takes_files, digest, discard, folder_aside, make_folder, read_record, unfinished
 from ..functional.checks import check_device, missing_gpu
+from ..learn.snapshots import snapshots_in
 from ..modules import masked_layers
 from ..ops.cpu import cpu_multiplies
 from ..packed import KEEP, NMLinear, bits_a_weight
@@ -36,6 +38,8 @@ SETTINGS = "settings.json"
 PROGRESS = "progress"
 # File of the samples in the folder of progress
 SAMPLES = "samples.safetensors"
+# Arguments of functions whose errors ``naming`` prefixes with those of the command, as a regular expression
+INNER_ARGUMENTS = "source|text|path|model|output_dir"
 # Format of these files; earlier versions have none
 FORMAT = "maskpro-run 3"
 # Columns of a run's table: titles, and digits of the figures
@@ -96,11 +100,11 @@ class Progress:
 
 @contextmanager
 def naming(argument: str, cure: str | None = None) -> Iterator[None]:
-    """Prefix errors with the name of an argument, and append the remedy."""
+    """Prefix errors with the name of an argument, in place of that of an inner function, and append the remedy."""
     try:
         yield
     except (ValueError, OSError) as error:
-        reason = str(error).removeprefix("source: ").removeprefix("text: ").removeprefix(f"{argument}: ")
+        reason = re.sub(rf"^(?:{INNER_ARGUMENTS}|{argument}): ", "", str(error))
         message = f"{argument}: {reason}"
         message += f"; {cure}" if cure else ""
         raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
@@ -150,12 +154,15 @@ def default_dtype(device: str | None) -> str:
     return "float32" if on_cpu and not cpu_multiplies(DTYPES[DTYPE]) else DTYPE
 
 
-def load(name: str, dtype: str | None, device: torch.device | str):
-    """Load (model, tokenizer) on a device, or with "auto" on several; arguments and errors as for ``hf.load_model``."""
+def load(name: str, dtype: str | None, device: torch.device | str, title: str | None = None):
+    """Load (model, tokenizer) on a device, or with "auto" on several; arguments and errors as for ``hf.load_model``.
+
+    The line that reports it has the name, or a title for a temporary folder.
+    """
     from ..hf import load_model, show_bars
 
     check_ended(name)
-    report(f"loading {name}")
+    report(f"loading {title or name}")
     show_bars(wants_bars())
     placement = {"device_map": "auto"} if device == "auto" else {"device": device}
     return load_model(name, dtype and DTYPES[dtype], **placement)
@@ -164,7 +171,8 @@ def load(name: str, dtype: str | None, device: torch.device | str):
 def check_ended(model: str) -> None:
     """Raise ValueError if a name is the folder of a run that has not ended."""
     if (Path(model) / SETTINGS).is_file() and not (Path(model) / REPORT).is_file():
-        raise ValueError(f"model: expected a model or a run that has ended, got {model!r}; {resume_command(model)}")
+        state = state_without_report(model)
+        raise ValueError(f"model: expected a model or a run with {REPORT}, got {model!r}; {state}")
 
 
 def save(
@@ -206,6 +214,31 @@ def resume_command(run: str | Path) -> str:
     return f"continue with: maskpro learn --resume {shlex.quote(str(run))}"
 
 
+def state_without_report(run: str | Path) -> str:
+    """Whether a run without a report has ended, and what to do."""
+    if cannot_resume(run):
+        return (
+            f"its run has ended, but {REPORT} is missing: restore it from a copy, or write the result again with: "
+            f"maskpro export {shlex.quote(str(run))} FOLDER"
+        )
+    return f"its run has not ended, {resume_command(run)}"
+
+
+def cannot_resume(run: str | Path) -> bool:
+    """Return whether a folder has a result but no snapshots, as at the end of a run without a journal."""
+    return (Path(run) / LOGITS_FILE).is_file() and not snapshots_in(Path(run) / PROGRESS)
+
+
+def report_damaged_settings(run: Path) -> None:
+    """Warn of settings that cannot be read; after the end of a run only an export in int4 needs them."""
+    if not (run / SETTINGS).is_file():
+        return
+    try:
+        read_json(run / SETTINGS)
+    except ValueError as error:
+        report_as("warning", f"{error}; only `--resume` and an export in int4 need it")
+
+
 def digest_of_weights(model: nn.Module) -> str:
     return digest(layer.weight for layer in masked_layers(model).values())
 
@@ -237,9 +270,8 @@ def read_progress(path: Path) -> dict:
 def read_report(run: Path) -> dict:
     """Read the report of a finished run; ValueError if it has not ended, or is of another version."""
     if not (run / REPORT).is_file():
-        advice = (
-            f"its run has not ended, {resume_command(run)}" if (run / SETTINGS).is_file() else "give a run's folder"
-        )
+        has_settings = (run / SETTINGS).is_file()
+        advice = state_without_report(run) if has_settings else "give a run's folder"
         raise ValueError(f"run: expected a folder written by `maskpro learn`, got {str(run)!r}; {advice}")
     return read_json(run / REPORT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             # if a rank has ended, the others get torch's RuntimeError; other errors are faults of this package
             if not isinstance(error, ERRORS) and not of_torchrun():
                 raise
-            _report_error(error)
+            _report_error(error, *argv[:1] or [""])
             return 2
 
 
@@ -97,7 +98,16 @@ def _run(argv: list[str]) -> int:
         return FUNCTIONS[argv[0]](options, **arguments) or 0
 
 
-def _report_error(error: BaseException) -> None:
+def _with_hyphens(error: BaseException, command: str) -> str:
+    """Message of an error, where arguments with underscores have the form of the command's options."""
+    message = str(error)
+    for name in COMMANDS[command][0].__dataclass_fields__ if command in COMMANDS else ():
+        if "_" in name:
+            message = re.sub(rf"(^|: ){name}: ", rf"\1--{name.replace('_', '-')}: ", message)
+    return message
+
+
+def _report_error(error: BaseException, command: str) -> None:
     if isinstance(error, torch.OutOfMemoryError):
         # on this rank alone: no other reports it
         rank = rank_of_torchrun()
@@ -109,7 +119,7 @@ def _report_error(error: BaseException) -> None:
     elif isinstance(error, (MemoryError, RecursionError)):
         report_as("error", f"{type(error).__name__}: {error}")
     else:
-        report_as("error", error)
+        report_as("error", _with_hyphens(error, command))
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def _product(
     """(x [tokens, K] @ (weight * mask).T + bias, log p of the drawn mask or None), without gradients."""
     if mask.kind == "applied":
         return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
-    mask = mask.of(mask.tensor, x.device)
+    mask = mask.on(x.device)
     if log_prob:
         y, total = ops.masked_linear(x, weight, bias, True, mask)
         return y, total
@@ -286,7 +286,7 @@ class _MaskedLinear(torch.autograd.Function):
             return (None,) * 8
         mask, (x, weight) = ops.saved_mask(ctx)
         source = mask.tensor
-        mask = mask.of(source, (log_prob_grad if grad is None else grad).device)
+        mask = mask.on((log_prob_grad if grad is None else grad).device)
         needs_x, needs_weight, needs_bias, needs_logits, *_ = ctx.needs_input_grad
         x_grad = weight_grad = bias_grad = logits_grad = None
         with torch.no_grad():

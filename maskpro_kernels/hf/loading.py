@@ -198,14 +198,15 @@ def fetch(source: str, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
     """
     if Path(source).exists():
         return Path(source)
+    expected = f"source: expected a file, a folder or an id owner/name on the hub, got {source!r}"
+    if "/" not in source:
+        raise OSError(f"{expected}, which does not exist")
     try:
         return Path(snapshot_download(source, allow_patterns=list(files)))
     except Exception as error:
         # the hub raises errors of a dozen types
         reason = str(error).strip().partition("\n")[0]
-        raise OSError(
-            f"source: expected a file, a folder or an id owner/name on the hub, got {source!r}: {reason}"
-        ) from error
+        raise OSError(f"{expected}: {reason}") from error
 
 
 @contextmanager

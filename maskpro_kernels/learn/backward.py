@@ -265,7 +265,11 @@ class LayerUpdater:
 
     def end(self) -> None:
         """Free the tensors of a step, also of an interrupted one."""
-        self.latest = self.slopes = self.weight_grad = self.backward_pass = self.fisher = None
+        self.latest = None
+        self.slopes = None
+        self.weight_grad = None
+        self.backward_pass = None
+        self.fisher = None
 
     def _descend(self, logits: Tensor, codes: Tensor | None, descend: Callable[[Tensor], Tensor]) -> None:
         if self.learner is not None and codes is None:

@@ -233,6 +233,8 @@ class RunFolder:
         estimator_state = state["estimator"]
         refreshed = None
         if records is not None:
+            if any(index < step for index in lost):
+                rows = self._recalled_rows(records.entries[:step]) | rows
             if step == 0:
                 losses = records.header["initial_losses"]
             elif losses is None and estimator.needs_initial_losses:
@@ -247,15 +249,17 @@ class RunFolder:
                 # a power cut may lose lines after the snapshot; records lack their flip rates and seconds
                 rows.setdefault(entry.step, asdict(result.record(entry.step, entry.tokens, math.nan, math.nan)))
             estimator_state = estimator.state()
-        for index in lost:
-            rows.setdefault(index, asdict(StepRecord(index, math.nan, None, None, None, math.nan, math.nan, math.nan)))
+        without_figures = [index for index in lost if index not in rows]
+        for index in without_figures:
+            tokens = math.nan if records is None else records.entries[index].tokens
+            rows[index] = asdict(StepRecord(index, math.nan, None, None, None, math.nan, tokens, math.nan))
         again = [path for path in snapshots_in(self.path) if step_of(path) > steps]
         unusable = list(dict.fromkeys([*damaged, *again]))
         warnings = [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
         if records is not None and records.torn:
             warnings.append(f"the last record of {self.path / JOURNAL} is incomplete: its step is taken again")
         if lost:
-            unknown = "figures" if math.isnan(rows[lost[0]]["tokens"]) else "flip rates and seconds"
+            unknown = "figures" if without_figures else "flip rates and seconds"
             warnings.append(
                 f"{self.path / METRICS} has no intact lines of {len(lost)} of {steps} steps, the first step "
                 f"{lost[0]}: their {unknown} are unknown, nan"
@@ -273,6 +277,18 @@ class RunFolder:
             warnings=warnings,
         )
         return saved, [rows[index] for index in range(steps)]
+
+    def _recalled_rows(self, entries: Sequence[Entry]) -> dict[int, dict]:
+        """Figures of the first steps, by their records; none if the first snapshot is damaged."""
+        first_state = read_state(snapshots_in(self.path)[0])
+        if first_state is None or first_state[0] != 0:
+            return {}
+        # the estimator's state after each step follows from the one before
+        self.estimator.load_state(first_state[1]["estimator"])
+        results = ((entry, self.estimator.recall(entry)) for entry in entries)
+        return {
+            entry.step: asdict(result.record(entry.step, entry.tokens, math.nan, math.nan)) for entry, result in results
+        }
 
     def _take_over(
         self, run: Mapping, records: Records | None, unusable: Sequence[Path], rows: Sequence[Mapping]

@@ -184,6 +184,10 @@ class MaskSource(NamedTuple):
             tensor = tensor.to(device)
         return self if tensor is self.tensor else self._replace(tensor=tensor)
 
+    def on(self, device: torch.device) -> MaskSource:
+        """Mask on a device."""
+        return self.of(self.tensor, device)
+
     def flat(self) -> tuple:
         """Arguments of an operation by ``SCHEMA``."""
         *source, counter, codes = self

@@ -176,8 +176,10 @@ def refitted_masks(layers: Mapping[str, nn.Module], pattern: NMPattern, init: In
 
 def _reconstruction(dense: Dense, refit: str) -> Reconstruction:
     _check_given('batches for init="reconstruction"', dense.model, dense.calibration)
-    layers, pattern, model, calibration, progress, _ = dense = dense._replace(calibration=list(dense.calibration))
-    return reconstruct(model, layers, wanda(dense), pattern, calibration, refit=refit, progress=progress)
+    dense = dense._replace(calibration=list(dense.calibration))
+    return reconstruct(
+        dense.model, dense.layers, wanda(dense), dense.pattern, dense.calibration, refit=refit, progress=dense.progress
+    )
 
 
 def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:

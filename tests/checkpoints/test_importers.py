@@ -346,7 +346,7 @@ def test_bad_imports_are_refused_in_one_line(folder, tmp_path, capsys):
         ([source], "expected a whole safetensors file"),
     ):
         imported(*arguments, "--output", tmp_path / "out", code=2)
-        (line,) = capsys.readouterr().err.splitlines()
+        *_, line = capsys.readouterr().err.splitlines()
         assert message in line and not (tmp_path / "out").exists()
 
 
@@ -357,7 +357,7 @@ def test_a_config_that_is_no_json_object_is_refused_by_name(what, content, folde
     file.write_bytes(content)
     masks = [store(random_masks(tiny_model()), folder / "masks", "folder"), "--model"] if what == "model" else []
     imported(*masks, folder / "model", "--output", folder / "out", code=2)
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert f"{'model' if masks else 'checkpoint'}: expected a JSON object in '{file}'" in line
 
 
@@ -372,7 +372,7 @@ def test_pipes_are_refused_by_name(name, folder, capsys):
     more = [] if name.startswith("model") else ["--model", folder / "model"]
     imported(source, *more, "--output", folder / "out", code=2)
     os.close(writer)
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     expected = "regular files" if name.startswith("model") else "a file or a folder of files"
     assert f"expected {expected}, got '{pipe}'" in line
 
@@ -385,7 +385,7 @@ def test_shards_that_are_not_in_the_folder_are_refused_by_name(name, folder, cap
     index["weight_map"] = index["weight_map"] | {"model.norm.weight": name} if name else name
     (source / INDEX).write_text(json.dumps(index))
     imported(source, "--output", folder / "out", code=2)
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert f"checkpoint: expected an index of files in '{source}', got {name!r}" in line
 
 
@@ -405,7 +405,8 @@ def test_errors_of_a_decompressed_copy_name_its_source(damage, folder, capsys):
         config["quantization_config"] = {"format": ["x"]}
     (source / "config.json").write_text(json.dumps(config))
     imported(source, "--output", folder / "out", code=2)
-    (line,) = capsys.readouterr().err.splitlines()
+    *lines_before, line = capsys.readouterr().err.splitlines()
+    assert lines_before == ([] if damage == "format" else [f"loading {source}"])
     assert "the format ['x']" in line if damage == "format" else f"'{source}'" in line
     assert sorted(path.name for path in folder.iterdir()) == ["in", "model"]
 
@@ -414,7 +415,7 @@ def test_a_full_disk_for_a_decompressed_copy_names_the_output(tmp_path, capsys):
     source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
     with files_of_at_most(4096):
         imported(source, "--output", tmp_path / "out", code=2)
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / 'out'}/model-0.safetensors: " in line and "File too large" in line
 
 
@@ -425,7 +426,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(values, folder, capsys)
     weight[weight != 0] = torch.nan
     hf.save_model(model, tiny_tokenizer(), folder / "in")
     imported(folder / "in", "--output", folder / "out", "--values", values, code=2)
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line == f"maskpro: error: source: expected finite weights, got NaN or infinity in {LAYER}"
     # the output head is not rounded
     model = masked(tiny_model(tie_word_embeddings=False), random_masks(tiny_model()))

@@ -115,13 +115,15 @@ def test_columns_are_as_wide_as_their_figures(capsys):
 def test_what_cannot_be_evaluated_is_refused(inputs, run, tmp_path, capsys):
     model = str(inputs / "model")
     refuses(capsys, tmp_path, ["eval", model], "data: expected --data, since only runs have texts")
-    neither = "models: expected the folder of a run or of a model, got 'runs/none'; ids need --data"
+    neither = "models: expected the folder of a run or of a model, got 'runs/none', which is no folder; an id"
     refuses(capsys, tmp_path, ["eval", "runs/none"], neither)
     refuses(capsys, tmp_path, ["eval", str(run), "--data", "self"], "samples are no test of a mask")
     refuses(capsys, tmp_path, ["eval", str(run), "--output", str(run / "report.json")], "output: expected a new file")
     refuses(capsys, tmp_path, ["eval", str(run), "--output", "/none/file"], "output: expected a new file")
     arguments = ["eval", model, "--data", str(inputs / "text.txt"), "--eval-length", "9999", *CPU]
-    for name in ("documents", "eval_windows"):
-        option = [f"--{name.replace('_', '-')}", "2", "--protocol", "tokens"]
-        refuses(capsys, tmp_path, [*arguments, *option], f"{name}: expected none with --protocol tokens, got 2")
-    refuses(capsys, tmp_path, arguments, "eval_length: expected windows of at most 64 tokens, the context of the model")
+    for option in ("documents", "eval-windows"):
+        more = [f"--{option}", "2", "--protocol", "tokens"]
+        refuses(capsys, tmp_path, [*arguments, *more], f"{option}: expected none with --protocol tokens, got 2")
+    refuses(
+        capsys, tmp_path, arguments, "--eval-length: expected windows of at most 64 tokens, the context of the model"
+    )

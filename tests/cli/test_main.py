@@ -56,6 +56,24 @@ def test_an_error_is_one_line(inputs, tmp_path, capsys, monkeypatch, error, repo
     assert line.startswith(f"maskpro: error: {reported}")
 
 
+@pytest.mark.parametrize(
+    ("message", "reported"),
+    [
+        ("batch_size: expected at least 1, got 0", "--batch-size: expected at least 1, got 0"),
+        ("data: batch_size: expected fewer", "data: --batch-size: expected fewer"),
+        # no option, and no argument
+        ("new_tokens: expected batch_size, got seed", "new_tokens: expected batch_size, got seed"),
+    ],
+)
+def test_errors_name_options_as_they_are_given(inputs, tmp_path, capsys, monkeypatch, message, reported):
+    def failing(*_):
+        raise ValueError(message)
+
+    monkeypatch.setattr(command, "load_texts", failing)
+    assert main.main(learn(inputs, tmp_path / "out")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"maskpro: error: {reported}"
+
+
 def test_a_fault_of_the_package_is_no_line(inputs, tmp_path, monkeypatch):
     def failing(*_):
         raise RuntimeError("a fault")

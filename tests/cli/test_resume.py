@@ -159,10 +159,10 @@ def test_what_does_not_continue_is_refused_in_a_line(inputs, run, broken, tmp_pa
     refuses(capsys, tmp_path, [*resume, "--steps", "9"], "resume: expected no other option but --device", "got steps")
     refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended, got")
     refuses(capsys, tmp_path, ["learn", "--resume", str(inputs)], "without settings.json")
-    refuses(capsys, tmp_path, learn(inputs, broken), "which has a run that has not ended; continue with")
+    refuses(capsys, tmp_path, learn(inputs, broken), "its run has not ended, continue with")
     for subcommand in ("eval", "speed"):
         refuses(
-            capsys, tmp_path, [subcommand, str(broken)], "model: expected a model or a run that has ended", "continue"
+            capsys, tmp_path, [subcommand, str(broken)], "model: expected a model or a run with report.json", "continue"
         )
     refuses(capsys, tmp_path, ["export", str(broken), str(tmp_path / "out")], "its run has not ended, continue with")
     settings = (broken / "settings.json").read_text()

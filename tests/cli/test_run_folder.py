@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.command import contents, interrupted, learn, refuses, report
 from helpers.tiny_llama import tiny_model
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from transformers import AutoModelForCausalLM
 
@@ -190,6 +191,64 @@ def test_damage_that_would_decide_a_run_is_refused_by_name(inputs, tmp_path, mon
         assert report(output)[key] == report(whole)[key]
     found, expected = ([row["perplexity"] for row in report(run)["table"]] for run in (output, whole))
     assert found == expected
+
+
+def test_a_run_that_has_lost_its_report_is_exported_but_only_with_its_logits(inputs, tmp_path, capsys):
+    """Straight-through has no journal, and at its end no snapshot: all commands give the same advice."""
+    output = tmp_path / "run"
+    assert main.main(learn(inputs, output, *TRAINED)) == 0
+    (output / "report.json").unlink()
+    advice = f"its run has ended, but report.json is missing: .*maskpro export {output} FOLDER"
+    for words in (["eval", str(output)], ["speed", str(output)], ["learn", "--resume", str(output)]):
+        refuses(capsys, tmp_path, words)
+        assert main.main(words) == 2
+        assert re.search(advice, capsys.readouterr().err)
+    refuses(capsys, tmp_path, learn(inputs, output), "its run has ended, but report.json is missing: ")
+    assert main.main(["export", str(output), str(tmp_path / "again")]) == 0
+    assert f"maskpro: warning: '{output}' has no report.json" in capsys.readouterr().err
+    expected = load_file(output / "model.safetensors")
+    assert_same_bits(load_file(tmp_path / "again" / "model.safetensors"), expected)
+    path = output / "learned/logits.safetensors"
+    content = path.read_bytes()
+    refusal = "run: expected a file of logits, got "
+    for damaged in damages(path):
+        path.write_bytes(damaged)
+        refuses(capsys, tmp_path, ["export", str(output), str(tmp_path / "new")], refusal)
+    path.write_bytes(content)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    del metadata["maskpro-digest"]
+    save_file(load_file(path), path, metadata)
+    refusal = "run: expected report.json in "
+    refuses(capsys, tmp_path, ["export", str(output), str(tmp_path / "new")], refusal, "the digest of the logits")
+
+
+def test_a_run_with_a_journal_that_has_lost_its_report_writes_it_again(inputs, run, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(run, output)
+    (output / "report.json").unlink()
+    refuses(capsys, tmp_path, ["eval", str(output)], f"continue with: maskpro learn --resume {output}")
+    assert main.main(["learn", "--resume", str(output)]) == 0
+    for key in ("logits", "flipped_groups", "converted"):
+        assert report(output)[key] == report(run)[key]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"\xff", b"[]", b"{}"])
+def test_damaged_settings_of_a_run_that_has_ended_are_reported(run, tmp_path, capsys, damaged):
+    """They decide only exports in int4."""
+    output = tmp_path / "run"
+    shutil.copytree(run, output)
+    (output / "settings.json").write_bytes(damaged)
+    warning = "maskpro: warning: run: expected "
+    for words in (["export", str(output), str(tmp_path / "dense")], ["eval", str(output), "--device", "cpu"]):
+        assert main.main(words) == 0
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+        assert line.startswith(warning) and str(output / "settings.json") in line
+        assert line.endswith("only `--resume` and an export in int4 need it")
+    words = ["export", str(output), str(tmp_path / "int4"), "--to", "packed", "--values", "int4"]
+    assert main.main(words) == 2
+    assert f"in '{output / 'settings.json'}'" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "int4").exists()
 
 
 def test_settings_that_were_changed_since_the_first_step_are_refused_by_name(inputs, tmp_path, monkeypatch, capsys):

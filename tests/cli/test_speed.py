@@ -89,5 +89,5 @@ def test_what_cannot_be_measured_is_refused(place, tmp_path, capsys):
     refuses(capsys, place, ["speed", "dense", str(tmp_path / "other"), *SMALL], "models: expected one vocabulary")
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, n_positions=10))
     save_model(model, tiny_tokenizer(), tmp_path / "short")
-    reported = "new_tokens: expected at most 10 tokens together with --prompt-tokens"
+    reported = "--new-tokens: expected at most 10 tokens together with --prompt-tokens"
     refuses(capsys, place, ["speed", str(tmp_path / "short"), *SMALL], reported)

@@ -74,4 +74,4 @@ def test_wandb_gets_each_step_with_the_options_of_the_run(inputs, tmp_path, monk
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     arguments = learn(inputs, tmp_path / "run", "--report-to", "all")
-    refuses(capsys, tmp_path, arguments, "report_to: expected the package wandb", "the extra 'wandb' brings it")
+    refuses(capsys, tmp_path, arguments, "--report-to: expected the package wandb", "the extra 'wandb' brings it")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import maskpro_kernels as mk
+from maskpro_kernels.functional import checks
 from maskpro_kernels.packed import dense_layer
 
 
@@ -123,6 +124,14 @@ WORKS = {
     "masked": {"grad", "jacrev", "functional.jacobian"},
     "packed": {"vmap", "functional.jacobian", "functional.hessian", "functional.hvp"},
 }
+
+
+def test_torch_has_the_private_names_that_the_checks_read():
+    """Without them ``check_transforms`` and ``in_forward_mode`` would refuse nothing."""
+    assert checks._transforms is torch._C._functorch.get_interpreter_stack
+    assert forward_ad._current_level == -1 and not checks.in_forward_mode()
+    with forward_ad.dual_level():
+        assert checks.in_forward_mode()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -104,9 +104,10 @@ def test_what_lies_beyond_a_resumed_step_does_not_push_out_new_snapshots(tmp_pat
     assert_same_bits(logits_of(last.model), logits_of(again.model))
 
 
-@pytest.mark.parametrize("damage", ["torn", "missing", "not utf-8", "gone"])
-def test_lines_of_metrics_lost_after_the_last_snapshot_come_from_the_journal(tmp_path, damage):
-    trainer = a_trainer_in(tmp_path)
+@pytest.mark.parametrize("how", ["reinforce", "normalized"])
+@pytest.mark.parametrize("damage", ["torn", "missing", "not utf-8", "gone", "gone, and the first snapshot"])
+def test_lost_lines_of_metrics_come_from_the_journal(tmp_path, damage, how):
+    trainer = a_trainer_in(tmp_path, how)
     records = trainer.run(1, progress=False)
     records += [trainer.step() for _ in range(3)]
     trainer.close()
@@ -116,22 +117,26 @@ def test_lines_of_metrics_lost_after_the_last_snapshot_come_from_the_journal(tmp
         "torn": b"".join(lines[:3]) + lines[3][:9],
         "missing": b"".join(lines[:1] + lines[2:]),
         "not utf-8": b"".join(lines[:2]) + b"\xff\xfe\n" + lines[3],
-        "gone": b"",
-    }[damage]
+    }.get(damage, b"")
     path.write_bytes(content)
-    again = a_trainer_in(tmp_path)
-    unknown = "figures" if damage == "gone" else "flip rates and seconds"
+    without_first = damage.endswith("the first snapshot")
+    if without_first:
+        first = snapshots_in(tmp_path)[0]
+        first.write_bytes(first.read_bytes()[:-1])
+    again = a_trainer_in(tmp_path, how)
+    unknown = "figures" if without_first else "flip rates and seconds"
     with pytest.warns(UserWarning, match=f"no intact lines of . of 4 steps, .*: their {unknown} are unknown, nan"):
         assert again.resume() == 4
     again.step()
     mended = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in mended] == [0, 1, 2, 3, 4]
     for row, record in zip(mended, records, strict=False):
-        if damage == "gone" and row["step"] == 0:
-            # before the snapshot
+        assert row["tokens"] == record.tokens
+        if without_first and row["step"] == 0:
+            # before the newest snapshot
             assert math.isnan(row["loss"])
             continue
-        for name in ("loss", "residual", "advantage", "tracker", "tokens"):
+        for name in ("loss", "residual", "advantage", "tracker"):
             assert row[name] == getattr(record, name)
     sound = {"torn": 3, "missing": 3, "not utf-8": 3}.get(damage, 0)
     assert sum(not math.isnan(row["flip_rate"]) for row in mended[:4]) == sound

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from helpers.bits import assert_same_bits
@@ -253,14 +255,45 @@ def test_sharded_layers_take_a_policy_and_give_gradients():
     all_in_ranks(2, use_in_other_ways)
 
 
-def test_the_first_error_is_raised_where_ranks_have_ended(monkeypatch):
-    class Root(nn.Module):
-        def reset_iter_state(self):
-            raise RuntimeError("Connection closed by peer")
+class Shards(nn.Module):
+    """Stands in for a module of fully_shard; names of called methods go to ``calls``, and those in ``failing`` fail."""
 
-        def reshard(self):
-            pass
+    def __init__(self, name: str, calls: list, failing: Sequence[str] = (), inner: Sequence[nn.Module] = ()):
+        super().__init__()
+        self.name = name
+        self.calls = calls
+        self.failing = failing
+        self.inner = nn.ModuleList(inner)
 
-    monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", Root)
-    with pytest.raises(ValueError, match="^the first$"), resetting(nn.Sequential(Root())):
+    def _note(self, method: str) -> None:
+        self.calls.append((self.name, method))
+        if method in self.failing:
+            raise RuntimeError(f"{method} of {self.name}")
+
+    def reset_iter_state(self) -> None:
+        self._note("reset_iter_state")
+
+    def reshard(self) -> None:
+        self._note("reshard")
+
+
+@pytest.mark.parametrize("failing", [(), ("reset_iter_state",), ("reshard",), ("reset_iter_state", "reshard")])
+def test_the_first_error_is_raised_and_later_ones_are_its_notes(monkeypatch, failing):
+    """Only the outermost modules are reset; all return to their shards."""
+    calls = []
+    monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", Shards)
+    roots = [Shards("root", calls, failing, [Shards("inner", calls)]), Shards("other", calls)]
+    with pytest.raises(ValueError, match="^the first") as raised, resetting(nn.Sequential(*roots)):
         raise ValueError("the first")
+    assert calls == [
+        *((name, "reset_iter_state") for name in ("root", "other")),
+        *((name, "reshard") for name in ("root", "inner", "other")),
+    ]
+    notes = [f"afterwards {method} of FSDP2: RuntimeError: {method} of root" for method in failing]
+    assert str(raised.value) == "the first" and getattr(raised.value, "__notes__", []) == notes
+
+
+def test_without_an_error_the_one_of_reshard_is_raised(monkeypatch):
+    monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", Shards)
+    with pytest.raises(RuntimeError, match="^reshard of root$"), resetting(Shards("root", [], ["reshard"])):
+        pass

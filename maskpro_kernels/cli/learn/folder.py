@@ -20,12 +20,14 @@ from ..inputs import (
     REPORT,
     SAMPLES,
     SETTINGS,
+    cannot_resume,
     default_dtype,
     naming,
     read_json,
     read_progress,
     report,
     resume_command,
+    state_without_report,
 )
 from .options import CHANGEABLE, with_absolute_paths
 
@@ -62,6 +64,10 @@ def read_options(resume_options: Learn) -> Learn:
     _check_not_ended(folder)
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"resume: expected the folder of `maskpro learn`, got {str(folder)!r}, without {SETTINGS}")
+    if cannot_resume(folder):
+        raise ValueError(
+            f"resume: expected a run that has not ended, got {str(folder)!r}; {state_without_report(folder)}"
+        )
     read_json(folder / SETTINGS)
     with naming("resume"):
         options, _ = parse("learn", [str(folder / SETTINGS), f"--output={folder}"])
@@ -109,10 +115,7 @@ def _check_output(output: Path) -> None:
         if names <= {SETTINGS, PROGRESS} and not (output / PROGRESS / START).is_file():
             report(f"{output} has a run that was stopped before its first step: this one takes its place")
             return
-        raise ValueError(
-            f"output: expected a new or empty folder, got {str(output)!r}, which has a run that has not ended; "
-            f"{resume_command(output)}"
-        )
+        raise ValueError(f"output: expected a new or empty folder, got {str(output)!r}; {state_without_report(output)}")
     check_output(output)
 
 
