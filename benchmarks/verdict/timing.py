@@ -64,6 +64,8 @@ def seen() -> dict:
     try:
         reached = product_rate() if len(peaks(properties)) > 1 else 0.0
         card = card_of(Properties(**found["properties"]), reached)
+    except ValueError as error:
+        return found | {"unjudged": f"times not judged: {error}"}
     except Exception as error:
         return found | {"unjudged": f"times not judged: {message(error)}"}
     # without what is infinite, which JSON has not
@@ -89,6 +91,8 @@ def checked(run: Run, name: str, card: Card | None) -> dict:
             assert not faults, faults[0]
     except NotRun as error:
         return row | {"right": f"{NOT_RUN}: {error}"}
+    except torch.OutOfMemoryError:
+        row["right"] = f"{NOT_RUN}: the GPU's memory is too small, or others use it"
     except Exception as error:
         row["right"] = f"{FAIL}: {message(error)}"
     if not row["timed"] or card is None:

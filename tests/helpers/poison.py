@@ -30,7 +30,7 @@ class PoisonedTorch:
 
     def empty(self, *size, dtype=None, device=None):
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        margin = MARGIN if torch.empty(0, device=device).is_cpu else 0
+        margin = MARGIN if device is None or torch.device(device).type == "cpu" else 0
         buffer = torch.empty(shape.numel() + margin, dtype=dtype, device=device)
         buffer.fill_(poison_of(buffer.dtype))
         if not margin:
