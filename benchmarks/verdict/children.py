@@ -67,12 +67,14 @@ class Child:
         self.start()
 
     def start(self) -> None:
-        self.written = Path(tempfile.mkstemp(suffix=".rows", dir=self.folder)[1])
-        job = self.written.with_suffix(".json")
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        self.written = folder / "rows"
+        self.written.touch()
+        self.log = folder / "log"
+        job = folder / "job.json"
         content = {"stage": self.stage, "cases": self.remaining, "card": self.card, "rows": str(self.written)}
         job.write_text(json.dumps(content))
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        self.log = self.written.with_suffix(".log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [*COMMAND, "--job", str(job)], env=environment, stdout=log, stderr=log, start_new_session=True
@@ -96,8 +98,10 @@ class Child:
             self.go_on()
         elif code is None and time.monotonic() - self.since > CASE_SECONDS:
             self.stop()
-            self.give_up(f"cut off after {CASE_SECONDS:.0f} s", cut_off=True)
-            self.go_on()
+            # it may also hang at its end
+            if self.remaining:
+                self.give_up(f"cut off after {CASE_SECONDS:.0f} s", cut_off=True)
+                self.go_on()
         return not self.remaining and self.process.poll() is not None
 
     def give_up(self, reason: str, cut_off: bool = False) -> None:

@@ -51,8 +51,8 @@ WORKER_BYTES = 4 << 30
 
 def printed(*command: str | Path) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 
@@ -159,10 +159,9 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
     return report
 
 
-def merged(check: dict, time: dict | None = None) -> dict:
+def merged(of_check: dict, of_time: dict | None = None) -> dict:
     """Row of a case, of the rows of its check and of its time; a reason of the check stays the reason."""
-    row = {"shape": "", "timed": False, "others": {}, "right": f"{timing.NOT_RUN}: no result yet"}
-    return row | (time or {}) | check
+    return {"shape": "", "timed": False, "others": {}} | (of_time or {}) | of_check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
