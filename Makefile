@@ -87,10 +87,11 @@ hub: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pytest benchmarks -rs
 
-# A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here
+# A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here. The page says what
+# is missing; once: python3 -m pip install -e . pytest pytest-xdist hypothesis mpmath
 OUTPUT ?= verdict
 verdict:
-	PYTHONPATH=. $(PYTHON) benchmarks/verdict.py --output $(OUTPUT)
+	$(PYTHON) benchmarks/verdict --output $(OUTPUT)
 
 clean:
 	rm -rf $(VENV) $(VENV36) $(OLDEST) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Modelled seconds of the kernels that ``verdict.py`` times, and of torch's products, by card: nothing is measured.
+"""Modelled seconds of the kernels that ``verdict`` times, and of torch's products, by card: nothing is measured.
 
     python benchmarks/cost_model.py --card H100
 
@@ -7,17 +7,17 @@ prints products under drawn masks by gap and tokens, in one pass and in two, and
 A launch takes as long as the slowest of its bytes from memory, its bytes from the L2 cache, the instructions of its
 busiest pipe (see ``modelled_costs``) and its multiply-adds. Where a processor has one program at a time, its warps draw
 masks, convert layouts through shared memory and multiply in turn, and these times add up. Latencies, and the time of a
-launch itself, are left out. torch's products reach the rates of the data sheet.
+launch itself, are left out. Memory and matrix units have the rates of ``cards``, those that good kernels reach.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from dataclasses import dataclass
 
 import torch
 from aot import Built, build, build_packed, build_product
+from cards import CARDS, SPARSE, Card
 from modelled_costs import CHIPS, clocks, counted, expected
 
 from maskpro_kernels.ops.triton.packed_gemm import chunk_length, wide
@@ -28,6 +28,7 @@ from maskpro_kernels.ops.triton.tiles import (
     Rows,
     Tiles,
     configuration,
+    one_pass_tokens,
     parts_for,
     rows_for,
     tiles_for,
@@ -36,63 +37,8 @@ from maskpro_kernels.ops.triton.tiles import (
 N = 2
 M = 4
 BF16 = torch.bfloat16
-# Of the data sheet's bandwidth: 3.0 TB/s, which copies reach on an H100
-SHARE = 3.0 / 3.35
 # From as many weight rows on tiles of sm_90 use ``wgmma``
 WGMMA_ROWS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """Rates of a card by its data sheet, of its processors by NVIDIA's table of compute capabilities.
-
-    Attributes:
-        bandwidth: bytes a second of its memory, of which it reaches ``share``.
-        operations: a second, dense, with bfloat16 and sums in float32, of which instructions of a warp, ``mma.sync``
-            and ``mma.sp``, reach the share ``warp``.
-        l2: bytes a second from the L2 cache; infinite where no figure is published.
-        shared, warps: bytes of shared memory and resident warps of a processor.
-        fp32: lanes of a processor.
-        torch_sparse: whether torch multiplies by CUTLASS on sparse tensor cores.
-    """
-
-    target: str
-    processors: int
-    clock: float
-    bandwidth: float
-    operations: float
-    l2: float = float("inf")
-    shared: int = 228 << 10
-    warps: int = 64
-    fp32: int = 128
-    warp: float = 1.0
-    share: float = SHARE
-    torch_sparse: bool = False
-
-    def move(self, moved: float) -> float:
-        """Seconds of bytes from memory."""
-        return moved / (self.share * self.bandwidth)
-
-    def resident(self, built: Built, num_warps: int) -> int:
-        """Programs that a processor has at a time: by 65,536 registers, by shared memory, by warps."""
-        registers = -(-max(built.registers, 1) * 32 // 256) * 256 * num_warps
-        return min(65536 // registers, self.shared // (built.shared + 1024), self.warps // num_warps)
-
-
-# By words of the device's name. L2 cache: of an A100 by its white paper, 5,120 bytes a clock; of Hopper as measured by
-# Chips and Cheese, "Nvidia's H100", 2023. Warps reach some 60% of the rate of ``wgmma``
-_ADA = {"target": "sm_80", "shared": 100 << 10, "warps": 48}
-_HOPPER = {"target": "sm_90", "processors": 132, "clock": 1.755e9, "operations": 989.4e12, "l2": 5.5e12, "warp": 0.6}
-CARDS = {
-    # 80 GB, SXM
-    "A100": Card(target="sm_80", processors=108, clock=1.41e9, bandwidth=2.039e12, operations=312e12,
-                 l2=5120 * 1.41e9, shared=164 << 10, fp32=64, torch_sparse=True),
-    "RTX 4090": Card(processors=128, clock=2.52e9, bandwidth=1.008e12, operations=165.2e12, torch_sparse=True, **_ADA),
-    "RTX 5090": Card(processors=170, clock=2.407e9, bandwidth=1.792e12, operations=209.5e12, **_ADA),
-    # SXM
-    "H100": Card(bandwidth=3.35e12, **_HOPPER),
-    "H200": Card(bandwidth=4.8e12, **_HOPPER),
-}  # fmt: skip
 
 
 def launch(card: Card, counts: dict[str, float], weights: float, moved: float, *, programs: int, resident: int,
@@ -171,33 +117,76 @@ def two_passes(card: Card, tokens: int, rows: int, k: int, gap: float) -> float:
     return over_groups(card, "masked_weight", rows, k, gap) + dense(card, tokens, rows, k)
 
 
+def by_default(card: Card, tokens: int, rows: int, k: int, gap: float) -> float:
+    """Seconds of a product under a drawn mask, in as many passes as on the card's target."""
+    return (masked if tokens <= one_pass_tokens("drawn", card.target) else two_passes)(card, tokens, rows, k, gap)
+
+
+def training_step(card: Card, tokens: int, rows: int, k: int, gap: float) -> float:
+    """Seconds of a straight-through step of a layer, with more tokens than one kernel multiplies and steps.
+
+    The mask is drawn into codes. Forward and gradient of x each write the masked weight for a product, a third product
+    writes float32, and the update reads that, logits, weight and codes, and writes logits. The second derivative reads
+    x and the gradient.
+    """
+    moved = (2 * 4.25 + 4 + 14.25) * rows * k + 2 * tokens * (rows + k)
+    return over_groups(card, "sample_mask", rows, k, gap) + 3 * dense(card, tokens, rows, k) + card.move(moved)
+
+
+def packed_bytes(rows: int, k: int, bits: int) -> float:
+    """Bytes of int8 or int4 values, a bitmask, and scales of 16 bits."""
+    return (bits / 16 + 1 / 8 + 1 / {8: 128, 4: 64}[bits]) * rows * k
+
+
 @functools.cache
-def _packed(target: str, config: Rows, bits: int) -> tuple[Built, dict]:
-    built = build_packed("packed_vector", target, N, M, config, bits=bits)
-    chunks = config.block * wide(bits, target.startswith("sm_"), ALIGNED)
-    weights = config.rows * chunks * chunk_length(N, M) / (32 * config.num_warps)
-    return built, counted(built, weights, True, draws=False)[1]
+def _packed(kernel: str, target: str, config: Rows | Tiles, bits: int) -> tuple[Built, dict]:
+    built = build_packed(kernel, target, N, M, config, bits=bits)
+    if isinstance(config, Rows):
+        chunks = config.rows * config.block * wide(bits, target.startswith("sm_"), ALIGNED)
+        weights = chunks * chunk_length(N, M)
+    else:
+        weights = config.out * config.k
+    return built, counted(built, weights / (32 * config.num_warps), True, draws=False)[1]
 
 
-def packed(card: Card, rows: int, k: int, bits: int) -> float:
-    """Seconds of a product of one token with int8 or int4 values, a bitmask and scales of 16 bits."""
-    chunks = k // chunk_length(N, M) // wide(bits, card.target.startswith("sm_"), ALIGNED)
-    config = rows_for(rows, chunks, card.target)
-    built, counts = _packed(card.target, config, bits)
-    moved = (bits / 16 + 1 / 8 + 1 / {8: 128, 4: 64}[bits]) * rows * k + 2 * (rows + k)
-    programs = -(-rows // config.rows)
-    resident = card.resident(built, config.num_warps)
-    return launch(card, counts, rows * k, moved, programs=programs, resident=resident)
+def packed(card: Card, tokens: int, rows: int, k: int, bits: int) -> float:
+    """Seconds of ``nm_linear`` with int8 or int4 values and at most PACKED_TOKENS tokens."""
+    if tokens == 1:
+        chunks = k // chunk_length(N, M) // wide(bits, card.target.startswith("sm_"), ALIGNED)
+        config = rows_for(rows, chunks, card.target)
+        built, counts = _packed("packed_vector", card.target, config, bits)
+        moved = packed_bytes(rows, k, bits) + 2 * (rows + k)
+        programs = -(-rows // config.rows)
+        resident = card.resident(built, config.num_warps)
+        return launch(card, counts, rows * k, moved, programs=programs, resident=resident)
+    tile = tiles_for("packed_linear", M, BF16, tokens, rows, k, card.target)
+    built, counts = _packed("packed_linear", card.target, tile, bits)
+    blocks = -(-rows // tile.out)
+    token_blocks = -(-tokens // tile.tokens)
+    weight = packed_bytes(rows, k, bits)
+    parts = parts_for(tile, blocks * token_blocks, -(-k // tile.k), card.target, weight, tokens * rows)
+    sums = 8 * parts * tokens * rows if parts > 1 else 0
+    rate = card.operations * (1 if tile.out >= WGMMA_ROWS else card.warp)
+    return launch(
+        card, counts, rows * k * token_blocks, weight + 2 * tokens * (rows + k),
+        cached=weight * token_blocks + 2 * tokens * k * blocks + sums,
+        multiplied=2 * token_blocks * tile.tokens * rows * k / rate,
+        programs=blocks * token_blocks * parts, resident=card.resident(built, tile.num_warps),
+    )  # fmt: skip
+
+
+def unpacked(card: Card, rows: int, k: int) -> float:
+    """Seconds of ``unpack_nm`` with 2:4 values of 16 bits: 9 bits a weight are read, and 16 written."""
+    return card.move(3.125 * rows * k)
 
 
 def sparse(card: Card, tokens: int, rows: int, k: int) -> tuple[str, float]:
     """(route, seconds) of ``nm_linear`` with 2:4 values of 16 bits; see ``ops.triton.packed_gemm.route``."""
     moved = 1.125 * rows * k + 2 * tokens * (rows + k)
     if tokens > LIBRARY_TOKENS and card.torch_sparse:
-        return "torch", max(card.move(moved), tokens * rows * k / card.operations)
+        return "torch", max(card.move(moved), 2 * tokens * rows * k / (SPARSE * card.operations))
     if tokens > TARGETS[card.target].sparse_tokens:
-        # the weight is unpacked: read, written, and read again
-        return "unpack", card.move(3.125 * rows * k) + dense(card, tokens, rows, k)
+        return "unpack", unpacked(card, rows, k) + dense(card, tokens, rows, k)
     tile = tiles_for("sparse_mma", M, BF16, tokens, rows, k, card.target)
     blocks = -(-rows // tile.out)
     token_blocks = -(-tokens // tile.tokens)
@@ -206,7 +195,8 @@ def sparse(card: Card, tokens: int, rows: int, k: int) -> tuple[str, float]:
     if parts > 1:
         # written and read again, in float32
         moved += 8 * parts * tokens * rows
-    multiplied = token_blocks * tile.tokens * blocks * tile.out * k / (card.operations * card.warp)
+    rate = SPARSE * card.operations * card.warp
+    multiplied = 2 * token_blocks * tile.tokens * blocks * tile.out * k / rate
     # of a step, 128 bytes a clock of each processor: by each warp words of values, metadata and activations
     read_bytes = tile.out * (32 + 4) * 2 + tile.num_warps * tile.tokens * 128
     shared = blocks * token_blocks * steps * read_bytes / (128 * card.clock * card.processors)
@@ -229,7 +219,9 @@ def main() -> None:
             products = masked(card, tokens, *size, 10.0, "codes"), dense(card, tokens, *size)
             cells += [f"{1e6 * product:.0f}" for product in products]
             print(f"| {size[0]} x {size[1]} | {tokens} | {' | '.join(cells)} |", flush=True)
-    one_token = {f"int{bits}": packed(card, *size, bits) for bits in (4, 8)} | {"bfloat16": sparse(card, 1, *size)[1]}
+    one_token = {f"int{bits}": packed(card, 1, *size, bits) for bits in (4, 8)} | {
+        "bfloat16": sparse(card, 1, *size)[1]
+    }
     print(
         "One token, 2:4, last weight:", ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in one_token.items())
     )

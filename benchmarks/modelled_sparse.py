@@ -9,9 +9,9 @@ are unpacked for its dense one. Cards reach SHARE of the bandwidth of their data
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
-from cost_model import CARDS, SHARE, dense, sparse
+from cards import CARDS
+from cost_model import dense, sparse
 
 MARKS = {"sparse_mma": "", "torch": " (t)", "unpack": " (u)"}
 SHOWN = ("A100", "RTX 4090", "RTX 5090", "H100")
@@ -22,12 +22,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=11008)
     parser.add_argument("--k", type=int, default=4096)
-    parser.add_argument("--share", type=float, default=SHARE)
     options = parser.parse_args()
     print(f"| tokens | {' | '.join(SHOWN)} |\n|{'---:|' * (1 + len(SHOWN))}")
     for tokens in TOKENS:
         cells = []
-        for card in (replace(CARDS[name], share=options.share) for name in SHOWN):
+        for card in map(CARDS.get, SHOWN):
             route, seconds = sparse(card, tokens, options.rows, options.k)
             dense_seconds = dense(card, tokens, options.rows, options.k)
             cells.append(f"{1e6 * seconds:.0f} against {1e6 * dense_seconds:.0f}{MARKS[route]}")

@@ -49,7 +49,8 @@ hypothesis.settings.load_profile("default")
 def poisoned(emulator, monkeypatch):
     """Poison memory that ops allocate, which shows missing writes, and writes beyond the end.
 
-    The emulator sees both by itself, to the byte, in what its own torch has allocated.
+    The emulator sees both by itself, to the byte, in what its own torch has allocated. Of a GPU's memory only missing
+    writes show, for tests measure how much is held.
     """
     from helpers.poison import PoisonedTorch
 

@@ -11,7 +11,7 @@ from helpers.cases import cases, slow
 from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
 from helpers.layers import OVER_LAYERS, ManyLayers
 from helpers.noise import exp_kernel, gumbel_kernel, in_kernel, ln_kernel
-from verdict import reciprocals
+from verdict.cases import reciprocals
 
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference

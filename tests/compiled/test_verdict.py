@@ -1,22 +1,52 @@
-"""The dry run of ``benchmarks/verdict.py``: each case on the emulator, and the page that a GPU would get."""
+"""``benchmarks/verdict``: each case on the emulator, and rehearsals of its command on GPUs that are not there."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import host_time
 import pytest
-import verdict
+from helpers.children import BENCHMARKS, ROOT, environment
 from helpers.planted import contracted, replaced
+from helpers.stand_in_gpu import install
+from verdict import children, command, needs
+from verdict.cases import CASES
+from verdict.page import page, status
 
 from maskpro_kernels.ops.triton import tiles
 
 pytestmark = pytest.mark.compiled
 
 CODES = "product by codes, 128 tokens"
+NAMES = "major minor multi_processor_count clock_rate memory_clock_rate memory_bus_width".split()
+H100 = dict(zip(NAMES, (9, 0, 132, 1_980_000, 2_619_000, 5120), strict=True))
+CARDS = {
+    "H100 SXM": H100,
+    "H100 PCIe": H100 | {"multi_processor_count": 114, "clock_rate": 1_755_000, "memory_clock_rate": 1_593_000},
+    "RTX 4090 of a laptop": dict(zip(NAMES, (8, 9, 76, 2_040_000, 9_001_000, 256), strict=True)),
+    "B200": dict(zip(NAMES, (10, 0, 148, 1_965_000, 3_996_000, 8192), strict=True)),
+    "A100, MIG 1g.10gb": dict(zip(NAMES, (8, 0, 14, 1_410_000, 1_593_000, 640), strict=True)),
+}
+# Microseconds that the planted case should take, by its bytes
+UNPACKED = {"H100 SXM": 18.0, "H100 PCIe": 29.7, "RTX 4090 of a laptop": 105.0, "B200": 7.4, "A100, MIG 1g.10gb": 237.4}
 
 
-def rows_of(page: str) -> dict[str, list[str]]:
+def rows_of(text: str) -> dict[str, list[str]]:
     """Cells of the page's rows, by the first one."""
-    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {first: cells for first, *cells in lines}
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """What the page says first."""
+    lines = [line.removeprefix("- ").partition(": ") for line in text.splitlines()[2:5]]
+    return {first: rest for first, _, rest in lines}
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +56,20 @@ def on_sm_80(compiled_for):
 
 def test_every_case_passes(emulator, launched):
     saved = []
-    report = verdict.report_of(verdict.Run(emulator), save=lambda report: saved.append(verdict.page(report)))
-    assert [page.splitlines()[0] for page in saved] == ["# Verdict: not finished"] * 15 + ["# Verdict: PASS"]
+    report = command.emulated_report(emulator, save=lambda report: saved.append(page(report)))
+    assert len(saved) == len(CASES) + 1 and "not finished, 0 wrong of 1 case and 0 tests" in saved[0]
+    assert lines_of(saved[-1]) == {
+        "RIGHT": f"PASS, {len(CASES) - 1} cases and 0 tests",
+        "FAST": "not judged, emulated",
+        "not run": "layers on a second GPU: one GPU",
+    }
     rows = rows_of(saved[-1])
-    assert verdict.CASES.keys() <= rows.keys() and all(rows[name][-1] == "PASS" for name in verdict.CASES)
-    assert sum("emulated" in cells[1:] for cells in rows.values()) == 13
+    assert CASES.keys() <= rows.keys() and status(report) == 0
+    assert sum("emulated" in cells for cells in rows.values()) == sum(row["timed"] for row in report["cases"]) + 4
     assert rows["masked_linear"] == rows["Sparse24Linear"] == ["emulated"]
     assert report["environment"]["card"] == "emulator of PTX for sm_80" and report["environment"]["ptxas"][0] == "V"
-    kernels = "sample_mask mask_score score_update packed_vector sparse_mma masked_linear"
-    kernels = f"{kernels} masked_linear_input_grad masked_linear_weight_grad"
+    kernels = "sample_mask mask_score score_update packed_vector packed_linear sparse_mma masked_linear unpack"
+    kernels = f"{kernels} masked_linear_input_grad masked_linear_weight_grad straight_through"
     assert all(launched[kernel] for kernel in kernels.split()) and tiles.ON_CPU == "sm_80"
 
 
@@ -46,43 +81,204 @@ def test_a_fault_is_the_verdict_of_its_case_alone(emulator):
         "masked_linear_kernel": replaced(r"^.*bar\.sync[^;]*;", "", count=0),
     }
     emulator.rewrite = lambda text: next((fault(text) for name, fault in faults.items() if name in text), text)
-    report = verdict.report_of(verdict.Run(emulator), ["draw", "update", "2:4 product, 16 tokens", CODES])
-    page = verdict.page(report)
-    found = {name: cells[-1] for name, cells in rows_of(page).items()}
-    assert page.startswith("# Verdict: FAIL\n") and found["draw"] == "PASS"
+    names = ["draw", "update", "2:4 product, 16 tokens", CODES]
+    report = command.emulated_report(emulator, names)
+    found = {name: rows_of(page(report))[name][-2] for name in names}
+    assert lines_of(page(report))["RIGHT"] == "FAIL, 3 wrong of 4 cases and 0 tests" and status(report) == 1
+    assert found["draw"] == "PASS"
     assert "of 12288 have other bits than on the CPU" in found["update"]
     assert "expected at most" in found["2:4 product, 16 tokens"]
     # the result is right
     assert "race" in found[CODES], found
 
 
-def test_a_slow_case_fails(monkeypatch):
-    """With the times of a GPU in place of an emulator's; torch's errors are no verdict."""
-    run = verdict.Run.__new__(verdict.Run)
-    run.emulator, run.card = None, verdict.CARDS["H100"]
-    times = iter([1.4, 1.0, 1.6, 1.0])
-    monkeypatch.setattr(verdict, "seconds_of", lambda call: call() or next(times))
+class AtOnce:
+    """A child process, in this one."""
 
-    def refused():
-        raise RuntimeError("only on | 8.x\nat a line")
+    def __init__(self, words: list, **_):
+        assert words[:2] == children.COMMAND
+        self.code = children.work(Path(words[-1]))
 
-    work = verdict.Work("2 x 3", lambda: None, lambda found: None, lambda card: 1.0)
-    work.alternatives.update({"dense": lambda: lambda: None, "CUTLASS": refused})
-    monkeypatch.setattr(verdict, "CASES", {"fast": lambda run: work, "slow": lambda run: work})
-    rows = [verdict.case_row(run, name) for name in verdict.CASES]
-    assert [row["verdict"] for row in rows] == ["PASS", "FAIL: more than 1.5 times the model"]
-    assert rows[0]["others"] == {"dense": 1.0, "CUTLASS": "RuntimeError: only on / 8.x"}
-    report = {"verdict": "FAIL", "emulated": False, "environment": {}, "tests": [], "cases": rows, "host": {"a": 2e-5}}
-    assert rows_of(verdict.page(report))["a"] == ["20.0"]
-    assert rows_of(verdict.page(report))["fast"][1:5] == ["1400000.0", "1000000.0", "1.40", "1000000.0 (0.71)"]
+    def poll(self) -> int:
+        return self.code
 
 
-@pytest.mark.parametrize(("cut_off", "expected"), [(False, "PASS"), (True, "PASS, but tests were cut off")])
-def test_tests_that_did_not_end_are_in_the_verdict(cut_off, expected, monkeypatch):
-    run = verdict.Run.__new__(verdict.Run)
-    run.emulator = None
-    monkeypatch.setattr(verdict, "CASES", {})
-    for name in ("environment", "host_times"):
-        monkeypatch.setattr(verdict, name, lambda run: {})
-    monkeypatch.setattr(verdict, "test_row", lambda *_: {"verdict": "PASS", "cut off": cut_off})
-    assert verdict.report_of(run)["verdict"] == expected
+@pytest.fixture
+def rehearsed(tmp_path, monkeypatch):
+    """rehearsed(scenario) runs the command on a stand-in, with its children in this process: (exit status, report)."""
+
+    def run(scenario: dict, *words: str) -> tuple[int, dict, str]:
+        with monkeypatch.context() as patch:
+            install(scenario, patch.setattr)
+            patch.setattr(children, "subprocess", SimpleNamespace(Popen=AtOnce))
+            patch.setattr(host_time, "measured", partial(host_time.measured, rounds=2, count=2))
+            code = command.main(["--output", str(tmp_path / "page"), *words])
+        return code, json.loads((tmp_path / "page.json").read_text()), (tmp_path / "page.md").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_each_card_has_its_own_rates(card, rehearsed):
+    seconds = 1e-6 * UNPACKED[card]
+    cases = {"fast": [1.2 * seconds, None], "slow": [2.0 * seconds + 3e-6, None]}
+    scenario = {"properties": CARDS[card], "cases": cases, "reached": 7e13}
+    code, report, text = rehearsed(scenario, "--cases", "fast", "slow")
+    assert code == 3, text
+    assert lines_of(text)["RIGHT"] == "PASS, 2 cases and 0 tests"
+    assert lines_of(text)["FAST"] == "FAIL, 1 of 2 cases not within 1.5 times the model"
+    rows = {row["case"]: row for row in report["cases"]}
+    assert rows["fast"]["modelled"] == pytest.approx(seconds, rel=0.01)
+    assert [rows_of(text)[name][-2:] for name in cases] == [["PASS", "PASS"], ["PASS", "FAIL"]]
+    # torch's product takes twice as long as ours
+    assert rows_of(text)["fast"][4].endswith(" (2.00)")
+    assert rehearsed(scenario, "--cases", "fast")[0] == 0
+
+
+def test_a_time_that_is_slow_on_one_card_is_fast_on_another(rehearsed):
+    cases = {"unpack": [4e-5, None]}
+    codes = [rehearsed({"properties": CARDS[card], "cases": cases}, "--cases", "unpack")[0] for card in CARDS]
+    assert codes == [3, 0, 0, 3, 0]
+
+
+UNKNOWN = {"compute capability 13.0": H100 | {"major": 13}, "memory_clock_rate": H100 | {"memory_clock_rate": 0}}
+
+
+@pytest.mark.parametrize("reason", UNKNOWN)
+def test_times_on_an_unknown_card_are_not_judged(reason, rehearsed):
+    scenario = {"properties": UNKNOWN[reason], "cases": {"slow": [1.0, None]}}
+    code, _, text = rehearsed(scenario, "--cases", "slow")
+    assert code == needs.INCOMPLETE
+    assert lines_of(text)["RIGHT"] == "PASS, 1 case and 0 tests"
+    assert lines_of(text)["FAST"].startswith(f"times not judged: {reason}: expected ")
+    assert rows_of(text)["slow"][1] == "1000000.0"
+
+
+def test_right_and_fast_are_judged_apart(rehearsed):
+    """Wrong is not slow, and an error of the model is neither."""
+    outcomes = {"right": [2e-5, None], "wrong": [2e-5, "wrong"], "slow": [1e-4, None], "model": [1.0, "model"]}
+    scenario = {"properties": H100, "cases": outcomes}
+    code, _, text = rehearsed(scenario, "--cases", *outcomes)
+    rows = {name: rows_of(text)[name][-2:] for name in outcomes}
+    assert code == 1
+    assert lines_of(text)["RIGHT"] == "FAIL, 1 wrong of 4 cases and 0 tests"
+    assert lines_of(text)["FAST"] == "FAIL, 1 of 3 cases not within 1.5 times the model, 1 not judged"
+    assert rows == {
+        "right": ["PASS", "PASS"],
+        "wrong": ["FAIL: 3 of 8 have other bits", "PASS"],
+        "slow": ["PASS", "FAIL"],
+        "model": ["PASS", "not judged: model: ValueError: instruction: expected one that PIPES names, got NEW"],
+    }
+    assert rehearsed(scenario, "--cases", "wrong")[0] == 1
+    assert rehearsed(scenario, "--cases", "right", "model")[0] == needs.INCOMPLETE
+    assert rehearsed(scenario, "--cases", "slow", "model")[0] == 3
+
+
+def test_a_missing_package_is_said_first_and_is_no_failure(rehearsed):
+    scenario = {"properties": H100, "cases": {"right": [2e-5, None]}, "lacks": ["hypothesis", "xdist"]}
+    code, report, text = rehearsed(scenario)
+    assert code == needs.INCOMPLETE
+    first = lines_of(text)
+    assert first["RIGHT"] == "INCOMPLETE, nothing wrong in 1 case and 0 tests"
+    assert first["FAST"] == "PASS, 1 case within 1.5 times the model"
+    assert "tests (all): hypothesis missing: python3 -m pip install hypothesis" in first["not run"]
+    assert "tests in parallel (xdist missing: python3 -m pip install pytest-xdist)" in first["not run"]
+    assert "cuSPARSELt" in first["not run"] and report["tests"][0]["failed"] == []
+
+
+PLANTED_TESTS = """
+import time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_right(pattern):
+    pass
+
+
+def test_never_ends():
+    time.sleep(1000)
+"""
+
+
+def commanded(scenario: dict, folder: Path, *words: str) -> tuple[int, str]:
+    """(exit status, page) of the command in a process, which starts others for the cases."""
+    (folder / "scenario.json").write_text(json.dumps({"properties": H100} | scenario))
+    script = ROOT / "tests" / "helpers" / "stand_in_gpu.py"
+    command = [sys.executable, script, folder / "scenario.json", "--output", folder / "page", *words]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    text = (folder / "page.md").read_text()
+    assert text in run.stdout, run.stderr
+    return run.returncode, text
+
+
+def test_a_case_that_crashes_is_the_only_one_without_a_time(tmp_path):
+    cases = {"first": [2e-5, None], "dies": [2e-5, "dies"], "last": [2e-5, None]}
+    code, text = commanded({"cases": cases}, tmp_path, "--cases", *cases)
+    assert code == 1
+    assert lines_of(text)["RIGHT"] == "FAIL, 1 wrong of 3 cases and 0 tests"
+    rows = rows_of(text)
+    assert rows["dies"][-1].startswith("FAIL: its process has ended with 9")
+    assert rows["first"][-2:] == rows["last"][-2:] == ["PASS", "PASS"]
+
+
+@pytest.mark.slow
+def test_what_never_ends_is_cut_off(tmp_path):
+    """A case, and the tests that are not of 2:4."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_planted.py").write_text(PLANTED_TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    scenario = {
+        "cases": {"first": [2e-5, None], "hangs": [2e-5, "hangs"], "last": [2e-5, None]},
+        "tests": str(tmp_path),
+        "limits": {"CASE_SECONDS": 20, "DEADLINE": 90},
+    }
+    code, text = commanded(scenario, tmp_path)
+    assert code == needs.INCOMPLETE
+    first = lines_of(text)
+    assert first["RIGHT"] == "INCOMPLETE, nothing wrong in 2 cases and 2 tests"
+    assert first["FAST"] == "PASS, 2 cases within 1.5 times the model"
+    assert "tests (not 2:4): cut off after " in first["not run"] and "hangs: cut off after 20 s" in first["not run"]
+    rows = rows_of(text)
+    assert rows["hangs"][-1] == "not run: cut off after 20 s"
+    assert rows["first"][-2:] == rows["last"][-2:] == ["PASS", "PASS"]
+    assert rows["2:4"][:2] == ["1", "0"] and rows["2:4"][-1] == "no" and rows["not 2:4"][-1] == "yes"
+
+
+def test_without_torch_the_command_says_what_to_install(tmp_path):
+    """Not by a traceback."""
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-S", BENCHMARKS / "verdict"], cwd=tmp_path, env=bare, capture_output=True, text=True
+    )
+    assert run.returncode == needs.INCOMPLETE and run.stderr == ""
+    assert run.stdout.startswith("not run: torch, triton, numpy, ") and "python3 -m pip install torch" in run.stdout
+
+
+BLOCKED = """
+ImportError while loading conftest '/maskpro/tests/conftest.py'.
+tests/conftest.py:9: in <module>
+    import mpmath
+E   ModuleNotFoundError: No module named 'mpmath'
+"""
+SUMMARY = """
+tests/ops/triton/test_gpu.py::test_a[2:4] PASSED
+tests/ops/triton/test_gpu.py::test_b[2:4] FAILED
+FAILED tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "expected"),
+    [
+        (BLOCKED, 4, {"passed": 0, "failed": [], "not run": "ModuleNotFoundError: No module named 'mpmath'"}),
+        ("== no tests ran in 1.00s ==", 5, {"passed": 0, "failed": [], "not run": "no tests ran in 1.00s"}),
+        ("", -9, {"passed": 0, "failed": [], "not run": "pytest has said nothing"}),
+        (SUMMARY, 1, {"passed": 1, "failed": ["tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8"]}),
+        (SUMMARY.splitlines()[1], None, {"passed": 1, "failed": [], "cut off": True}),
+    ],
+)
+def test_a_blocked_run_of_tests_says_why(text, code, expected):
+    assert children.outcomes(text, code) == {"cut off": False} | expected
