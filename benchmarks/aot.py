@@ -20,8 +20,17 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from maskpro_kernels.ops.reference.plackett_luce import NODE_COUNT, NODE_STEP
-from maskpro_kernels.ops.triton import adamw_and_swaps, grouped, masked_gemm, packed_gemm, sampling, slopes, sparse_mma
-from maskpro_kernels.ops.triton.tiles import Rows, Tiles, configuration, scores_in_short
+from maskpro_kernels.ops.triton import (
+    adamw_and_swaps,
+    curvature,
+    grouped,
+    masked_gemm,
+    packed_gemm,
+    sampling,
+    slopes,
+    sparse_mma,
+)
+from maskpro_kernels.ops.triton.tiles import FACTORS, Rows, Tiles, configuration, gradient_rows, scores_in_short
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,6 +56,7 @@ PACKED = ("packed_linear", "sparse_mma")
 TYPES = {
     "inv_temperature": "fp32",
     "rate": "*fp32",
+    "share": "fp32",
     "max_update": "fp32",
     "partial": "*fp32",
     "seed": "*i64",
@@ -178,6 +188,32 @@ def build_product(
         values["partial"] = None
     constants = {name: values[name] for name in function.arg_names if name in values}
     return _compile(function, target, types, constants, tile.options, multiples)
+
+
+def build_curvature(
+    kernel: str,
+    target: str,
+    tokens: int,
+    operand: str = "bf16",
+    multiples: tuple[str, ...] = ("rows", "columns"),
+    **constants,
+) -> Built:
+    """Compile ``<kernel>_kernel`` of a curvature as ``launch_blocks`` would, for ``tokens`` tokens.
+
+    ``multiples`` are what is a multiple of 16. ``constants`` are arguments that are None.
+    """
+    function = getattr(curvature, f"{kernel}_kernel")
+    config = gradient_rows(tokens, target) if kernel == "gradient_squares" else FACTORS
+    types = (
+        {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
+        | dict.fromkeys(("grad", "x"), f"*{operand}")
+        | dict.fromkeys(("token_squares", "partial", "row_squares", "loss_tokens"), "*fp32")
+        | dict.fromkeys(("factor_of_rows", "factor_of_columns"), "*fp32")
+        | {"curvature": "fp32", "rows": "i32", "columns": "i32"}
+    )
+    values = {"ROWS": config.rows, "BLOCK": config.block} | constants
+    constants = {name: values[name] for name in function.arg_names if name in values}
+    return _compile(function, target, types, constants, config.options, multiples)
 
 
 def build_packed(

@@ -15,6 +15,7 @@ from .fsdp import RowShard, attach, sharded_modules
 from .functional.checks import (
     as_codes,
     check_cast,
+    check_device,
     check_exactly_n,
     check_floats,
     check_gap,
@@ -24,7 +25,6 @@ from .functional.checks import (
     check_shard,
     check_weight,
     describe,
-    device_of_logits,
     matrix_of,
 )
 from .functional.linear import LogitsBackward, linear_under
@@ -153,7 +153,7 @@ class MaskedLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
         check_gap(gap, logits_dtype)
-        device = linear.weight.device if logits_device is None else device_of_logits(logits_device)
+        device = linear.weight.device if logits_device is None else check_device("logits_device", logits_device)
         check_in_memory("linear", linear)
         check_weight(linear.weight, pattern, "linear")
         if not torch.isfinite(linear.weight).all():

@@ -28,6 +28,7 @@ from .inputs import (
     print_table,
     read_report,
     report_as,
+    report_device,
     windows_of,
 )
 
@@ -66,6 +67,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     for base in [name for name in bases if Path(name).is_absolute() and not Path(name).exists()]:
         report_as("warning", f"the dense model {base} has moved: it is left out; name its new place beside the run")
         del bases[base]
+    report_device(options.device)
     rows = []
     for name in dict.fromkeys([*bases, *models]):
         model, tokenizer = load(name, dtype, device)

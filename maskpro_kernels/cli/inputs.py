@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..checkpoints.logits import REPORT
 from ..files import check_takes_files, digest, discard, folder_aside, make_folder, read_record, unfinished
+from ..functional.checks import check_device, missing_gpu
 from ..modules import masked_layers
 from ..ops.cpu import cpu_multiplies
 from ..packed import KEEP, NMLinear, bits_a_weight
@@ -126,21 +127,26 @@ def check_new_file(path: str) -> None:
 
 def device_of(name: str | None) -> torch.device:
     """Return the device of a name, by default a GPU if there is one; ValueError if this machine does not have it."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it does not compute")
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        devices = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: expected one of {devices}, got {name!r}: {reason}") from error
+    return check_device("device", name or ("cpu" if missing_gpu() else "cuda"))
+
+
+def report_device(name: str | None) -> None:
+    """Report the device of ``--device``, or the one that is used without it, and why."""
+    reason = missing_gpu()
+    if name is not None and name != "auto":
+        report(f"device: {device_of(name)}, by --device")
+    elif reason is not None:
+        report(f"device: cpu, since there is no GPU: {reason}")
+    elif name == "auto":
+        report(f"device: auto, GPUs: {torch.cuda.device_count()}")
+    else:
+        device = device_of(name)
+        report(f"device: {device}, {torch.cuda.get_device_name(device)}")
 
 
 def default_dtype(device: str | None) -> str:
     """bfloat16, or float32 on a CPU on which that is faster."""
-    on_cpu = not torch.cuda.is_available() if device in (None, "auto") else device.startswith("cpu")
+    on_cpu = missing_gpu() is not None if device in (None, "auto") else device.startswith("cpu")
     return "float32" if on_cpu and not cpu_multiplies(DTYPES[DTYPE]) else DTYPE
 
 
@@ -149,6 +155,7 @@ def load(name: str, dtype: str | None, device: torch.device | str):
     from ..hf import load_model, show_bars
 
     check_ended(name)
+    report(f"loading {name}")
     show_bars(wants_bars())
     placement = {"device_map": "auto"} if device == "auto" else {"device": device}
     return load_model(name, dtype and DTYPES[dtype], **placement)

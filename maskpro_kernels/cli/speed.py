@@ -13,7 +13,17 @@ from ..files import write_whole
 from ..text.batches import batches
 from ..text.sources import load_text
 from .config import Speed
-from .inputs import Progress, check_ended, check_least, check_new_file, device_of, load, positions_of, windows_of
+from .inputs import (
+    Progress,
+    check_ended,
+    check_least,
+    check_new_file,
+    device_of,
+    load,
+    positions_of,
+    report_device,
+    windows_of,
+)
 
 MB = 1e6
 TITLES = ("model", "stored", "weights MB", "peak MB", "prefill tokens/s", "decode tokens/s", "times")
@@ -36,6 +46,7 @@ def speed(options: Speed, models: list[str]) -> int:
     for name in models:
         check_ended(name)
         check_model(name)
+    report_device(options.device)
     loaded = {}
     vocabulary = None
     prompt = None

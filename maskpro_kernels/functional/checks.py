@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -14,9 +15,13 @@ from torch.autograd import forward_ad
 from ..ops import philox
 from ..ops.counter import Counter, MaskSource
 from ..ops.pattern import NMPattern
+from ..ops.triton.tiles import architecture
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Oldest driver of NVIDIA's GPUs by major release of CUDA, see
+# docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+DRIVERS = {"12": 525, "13": 580}
 # The largest gap between a kept and a dropped logit that noise of 32 bits can cross
 LARGEST_GAP = 26.0
 
@@ -237,15 +242,47 @@ def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
         raise ValueError(f"gap: expected a float within [0, {largest:g}], for logits in {dtype}, got {gap}")
 
 
-def device_of_logits(device: torch.device | str) -> torch.device:
-    """Return the device that ``logits_device`` names; ValueError if it names none, or meta."""
+def check_device(name: str, device: torch.device | str | int) -> torch.device:
+    """Return the device of this machine that an argument names, a GPU with its index.
+
+    ValueError if the machine does not have it, if it has no memory, or if the kernels do not run on it.
+    """
+    is_gpu = False
     try:
         named = torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        named = None
-    if named is None or named.type == "meta":
-        raise ValueError(f"logits_device: expected a device with memory, got {describe(device)}")
-    return named
+        is_gpu = named.type == "cuda"
+        if named.type == "meta":
+            raise RuntimeError("it has no memory")
+        found = torch.empty(0, device=named).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        devices = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        reason = (missing_gpu() if is_gpu else None) or str(error).partition("\n")[0]
+        raise ValueError(f"{name}: expected one of {devices}, got {in_a_line(device)}: {reason}") from error
+    if is_gpu:
+        # refuses old ones
+        architecture(found)
+    return found
+
+
+def missing_gpu() -> str | None:
+    """Reason that torch finds no GPU on this machine; None if it finds one."""
+    with warnings.catch_warnings():
+        # the same reason
+        warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition(". ")[0]
+    else:
+        reason = "torch finds no GPU"
+    driver = None if torch.version.cuda is None else DRIVERS.get(torch.version.cuda.partition(".")[0])
+    if "driver" in reason and driver is not None:
+        reason += f"; CUDA {torch.version.cuda}, for which torch is built, needs driver {driver} or newer"
+    return reason
 
 
 def check_int(name: str, value: int, limit: int, low: int = 0) -> None:

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from ..extras import missing
 from ..files import read_object
+from ..functional.checks import check_device
 
 SMOLLM2 = "smollm2-135m"
 # Its id on the hub, and its license there
@@ -59,14 +60,16 @@ def load_model(
 
     Raises:
         TypeError: if ``dtype`` is not a floating-point torch.dtype.
-        ValueError: if a package that "smollm2-135m" or ``device_map`` needs is not installed; or the folder holds no
-            causal language model, such as an encoder, one with code of its own, not all of its weights, or some of
-            other shapes, a pipe for weights, or a config of more layers than it has tensors, or of more weights than
-            its files have bits.
+        ValueError: if the machine does not have the device; a package that "smollm2-135m" or ``device_map`` needs is
+            not installed; or the folder holds no causal language model, such as an encoder, one with code of its own,
+            not all of its weights, or some of other shapes, a pipe for weights, or a config of more layers than it has
+            tensors, or of more weights than its files have bits.
         OSError: if the folder or model id does not exist or cannot be read.
     """
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    if device is not None:
+        check_device("device", device)
     lacking = None if device_map is None else missing("accelerate")
     if lacking:
         raise ValueError(f"device_map: expected {lacking}")

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ..files import append_whole, digest, digest_of_bytes, discard, make_folder, sync, unfinished, write_whole
+from ..functional.checks import check_device
 from ..modules import MaskedLinear, is_sharded, tensors_of_base
 from ..ops.pattern import NMPattern
 from ..ranks import Ranks
@@ -467,9 +468,11 @@ def replay_run(folder: str | Path, steps: int | None = None, device: torch.devic
         Logits [out, K] by name of the layer, on the CPU.
 
     Raises:
-        ValueError: if there is no journal, it or the first snapshot is damaged, or it has fewer than ``steps`` steps.
+        ValueError: if the machine does not have the device, there is no journal, it or the first snapshot is damaged,
+            or it has fewer than ``steps`` steps.
     """
     folder = Path(folder)
+    check_device("device", device)
     if not (folder / JOURNAL).exists():
         raise ValueError(f"folder: expected the folder of a run with a {JOURNAL}, got {str(folder)!r}")
     records = read_journal(folder / JOURNAL)

@@ -1,10 +1,10 @@
 """Operations. All but products, and results of products, have the same bits on every route."""
 
-from .curvature import curvature_factors, token_squares
 from .definitions import (
     adamw_,
     best_swaps,
     codes_under,
+    curvature_factors,
     descend_,
     differentiable_nm_linear,
     mask_log_prob,
@@ -26,3 +26,4 @@ from .definitions import (
     unpacked,
     weight_gradient,
 )
+from .reference import token_squares

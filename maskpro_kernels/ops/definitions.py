@@ -138,6 +138,12 @@ def score_update_(logits, coef, n, m, inv_temperature, counter):
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw k); coef and the counter's draw [draws]."""
 
 
+@operation("(Tensor grad, Tensor x, float curvature, Tensor? tokens, Tensor? row_squares) -> (Tensor, Tensor)")
+def curvature_factors(grad, x, curvature, tokens, row_squares):
+    """Factors [rows] and [K] of F, float32, by grad [tokens, rows] and x [tokens, K]: the reference has the formula."""
+    return grad.new_empty(grad.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
+
+
 @operation(
     "(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, Tensor? tokens, "
     "Tensor? row_squares) -> Tensor",
@@ -153,7 +159,7 @@ def straight_through_grad(
 ) -> Tensor:  # fmt: skip
     """Slope of a loss in the mask, less its mean over each group, float32 [rows, K]: ``reference.group_mask_slope``.
 
-    G = grad [tokens, rows].T @ x [tokens, K]; F is that of ``curvature.curvature_factors``. ``weight_grad`` [rows, K]
+    G = grad [tokens, rows].T @ x [tokens, K]; F is that of ``curvature_factors``. ``weight_grad`` [rows, K]
     is set to G, for kept and dropped weights: float32, or without kernels also in the dtype of grad.
     """
     return _straight_through_grad(grad, x, weight, curvature, weight_grad, tokens, row_squares, mask.by_codes)

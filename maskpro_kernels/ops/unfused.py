@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from .curvature import curvature_factors
 from .definitions import codes_under
 from .dispatch import table
+from .reference import curvature_factors
 
 
 def masked_linear(x, weight, bias, log_prob, mask):

@@ -16,11 +16,11 @@ from ..files import digest_of_named
 from ..fsdp import gathering_modules, reshard
 from ..functional.checks import (
     LARGEST_GAP,
+    check_device,
     check_gap,
     check_int,
     check_no_flat_parameters,
     check_one_of,
-    device_of_logits,
     in_a_line,
 )
 from ..learn.step_batches import content
@@ -129,7 +129,7 @@ def convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] |
         if gap != DEFAULT_GAP:
             raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
         gap = gap_for_flip_rate(flip_rate, pattern)
-    device = None if logits_device is None else device_of_logits(logits_device)
+    device = None if logits_device is None else check_device("logits_device", logits_device)
     check_no_flat_parameters("model", model)
     # all parameters, before the model runs
     gathering_modules(model, {})

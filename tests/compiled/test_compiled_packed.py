@@ -10,7 +10,7 @@ from helpers.cases import cases
 from helpers.compiled_products import PackedProduct
 from helpers.packed_codes import assert_every_code_is_placed
 
-from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, PACKED_TOKENS, Tiles, tiles_of
 from maskpro_kernels.packed import VALUE_KINDS
 
 pytestmark = pytest.mark.compiled
@@ -51,6 +51,27 @@ def test_packed_products(target, row, pattern, dtype, values, compiled_for, laun
     for aligned, one_hot in ((False, True), (False, False), (True, False)):
         PackedProduct(config, *pattern, dtype, values, aligned=aligned, one_hot=one_hot).assert_right()
     assert launched["packed_vector" if row < VECTORS else "packed_linear"] == 3
+
+
+def config_of(kernel, target):
+    if kernel == "unpack":
+        # more tokens than unpack tiles of the weight
+        return Tiles(out=16, tokens=PACKED_TOKENS + 4, k=64)
+    return PACKED_ROWS[0] if kernel == "packed_vector" else tiles_of(kernel, target, 2)[0]
+
+
+@pytest.mark.parametrize("kernel", ["packed_vector", "packed_linear", "unpack"])
+@pytest.mark.parametrize("k", [576, 1088])
+@pytest.mark.parametrize(
+    ("target", "dtype"), cases(itertools.product(TARGETS, DTYPES), slow=lambda *case: case != ("sm_80", torch.bfloat16))
+)
+def test_int4_rows_that_end_with_a_short_group_of_a_scale(target, dtype, k, kernel, compiled_for, launched):
+    """``packed_vector`` loads four chunks together, which divide these rows; a scale belongs to eight."""
+    compiled_for(target)
+    config = config_of(kernel, target)
+    for one_hot in (True, False):
+        PackedProduct(config, operand=dtype, values="int4", one_hot=one_hot, k=k).assert_right()
+    assert launched[kernel] == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

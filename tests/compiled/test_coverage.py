@@ -9,6 +9,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
 from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product, SparseProduct
+from helpers.curvature import Curvature
 from helpers.layers import DRAWS, OVER_LAYERS, ManyLayers, numbers
 
 from gpu_emulators.amdgcn.divisions import divides_in_64_bits, only_after_long_divisions
@@ -117,11 +118,18 @@ def run_products(target, patched):
     # of no tokens and of some, by one kernel and by torch's product before another
     of = Matrix(2, 4, rows=37, groups=16)
     for dtype, tokens, at_once in itertools.product(DTYPES[:2], (0, 140), (True, False)):
-        patched.setattr(slopes, "fused", lambda *_, at_once=at_once: at_once)
+        patched.setattr(slopes, "fused", lambda *_, at_once=at_once and tokens > 0: at_once)
         grad, x = torch.ones(tokens, of.rows, dtype=dtype), torch.ones(tokens, 64, dtype=dtype)
         operands = grad, x, of.normal(seed=1, dtype=dtype), 0.5
         ops.straight_through_grad(*operands, of.source())
         ops.straight_through_update_(*operands, torch.tensor(0.4), 2.0, of.source(logits=of.logits.clone()))
+
+
+def run_curvatures():
+    """Of sizes that blocks divide and others, of no tokens, and of more than a program squares at a time."""
+    for dtype, given in itertools.product(DTYPES[:2], ("", "tokens", "row_squares", "tokens row_squares")):
+        for sizes in ((32, 48, 64), (0, 48, 64), (7, 37, 41), (0, 37, 41), (300, 2100, 33)):
+            Curvature(*sizes, dtype=dtype, given=given).assert_right()
 
 
 def run_packed(target):
@@ -168,6 +176,7 @@ def test_basic_blocks_are_executed(target, compiled_for, emulator, monkeypatch):
     run_over_groups()
     run_over_layers()
     run_products(target, monkeypatch)
+    run_curvatures()
     run_packed(target)
     total, missed, unnamed = not_executed(emulator, reason)
     assert not unnamed, unnamed

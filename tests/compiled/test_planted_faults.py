@@ -12,7 +12,7 @@ from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
 from maskpro_kernels.ops.tables import triton as table
 from maskpro_kernels.ops.triton import masked_gemm, packed_gemm
-from maskpro_kernels.ops.triton.tiles import multiplies_by_warps, tiles_of
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, multiplies_by_warps, tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -194,38 +194,44 @@ def test_a_fault_that_cannot_be_planted_is_no_finding(compiled_for, emulator):
         what_is_found(emulator, groups(top_n_mask), replaced("no such text", ""))
 
 
-# By mutation: of which file, the text, by what it is replaced, and a kind of finding
+# By mutation: of which file, the text, by what it is replaced, a product that uses it, and a kind of finding
 MUTANTS = {
     "every block of tokens stores the log-probability": (
         masked_gemm,
         "        if tl.program_id(1) == 0:\n            tl.store(partial",
         "        if tl.program_id(1) >= 0:\n            tl.store(partial",
+        Product(LINEAR, tiles_of(LINEAR, "sm_80", 2)[0], log_prob=True),
         "write different values to global memory",
     ),
     "a store's mask is off by a row": (
         packed_gemm,
         "(row[:, None] < rows))",
         "(row[:, None] < rows + 1))",
+        PackedProduct(tiles_of("packed_linear", "sm_80", 2)[0]),
         "out of bounds",
+    ),
+    "chunks loaded together have no scale for a short group at the end of a row": (
+        packed_gemm,
+        "place = row * tl.cdiv(chunks, GROUP)",
+        "place = row * (chunks // GROUP)",
+        PackedProduct(PACKED_ROWS[0], values="int4", k=576),
+        "wrong result",
     ),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTANTS)
 def test_a_mutant_is_found(mutation, compiled_for, emulator, monkeypatch, tmp_path):
-    module, before, after, kind = MUTANTS[mutation]
+    module, before, after, mutated_product, kind = MUTANTS[mutation]
     compiled_for("sm_80")
     mutant = mutant_of(module, before, after, tmp_path)
     mutant.torch = emulator.torch
     if module is packed_gemm:
-        config = tiles_of("packed_linear", "sm_80", 2)[0]
-        mutant.tiles_for = lambda *_: config
+        mutant.tiles_for = lambda *_: mutated_product.config
+        mutant.rows_for = lambda *_: mutated_product.config
         monkeypatch.setattr(table, "nm_linear", mutant.nm_linear)
-        call = PackedProduct(config).assert_right
     else:
-        tile = tiles_of(LINEAR, "sm_80", 2)[0]
-        mutant.tiles_for = lambda *_: tile
+        mutant.tiles_for = lambda *_: mutated_product.tile
         monkeypatch.setattr(table, LINEAR, mutant.masked_linear)
-        call = Product(LINEAR, tile, log_prob=True).assert_right
-    found = what_is_found(emulator, call, str)
+    found = what_is_found(emulator, mutated_product.assert_right, str)
     assert any(kind in each for each in found), found

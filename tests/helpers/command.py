@@ -27,13 +27,17 @@ def contents(folder):
 
 
 def refuses(capsys, folder, arguments, *messages):
-    """Assert that the command ends with 2 and one line with the messages, and does not change the folder."""
+    """Assert that the command ends with 2 and a line with the messages, and does not change the folder.
+
+    Before this line may be others, such as the device.
+    """
     before = contents(folder)
     capsys.readouterr()
     assert main.main(arguments) == 2
     captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
+    *lines_before, line = captured.err.splitlines()
     assert line.startswith("maskpro: error: ")
+    assert not any("maskpro: error" in line_before for line_before in lines_before)
     for message in messages:
         assert message in line, line
     assert captured.out == ""

@@ -93,6 +93,8 @@ class Product:
                 patched.setattr(module, "tiles_for", lambda *_: self.tile)
             patched.setattr(masked_gemm, "parts_for", parts_at_most(self.parts))
             patched.setattr(slopes, "fused", lambda *_: self.kernel != STEP)
+            # the reference's factors, so that slopes have its bits
+            patched.setattr(slopes, "curvature_factors", reference.curvature_factors)
             # on a B200 tiles of many tokens take given masks alone, and draw where a test is about them
             patched.setattr(masked_gemm, "one_pass_tokens", lambda *_: ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)
@@ -182,7 +184,11 @@ CHECKS = dict(zip((*PRODUCTS, STEP), (linear, input_grad, weight_grad, slope, sl
 
 @dataclass(frozen=True)
 class PackedProduct:
-    """A product with a packed weight: of one token on Rows, of several on Tiles."""
+    """A product with a packed weight: of one token on Rows, of several on Tiles.
+
+    Attributes:
+        k: columns of the weight; by default of a size that no block of chunks divides, with ``aligned`` of two blocks.
+    """
 
     config: Rows | Tiles
     n: int = 2
@@ -192,10 +198,18 @@ class PackedProduct:
     aligned: bool = False
     one_hot: bool = False
     parts: int = 1
+    k: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(tokens, rows, chunks)."""
+        tokens, rows, chunks = self._sizes_of_blocks
+        if self.k is not None:
+            chunks = self.k // packed_gemm.chunk_length(self.n, self.m)
+        return tokens, rows, chunks
+
+    @property
+    def _sizes_of_blocks(self) -> tuple[int, int, int]:
         config = self.config
         if isinstance(config, Rows):
             if not self.aligned:

@@ -43,6 +43,7 @@ from ..inputs import (
     positions_of,
     read_samples,
     report,
+    report_device,
     windows_of,
 )
 from .options import batches_of_steps
@@ -113,6 +114,7 @@ def load_dense(options: Learn, ranks: Ranks, start: Mapping | None) -> Dense:
     Raises:
         ValueError: if it is not that of the run that ``start`` belongs to.
     """
+    report_device(options.device)
     device = options.device if options.device == "auto" else device_of(options.device)
     cure = None if start is None else f"if it has moved, change its path in {Path(options.output) / SETTINGS}"
     with naming("model", cure):

@@ -1,6 +1,7 @@
 """Reference of each operation in plain torch: the specification, which all other routes match bit for bit."""
 
 from .arithmetic import LN2, SMALLEST_NORMAL, exp, group_round_logits, ln, round_stochastically, saturated, scalar
+from .curvature import curvature_factors, token_squares
 from .groups import (
     INT4_GROUPS,
     INTEGERS,

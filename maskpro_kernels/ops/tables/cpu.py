@@ -16,6 +16,7 @@ from ..cpu.kernels import (
     update_layers_,
 )
 from ..cpu.packed_gemm.products import nm_linear, nm_linear_input_grad, unpack_nm
+from ..reference.curvature import curvature_factors
 from ..unfused import (
     masked_linear,
     masked_linear_input_grad,

@@ -1,5 +1,6 @@
 """Operations in plain torch, on a CPU for which LLVM does not compile."""
 
+from ..reference.curvature import curvature_factors
 from ..reference.groups import nm_linear, nm_linear_input_grad, unpack_nm
 from ..reference.gumbel_top_k import masked_weight, sample_mask, top_n_mask
 from ..reference.layers import draw_layers_, update_layers_

@@ -2,6 +2,7 @@
 
 from ..reference.slopes import mask_slope
 from ..triton.adamw_and_swaps import adamw_, best_swaps
+from ..triton.curvature import curvature_factors
 from ..triton.grouped import draw_layers_, update_layers_
 from ..triton.masked_gemm import masked_linear, masked_linear_input_grad, masked_linear_weight_grad
 from ..triton.packed_gemm import nm_linear, nm_linear_input_grad, unpack_nm

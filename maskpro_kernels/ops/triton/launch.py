@@ -45,6 +45,13 @@ def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torc
     _launch(kernel, name, grid, device, args, config.options, M=m, ROWS=config.rows, BLOCK=config.block, **constants)
 
 
+def launch_blocks(kernel, name: str, programs: int, config: Rows, device: torch.device, *args, **constants) -> None:
+    """Launch ``programs`` programs of a kernel over rows and columns of matrices; do nothing if there are none."""
+    if programs == 0:
+        return
+    _launch(kernel, name, (programs,), device, args, config.options, ROWS=config.rows, BLOCK=config.block, **constants)
+
+
 def launch_elements(kernel, name: str, count: int, device: torch.device, *args, **constants) -> None:
     """Launch ``kernel`` on ``count`` single elements; do nothing if there are none."""
     if count == 0:

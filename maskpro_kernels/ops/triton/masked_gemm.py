@@ -206,7 +206,9 @@ def weight_grad_tile(
     M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_OUT, BLOCK_K] of grad.T @ x, zeros outside the weight; all tokens in order."""
+    """float32 [BLOCK_OUT, BLOCK_K] of grad.T @ x, zeros outside the weight; all tokens, at least one, in order."""
+    # see ``own_part``
+    tl.assume(tokens > 0)
     o = first_row + tl.arange(0, BLOCK_OUT)
     k = first_group * M + tl.arange(0, BLOCK_K)
     t = tl.arange(0, BLOCK_T)

@@ -6,16 +6,18 @@ order. It writes G to memory only for ``weight_grad``. With many tokens torch mu
 G; the next layer's G reuses the memory.
 
 Constants of the kernels, in addition to those in ``masked_gemm``: UPDATE, whether they step the logits ``source`` and
-write ``partial``, each program's sum of squares of the slope, or write the slope to ``out``. With KIND "codes" the mask
-comes from ``codes`` of an earlier draw.
+write ``partial``, or write the slope to ``out``. With KIND "codes" the mask comes from ``codes`` of an earlier draw.
+``partial`` is each program's sum of squares of the slope, times ``share``, the number of programs over that of weights.
+The mean over programs is then the mean square, by one operation. Over weights alone, the share of a large layer might
+be a subnormal number.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..curvature import curvature_factors
 from . import device as d
+from .curvature import curvature_factors
 from .launch import launch, launch_tiles
 from .masked_gemm import (
     UNSPECIALIZED_OF_TILES,
@@ -92,7 +94,7 @@ def descended(x, gradient, rate, max_update, group, key, M: tl.constexpr, dtype:
 
 @triton.jit
 def finish_tile(
-    gradient, weight, grad_squares, x_squares, source, codes, out, weight_grad, partial, rate, max_update,
+    gradient, weight, grad_squares, x_squares, source, codes, out, weight_grad, partial, share, rate, max_update,
     inv_temperature, seed, step, layer, draw, offset, row_stride, rows, groups, row_tile, group_tile, group_tiles,
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -120,14 +122,14 @@ def finish_tile(
         new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
         tl.store(source + offsets, d.join_columns(new, M), mask=inside[:, None])
         # weights outside of the matrix are zeros, so they have no slope
-        tl.store(partial + row_tile * group_tiles + group_tile, sum_over_tile(slope, M))
+        tl.store(partial + row_tile * group_tiles + group_tile, sum_over_tile(slope, M) * share)
     else:
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_kernel(
-    grad, x, weight, grad_squares, x_squares, source, codes, out, weight_grad, partial, rate, max_update,
+    grad, x, weight, grad_squares, x_squares, source, codes, out, weight_grad, partial, share, rate, max_update,
     inv_temperature, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64, tokens: tl.int64, rows, groups,
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -141,14 +143,15 @@ def straight_through_kernel(
     total = weight_grad_tile(grad, x, tokens, rows, groups, row_tile * BLOCK_OUT, group_tile * GROUPS,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     finish_tile(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), weight, grad_squares, x_squares, source, codes, out,
-                weight_grad, partial, rate, max_update, inv_temperature, seed, step, layer, draw, offset, row_stride,
-                rows, groups, row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
+                weight_grad, partial, share, rate, max_update, inv_temperature, seed, step, layer, draw, offset,
+                row_stride, rows, groups, row_tile, group_tile, group_tiles,
+                KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_step_kernel(
-    gradient, weight, grad_squares, x_squares, source, codes, out, partial, rate, max_update, inv_temperature, seed,
-    step, layer, draw, offset: tl.int64, row_stride: tl.int64, tokens: tl.int64, rows, groups,
+    gradient, weight, grad_squares, x_squares, source, codes, out, partial, share, rate, max_update, inv_temperature,
+    seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64, tokens: tl.int64, rows, groups,
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -163,17 +166,18 @@ def straight_through_step_kernel(
     row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
     tile = load_groups(gradient, row, group, inside, groups, M)
     finish_tile(tile, weight, grad_squares, x_squares, source, codes, out, None,
-                partial, rate, max_update, inv_temperature, seed, step, layer, draw, offset, row_stride, rows, groups,
-                row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
+                partial, share, rate, max_update, inv_temperature, seed, step, layer, draw, offset,
+                row_stride, rows, groups, row_tile, group_tile, group_tiles,
+                KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def descend_kernel(
-    logits, gradient, partial, rate, max_update, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64,
+    logits, gradient, partial, share, rate, max_update, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64,
     columns: tl.int64, total: tl.int64,
     M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Step logits [rows, K] against a gradient float32 [rows, K]; ``partial`` gets its sums of squares."""
+    """Step logits [rows, K] against a gradient float32 [rows, K]; ``partial`` and ``share`` as above."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_columns(logits, first, total, M, BLOCK)
     g = load_columns(gradient, first, total, M, BLOCK)
@@ -181,7 +185,7 @@ def descend_kernel(
     key = d.load_key(seed, step, layer, draw)
     new = descended(x, g, tl.load(rate), max_update, group, key, M, logits.dtype.element_ty)
     store_columns(logits, new, first, total, M, BLOCK)
-    tl.store(partial + tl.program_id(0), tl.sum(sum_of_squares(g, M), 0))
+    tl.store(partial + tl.program_id(0), tl.sum(sum_of_squares(g, M), 0) * share)
 
 
 def straight_through_grad(grad, x, weight, curvature, weight_grad, tokens, row_squares, mask):
@@ -209,27 +213,28 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     programs = triton.cdiv(groups, configuration("descend", m, groups, architecture(logits.device)).block)
     partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
     launch(descend_kernel, "descend", m, groups, logits.device,
-           logits, gradient, partial, rate, max_update, *arguments, WHOLE=whole)  # fmt: skip
+           logits, gradient, partial, _share(partial, logits), rate, max_update, *arguments, WHOLE=whole)  # fmt: skip
     return _mean_square(partial, logits)
 
 
 def fused(tokens: int, kind: str, device: torch.device) -> bool:
-    """Return whether one kernel multiplies and steps under a mask of this kind; else torch multiplies."""
-    return tokens <= fused_tokens(kind, architecture(device))
+    """Return whether one kernel multiplies some tokens and steps under a mask of this kind; else torch multiplies."""
+    return 0 < tokens <= fused_tokens(kind, architecture(device))
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """G = grad [tokens, rows].T @ x [tokens, K], float32, summed in float32, written to ``out`` if given."""
     if out is None:
         out = torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32, device=grad.device)
-    if grad.device.type == "cpu":
-        # only on GPUs does torch have products with results of another dtype
+    if grad.device.type == "cpu" or torch.version.hip is not None:
+        # torch multiplies into another dtype on CUDA; on ROCm not by each of its libraries (CUDABlas.cpp refuses it for
+        # composable kernels), and on CPUs not at all
         return torch.mm(grad.t().float(), x.float(), out=out)
     return torch.mm(grad.t(), x, out_dtype=torch.float32, out=out)
 
 
 def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, rate=None, max_update=0.0):
-    """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
+    """Write the slope to ``out``, or step the logits and return ``partial``."""
     rows, k = weight.shape
     tokens = len(grad)
     target = architecture(weight.device)
@@ -249,14 +254,20 @@ def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, ra
     tile = tiles_for(name, mask.m, grad.dtype, tokens, rows, k, target)
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
+    share = 0.0 if partial is None else _share(partial, weight)
     if rows:
         launch_tiles(kernel, name, mask.m, grid, tile, weight.device,
-                     *operands, weight, grad_squares, x_squares, mask.tensor, codes, *written, partial, rate,
-                     max_update, *mask_arguments(mask, tokens, weight), KIND=kind, N=mask.n,
+                     *operands, weight, grad_squares, x_squares, mask.tensor, codes, *written, partial, share,
+                     rate, max_update, *mask_arguments(mask, tokens, weight), KIND=kind, N=mask.n,
                      UPDATE=out is None, **constants)  # fmt: skip
     return partial
 
 
+def _share(partial, logits):
+    """Number of programs over that of weights."""
+    return partial.numel() / max(logits.numel(), 1)
+
+
 def _mean_square(partial, logits):
     """Mean square over all weights, from sums in fixed order."""
-    return partial.sum() / max(logits.numel(), 1)
+    return partial.mean() if logits.numel() else partial.new_zeros(())

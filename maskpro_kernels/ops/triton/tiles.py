@@ -53,7 +53,7 @@ class Configuration(_CompileOptions):
 
 @dataclass(frozen=True)
 class Rows(_CompileOptions):
-    """Launch of a kernel over rows of chunks: rows of a program, and chunks of a row at a time."""
+    """Launch of a kernel over rows: rows of a program, and elements or chunks of a row at a time."""
 
     rows: int
     block: int
@@ -123,8 +123,8 @@ _SM_90_TILES = {
 
 # Numbers of tokens come from the cost model in benchmarks/, whose figures are in docs/kernels.md; it does not cover
 # gfx942. A B200's memory is so fast that the draw bounds the time, and a product would add to it: so drawn masks have
-# few tokens there, and on an H100 until one is measured, since at gaps below 10 the draw takes longer. torch for ROCm
-# has no product of 16 bits with a float32 result, so the kernel multiplies any number.
+# few tokens there, and on an H100 until one is measured, since at gaps below 10 the draw takes longer. On ROCm torch
+# has products of 16 bits with a float32 result in some of its libraries only, so the kernel multiplies any number.
 TARGETS = {
     "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024, sparse_tokens=sys.maxsize),
     "sm_90": Target(processors=132, drawn_tokens=32, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512,
@@ -147,6 +147,9 @@ TARGET_OF = {
     "sm_121": "sm_80",
     "gfx942": "gfx942",
 }
+# Least compute capability of NVIDIA's GPUs: below it ptxas refuses int4 with bfloat16 (PTX ISA 9.7.4: fma.bf16x2 needs
+# sm_80), and tiles spill
+LEAST_CAPABILITY = (8, 0)
 # Targets of unknown architectures: of each vendor the one whose tiles need the least shared memory
 NVIDIA_TARGET = "sm_80"
 AMD_TARGET = "gfx942"
@@ -188,6 +191,15 @@ PACKED_ROWS = (
     Rows(rows=4, block=64, num_warps=2),
     Rows(rows=4, block=128, num_warps=4),
 )
+
+# Sums of squares of a gradient: elements of a block, most of them in a row, and most rows. More rows make fewer partial
+# sums, which are written and read again: for 32 rows of 16 bits a sixteenth of the gradient's bytes
+SQUARES = 8192
+MOST_COLUMNS = 2048
+MOST_ROWS = 32
+# Factors of a curvature: 32 columns of 16 bits are two sectors of memory, and few, so that each processor has some of
+# them; with 256 rows a thread has 64 bytes in flight
+FACTORS = Rows(rows=256, block=32, num_warps=8)
 
 # By product and bytes of an operand; for equal tokens smaller tiles come first, see ``_from_table``. With few tokens
 # the draw bounds the time: small tiles keep all processors busy, with two groups of 4 a thread. With many tokens larger
@@ -307,7 +319,13 @@ def fused_tokens(kind: str, target: str) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Target of a device; warns once for each architecture that is not in ``TARGET_OF``."""
+    """Target of a device; warns once for each architecture that is not in ``TARGET_OF``.
+
+    Every launch asks for it, so no kernel runs on a GPU that is refused here.
+
+    Raises:
+        ValueError: for an NVIDIA GPU below ``LEAST_CAPABILITY``.
+    """
     if device.type == "cpu":
         return ON_CPU
     if torch.version.hip is not None:
@@ -315,6 +333,12 @@ def architecture(device: torch.device) -> str:
         name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
         return _target_of(name, AMD_TARGET)
     major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise ValueError(
+            f"device: expected a GPU of compute capability {least} or higher, which the kernels need, got {device} of "
+            f"{major}.{minor}"
+        )
     return _target_of(f"sm_{major}{minor}", NVIDIA_TARGET)
 
 
@@ -374,6 +398,16 @@ def nonempty_parts(steps: int, parts: int) -> int:
 def power_above(size: int) -> int:
     """Smallest power of two that is at least ``size`` and 1."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def gradient_rows(tokens: int, target: str) -> Rows:
+    """Configuration of the sums of squares of a gradient of ``tokens`` tokens."""
+    if INTERPRETED:
+        return Rows(rows=min(INTERPRETER_ROWS, power_above(tokens)), block=MOST_COLUMNS)
+    # the largest power of two that gives every processor a program
+    rows = min(power_above(tokens // TARGETS[target].processors + 1) // 2, MOST_ROWS)
+    rows = max(rows, 1)
+    return Rows(rows=rows, block=min(SQUARES // rows, MOST_COLUMNS), num_warps=8)
 
 
 def rows_for(rows: int, chunks: int, target: str) -> Rows:

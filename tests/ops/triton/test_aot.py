@@ -144,6 +144,37 @@ def test_products_under_drawn_masks_and_by_codes(child, target):
     check_products(child, "bf16", (2, 4), [target], ends=True, KIND="codes")
 
 
+CURVATURE_CHILD = """
+from aot import TARGETS, build_curvature
+forbidden, operand, tokens, multiples = arguments
+for target in TARGETS:
+    cases = [("gradient_squares", count, given) for count in tokens for given in ({}, {"partial": None})]
+    cases += [("curvature_factors", 0, given) for given in (
+        {"partial": None}, {"row_squares": None}, {"partial": None, "loss_tokens": None},
+        {"row_squares": None, "loss_tokens": None})]
+    for kernel, count, given in cases:
+        built = build_curvature(kernel, target, count, operand, multiples, **given)
+        found = [name for name in forbidden if name in built.asm.get("ptx", "")]
+        emit([target, [kernel, count], built.registers, built.spills, built.stack, built.shared, found])
+"""
+
+
+@pytest.mark.parametrize(
+    ("operand", "tokens", "multiples"),
+    cases(
+        [("bf16", (2048,), ("rows", "columns")),
+         *itertools.product(("bf16", "fp16", "fp32"), ((1, 500, 1100, 2048, 16_384),), (("rows", "columns"), ()))],
+        slow=lambda operand, tokens, multiples: len(tokens) > 1,
+    ),
+    ids=str,
+)  # fmt: skip
+def test_factors_of_a_curvature(child, operand, tokens, multiples):
+    rows = child(CURVATURE_CHILD, FORBIDDEN, operand, tokens, multiples)
+    assert len(rows) == len(TARGETS) * (2 * len(tokens) + 4)
+    for row in rows:
+        check(row)
+
+
 CODES_CHILD = """
 import modelled_costs
 from aot import build_packed, build_product, warnings

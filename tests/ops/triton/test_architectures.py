@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -62,7 +63,6 @@ def test_known_cards_of_amd_take_their_target_without_a_word(device, name):
 @pytest.mark.parametrize(
     ("what", "name", "target"),
     [
-        ((7, 5), "sm_75", "sm_80"),
         ((9, 9), "sm_99", "sm_80"),
         ((10, 1), "sm_101", "sm_80"),
         ((11, 0), "sm_110", "sm_80"),
@@ -84,6 +84,19 @@ def test_an_unknown_card_is_a_warning_once_that_names_what_is_used(device, what,
         assert tiles.architecture(device(what)) == target
         # another card of the same kind
         assert tiles.architecture(device(what, index=1)) == target
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (6, 1)], ids=str)
+def test_a_card_below_the_least_capability_is_refused_each_time(device, capability):
+    card = device(capability, index=1)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match=r"^device: expected a GPU of compute capability 8\.0 or higher, [^\n]*, got cuda:1 of "
+            + re.escape(".".join(map(str, capability)))
+            + "$",
+        ):
+            tiles.architecture(card)
 
 
 def test_each_unknown_architecture_has_a_warning_of_its_own(device):

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import counter_of
-from maskpro_kernels.ops import curvature, reference
+from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.pattern import NMPattern
+from maskpro_kernels.ops.reference import curvature
 from maskpro_kernels.ops.triton import slopes, tiles
 
 
@@ -48,6 +49,24 @@ def test_the_gradient_of_a_weight_is_summed_in_float32(dtype):
     grad[0] = 512.0
     found = ops.weight_gradient(grad, x)
     assert found.dtype == torch.float32 and (found == 811.0).all()
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that names a GPU as its device."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("hip", "dtype", "keywords"), [("7.0", torch.float32, {"out"}), (None, torch.bfloat16, {"out", "out_dtype"})]
+)
+def test_on_rocm_operands_are_float32_before_the_product(hip, dtype, keywords, monkeypatch):
+    products = []
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "mm", lambda grad, x, **named: products.append((grad.dtype, x.dtype, named.keys())))
+    grad, x = (torch.ones(300, size, dtype=torch.bfloat16).as_subclass(OnGpu) for size in (4, 8))
+    slopes.weight_gradient(grad, x, torch.empty(4, 8))
+    assert products == [(dtype, dtype, keywords)]
 
 
 @pytest.fixture
@@ -220,10 +239,14 @@ def test_given_squares_take_the_place_of_the_gradients_own(dtype):
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, tokens=16, dtype=dtype)
     mask, rate = source_of(logits, pattern), torch.tensor(0.1, device=KERNEL_DEVICE)
-    own = 16 * curvature.gradient_squares(grad)[0]
-    assert own.dtype == torch.float32 and own.shape == (len(weight),)
-    assert_same_bits(ops.token_squares(grad, None), torch.cat([16 * own, own.new_tensor([16.0])]))
-    assert_same_bits(ops.token_squares(grad, torch.tensor(32.0)), torch.cat([64 * own, own.new_tensor([16.0])]))
+    squares = curvature.gradient_squares(grad)[0]
+    assert squares.dtype == torch.float32 and squares.shape == (len(weight),)
+    assert_same_bits(ops.token_squares(grad, None), torch.cat([256 * squares, squares.new_tensor([16.0])]))
+    expected = torch.cat([1024 * squares, squares.new_tensor([16.0])])
+    assert_same_bits(ops.token_squares(grad, torch.tensor(32.0)), expected)
+    # in the kernel's order of sums
+    own = 16 * ops.curvature_factors(grad, x, 1.0, None, None)[0]
+    torch.testing.assert_close(own, 16 * squares)
 
     def slopes(row_squares, curvature=CURVATURE, tokens=None):
         of = grad, x, weight, curvature, mask

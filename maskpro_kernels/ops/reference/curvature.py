@@ -59,15 +59,9 @@ def curvature_factors(
         # a divergence has no gradient at its minimum, but a curvature
         used = used | ~used.any()
     count = used.sum(dtype=torch.float32).clamp(min=1)
-    tokens = count if tokens is None else tokens.to(grad.device, non_blocking=not grad.is_cpu)
+    tokens = count if tokens is None else tokens
     first = tokens / count * of_outputs if row_squares is None else row_squares / tokens
-    unused = ~used
-    of_inputs = []
-    unused_rows = unused.nonzero().flatten() if x.is_cpu else None
-    for piece in x.split(COLUMNS, 1):
-        if x.is_cpu:
-            # few rows: cheaper than a masked copy of x
-            of_inputs.append(_squares(piece).index_fill_(0, unused_rows, 0.0).sum(0))
-        else:
-            of_inputs.append(_norms(piece.masked_fill(unused[:, None], 0.0), dim=0).square())
-    return curvature * first, torch.cat(of_inputs)
+    unused_rows = (~used).nonzero().flatten()
+    # few rows: cheaper than a masked copy of x
+    pieces = [_squares(piece).index_fill_(0, unused_rows, 0.0).sum(0) for piece in x.split(COLUMNS, 1)]
+    return curvature * first, torch.cat(pieces)
