@@ -81,9 +81,9 @@ KNOWN = (
         "read of a register that a load of tensor memory still writes",
         "cuda",
         ((3, 9),),
-        text=r"mov\.b64 %rd\d+, \{",
+        text="",
         where="",
-        reason="tcgen05.ld is assembly whose registers LLVM packs in pairs (mov.b64, for add.rn.f32x2) ahead of "
+        reason="tcgen05.ld is assembly whose registers LLVM packs (mov.b64) or stores (st.shared) ahead of "
         "tcgen05.wait::ld; ptxas has the reader wait for the register, as for that of any load",
     ),
     Known(

@@ -205,12 +205,11 @@ def test_what_a_release_of_triton_causes_is_a_fault_in_others(finding, passing, 
     [
         replace(REDUCTION, where="kernel.py:3"),
         replace(REDUCTION, text="st.shared.b32 [%r3], %r1"),
-        replace(PACKING, text="st.global.b32 [%rd1], %r1"),
         replace(BUILD_OF_BYTES, text="add.rn.f32 %r24, %r25, %r26"),
         replace(REDUCTION, kind="write of a register that a product still reads"),
         replace(REDUCTION, kind="product of memory written without a proxy fence"),
     ],
-    ids=["line", "instruction", "store", "sum", "wgmma", "fence"],
+    ids=["line", "instruction", "sum", "wgmma", "fence"],
 )
 def test_other_findings_are_faults_in_every_release(version, finding, monkeypatch):
     monkeypatch.setattr(driver.triton, "__version__", version)
