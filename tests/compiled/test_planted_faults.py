@@ -12,7 +12,7 @@ from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
 from maskpro_kernels.ops.tables import triton as table
 from maskpro_kernels.ops.triton import masked_gemm, packed_gemm
-from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, multiplies_by_warps, tiles_of
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, Tiles, multiplies_by_warps, tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -123,7 +123,8 @@ PLANTED = {
     ),
     "a product of shared memory by another swizzle": (
         "sm_90",
-        product("sm_90", row=-1),
+        # rows of 128 bytes, which no row of the table has
+        Product(LINEAR, Tiles(out=64, tokens=128, k=64, num_warps=8), aligned=True, one_hot=True).assert_right,
         # bits 62 and 63 of a descriptor: of 64 bytes where rows lie by 128
         replaced(
             r"(or\.b64\s+%rd\d+, %rd\d+, )(46116862\d+);", lambda found: f"{found[1]}{int(found[2]) + (1 << 62)};", 0
