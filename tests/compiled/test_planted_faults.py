@@ -12,7 +12,7 @@ from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
 from maskpro_kernels.ops.tables import triton as table
 from maskpro_kernels.ops.triton import masked_gemm, packed_gemm
-from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, Tiles, multiplies_by_warps, tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -112,7 +112,7 @@ PLANTED = {
     "shared memory that is read before it is written": (
         "sm_80",
         product("sm_80"),
-        replaced(r"^.*st\.shared\.v4\.b16[^;]*;", ""),
+        replaced(r"^.*st\.shared(?:::cta)?\.v4\.b16[^;]*;", ""),
         "read of unwritten shared memory",
     ),
     "a register that is read before it is written": (
@@ -123,7 +123,8 @@ PLANTED = {
     ),
     "a product of shared memory by another swizzle": (
         "sm_90",
-        product("sm_90", row=-1),
+        # rows of 128 bytes, which no row of the table has
+        Product(LINEAR, Tiles(out=64, tokens=128, k=64, num_warps=8), aligned=True, one_hot=True).assert_right,
         # bits 62 and 63 of a descriptor: of 64 bytes where rows lie by 128
         replaced(
             r"(or\.b64\s+%rd\d+, %rd\d+, )(46116862\d+);", lambda found: f"{found[1]}{int(found[2]) + (1 << 62)};", 0
@@ -180,10 +181,11 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(fault, compiled_for, emulator):
     target, call, rewrite, kind = PLANTED[fault]
+    if "another swizzle" in fault and target == "sm_90" and multiplies_by_warps(target):
+        pytest.skip("with this release of Triton tiles for sm_90 have no wgmma")
     compiled_for(target)
-    before = what_is_found(emulator, call, str)
-    assert before <= emulator.let_pass
-    found = what_is_found(emulator, call, rewrite) - before
+    assert not what_is_found(emulator, call, str)
+    found = what_is_found(emulator, call, rewrite)
     assert any(kind in each for each in found), found
 
 

@@ -13,7 +13,7 @@ from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product, Sp
 from helpers.layers import OVER_LAYERS, ManyLayers
 from helpers.planted import synchronisations, what_is_found, without
 
-from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, multiplies_by_warps, tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -25,10 +25,6 @@ OWN_WAIT = "each thread waits for the product itself, before it writes where the
 BEFORE_PRODUCT = "another barrier is after it, before the product"
 ONLY_WAITS = "up to the next barrier each thread does nothing but wait"
 WAITS_LATER = "before the product each thread waits again, for all that it has stored"
-NOT_WRITTEN = "no register of the product has been written since the fence before it"
-WAITS_AGAIN = "a later wait is for the same products, and up to it nothing is touched that they alone still use"
-LET_PASS = "what is found is of a kind that this release gives rise to by itself, and that is let pass"
-OF_TWO_ENDS = "it is between the ends of two unrelated mbarriers"
 AFTER_LOADS = "a barrier is after the loads of tensor memory, before this one"
 OTHER_STAGE = "it is between copies to one stage and reads of another"
 BEFORE_THE_END = "no thread uses shared memory after it"
@@ -36,8 +32,11 @@ BEFORE_THE_END = "no thread uses shared memory after it"
 FOR_EACH_OTHER = "another barrier is between the same accesses"
 BEFORE_THE_START = "a wave begins after it, as its first arguments are in registers"
 OWN_WAVE = "the wave that reads there has written it itself, in the order of its code"
-# By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
-IS_OLDEST = tuple(map(int, triton.__version__.split(".")[:2])) == (3, 6)
+# By (kernel, target), in the oldest release of Triton and in the newest: numbers that nothing depends on, and why. Of
+# releases between them the quick cases alone are known.
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+IS_OLDEST = RELEASE == (3, 6)
+IS_BETWEEN = RELEASE in ((3, 7), (3, 8))
 REDUNDANT_IN_OLDEST = (
     {("masked_linear", target): {0: BEFORE_COPIES, 2: OWN_COPY} for target in TARGETS[:2]}
     | {("masked_linear_input_grad", target): {0: BEFORE_COPIES, 6: OWN_COPY} for target in TARGETS}
@@ -45,11 +44,6 @@ REDUNDANT_IN_OLDEST = (
         (kernel, target): {0: BEFORE_COPIES}
         for kernel in ("masked_linear_weight_grad", "straight_through", "packed_linear")
         for target in TARGETS
-    }
-    | {
-        (kernel, "sm_100"): dict.fromkeys((1, 3, 4, 5, 15, 16), FOR_EACH_OTHER)
-        | {8: OWN_WAIT, 10: OWN_WAIT, last: AFTER_LOADS}
-        for kernel, last in (("masked_linear_weight_grad", 28), ("straight_through", 31))
     }
 )
 REDUNDANT = (
@@ -71,24 +65,7 @@ REDUNDANT_IN_OLDEST |= {
     ("sparse_mma", target): {0: BEFORE_COPIES, 1: BEFORE_COPIES, 4: OTHER_STAGE, 6: BEFORE_THE_END}
     for target in TARGETS
 }
-REDUNDANT_IN_OLDEST |= {
-    ("masked_linear", "sm_100"): {0: BEFORE_COPIES, 1: BEFORE_COPIES, 3: OWN_COPY},
-    ("masked_linear, wide", "sm_90"): {1: OWN_COPY}
-    | dict.fromkeys((9, 11, 13), NOT_WRITTEN)
-    | dict.fromkeys((8, 10, 12, 14), LET_PASS),
-    ("masked_linear, wide", "sm_100"): {2: WAITS_LATER, 17: BEFORE_COPIES, 31: OWN_WAIT}
-    | {14: BEFORE_PRODUCT, 28: BEFORE_PRODUCT, 35: OF_TWO_ENDS, 41: AFTER_LOADS}
-    | dict.fromkeys((1, 3, 4), FOR_EACH_OTHER),
-    ("masked_linear_input_grad, wide", "sm_90"): {13: OWN_COPY},
-    ("masked_linear_input_grad, wide", "sm_100"): {10: BEFORE_PRODUCT, 20: BEFORE_PRODUCT, 13: BEFORE_COPIES}
-    | {14: OWN_WAIT, 27: OF_TWO_ENDS, 30: AFTER_LOADS}
-    | dict.fromkeys((1, 3, 4), FOR_EACH_OTHER),
-    ("packed_linear", "sm_90"): {0: BEFORE_COPIES, 33: LET_PASS}
-    | dict.fromkeys(range(19, 33, 2), WAITS_AGAIN)
-    | dict.fromkeys(range(20, 33, 2), NOT_WRITTEN),
-    ("packed_linear", "sm_100"): {2: WAITS_LATER, 5: BEFORE_COPIES, 10: BEFORE_COPIES, 11: OWN_WAIT, 23: AFTER_LOADS}
-    | dict.fromkeys((1, 3, 4, 19, 20), FOR_EACH_OTHER),
-}
+REDUNDANT_IN_OLDEST["masked_linear", "sm_100"] = {0: BEFORE_COPIES, 1: BEFORE_COPIES, 3: OWN_COPY}
 # Of a table's last row where the first is too narrow for it: its instruction, and the kernels
 WIDE, UNIT = ", wide", {"sm_90": "wgmma", "sm_100": "tcgen05"}
 OF_WIDE = ("masked_linear", "masked_linear_input_grad")
@@ -108,9 +85,14 @@ OF_LAYERS = [kernel for kernel in OVER_LAYERS if kernel != "by codes"]
 for of_release in (REDUNDANT, REDUNDANT_IN_OLDEST):
     of_release |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in (*OVER_GROUPS, *OF_LAYERS)}
 REDUNDANT_IN_OLDEST["descend", "gfx942"] |= dict.fromkeys((9, 10), OWN_WAVE)
-OF_NVIDIA = [*itertools.product(TARGETS, KERNELS), *itertools.product(UNIT, (name + WIDE for name in OF_WIDE))]
-CASES = [*OF_NVIDIA, *(("gfx942", kernel) for kernel in (*OVER_GROUPS, *OF_LAYERS))]
+if RELEASE < (3, 9):
+    REDUNDANT["masked_linear", "sm_80"] = REDUNDANT_IN_OLDEST["masked_linear", "sm_80"]
+if RELEASE < (3, 8):
+    REDUNDANT["descend", "gfx942"] = REDUNDANT_IN_OLDEST["descend", "gfx942"]
+WITH_UNIT = [target for target in UNIT if not multiplies_by_warps(target)]
+OF_NVIDIA = [*itertools.product(TARGETS, KERNELS), *itertools.product(WITH_UNIT, (name + WIDE for name in OF_WIDE))]
 QUICK = ("sm_80", "masked_linear"), ("gfx942", "descend")
+CASES = QUICK if IS_BETWEEN else [*OF_NVIDIA, *(("gfx942", kernel) for kernel in (*OVER_GROUPS, *OF_LAYERS))]
 
 
 def call_of(kernel, target):
@@ -159,8 +141,7 @@ def text_of(emulator, call) -> str:
 def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, emulator):
     compiled_for(target)
     call = call_of(kernel, target)
-    before = what_is_found(emulator, call, str)
-    assert before <= emulator.let_pass
+    assert not what_is_found(emulator, call, str)
     text = text_of(emulator, call)
     if kernel.endswith(WIDE):
         assert UNIT[target] in text
@@ -168,7 +149,7 @@ def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, emulator
     assert found
 
     def finds(numbers):
-        return what_is_found(emulator, call, lambda text: without(text, numbers)) - before
+        return what_is_found(emulator, call, lambda text: without(text, numbers))
 
     missed = {k: " ".join(found[k][0][0].split()) for k in range(len(found)) if not finds({k})}
     redundant = redundant_in(kernel, target)
@@ -186,6 +167,7 @@ def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, emulator):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(IS_BETWEEN, reason="of this release the quick cases alone are known")
 def test_most_that_are_taken_away_are_found(compiled_for, emulator):
     """Of all kernels for NVIDIA, by the numbers that the test above holds; docs/verification.md states both ratios."""
     total, reasons = 0, []
@@ -193,7 +175,5 @@ def test_most_that_are_taken_away_are_found(compiled_for, emulator):
         compiled_for(target)
         total += len(synchronisations(text_of(emulator, call_of(kernel, target))))
         reasons += redundant_in(kernel, target).values()
-    # found alone; found with others at once, or idle with all others that are
-    alone, explained = 1 - len(reasons) / total, 1 - reasons.count(LET_PASS) / total
+    alone = 1 - len(reasons) / total
     assert alone >= (0.79 if IS_OLDEST else 0.87), (len(reasons), total)
-    assert explained >= (0.98 if IS_OLDEST else 1), (reasons.count(LET_PASS), total)

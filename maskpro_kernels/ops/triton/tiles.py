@@ -7,7 +7,9 @@ CONTRIBUTING.md explains how to add a tile or an architecture. Nothing is tuned 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -259,6 +261,37 @@ TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=256, tokens=64, k=64, num_stages=3, least_warps=4),
     ),
 }
+# First release of Triton whose products by wgmma or tcgen05 are right. With older ones ``BY_WARPS`` replaces all tiles
+# of its products: fewer than 64 results along the weight are multiplied by warps, with mma.sync.
+#
+# - Until ptxas 13.3 a register may be overwritten while a wgmma still reads the weight from it: Triton's issue 9433.
+#   Triton 3.9 is the first that assembles for sm_90 by a later one, 13.4.
+# - Until Triton 3.7.1 no fence.proxy.async is between asynchronous copies to shared memory and the product that reads
+#   them (PTX ISA 9.7.15.4 demands one): its pull requests 9610 and 10537. A B200 gave wrong results: PyTorch's issue
+#   181248.
+WARP_GROUPS_SINCE = {"sm_90": (3, 9), "sm_100": (3, 7, 1)}
+BY_WARPS: dict[tuple[str, int], tuple[Tiles, ...]] = {
+    ("masked_linear", 2): (
+        Tiles(out=16, tokens=16, k=64),
+        Tiles(out=32, tokens=32, k=64),
+        Tiles(out=32, tokens=64, k=64, num_warps=8),
+        Tiles(out=32, tokens=128, k=64, num_warps=8),
+    ),
+    ("masked_linear_input_grad", 2): (
+        Tiles(out=32, tokens=16, k=32),
+        Tiles(out=32, tokens=32, k=32),
+        Tiles(out=32, tokens=64, k=32),
+        Tiles(out=64, tokens=128, k=32, num_warps=8),
+    ),
+    ("masked_linear_weight_grad", 2): (Tiles(out=32, tokens=32, k=64),),
+    ("straight_through", 2): (Tiles(out=32, tokens=32, k=64),),
+    # two warps: each loads the tile of x
+    ("packed_linear", 2): (
+        Tiles(out=32, tokens=16, k=128, num_warps=2),
+        Tiles(out=32, tokens=32, k=64, num_warps=2),
+        Tiles(out=32, tokens=64, k=64, num_warps=2),
+    ),
+}
 # Products whose results are along the columns of the weight; others have results along its rows
 ACROSS_COLUMNS = ("masked_linear_input_grad",)
 
@@ -411,4 +444,16 @@ def _from_table(product: str, target: str, itemsize: int, tokens: int, rows: int
 
 def tiles_of(product: str, target: str, itemsize: int) -> tuple[Tiles, ...]:
     """Tiles of a product of operands of ``itemsize`` bytes."""
+    if (product, itemsize) in BY_WARPS and multiplies_by_warps(target):
+        return BY_WARPS[product, itemsize]
     return TARGETS[target].tiles.get((product, itemsize), TILES[product, itemsize])
+
+
+def multiplies_by_warps(target: str) -> bool:
+    """Return whether the installed Triton is older than ``WARP_GROUPS_SINCE`` of a target."""
+    if target not in WARP_GROUPS_SINCE:
+        return False
+    # at the first product: this module is imported where Triton is not
+    version = importlib.import_module("triton").__version__
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return release < WARP_GROUPS_SINCE[target]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from maskpro_kernels.ops.triton import tiles
 
@@ -120,8 +121,36 @@ def test_each_lane_has_a_group_to_draw(monkeypatch):
 
 
 def test_a_target_takes_tiles_of_its_own_in_place_of_those_of_all(monkeypatch):
+    monkeypatch.setattr(tiles, "multiplies_by_warps", lambda target: False)
     own = (tiles.Tiles(out=128, tokens=16, k=64),)
     row = replace(tiles.TARGETS["sm_90"], tiles={("masked_linear", 2): own})
     monkeypatch.setitem(tiles.TARGETS, "sm_90", row)
     assert tiles.tiles_of("masked_linear", "sm_90", 2) == own
     assert tiles.tiles_of("masked_linear", "sm_90", 4) == tiles.TILES["masked_linear", 4]
+
+
+@pytest.mark.parametrize(
+    ("version", "by_warps"),
+    [
+        ("3.6.0", ["sm_90", "sm_100"]),
+        ("3.7.0", ["sm_90", "sm_100"]),
+        ("3.7.1", ["sm_90"]),
+        ("3.8.0+git1234567", ["sm_90"]),
+        ("3.9.0", []),
+        ("3.10.0", []),
+    ],
+)
+def test_releases_whose_wgmma_or_tcgen05_is_wrong_multiply_by_warps(version, by_warps, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    for target in tiles.TARGETS:
+        for (product, itemsize), replacement in tiles.BY_WARPS.items():
+            replaced = tiles.tiles_of(product, target, itemsize) == replacement
+            assert replaced == (target in by_warps), (product, target)
+
+
+def test_tiles_by_warps_have_fewer_results_than_wgmma_takes():
+    for (product, _), replacement in tiles.BY_WARPS.items():
+        side = "k" if product in tiles.ACROSS_COLUMNS else "out"
+        assert all(getattr(tile, side) < 64 for tile in replacement), product
+    by_dot = {key for key in tiles.TILES if key[1] == 2} - {("sparse_mma", 2), ("straight_through_step", 2)}
+    assert tiles.BY_WARPS.keys() == by_dot
