@@ -25,6 +25,7 @@ from .functional.checks import (
     check_shard,
     check_weight,
     describe,
+    in_transform,
     matrix_of,
 )
 from .functional.linear import LogitsBackward, linear_under
@@ -87,10 +88,11 @@ class MaskedLinear(nn.Module):
             itself needs an attribute ``moves_logits`` that is true, so that ``torch.compile`` leaves it out of graphs.
         cached_mask: the current draw, if all layers drew together, see ``ModelMasks``; None if each use draws again.
         kept_codes: group codes of the N largest logits, a byte a group (four for M = 16), if a use in eval mode has
-            chosen them. The next use takes them unless the logits have changed: another tensor, a new place, dtype or
-            ``_version``. ``train`` and ``eval`` drop them. A write through ``logits.data`` does not count for torch:
-            call ``eval`` again after one. Compiled and captured graphs, and layers that fully_shard has split, choose
-            the N largest again at each use.
+            chosen them. The next use takes them unless the logits have changed in place, which torch counts, or are
+            another tensor, or elsewhere. ``train``, ``eval``, a move and a cast drop them. Torch does not count writes
+            through ``logits.data`` or by kernels of other packages: call ``eval`` again after them. Compiled, traced
+            and captured graphs, transforms of torch.func, tensors of inference mode and layers that fully_shard has
+            split choose the N largest again at each use.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is lost. Code that changes them sets it. The state_dict contains it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
@@ -278,9 +280,7 @@ class MaskedLinear(nn.Module):
         device = self.weight.device
         n = self.pattern.n
         m = self.pattern.m
-        # a graph must choose in each replay; a tensor of functional_call or of a transform is not the layer's for long
-        is_graph = torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if is_graph or self.shard is not None or type(self.logits) is not nn.Parameter or self.logits.is_inference():
+        if self.shard is not None or not _may_keep(self.logits, device):
             return ops.top_n_mask(logits.to(device), n, m)
         kept = self.kept_codes
         if kept is not None and kept.are_of(self.logits, device):
@@ -386,6 +386,8 @@ class MaskedLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> MaskedLinear:
         check_cast(fn, self.weight)
+        # a parameter that moves remains the same tensor, with its version
+        self.kept_codes = None
         super()._apply(fn, recurse)
         # ``to_empty`` makes new tensors without values
         self.layer_id.fill_(self._layer)
@@ -449,6 +451,15 @@ class MaskedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}, layer={self.layer}{shard if self.is_shard else ''}"
         )
+
+
+def _may_keep(logits: Tensor, device: torch.device) -> bool:
+    """Return whether codes of a layer's logits may be kept: outside of graphs and transforms, with a version."""
+    if torch.compiler.is_compiling() or type(logits) is not nn.Parameter or logits.is_inference() or logits.is_meta:
+        return False
+    if torch.jit.is_tracing() or in_transform():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _onnx_weight(weight: Tensor, logits: Tensor, n: int, m: int) -> Tensor:

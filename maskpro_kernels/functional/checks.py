@@ -204,6 +204,11 @@ def check_transforms(refused: str, works: str) -> bool:
     return True
 
 
+def in_transform() -> bool:
+    """Return whether a transform of torch.func sees the call."""
+    return bool(_transforms())
+
+
 def in_forward_mode() -> bool:
     """Return whether tensors may have forward-mode derivatives."""
     # a private variable of torch: asking each tensor takes longer than a small product

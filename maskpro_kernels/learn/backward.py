@@ -92,7 +92,9 @@ class BackwardPass:
 
         ``equal_order`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
         ``ops.curvature_factors``. If a slope is not finite, the logits of such weights and the running mean square do
-        not change, see ``bad_layers``. On one rank nothing is read from the device and nothing copied to it.
+        not change, see ``bad_layers``. On one rank nothing is read from the device, and if ``tokens`` and logits are
+        there already, a CUDA graph can hold a pass and its forward; it reads the learning rate from
+        ``RunningSquares.lr``.
         """
         # forwards that compute activations again do not count
         self.unwatch()
@@ -100,9 +102,17 @@ class BackwardPass:
         self.used_once = True
         if not equal_order:
             self.queue.clear()
+        if not self.remaining_passes:
+            for squares in {updater.squares for updater in self.updaters.values()}:
+                squares.set_rates()
+        tokens_on: dict[torch.device, Tensor | None] = {}
         for updater in self.updaters.values():
+            device = updater.layer.weight.device
+            if device not in tokens_on:
+                # once a pass, not in each layer
+                tokens_on[device] = None if tokens is None else tokens.to(device, non_blocking=device.type != "cpu")
             updater.weight = weight
-            updater.tokens = tokens
+            updater.tokens = tokens_on[device]
             updater.at_once = self.ranks.world_size == 1 and self.batches == 1 and updater.uses <= 1
         torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
         self._end_pass()
@@ -312,7 +322,8 @@ class RunningSquares:
 
     Attributes:
         squares: float64 [layers].
-        rates: lr / rms of the step, float32 [layers]; 0 where the square is 0.
+        lr: learning rate of the step, 0-dim float64.
+        rates: lr / rms, float32 [layers]; 0 where the square is 0.
         latest: of each layer the mean square of the step's slopes, 0-dim float32; None without slopes.
     """
 
@@ -320,23 +331,26 @@ class RunningSquares:
         self.squares = torch.tensor(squares, dtype=torch.float64, device=device)
         self.rates = torch.zeros(len(squares), dtype=torch.float32, device=device)
         self.latest: list[Tensor | None] = [None] * len(squares)
-        self._lr = torch.zeros((), dtype=torch.float64, device=device)
+        self.lr = torch.zeros((), dtype=torch.float64, device=device)
         self._decay = 0.0
         # whether the host has seen a square above 0
         self._seen = [square > 0.0 for square in squares]
 
     def begin(self, lr: float, decay: float) -> None:
-        """Set the rates of a step."""
-        self._lr.fill_(lr)
+        """Begin a step."""
+        self.lr.fill_(lr)
         self._decay = decay
         self.latest = [None] * len(self.latest)
-        self.rates.copy_(rates_of(self._lr, self.squares))
+
+    def set_rates(self) -> None:
+        """Compute the rates of a step, before its last backward."""
+        self.rates.copy_(rates_of(self.lr, self.squares))
 
     def rate(self, index: int, square: Callable[[], Tensor]) -> Tensor:
         """Rate of a layer, 0-dim float32; before its first square above 0 by ``square()``, that of the step."""
         if self._seen[index]:
             return self.rates[index]
-        of_step = rates_of(self._lr, square().to(self._lr))
+        of_step = rates_of(self.lr, square().to(self.lr))
         return torch.where(self.squares[index] > 0.0, self.rates[index], of_step)
 
     def update(self) -> None:

@@ -115,19 +115,20 @@ class KeptCodes:
         self.codes = codes
         # an id would be that of another tensor some day
         self._logits = weakref.ref(logits)
-        self._state = _state_of(logits)
+        self._state = _state_of(logits, codes.device)
 
     def __reduce__(self) -> tuple:
         return type(None), ()
 
     def are_of(self, logits: Tensor, device: torch.device) -> bool:
-        """Return whether the codes are those of ``logits`` as they are now, and on ``device``."""
-        return self._logits() is logits and self._state == _state_of(logits) and self.codes.device == device
+        """Return whether the codes are those of ``logits`` as they are now, on ``device`` and its current stream."""
+        return self._logits() is logits and self._state == _state_of(logits, device)
 
 
-def _state_of(tensor: Tensor) -> tuple:
-    # a module's ``to`` replaces memory without counting it
-    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape
+def _state_of(logits: Tensor, device: torch.device) -> tuple:
+    # another stream might read codes before they are written
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return logits._version, logits.data_ptr(), logits.dtype, logits.device, logits.shape, device, stream
 
 
 def version_of(tensor: Tensor) -> int | None:
