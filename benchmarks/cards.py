@@ -45,7 +45,7 @@ class Architecture:
 
 
 # Reached: TFLOPS of the MAMF table of stas00/ml-engineering, compute/accelerator, over processors * operations * clock:
-# 271 of an A100's 312, 794 of an H100 SXM's 1,070 at 1.98 GHz, 1,745 of a B200's 2,382 at 1.965 GHz. 105 to 115 of an
+# 267.9 of an A100's 312, 794 of an H100 SXM's 1,070 at 1.98 GHz, 1,745 of a B200's 2,382 at 1.965 GHz. 105 to 115 of an
 # L20's 119: DefTruth/CUDA-Learn-Notes, hgemm; other cards that multiply by ``mma.sync`` alone are taken to be alike
 _SMALL = {"operations": (512, 1024), "reached": 0.92, "shared": 100 << 10, "warps": 48}
 # ``mma`` reaches 62.9% of a Hopper's peak, ``wgmma`` 96%: Luo et al., arXiv 2501.12084. Of 10.0 no figure is published:

@@ -16,7 +16,7 @@ import argparse
 import functools
 
 import torch
-from aot import Built, build, build_packed, build_product
+from aot import Built, build, build_packed, build_product, warnings
 from cards import CARDS, SPARSE, Card
 from modelled_costs import CHIPS, clocks, counted, expected
 
@@ -42,17 +42,18 @@ WGMMA_ROWS = 64
 
 
 def launch(card: Card, counts: dict[str, float], weights: float, moved: float, *, programs: int, resident: int,
-           cached: float = 0.0, multiplied: float = 0.0) -> float:  # fmt: skip
+           cached: float = 0.0, multiplied: float = 0.0, serialized: bool = False) -> float:  # fmt: skip
     """Seconds of a launch.
 
     ``counts`` are instructions a weight by pipe, ``moved`` and ``cached`` bytes from memory and from the L2 cache,
-    ``multiplied`` seconds of all matrix units, ``resident`` the programs that fit into a processor.
+    ``multiplied`` seconds of all matrix units, ``resident`` the programs that fit into a processor. ``serialized`` is
+    true if a program's products wait for each other, see ``aot.warnings``.
     """
     lanes = CHIPS[card.target].lanes | {"fp32": card.fp32}
     pipes = {pipe: weights * count / (card.processors * card.clock) for pipe, count in clocks(lanes, counts).items()}
     max_programs = -(-programs // card.processors)
     computed = max(*pipes.values(), multiplied)
-    if min(resident, max_programs) == 1:
+    if serialized or min(resident, max_programs) == 1:
         computed = max(pipes[pipe] for pipe in pipes if pipe != "lsu") + pipes["lsu"] + multiplied
     # the processor with the most programs
     computed *= max_programs * card.processors / programs
@@ -94,6 +95,11 @@ def _masked(target: str, tile: Tiles, kind: str) -> tuple[Built, dict, dict]:
     return built, *counted(built, tile.out * tile.k / (32 * tile.num_warps), True, kind == "drawn")
 
 
+@functools.cache
+def _warnings(target: str, tile: Tiles, kind: str) -> list[str]:
+    return warnings(_masked(target, tile, kind)[0])
+
+
 def masked(card: Card, tokens: int, rows: int, k: int, gap: float, kind: str = "drawn") -> float:
     """Seconds of ``masked_linear``: one pass."""
     tile = tiles_for("masked_linear", M, BF16, tokens, rows, k, card.target)
@@ -109,6 +115,7 @@ def masked(card: Card, tokens: int, rows: int, k: int, gap: float, kind: str = "
         card, expected(counts, tile.out * tile.k // M, N, M, gap), rows * k * token_blocks,
         weight + 2 * tokens * (rows + k), cached=cached, multiplied=2 * token_blocks * tile.tokens * rows * k / rate,
         programs=blocks * token_blocks * parts, resident=card.resident(built, tile.num_warps),
+        serialized="C7515" in _warnings(card.target, tile, kind),
     )  # fmt: skip
 
 
