@@ -209,7 +209,7 @@ def build_curvature(
         | dict.fromkeys(("grad", "x"), f"*{operand}")
         | dict.fromkeys(("token_squares", "partial", "row_squares", "loss_tokens"), "*fp32")
         | dict.fromkeys(("factor_of_rows", "factor_of_columns"), "*fp32")
-        | {"curvature": "fp32", "rows": "i32", "columns": "i32"}
+        | {"curvature": "fp32", "tokens_of_mean": "fp32", "rows": "i32", "columns": "i32"}
     )
     values = {"ROWS": config.rows, "BLOCK": config.block} | constants
     constants = {name: values[name] for name in function.arg_names if name in values}

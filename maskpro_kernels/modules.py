@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import ops
 from .fsdp import RowShard, attach, sharded_modules
@@ -87,12 +88,13 @@ class MaskedLinear(nn.Module):
             None, the default: the logits get a gradient through ``log_prob`` alone. A function that updates the logits
             itself needs an attribute ``moves_logits`` that is true, so that ``torch.compile`` leaves it out of graphs.
         cached_mask: the current draw, if all layers drew together, see ``ModelMasks``; None if each use draws again.
-        kept_codes: group codes of the N largest logits, a byte a group (four for M = 16), if a use in eval mode has
-            chosen them. The next use takes them unless the logits have changed in place, which torch counts, or are
-            another tensor, or elsewhere. ``train``, ``eval``, a move and a cast drop them. Torch does not count writes
-            through ``logits.data`` or by kernels of other packages: call ``eval`` again after them. Compiled, traced
-            and captured graphs, transforms of torch.func, tensors of inference mode and layers that fully_shard has
-            split choose the N largest again at each use.
+        kept_codes: group codes of the N largest logits, a byte a group (four for M = 16), from the last forward in eval
+            mode. The next one takes them unless the logits have changed in place, which torch counts, or are another
+            tensor, or elsewhere. ``train``, ``eval``, a move and a cast drop them. Torch does not count writes through
+            ``logits.data``, by its fused optimizers, by collectives, or by replays of a CUDA graph: call ``eval`` again
+            after those. A forward in a compiled, traced or captured graph, in a transform of torch.func, of inference
+            tensors, or of a layer that fully_shard has split chooses again. So do ``masked_weight`` and all that
+            writes masks.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is lost. Code that changes them sets it. The state_dict contains it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
@@ -231,7 +233,8 @@ class MaskedLinear(nn.Module):
             return nn.functional.linear(input, _onnx_weight(weight, self.logits, self.pattern.n, self.pattern.m), bias)
         if getattr(backward, "moves_logits", False) and torch.compiler.is_compiling():
             return _outside_of_graphs(self, input)
-        y, _ = linear_under(input, weight, bias, self._mask(self.training), logits_backward=backward)
+        mask = self._mask(drawn=self.training, may_keep=True)
+        y, _ = linear_under(input, weight, bias, mask, logits_backward=backward)
         return self._warning(y) if backward is None else y
 
     def _forward_of_shards(self, input: Tensor) -> Tensor:
@@ -261,8 +264,11 @@ class MaskedLinear(nn.Module):
             y.register_hook(_warn_of_lost_slopes)
         return y
 
-    def _mask(self, drawn: bool) -> MaskSource:
-        """Source of the mask: the draw of the current step if ``drawn``, else the N largest logits."""
+    def _mask(self, drawn: bool, may_keep: bool = False) -> MaskSource:
+        """Source of the mask: the draw of the current step if ``drawn``, else the N largest logits.
+
+        Only a forward ``may_keep`` their codes: what is written to a file depends on no count of changes.
+        """
         weight = self.own_weight
         n = self.pattern.n
         m = self.pattern.m
@@ -273,14 +279,14 @@ class MaskedLinear(nn.Module):
             raise ValueError(f"logits: expected those of a weight {list(weight.shape)}, got {describe(logits)}")
         if drawn:
             return MaskSource(logits, "drawn", n, m, 1.0, counter=self.counter(), codes=cached)
-        return MaskSource(self._top_n_codes(logits.detach()), "codes", n, m, 1.0)
+        return MaskSource(self._top_n_codes(logits.detach(), may_keep), "codes", n, m, 1.0)
 
-    def _top_n_codes(self, logits: Tensor) -> Tensor:
+    def _top_n_codes(self, logits: Tensor, may_keep: bool) -> Tensor:
         """Group codes of the N largest ``logits``, on the weight's device; see ``kept_codes``."""
         device = self.weight.device
         n = self.pattern.n
         m = self.pattern.m
-        if self.shard is not None or not _may_keep(self.logits, device):
+        if not may_keep or self.shard is not None or not _has_count_of_changes(self.logits, device):
             return ops.top_n_mask(logits.to(device), n, m)
         kept = self.kept_codes
         if kept is not None and kept.are_of(self.logits, device):
@@ -453,11 +459,11 @@ class MaskedLinear(nn.Module):
         )
 
 
-def _may_keep(logits: Tensor, device: torch.device) -> bool:
-    """Return whether codes of a layer's logits may be kept: outside of graphs and transforms, with a version."""
+def _has_count_of_changes(logits: Tensor, device: torch.device) -> bool:
+    """Return whether torch counts the changes of a layer's logits, and no graph or transform sees the call."""
     if torch.compiler.is_compiling() or type(logits) is not nn.Parameter or logits.is_inference() or logits.is_meta:
         return False
-    if torch.jit.is_tracing() or in_transform():
+    if torch.jit.is_tracing() or in_transform() or _get_current_dispatch_mode() is not None:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -497,6 +503,9 @@ def evaluating(model: nn.Module, checkpointing: bool = False) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+            if isinstance(module, MaskedLinear):
+                # not memory of a training
+                module.kept_codes = None
 
 
 def tensors_of_base(model: nn.Module) -> list[Tensor]:

@@ -205,12 +205,15 @@ class Ranks:
         if self.world_size > 1:
             self.bytes_sent += tensor.nbytes
             dist.all_reduce(tensor, group=self._group_of(tensor))
+            # torch does not count what a collective writes
+            torch.autograd.graph.increment_version(tensor)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Replace a tensor by that of rank 0."""
         if self.world_size > 1:
             self.bytes_sent += tensor.nbytes if self.is_main_process else 0
             dist.broadcast(tensor, 0, group=self._group_of(tensor))
+            torch.autograd.graph.increment_version(tensor)
 
     def reduce_scatter_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
         """Return this rank's rows [rows, K] of the sum of a contiguous [out, K] over all ranks, equal in each copy.

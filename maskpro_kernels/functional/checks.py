@@ -264,8 +264,10 @@ def check_device(name: str, device: torch.device | str | int) -> torch.device:
         reason = (missing_gpu() if is_gpu else None) or str(error).partition("\n")[0]
         raise ValueError(f"{name}: expected one of {devices}, got {in_a_line(device)}: {reason}") from error
     if is_gpu:
-        # refuses old ones
-        architecture(found)
+        try:
+            architecture(found)
+        except ValueError as error:
+            raise ValueError(str(error).replace("device:", f"{name}:", 1)) from None
     return found
 
 

@@ -313,8 +313,9 @@ def descent(layer: MaskedLinear, logits: Tensor, slopes: Tensor, max_update: flo
 class RunningSquares:
     """Running mean squares of the slopes of layers on one device, and the rates of a step by them.
 
-    All stay on the device at the same addresses. So a step's backward passes can be captured in a CUDA graph, after
-    steps in which the host has seen a square above 0 of each layer.
+    All stay on the device, at the same addresses until a state is loaded or the model moves. So a step's backward
+    passes can be captured in a CUDA graph, after steps in which the host has seen a square above 0 of each layer. What
+    a graph holds of ``begin`` has the learning rate of the capture.
 
     Args:
         squares: of each layer; 0 before the first one above 0.

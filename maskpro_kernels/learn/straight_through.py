@@ -141,7 +141,10 @@ class StraightThrough(Estimator):
         return {"mean_squares": self._mean_squares(), "fisher_passes": dict(self._fisher.passes)}
 
     def load_state(self, state: Mapping) -> None:
-        self._place_squares(state["mean_squares"])
+        mean_squares = state["mean_squares"]
+        if unknown := sorted(mean_squares.keys() - self._updaters.keys()):
+            raise ValueError(f"state: expected mean squares of the model's layers, got some of {unknown}")
+        self._place_squares(mean_squares)
         self._fisher.passes.update(state["fisher_passes"])
         for learner in self._learners.values():
             learner.restore()

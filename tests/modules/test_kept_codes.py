@@ -7,13 +7,16 @@ import pickle
 
 import pytest
 import torch
-from helpers.bits import assert_same_bits
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import normal
+from torch import distributed as dist
 from torch import nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import maskpro_kernels as mk
+from maskpro_kernels.modules import evaluating
+from maskpro_kernels.ranks import Ranks
 
 
 @pytest.fixture
@@ -47,8 +50,11 @@ def test_evaluation_forwards_choose_once(layer, launched):
     y = layer(X.requires_grad_())
     y.sum().backward()
     X.requires_grad_(False)
-    assert_same_bits(layer.masked_weight(), layer.top_n_weight())
     assert_chosen(layer, launched, 0)
+    # what may be written to a file is chosen again
+    launched.clear()
+    layer.top_n_weight()
+    assert launched["top_n_mask"] == 1
 
 
 CHANGES = {
@@ -109,6 +115,37 @@ def test_copies_and_states_have_no_codes(layer, launched):
             assert_chosen(other, launched, 1)
     assert states == {"weight", "bias", "logits", "_extra_state"}
     assert layer.train().kept_codes is None
+
+
+def test_an_evaluation_within_training_leaves_nothing(layer, launched):
+    layer.train()
+    with torch.no_grad(), evaluating(layer):
+        layer(X)
+        assert layer.kept_codes is not None
+    assert layer.kept_codes is None and layer.training
+
+
+def test_collectives_count_as_changes(layer, monkeypatch):
+    """torch does not count what they write."""
+    ranks = Ranks()
+    ranks.world_size = 2
+    for name in ("broadcast", "all_reduce"):
+        monkeypatch.setattr(dist, name, lambda tensor, *_, **__: tensor.data.mul_(-1.0))
+    monkeypatch.setattr(Ranks, "_group_of", lambda *_: None)
+    with torch.no_grad():
+        for write in (ranks.broadcast, ranks.all_reduce):
+            layer(X)
+            write(layer.logits.detach())
+            torch.testing.assert_close(layer(X), expected(layer), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trace", [lambda layer: torch.jit.trace(layer, X), lambda layer: make_fx(layer)(X)])
+def test_traced_graphs_follow_their_logits(trace, layer):
+    with torch.no_grad():
+        layer(X)
+        graph = trace(layer)
+        layer.logits.mul_(-1.0)
+        torch.testing.assert_close(graph(X), expected(layer), rtol=1e-5, atol=1e-5)
 
 
 def test_tensors_of_a_call_are_not_the_layers(layer, launched):

@@ -46,19 +46,17 @@ def load_squares(token_squares, first, tokens, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
 def curvature_factors_kernel(
-    token_squares, partial, x, row_squares, loss_tokens, factor_of_rows, factor_of_columns, curvature,
+    token_squares, partial, x, row_squares, loss_tokens, factor_of_rows, factor_of_columns, curvature, tokens_of_mean,
     tokens: tl.int64, parts: tl.int64, rows, columns,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of one of the factors: the first programs add squares of x [tokens, columns], the others those of
-    ``partial`` [parts, rows]."""
+    ``partial`` [parts, rows]. ``tokens_of_mean`` is their number as a float, at least 1."""
     total = tl.zeros((SCAN,), tl.float32)
     for first in range(0, tokens, SCAN):
         squares, _ = load_squares(token_squares, first, tokens, SCAN)
         # a row that is not finite has no part in the mean, but a gradient
         total += tl.where(squares < float("inf"), squares, 0.0)
-    # an int32, which AMD's GPUs convert by one instruction
-    tokens_of_mean = tl.maximum(tokens.to(tl.int32), 1).to(tl.float32)
     least = LEAST * tl.div_rn(tl.sum(total, 0), tokens_of_mean)
     used = tl.zeros((SCAN,), tl.float32)
     for first in range(0, tokens, SCAN):
@@ -117,5 +115,5 @@ def curvature_factors(grad, x, curvature, tokens, row_squares):
     programs = triton.cdiv(columns, FACTORS.block) + triton.cdiv(rows, FACTORS.block)
     launch_blocks(curvature_factors_kernel, "curvature_factors", programs, FACTORS, device,
                   token_squares, partial, x, row_squares, tokens, factor_of_rows, factor_of_columns, curvature,
-                  count, parts, rows, columns)  # fmt: skip
+                  float(max(count, 1)), count, parts, rows, columns)  # fmt: skip
     return factor_of_rows, factor_of_columns

@@ -104,8 +104,8 @@ class Target:
 
 
 # From 64 tokens on an H100 takes masks from codes alone. Each block of weight rows reads all of x from the L2 cache,
-# which bounds the time: so 128 rows a block, for two warp groups of wgmma. Of 32 columns, two programs fit into the
-# registers of a processor.
+# which bounds the time: so 128 rows a block, for two warp groups of wgmma. Of 32 columns two programs by codes fit into
+# the registers of a processor.
 _SM_90_TILES = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
@@ -337,7 +337,7 @@ def architecture(device: torch.device) -> str:
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise ValueError(
             f"device: expected a GPU of compute capability {least} or higher, which the kernels need, got {device} of "
-            f"{major}.{minor}"
+            f"{major}.{minor}; choose the CPU"
         )
     return _target_of(f"sm_{major}{minor}", NVIDIA_TARGET)
 

@@ -94,7 +94,7 @@ def test_a_card_below_the_least_capability_is_refused_each_time(device, capabili
             ValueError,
             match=r"^device: expected a GPU of compute capability 8\.0 or higher, [^\n]*, got cuda:1 of "
             + re.escape(".".join(map(str, capability)))
-            + "$",
+            + "; choose the CPU$",
         ):
             tiles.architecture(card)
 
