@@ -193,9 +193,11 @@ def tests_row(files: Sequence[str], selected: str, limit: float, workers: int) -
 def outcomes(text: str, code: int | None) -> dict:
     """What pytest has printed: numbers of tests that passed, those that failed, and why none has run."""
     passed = len(re.findall(r"\bPASSED\b", text))
-    failed = re.findall(r"\b(?:FAILED|ERROR) (tests/.*)", text)
+    # while they run: pytest writes the outcome behind a name, its xdist before it, as a summary does
+    behind = re.findall(r"^(tests/.*::.*?) (?:FAILED|ERROR)\b", text, re.M)
+    before = re.findall(r"^(?:\[gw\d+\] .*?)?(?:FAILED|ERROR) (tests/.*)", text, re.M)
     # a summary repeats the names, with reasons
-    failed = {name.partition(" - ")[0].strip(): name.strip() for name in failed}
+    failed = {name.partition(" - ")[0].strip(): name.strip() for name in [*behind, *before]}
     # a file that cannot be collected has no test that failed
     failed = [line for name, line in failed.items() if "::" in name]
     row = {"passed": passed, "failed": failed, "cut off": code is None}

@@ -263,11 +263,25 @@ tests/conftest.py:9: in <module>
     import mpmath
 E   ModuleNotFoundError: No module named 'mpmath'
 """
-SUMMARY = """
-tests/ops/triton/test_gpu.py::test_a[2:4] PASSED
-tests/ops/triton/test_gpu.py::test_b[2:4] FAILED
-FAILED tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8
+GPU_TESTS = "tests/ops/triton/test_gpu.py"
+# As pytest prints while it runs
+RUNNING = f"""
+{GPU_TESTS}::test_a[2:4] PASSED                    [ 25%]
+{GPU_TESTS}::test_b[2:4] FAILED                    [ 50%]
+{GPU_TESTS}::test_c[2:4] ERROR                     [ 75%]
 """
+# With pytest-xdist
+DISTRIBUTED = f"""
+[gw1] [ 25%] PASSED {GPU_TESTS}::test_a[2:4]
+[gw0] [ 50%] FAILED {GPU_TESTS}::test_b[2:4]
+[gw1] [ 75%] ERROR {GPU_TESTS}::test_c[2:4]
+"""
+SUMMARY = f"""
+FAILED {GPU_TESTS}::test_b[2:4] - AssertionError: 3 of 8
+ERROR {GPU_TESTS}::test_c[2:4] - RuntimeError: no memory
+"""
+FAILED = [f"{GPU_TESTS}::test_b[2:4]", f"{GPU_TESTS}::test_c[2:4]"]
+FAILED_WITH_REASONS = [f"{FAILED[0]} - AssertionError: 3 of 8", f"{FAILED[1]} - RuntimeError: no memory"]
 
 
 @pytest.mark.parametrize(
@@ -276,9 +290,13 @@ FAILED tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8
         (BLOCKED, 4, {"passed": 0, "failed": [], "not run": "ModuleNotFoundError: No module named 'mpmath'"}),
         ("== no tests ran in 1.00s ==", 5, {"passed": 0, "failed": [], "not run": "no tests ran in 1.00s"}),
         ("", -9, {"passed": 0, "failed": [], "not run": "pytest has said nothing"}),
-        (SUMMARY, 1, {"passed": 1, "failed": ["tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8"]}),
-        (SUMMARY.splitlines()[1], None, {"passed": 1, "failed": [], "cut off": True}),
+        (RUNNING, None, {"passed": 1, "failed": FAILED, "cut off": True}),
+        (DISTRIBUTED, None, {"passed": 1, "failed": FAILED, "cut off": True}),
+        (RUNNING, -11, {"passed": 1, "failed": FAILED}),
+        (RUNNING + SUMMARY, 1, {"passed": 1, "failed": FAILED_WITH_REASONS}),
+        (DISTRIBUTED + SUMMARY, 1, {"passed": 1, "failed": FAILED_WITH_REASONS}),
+        (RUNNING.splitlines()[1], None, {"passed": 1, "failed": [], "cut off": True}),
     ],
 )
-def test_a_blocked_run_of_tests_says_why(text, code, expected):
+def test_outcomes_of_a_run_of_tests(text, code, expected):
     assert children.outcomes(text, code) == {"cut off": False} | expected
