@@ -205,4 +205,6 @@ def outcomes(text: str, code: int | None) -> dict:
         errors = re.findall(r"^E +(\w+(?:Error|Exception)\b.*)$", text, re.M)
         lines = [*errors, *reversed(text.strip().splitlines()), "pytest has said nothing"]
         row["not run"] = lines[0].strip("= ")[:200].replace("|", "/")
+    elif code == 0 and not passed:
+        row["not run"] = f"no test has passed: {text.strip().splitlines()[-1].strip('= ')}"
     return row

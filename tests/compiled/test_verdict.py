@@ -186,6 +186,17 @@ def test_a_missing_package_is_said_first_and_is_no_failure(rehearsed):
     assert "cuSPARSELt" in first["not run"] and report["tests"][0]["failed"] == []
 
 
+def test_what_has_no_result_does_not_pass():
+    """Its tests are skipped, and it needs a second GPU."""
+    tests = {"tests": "2:4", "seconds": 1.0} | children.outcomes("== 3 skipped in 1.00s ==", 0)
+    report = command.empty_report(emulated=False) | {"finished": True, "tests": [tests]}
+    assert status(report) == needs.INCOMPLETE
+    assert lines_of(page(report))["RIGHT"] == "INCOMPLETE, nothing wrong in 0 cases and 0 tests"
+    assert lines_of(page(report))["not run"] == "tests (2:4): no test has passed: 3 skipped in 1.00s"
+    second = {"case": "layers on a second GPU", "shape": "", "timed": False, "right": "not run: one GPU"}
+    assert status(report | {"tests": [], "cases": [second]}) == needs.INCOMPLETE
+
+
 PLANTED_TESTS = """
 import time
 import pytest
@@ -289,6 +300,11 @@ FAILED_WITH_REASONS = [f"{FAILED[0]} - AssertionError: 3 of 8", f"{FAILED[1]} - 
     [
         (BLOCKED, 4, {"passed": 0, "failed": [], "not run": "ModuleNotFoundError: No module named 'mpmath'"}),
         ("== no tests ran in 1.00s ==", 5, {"passed": 0, "failed": [], "not run": "no tests ran in 1.00s"}),
+        (
+            "== 3 skipped in 1.00s ==",
+            0,
+            {"passed": 0, "failed": [], "not run": "no test has passed: 3 skipped in 1.00s"},
+        ),
         ("", -9, {"passed": 0, "failed": [], "not run": "pytest has said nothing"}),
         (RUNNING, None, {"passed": 1, "failed": FAILED, "cut off": True}),
         (DISTRIBUTED, None, {"passed": 1, "failed": FAILED, "cut off": True}),
