@@ -119,6 +119,10 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
     report["environment"] = environment(seen.get("name", "not seen"), seen.get("properties", {}).get("major", 0) >= 10)
     if not seen.get("cuSPARSELt"):
         report["not run"].append("torch's products by cuSPARSELt (this torch has none)")
+    if reason := refused(seen):
+        # instead of each case
+        save(report := report | {"not run": [reason], "finished": True})
+        return report
     save(report)
     workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1, seen.get("memory", 0) // WORKER_BYTES))
 
@@ -157,6 +161,17 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
     report["finished"] = True
     save(report)
     return report
+
+
+def refused(seen: dict) -> str | None:
+    """Why no kernel runs on a GPU of NVIDIA that has been seen."""
+    if "properties" not in seen or torch.version.hip is not None:
+        return None
+    capability = seen["properties"]["major"], seen["properties"]["minor"]
+    if capability >= tiles.LEAST_CAPABILITY:
+        return None
+    found, least = (".".join(map(str, version)) for version in (capability, tiles.LEAST_CAPABILITY))
+    return f"compute capability {found}, expected {least} or newer"
 
 
 def merged(of_check: dict, of_time: dict | None = None) -> dict:

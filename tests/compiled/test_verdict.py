@@ -154,6 +154,15 @@ def test_times_on_an_unknown_card_are_not_judged(reason, rehearsed):
     assert rows_of(text)["slow"][1] == "1000000.0"
 
 
+def test_an_old_gpu_is_refused_once(rehearsed):
+    scenario = {"properties": H100 | {"major": 7, "minor": 5}, "cases": {"wrong": [1.0, "wrong"]}}
+    code, report, text = rehearsed(scenario)
+    assert code == needs.INCOMPLETE and report["finished"]
+    assert lines_of(text)["RIGHT"] == "INCOMPLETE, nothing wrong in 0 cases and 0 tests"
+    assert lines_of(text)["not run"] == "compute capability 7.5, expected 8.0 or newer"
+    assert "wrong" not in rows_of(text)
+
+
 def test_right_and_fast_are_judged_apart(rehearsed):
     """Wrong is not slow, and an error of the model is neither."""
     outcomes = {"right": [2e-5, None], "wrong": [2e-5, "wrong"], "slow": [1e-4, None], "model": [1.0, "model"]}
