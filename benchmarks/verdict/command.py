@@ -32,6 +32,7 @@ import host_time
 import torch
 import triton
 
+from maskpro_kernels.functional.checks import missing_gpu
 from maskpro_kernels.ops.triton import tiles
 
 from . import children, needs, timing
@@ -121,7 +122,8 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
         report["not run"].append("torch's products by cuSPARSELt (this torch has none)")
     if reason := refused(seen):
         # instead of each case
-        save(report := report | {"not run": [reason], "finished": True})
+        report |= {"not run": [reason], "finished": True}
+        save(report)
         return report
     save(report)
     workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1, seen.get("memory", 0) // WORKER_BYTES))
@@ -199,8 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         emulator = driver.install("sm_80")
         tiles.ON_CPU = "sm_80"
         report = emulated_report(emulator, options.cases or (), save)
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device; --dry-run runs the cases on an emulator")
+    elif reason := missing_gpu():
+        parser.error(f"no CUDA device: {reason}; --dry-run runs the cases on an emulator")
     else:
         report = gpu_report(options.cases or list(CASES), not options.cases, save)
     print(page(report))

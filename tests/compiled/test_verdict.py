@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import host_time
 import pytest
+import torch
 from helpers.children import BENCHMARKS, ROOT, environment
 from helpers.planted import contracted, replaced
 from helpers.stand_in_gpu import install
@@ -275,6 +276,17 @@ def test_without_torch_the_command_says_what_to_install(tmp_path):
     )
     assert run.returncode == needs.INCOMPLETE and run.stderr == ""
     assert run.stdout.startswith("not run: torch, triton, numpy, ") and "python3 -m pip install torch" in run.stdout
+
+
+def test_without_a_gpu_the_command_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        command.main([])
+    assert end.value.code == 2
+    reason = f"no CUDA device: torch {torch.__version__} is built without CUDA; --dry-run runs the cases on an emulator"
+    assert reason in capsys.readouterr().err
 
 
 BLOCKED = """
