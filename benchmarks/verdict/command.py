@@ -31,6 +31,7 @@ import harness
 import host_time
 import torch
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from maskpro_kernels.functional.checks import missing_gpu
 from maskpro_kernels.ops.triton import tiles
@@ -57,14 +58,21 @@ def printed(*command: str | Path) -> str:
         return ""
 
 
-def environment(card: str, blackwell: bool) -> dict:
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if blackwell else "ptxas")
+def ptxas_version(capability: int) -> str:
+    """Of the ptxas by which Triton assembles for a compute capability; "" where it has none."""
+    try:
+        return "".join(re.findall(r"V[\d.]+", printed(get_ptxas(capability).path, "--version")))
+    except RuntimeError:
+        return ""
+
+
+def environment(card: str, capability: int) -> dict:
     return {
         "card": card,
         "driver": printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "not said",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "ptxas": "".join(re.findall(r"V[\d.]+", printed(ptxas, "--version"))),
+        "ptxas": ptxas_version(capability),
         "commit": harness.commit(),
     }
 
@@ -93,7 +101,8 @@ def empty_report(emulated: bool) -> dict:
 def emulated_report(emulator, names: Sequence[str] = (), save: Callable[[dict], None] = lambda report: None) -> dict:
     """Report of cases on an emulator; ``save`` gets it after each."""
     report = empty_report(emulated=True)
-    report["environment"] = environment(f"emulator of PTX for {emulator.target}", blackwell=False)
+    capability = int(emulator.target.removeprefix("sm_"))
+    report["environment"] = environment(f"emulator of PTX for {emulator.target}", capability)
     run = Run(emulator)
     with torch.no_grad():
         for name in names or CASES:
@@ -117,7 +126,8 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
     report["not run"] = needs.of_details()
     (seen,) = children.rows_of("look", ["GPU"], LOOK)
     report["seen"] = seen if "name" in seen else seen | {"unjudged": f"times not judged: {seen['unjudged']}"}
-    report["environment"] = environment(seen.get("name", "not seen"), seen.get("properties", {}).get("major", 0) >= 10)
+    properties = seen.get("properties", {"major": 0, "minor": 0})
+    report["environment"] = environment(seen.get("name", "not seen"), 10 * properties["major"] + properties["minor"])
     if not seen.get("cuSPARSELt"):
         report["not run"].append("torch's products by cuSPARSELt (this torch has none)")
     if reason := refused(seen):

@@ -289,6 +289,14 @@ def test_without_a_gpu_the_command_says_why(monkeypatch, capsys):
     assert reason in capsys.readouterr().err
 
 
+def test_the_page_names_the_ptxas_of_the_gpu(rehearsed, monkeypatch):
+    """Triton has two."""
+    monkeypatch.setattr(command, "get_ptxas", lambda capability: SimpleNamespace(path=capability))
+    monkeypatch.setattr(command, "printed", lambda tool, *words: f"V12.{tool}" if words == ("--version",) else "")
+    _, report, text = rehearsed({"properties": H100, "cases": {"fast": [2e-5, None]}}, "--cases", "fast")
+    assert report["environment"]["ptxas"] == "V12.90" and "- ptxas: V12.90" in text
+
+
 BLOCKED = """
 ImportError while loading conftest '/maskpro/tests/conftest.py'.
 tests/conftest.py:9: in <module>
