@@ -127,16 +127,19 @@ def peaks(properties: Any) -> list[float]:
     return [clocks * operations for operations in ARCHITECTURES[name].operations]
 
 
-def card_of(properties: Any, reached: float = 0.0) -> Card:
+def card_of(properties: Any, reached: float | None = None) -> Card:
     """Card of a device.
 
     Args:
         properties: those that ``Properties`` names, 0 where the driver does not say them.
-        reached: operations a second of a large product on it, if its capability has several rates: the lowest one is
-            the card's whose peak is not below by more than a boost of the clock.
+        reached: operations a second of a large product on it. If its capability has several rates, the lowest one is
+            the card's whose peak is not below by more than a boost of the clock. None, without a measurement: the
+            lowest one.
 
     Raises:
-        ValueError: if nothing is known of the capability, or a clock or the width of the memory is not said.
+        ValueError: if nothing is known of the capability, or a clock or the width of the memory is not said, or a
+            product reaches less than half of what is expected: some cards have slower tensor cores than others of
+            their capability, such as an H20.
     """
     possible = peaks(properties)
     for name in ("clock_rate", "memory_clock_rate", "memory_bus_width"):
@@ -144,7 +147,10 @@ def card_of(properties: Any, reached: float = 0.0) -> Card:
             raise ValueError(f"{name}: expected a number above 0 in the device's properties")
     architecture = ARCHITECTURES[capability(properties)]
     # a GeForce card boosts beyond the clock that it says
-    peak = next((peak for peak in possible if reached <= 1.25 * peak), possible[-1])
+    peak = next((peak for peak in possible if (reached or 0.0) <= 1.25 * peak), possible[-1])
+    operations = architecture.reached * peak
+    if reached is not None and reached < operations / 2:
+        raise ValueError(f"a product of torch reaches {reached / 1e12:.0f} of {operations / 1e12:.0f} Tflop/s")
     clock = properties.clock_rate * 1e3
     return Card(
         target=TARGET_OF[f"sm_{properties.major}{properties.minor}"],
@@ -152,7 +158,7 @@ def card_of(properties: Any, reached: float = 0.0) -> Card:
         clock=clock,
         # two transfers a clock
         bandwidth=2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8,
-        operations=architecture.reached * peak,
+        operations=operations,
         l2=architecture.l2 * properties.multi_processor_count * clock,
         torch_sparse=properties.major == 8,
         warp=architecture.warp,

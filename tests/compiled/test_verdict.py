@@ -34,6 +34,8 @@ CARDS = {
     "B200": dict(zip(NAMES, (10, 0, 148, 1_965_000, 3_996_000, 8192), strict=True)),
     "A100, MIG 1g.10gb": dict(zip(NAMES, (8, 0, 14, 1_410_000, 1_593_000, 640), strict=True)),
 }
+# Operations a second of a large product
+REACHED = {"H100 SXM": 7e14, "H100 PCIe": 5e14, "RTX 4090 of a laptop": 7e13, "B200": 1.5e15, "A100, MIG 1g.10gb": 3e13}
 # Microseconds that the planted case should take, by its bytes
 UNPACKED = {"H100 SXM": 18.0, "H100 PCIe": 29.7, "RTX 4090 of a laptop": 105.0, "B200": 7.4, "A100, MIG 1g.10gb": 237.4}
 
@@ -123,7 +125,7 @@ def rehearsed(tmp_path, monkeypatch):
 def test_each_card_has_its_own_rates(card, rehearsed):
     seconds = 1e-6 * UNPACKED[card]
     cases = {"fast": [1.2 * seconds, None], "slow": [2.0 * seconds + 3e-6, None]}
-    scenario = {"properties": CARDS[card], "cases": cases, "reached": 7e13}
+    scenario = {"properties": CARDS[card], "cases": cases, "reached": REACHED[card]}
     code, report, text = rehearsed(scenario, "--cases", "fast", "slow")
     assert code == 3, text
     assert lines_of(text)["RIGHT"] == "PASS, 2 cases and 0 tests"
@@ -138,7 +140,8 @@ def test_each_card_has_its_own_rates(card, rehearsed):
 
 def test_a_time_that_is_slow_on_one_card_is_fast_on_another(rehearsed):
     cases = {"unpack": [4e-5, None]}
-    codes = [rehearsed({"properties": CARDS[card], "cases": cases}, "--cases", "unpack")[0] for card in CARDS]
+    scenarios = [{"properties": CARDS[card], "cases": cases, "reached": REACHED[card]} for card in CARDS]
+    codes = [rehearsed(scenario, "--cases", "unpack")[0] for scenario in scenarios]
     assert codes == [3, 0, 0, 3, 0]
 
 
@@ -153,6 +156,24 @@ def test_times_on_an_unknown_card_are_not_judged(reason, rehearsed):
     assert lines_of(text)["RIGHT"] == "PASS, 1 case and 0 tests"
     assert lines_of(text)["FAST"].startswith(f"times not judged: {reason}: expected ")
     assert rows_of(text)["slow"][1] == "1000000.0"
+
+
+def test_times_are_not_judged_where_tensor_cores_are_slower(rehearsed):
+    """An H20 says the capability and the clocks of an H100, and has a fraction of its rate."""
+    cases = {"slow": [1.0, None]}
+    scenario = {"properties": H100 | {"multi_processor_count": 78}, "cases": cases, "reached": 1.4e14}
+    code, _, text = rehearsed(scenario, "--cases", "slow")
+    assert code == needs.INCOMPLETE and lines_of(text)["RIGHT"] == "PASS, 1 case and 0 tests"
+    assert lines_of(text)["FAST"] == "times not judged: a product of torch reaches 140 of 468 Tflop/s"
+    assert rehearsed(scenario | {"reached": 2.4e14}, "--cases", "slow")[0] == 3
+
+
+def test_times_on_a_gpu_of_rocm_are_not_judged(rehearsed, monkeypatch):
+    """gfx90a has the numbers of an H100."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    code, _, text = rehearsed({"properties": H100, "cases": {"slow": [1.0, None]}}, "--cases", "slow")
+    assert code == needs.INCOMPLETE
+    assert lines_of(text)["FAST"] == "times not judged: a GPU of ROCm, expected one of NVIDIA (benchmarks/cards.py)"
 
 
 def test_an_old_gpu_is_refused_once(rehearsed):
