@@ -162,6 +162,13 @@ def rows_of(
     return [rows[name] for name in cases]
 
 
+def gpu_tests() -> list[str]:
+    """Files with tests that are marked gpu."""
+    marked = re.compile(r"^pytestmark = (?:.*|\[[^\]]*)\bmark\.gpu\b|^ *@pytest\.mark\.gpu\b", re.M)
+    paths = sorted(TESTED.glob("tests/**/test_*.py"))
+    return [str(path.relative_to(TESTED)) for path in paths if marked.search(path.read_text())]
+
+
 def tests_row(files: Sequence[str], selected: str, limit: float, workers: int) -> dict:
     """Results of the tests of files that pytest selects by name, of those that end within ``limit`` seconds."""
     command = [sys.executable, "-m", "pytest", "-v", *files, "-m", "gpu", "-k", selected]

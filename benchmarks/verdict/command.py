@@ -151,8 +151,7 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
             {"tests": "all", "passed": 0, "failed": [], "cut off": False, "seconds": 0, "not run": reason}
         )
     elif tested:
-        paths = sorted(children.TESTED.glob("tests/**/test_*.py"))
-        files = [str(path.relative_to(children.TESTED)) for path in paths if "mark.gpu" in path.read_text()]
+        files = children.gpu_tests()
         report["tests"].append(children.tests_row(files, "2:4", limited(FIRST_TESTS), workers))
     save(report)
     to_time = [row["case"] for row in report["cases"] if row["timed"]]

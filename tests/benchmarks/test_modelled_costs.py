@@ -48,8 +48,8 @@ def test_modelled_times_of_sparse_products(monkeypatch, capsys):
 # Processors, clocks in MHz and bits of the memory's bus; TB/s and dense Tflop/s of the data sheets, to a tenth for
 # those at other clocks; Tflop/s of a large product
 SHEETS = {
-    "H100 SXM": ("9.0", 132, 1980, 2619, 5120, 3.35, 1070, 0),
-    "H100 PCIe": ("9.0", 114, 1755, 1593, 5120, 2.04, 819, 0),
+    "H100 SXM": ("9.0", 132, 1980, 2619, 5120, 3.35, 1070, 700),
+    "H100 PCIe": ("9.0", 114, 1755, 1593, 5120, 2.04, 819, 500),
     "A10": ("8.6", 72, 1695, 6251, 384, 0.600, 125, 90),
     "RTX 4090": ("8.9", 128, 2520, 10501, 384, 1.008, 165.2, 170),
     "L4": ("8.9", 58, 2040, 6251, 192, 0.300, 121, 90),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 
 import host_time
@@ -229,20 +230,43 @@ def test_what_has_no_result_does_not_pass():
 
 
 PLANTED_TESTS = """
-import time
-import pytest
+    import time
+    import pytest
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-def test_right(pattern):
-    pass
+    pytestmark = pytest.mark.gpu
 
 
-def test_never_ends():
-    time.sleep(1000)
+    @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+    def test_right(pattern):
+        pass
+
+
+    def test_never_ends():
+        time.sleep(1000)
 """
+
+
+def test_files_of_tests_for_a_gpu_have_its_mark():
+    """Not its name in a text, as in this file."""
+    assert children.gpu_tests() == ["tests/ops/triton/test_gpu.py"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pytestmark = pytest.mark.gpu",
+        "pytestmark = [pytest.mark.slow, pytest.mark.gpu]",
+        "pytestmark = [\n    pytest.mark.gpu,\n]",
+        "@pytest.mark.gpu\ndef test_a(): ...",
+        "class TestA:\n    @pytest.mark.gpu\n    def test_a(self): ...",
+    ],
+)
+def test_forms_of_the_mark(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "TESTED", tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_marked.py").write_text(f"import pytest\n\n{text}\n")
+    (tmp_path / "tests" / "test_other.py").write_text("# not pytest.mark.gpu\npytestmark = [pytest.mark.slow]\n")
+    assert children.gpu_tests() == ["tests/test_marked.py"]
 
 
 def commanded(scenario: dict, folder: Path, *words: str) -> tuple[int, str]:
@@ -270,7 +294,7 @@ def test_a_case_that_crashes_is_the_only_one_without_a_time(tmp_path):
 def test_what_never_ends_is_cut_off(tmp_path):
     """A case, and the tests that are not of 2:4."""
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_planted.py").write_text(PLANTED_TESTS)
+    (tmp_path / "tests" / "test_planted.py").write_text(dedent(PLANTED_TESTS))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     scenario = {
         "cases": {"first": [2e-5, None], "hangs": [2e-5, "hangs"], "last": [2e-5, None]},
