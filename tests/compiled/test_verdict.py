@@ -17,8 +17,9 @@ import torch
 from helpers.children import BENCHMARKS, ROOT, environment
 from helpers.planted import contracted, replaced
 from helpers.stand_in_gpu import install
+from torch.nn.functional import linear
 from verdict import children, command, needs
-from verdict.cases import CASES
+from verdict.cases import CASES, Run, assert_product, product_check
 from verdict.page import page, status
 
 from maskpro_kernels.ops.triton import tiles
@@ -94,6 +95,22 @@ def test_a_fault_is_the_verdict_of_its_case_alone(emulator):
     assert "expected at most" in found["2:4 product, 16 tokens"]
     # the result is right
     assert "race" in found[CODES], found
+
+
+@pytest.mark.parametrize("tokens", [16, 128])
+def test_a_small_weight_is_not_lost(tokens):
+    """The largest error does not show it, products with unit vectors do."""
+    run = Run()
+    run.device = "cpu"
+    x = run.random(tokens, 128, seed=1)
+    weight = run.random(96, 128, seed=2)
+    weight[:, ::4] *= 1e-4
+    wrong = weight.clone()
+    wrong[:, ::4] = 0
+    assert_product(linear(x, wrong), x, weight)
+    product_check(partial(linear, weight=weight), x, weight)(linear(x, weight))
+    with pytest.raises(AssertionError, match="have other bits"):
+        product_check(partial(linear, weight=wrong), x, weight)(linear(x, wrong))
 
 
 class AtOnce:
