@@ -39,7 +39,7 @@ CARDS = {
 # Operations a second of a large product
 REACHED = {"H100 SXM": 7e14, "H100 PCIe": 5e14, "RTX 4090 of a laptop": 7e13, "B200": 1.5e15, "A100, MIG 1g.10gb": 3e13}
 # Microseconds that the planted case should take, by its bytes
-UNPACKED = {"H100 SXM": 18.0, "H100 PCIe": 29.7, "RTX 4090 of a laptop": 105.0, "B200": 7.4, "A100, MIG 1g.10gb": 237.4}
+UNPACKED = {"H100 SXM": 17.6, "H100 PCIe": 29.0, "RTX 4090 of a laptop": 102.7, "B200": 7.2, "A100, MIG 1g.10gb": 232.0}
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
