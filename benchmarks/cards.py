@@ -15,8 +15,9 @@ from aot import Built
 
 from maskpro_kernels.ops.triton.tiles import TARGET_OF
 
-# Of the memory's bandwidth: a copy on an H100 SXM reaches 2,903 of 3,350 GB/s (aigatech/vpbenchmarking on GitHub, 2025)
-SHARE = 2.903 / 3.35
+# Of the memory's bandwidth: BabelStream's triad, of three arrays of 268 MB, reaches 2.97 of 3.35 TB/s on an H100 SXM
+# (Azure/AI-benchmarking-guide on GitHub, Azure_Results, H100 v5). Kernels, too, read more than they write
+SHARE = 2.97 / 3.35
 # Of a dense product's rate with 2:4 weights, of 2 at the peak: "up to 1.7x" on an A100, torchao's README of sparsity
 SPARSE = 1.7
 
@@ -45,7 +46,7 @@ class Architecture:
 
 
 # Reached: TFLOPS of the MAMF table of stas00/ml-engineering, compute/accelerator, over processors * operations * clock:
-# 267.9 of an A100's 312, 794 of an H100 SXM's 1,070 at 1.98 GHz, 1,745 of a B200's 2,382 at 1.965 GHz. 105 to 115 of an
+# 271.2 of an A100's 312, 794 of an H100 SXM's 1,070 at 1.98 GHz, 1,745 of a B200's 2,382 at 1.965 GHz. 105 to 115 of an
 # L20's 119: DefTruth/CUDA-Learn-Notes, hgemm; other cards that multiply by ``mma.sync`` alone are taken to be alike
 _SMALL = {"operations": (512, 1024), "reached": 0.92, "shared": 100 << 10, "warps": 48}
 # ``mma`` reaches 62.9% of a Hopper's peak, ``wgmma`` 96%: Luo et al., arXiv 2501.12084. Of 10.0 no figure is published:
@@ -53,7 +54,7 @@ _SMALL = {"operations": (512, 1024), "reached": 0.92, "shared": 100 << 10, "warp
 # bytes a clock of an A100's 108 processors, NVIDIA's white paper
 _BLACKWELL = Architecture(operations=(8192,), reached=0.73, warp=0.629 / 2)
 ARCHITECTURES = {
-    "8.0": Architecture(operations=(2048,), reached=0.86, fp32=64, shared=164 << 10, l2=5120 / 108),
+    "8.0": Architecture(operations=(2048,), reached=0.87, fp32=64, shared=164 << 10, l2=5120 / 108),
     "8.6": Architecture(**_SMALL),
     "8.9": Architecture(**_SMALL),
     "9.0": Architecture(operations=(4096,), reached=0.74, warp=0.629, l2=5.5e12 / (114 * 1.755e9)),
@@ -81,7 +82,7 @@ class Card:
 
     Attributes:
         target: row of the launch tables.
-        bandwidth: bytes a second of its memory at the highest clock, of which copies reach SHARE.
+        bandwidth: bytes a second of its memory at the highest clock, of which a triad reaches SHARE.
         operations: a second that large dense products reach, with bfloat16 and sums in float32.
         torch_sparse: whether torch multiplies by CUTLASS on sparse tensor cores.
         warp, fp32, shared, warps: of its ``Architecture``.
@@ -127,16 +128,19 @@ def peaks(properties: Any) -> list[float]:
     return [clocks * operations for operations in ARCHITECTURES[name].operations]
 
 
-def card_of(properties: Any, reached: float = 0.0) -> Card:
+def card_of(properties: Any, reached: float | None = None) -> Card:
     """Card of a device.
 
     Args:
         properties: those that ``Properties`` names, 0 where the driver does not say them.
-        reached: operations a second of a large product on it, if its capability has several rates: the lowest one is
-            the card's whose peak is not below by more than a boost of the clock.
+        reached: operations a second of a large product on it. If its capability has several rates, the lowest one is
+            the card's whose peak is not below by more than a boost of the clock. None, without a measurement: the
+            lowest one.
 
     Raises:
-        ValueError: if nothing is known of the capability, or a clock or the width of the memory is not said.
+        ValueError: if nothing is known of the capability, or a clock or the width of the memory is not said, or a
+            product reaches less than half of what is expected: some cards have slower tensor cores than others of
+            their capability, such as an H20.
     """
     possible = peaks(properties)
     for name in ("clock_rate", "memory_clock_rate", "memory_bus_width"):
@@ -144,7 +148,10 @@ def card_of(properties: Any, reached: float = 0.0) -> Card:
             raise ValueError(f"{name}: expected a number above 0 in the device's properties")
     architecture = ARCHITECTURES[capability(properties)]
     # a GeForce card boosts beyond the clock that it says
-    peak = next((peak for peak in possible if reached <= 1.25 * peak), possible[-1])
+    peak = next((peak for peak in possible if (reached or 0.0) <= 1.25 * peak), possible[-1])
+    operations = architecture.reached * peak
+    if reached is not None and reached < operations / 2:
+        raise ValueError(f"a product of torch reaches {reached / 1e12:.0f} of {operations / 1e12:.0f} Tflop/s")
     clock = properties.clock_rate * 1e3
     return Card(
         target=TARGET_OF[f"sm_{properties.major}{properties.minor}"],
@@ -152,7 +159,7 @@ def card_of(properties: Any, reached: float = 0.0) -> Card:
         clock=clock,
         # two transfers a clock
         bandwidth=2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8,
-        operations=architecture.reached * peak,
+        operations=operations,
         l2=architecture.l2 * properties.multi_processor_count * clock,
         torch_sparse=properties.major == 8,
         warp=architecture.warp,

@@ -3,7 +3,7 @@
     python benchmarks/modelled_sparse.py --rows 11008 --k 4096
 
 prints microseconds, those of the dense product second; (t) are torch's product on sparse tensor cores, (u) weights that
-are unpacked for its dense one. Cards reach SHARE of the bandwidth of their data sheets, by default nine tenths.
+are unpacked for its dense one. Cards reach SHARE of the bandwidth of their data sheets, see ``cards``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The cases: what the kernels compute, how a result is judged, what it should cost, and what torch would do.
 
-Draws, scores and updates are compared with the bits of the CPU, products with the error budget of docs/verification.md.
+Draws, scores and updates are compared with the bits of the CPU, products with the error budget of docs/verification.md,
+and those of unit vectors with the bits of the weight.
 On a GPU a case has a layer of LLaMA-2-7B, on an emulator a small one.
 """
 
@@ -122,6 +123,25 @@ def assert_product(result: Tensor, x: Tensor, weight: Tensor) -> None:
     assert error <= limit, f"error {error:.3g}, expected at most {limit:.3g}"
 
 
+def assert_columns(product: Callable[[Tensor], Tensor], weight: Tensor, tokens: int) -> None:
+    """Products with unit vectors have the bits of the weight's columns: small weights count as much as large ones."""
+    k = weight.shape[1]
+    columns = torch.randperm(k, generator=torch.Generator().manual_seed(6))[:tokens]
+    result = product(torch.eye(k)[columns].to(weight))
+    # a sum that begins with zero has no -0
+    assert_same_bits(result, (weight.t()[columns.to(weight.device)] + 0.0).cpu())
+
+
+def product_check(product: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Callable[[Tensor], None]:
+    """Check of product(x), which should be x @ weight.T."""
+
+    def check(result: Tensor) -> None:
+        assert_product(result, x, weight)
+        assert_columns(product, weight, len(x))
+
+    return check
+
+
 @triton.jit
 def reciprocal_kernel(x, out, total, SCALE: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -205,7 +225,7 @@ def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
     x = run.random(tokens, run.k, seed=4)
     mask = MaskSource(layer.codes if kind == "codes" else layer.logits, kind, N, M, 1.0, layer.counter)
 
-    def call(max_tokens: int) -> Tensor:
+    def call(x: Tensor, max_tokens: int = tokens) -> Tensor:
         limit = masked_gemm.one_pass_tokens
         masked_gemm.one_pass_tokens = lambda *_: max_tokens
         try:
@@ -213,10 +233,10 @@ def masked(run: Run, tokens: int, gap: float, kind: str = "drawn") -> Work:
         finally:
             masked_gemm.one_pass_tokens = limit
 
-    check = partial(assert_product, x=x, weight=layer.masked)
+    check = product_check(call, x, layer.masked)
     model = partial(cost_model.masked, tokens=tokens, rows=run.rows, k=run.k, gap=gap, kind=kind)
-    alternatives = {"dense": lambda: partial(linear, x, layer.weight), "two passes": lambda: partial(call, 0)}
-    return Work(f"{tokens} x {run.rows} x {run.k}", partial(call, tokens), check, model, alternatives)
+    alternatives = {"dense": lambda: partial(linear, x, layer.weight), "two passes": lambda: partial(call, x, 0)}
+    return Work(f"{tokens} x {run.rows} x {run.k}", partial(call, x), check, model, alternatives)
 
 
 def masked_by_default(run: Run) -> Work:
@@ -226,13 +246,13 @@ def masked_by_default(run: Run) -> Work:
     x = run.random(tokens, run.k, seed=4)
     mask = MaskSource(layer.logits, "drawn", N, M, 1.0, layer.counter)
 
-    def ours() -> Tensor:
+    def call(x: Tensor) -> Tensor:
         return ops.masked_linear(x, layer.weight, None, False, mask)[0]
 
-    check = partial(assert_product, x=x, weight=layer.masked)
+    check = product_check(call, x, layer.masked)
     model = partial(cost_model.by_default, tokens=tokens, rows=run.rows, k=run.k, gap=GAP)
     alternatives = {"dense": lambda: partial(linear, x, layer.weight)}
-    return Work(f"{tokens} x {run.rows} x {run.k}", ours, check, model, alternatives)
+    return Work(f"{tokens} x {run.rows} x {run.k}", partial(call, x), check, model, alternatives)
 
 
 def training_step(run: Run) -> Work:
@@ -316,9 +336,12 @@ def packed(run: Run, tokens: int, stored: str) -> Work:
             "CUTLASS": lambda: partial(linear, x, SparseSemiStructuredTensorCUTLASS.from_dense(weight)),
             "cuSPARSELt": lambda: partial(linear, x, SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)),
         }
-    ours = partial(ops.nm_linear, x, *tensors, None, N, M)
-    check = partial(assert_product, x=x, weight=weight)
-    return Work(f"{tokens} x {run.rows} x {run.k}", ours, check, model, alternatives)
+
+    def call(x: Tensor) -> Tensor:
+        return ops.nm_linear(x, *tensors, None, N, M)
+
+    check = product_check(call, x, weight)
+    return Work(f"{tokens} x {run.rows} x {run.k}", partial(call, x), check, model, alternatives)
 
 
 def unpack(run: Run) -> Work:

@@ -162,6 +162,13 @@ def rows_of(
     return [rows[name] for name in cases]
 
 
+def gpu_tests() -> list[str]:
+    """Files with tests that are marked gpu."""
+    marked = re.compile(r"^pytestmark = (?:.*|\[[^\]]*)\bmark\.gpu\b|^ *@pytest\.mark\.gpu\b", re.M)
+    paths = sorted(TESTED.glob("tests/**/test_*.py"))
+    return [str(path.relative_to(TESTED)) for path in paths if marked.search(path.read_text())]
+
+
 def tests_row(files: Sequence[str], selected: str, limit: float, workers: int) -> dict:
     """Results of the tests of files that pytest selects by name, of those that end within ``limit`` seconds."""
     command = [sys.executable, "-m", "pytest", "-v", *files, "-m", "gpu", "-k", selected]
@@ -193,9 +200,11 @@ def tests_row(files: Sequence[str], selected: str, limit: float, workers: int) -
 def outcomes(text: str, code: int | None) -> dict:
     """What pytest has printed: numbers of tests that passed, those that failed, and why none has run."""
     passed = len(re.findall(r"\bPASSED\b", text))
-    failed = re.findall(r"\b(?:FAILED|ERROR) (tests/.*)", text)
+    # while they run: pytest writes the outcome behind a name, its xdist before it, as a summary does
+    behind = re.findall(r"^(tests/.*::.*?) (?:FAILED|ERROR)\b", text, re.M)
+    before = re.findall(r"^(?:\[gw\d+\] .*?)?(?:FAILED|ERROR) (tests/.*)", text, re.M)
     # a summary repeats the names, with reasons
-    failed = {name.partition(" - ")[0].strip(): name.strip() for name in failed}
+    failed = {name.partition(" - ")[0].strip(): name.strip() for name in [*behind, *before]}
     # a file that cannot be collected has no test that failed
     failed = [line for name, line in failed.items() if "::" in name]
     row = {"passed": passed, "failed": failed, "cut off": code is None}
@@ -203,4 +212,6 @@ def outcomes(text: str, code: int | None) -> dict:
         errors = re.findall(r"^E +(\w+(?:Error|Exception)\b.*)$", text, re.M)
         lines = [*errors, *reversed(text.strip().splitlines()), "pytest has said nothing"]
         row["not run"] = lines[0].strip("= ")[:200].replace("|", "/")
+    elif code == 0 and not passed:
+        row["not run"] = f"no test has passed: {text.strip().splitlines()[-1].strip('= ')}"
     return row

@@ -31,7 +31,9 @@ import harness
 import host_time
 import torch
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
+from maskpro_kernels.functional.checks import missing_gpu
 from maskpro_kernels.ops.triton import tiles
 
 from . import children, needs, timing
@@ -56,14 +58,21 @@ def printed(*command: str | Path) -> str:
         return ""
 
 
-def environment(card: str, blackwell: bool) -> dict:
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if blackwell else "ptxas")
+def ptxas_version(capability: int) -> str:
+    """Of the ptxas by which Triton assembles for a compute capability; "" where it has none."""
+    try:
+        return "".join(re.findall(r"V[\d.]+", printed(get_ptxas(capability).path, "--version")))
+    except RuntimeError:
+        return ""
+
+
+def environment(card: str, capability: int) -> dict:
     return {
         "card": card,
         "driver": printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "not said",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "ptxas": "".join(re.findall(r"V[\d.]+", printed(ptxas, "--version"))),
+        "ptxas": ptxas_version(capability),
         "commit": harness.commit(),
     }
 
@@ -92,7 +101,8 @@ def empty_report(emulated: bool) -> dict:
 def emulated_report(emulator, names: Sequence[str] = (), save: Callable[[dict], None] = lambda report: None) -> dict:
     """Report of cases on an emulator; ``save`` gets it after each."""
     report = empty_report(emulated=True)
-    report["environment"] = environment(f"emulator of PTX for {emulator.target}", blackwell=False)
+    capability = int(emulator.target.removeprefix("sm_"))
+    report["environment"] = environment(f"emulator of PTX for {emulator.target}", capability)
     run = Run(emulator)
     with torch.no_grad():
         for name in names or CASES:
@@ -116,9 +126,15 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
     report["not run"] = needs.of_details()
     (seen,) = children.rows_of("look", ["GPU"], LOOK)
     report["seen"] = seen if "name" in seen else seen | {"unjudged": f"times not judged: {seen['unjudged']}"}
-    report["environment"] = environment(seen.get("name", "not seen"), seen.get("properties", {}).get("major", 0) >= 10)
+    properties = seen.get("properties", {"major": 0, "minor": 0})
+    report["environment"] = environment(seen.get("name", "not seen"), 10 * properties["major"] + properties["minor"])
     if not seen.get("cuSPARSELt"):
         report["not run"].append("torch's products by cuSPARSELt (this torch has none)")
+    if reason := refused(seen):
+        # instead of each case
+        report |= {"not run": [reason], "finished": True}
+        save(report)
+        return report
     save(report)
     workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1, seen.get("memory", 0) // WORKER_BYTES))
 
@@ -135,8 +151,7 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
             {"tests": "all", "passed": 0, "failed": [], "cut off": False, "seconds": 0, "not run": reason}
         )
     elif tested:
-        paths = sorted(children.TESTED.glob("tests/**/test_*.py"))
-        files = [str(path.relative_to(children.TESTED)) for path in paths if "mark.gpu" in path.read_text()]
+        files = children.gpu_tests()
         report["tests"].append(children.tests_row(files, "2:4", limited(FIRST_TESTS), workers))
     save(report)
     to_time = [row["case"] for row in report["cases"] if row["timed"]]
@@ -157,6 +172,17 @@ def gpu_report(names: Sequence[str], tested: bool, save: Callable[[dict], None])
     report["finished"] = True
     save(report)
     return report
+
+
+def refused(seen: dict) -> str | None:
+    """Why no kernel runs on a GPU of NVIDIA that has been seen."""
+    if "properties" not in seen or torch.version.hip is not None:
+        return None
+    capability = seen["properties"]["major"], seen["properties"]["minor"]
+    if capability >= tiles.LEAST_CAPABILITY:
+        return None
+    found, least = (".".join(map(str, version)) for version in (capability, tiles.LEAST_CAPABILITY))
+    return f"compute capability {found}, expected {least} or newer"
 
 
 def merged(of_check: dict, of_time: dict | None = None) -> dict:
@@ -184,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         emulator = driver.install("sm_80")
         tiles.ON_CPU = "sm_80"
         report = emulated_report(emulator, options.cases or (), save)
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device; --dry-run runs the cases on an emulator")
+    elif reason := missing_gpu():
+        parser.error(f"no CUDA device: {reason}; --dry-run runs the cases on an emulator")
     else:
         report = gpu_report(options.cases or list(CASES), not options.cases, save)
     print(page(report))

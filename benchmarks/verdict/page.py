@@ -54,10 +54,15 @@ def left_out(report: dict) -> list[str]:
     return found
 
 
+def results(report: dict) -> tuple[int, int]:
+    """Numbers of cases and of tests with a result."""
+    cases = sum(not row["right"].startswith(NOT_RUN) for row in report["cases"])
+    return cases, sum(row["passed"] + len(row["failed"]) for row in report["tests"])
+
+
 def right_verdict(report: dict) -> str:
-    done = [row for row in report["cases"] if not row["right"].startswith(NOT_RUN)]
-    tests = sum(row["passed"] + len(row["failed"]) for row in report["tests"])
-    of_all = f"{counted(len(done), 'case')} and {counted(tests, 'test')}"
+    cases, tests = results(report)
+    of_all = f"{counted(cases, 'case')} and {counted(tests, 'test')}"
     if not report["finished"]:
         return f"not finished, {wrong(report)} wrong of {of_all}"
     if wrong(report):
@@ -65,9 +70,9 @@ def right_verdict(report: dict) -> str:
     return f"INCOMPLETE, nothing wrong in {of_all}" if incomplete(report) else f"{PASS}, {of_all}"
 
 
-def incomplete(report: dict) -> list[str]:
-    """What has no result, but for what few machines can run."""
-    return [line for line in left_out(report) if not line.startswith(OPTIONAL)]
+def incomplete(report: dict) -> bool:
+    """Whether nothing has a result, or something has none that most machines can run."""
+    return not any(results(report)) or any(not line.startswith(OPTIONAL) for line in left_out(report))
 
 
 def fast_verdict(report: dict) -> str:

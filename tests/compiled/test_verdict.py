@@ -8,15 +8,18 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 
 import host_time
 import pytest
+import torch
 from helpers.children import BENCHMARKS, ROOT, environment
 from helpers.planted import contracted, replaced
 from helpers.stand_in_gpu import install
+from torch.nn.functional import linear
 from verdict import children, command, needs
-from verdict.cases import CASES
+from verdict.cases import CASES, Run, assert_product, product_check
 from verdict.page import page, status
 
 from maskpro_kernels.ops.triton import tiles
@@ -33,8 +36,10 @@ CARDS = {
     "B200": dict(zip(NAMES, (10, 0, 148, 1_965_000, 3_996_000, 8192), strict=True)),
     "A100, MIG 1g.10gb": dict(zip(NAMES, (8, 0, 14, 1_410_000, 1_593_000, 640), strict=True)),
 }
+# Operations a second of a large product
+REACHED = {"H100 SXM": 7e14, "H100 PCIe": 5e14, "RTX 4090 of a laptop": 7e13, "B200": 1.5e15, "A100, MIG 1g.10gb": 3e13}
 # Microseconds that the planted case should take, by its bytes
-UNPACKED = {"H100 SXM": 18.0, "H100 PCIe": 29.7, "RTX 4090 of a laptop": 105.0, "B200": 7.4, "A100, MIG 1g.10gb": 237.4}
+UNPACKED = {"H100 SXM": 17.6, "H100 PCIe": 29.0, "RTX 4090 of a laptop": 102.7, "B200": 7.2, "A100, MIG 1g.10gb": 232.0}
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -92,6 +97,22 @@ def test_a_fault_is_the_verdict_of_its_case_alone(emulator):
     assert "race" in found[CODES], found
 
 
+@pytest.mark.parametrize("tokens", [16, 128])
+def test_a_small_weight_is_not_lost(tokens):
+    """The largest error does not show it, products with unit vectors do."""
+    run = Run()
+    run.device = "cpu"
+    x = run.random(tokens, 128, seed=1)
+    weight = run.random(96, 128, seed=2)
+    weight[:, ::4] *= 1e-4
+    wrong = weight.clone()
+    wrong[:, ::4] = 0
+    assert_product(linear(x, wrong), x, weight)
+    product_check(partial(linear, weight=weight), x, weight)(linear(x, weight))
+    with pytest.raises(AssertionError, match="have other bits"):
+        product_check(partial(linear, weight=wrong), x, weight)(linear(x, wrong))
+
+
 class AtOnce:
     """A child process, in this one."""
 
@@ -122,7 +143,7 @@ def rehearsed(tmp_path, monkeypatch):
 def test_each_card_has_its_own_rates(card, rehearsed):
     seconds = 1e-6 * UNPACKED[card]
     cases = {"fast": [1.2 * seconds, None], "slow": [2.0 * seconds + 3e-6, None]}
-    scenario = {"properties": CARDS[card], "cases": cases, "reached": 7e13}
+    scenario = {"properties": CARDS[card], "cases": cases, "reached": REACHED[card]}
     code, report, text = rehearsed(scenario, "--cases", "fast", "slow")
     assert code == 3, text
     assert lines_of(text)["RIGHT"] == "PASS, 2 cases and 0 tests"
@@ -137,7 +158,8 @@ def test_each_card_has_its_own_rates(card, rehearsed):
 
 def test_a_time_that_is_slow_on_one_card_is_fast_on_another(rehearsed):
     cases = {"unpack": [4e-5, None]}
-    codes = [rehearsed({"properties": CARDS[card], "cases": cases}, "--cases", "unpack")[0] for card in CARDS]
+    scenarios = [{"properties": CARDS[card], "cases": cases, "reached": REACHED[card]} for card in CARDS]
+    codes = [rehearsed(scenario, "--cases", "unpack")[0] for scenario in scenarios]
     assert codes == [3, 0, 0, 3, 0]
 
 
@@ -152,6 +174,33 @@ def test_times_on_an_unknown_card_are_not_judged(reason, rehearsed):
     assert lines_of(text)["RIGHT"] == "PASS, 1 case and 0 tests"
     assert lines_of(text)["FAST"].startswith(f"times not judged: {reason}: expected ")
     assert rows_of(text)["slow"][1] == "1000000.0"
+
+
+def test_times_are_not_judged_where_tensor_cores_are_slower(rehearsed):
+    """An H20 says the capability and the clocks of an H100, and has a fraction of its rate."""
+    cases = {"slow": [1.0, None]}
+    scenario = {"properties": H100 | {"multi_processor_count": 78}, "cases": cases, "reached": 1.4e14}
+    code, _, text = rehearsed(scenario, "--cases", "slow")
+    assert code == needs.INCOMPLETE and lines_of(text)["RIGHT"] == "PASS, 1 case and 0 tests"
+    assert lines_of(text)["FAST"] == "times not judged: a product of torch reaches 140 of 468 Tflop/s"
+    assert rehearsed(scenario | {"reached": 2.4e14}, "--cases", "slow")[0] == 3
+
+
+def test_times_on_a_gpu_of_rocm_are_not_judged(rehearsed, monkeypatch):
+    """gfx90a has the numbers of an H100."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    code, _, text = rehearsed({"properties": H100, "cases": {"slow": [1.0, None]}}, "--cases", "slow")
+    assert code == needs.INCOMPLETE
+    assert lines_of(text)["FAST"] == "times not judged: a GPU of ROCm, expected one of NVIDIA (benchmarks/cards.py)"
+
+
+def test_an_old_gpu_is_refused_once(rehearsed):
+    scenario = {"properties": H100 | {"major": 7, "minor": 5}, "cases": {"wrong": [1.0, "wrong"]}}
+    code, report, text = rehearsed(scenario)
+    assert code == needs.INCOMPLETE and report["finished"]
+    assert lines_of(text)["RIGHT"] == "INCOMPLETE, nothing wrong in 0 cases and 0 tests"
+    assert lines_of(text)["not run"] == "compute capability 7.5, expected 8.0 or newer"
+    assert "wrong" not in rows_of(text)
 
 
 def test_right_and_fast_are_judged_apart(rehearsed):
@@ -186,21 +235,55 @@ def test_a_missing_package_is_said_first_and_is_no_failure(rehearsed):
     assert "cuSPARSELt" in first["not run"] and report["tests"][0]["failed"] == []
 
 
+def test_what_has_no_result_does_not_pass():
+    """Its tests are skipped, and it needs a second GPU."""
+    tests = {"tests": "2:4", "seconds": 1.0} | children.outcomes("== 3 skipped in 1.00s ==", 0)
+    report = command.empty_report(emulated=False) | {"finished": True, "tests": [tests]}
+    assert status(report) == needs.INCOMPLETE
+    assert lines_of(page(report))["RIGHT"] == "INCOMPLETE, nothing wrong in 0 cases and 0 tests"
+    assert lines_of(page(report))["not run"] == "tests (2:4): no test has passed: 3 skipped in 1.00s"
+    second = {"case": "layers on a second GPU", "shape": "", "timed": False, "right": "not run: one GPU"}
+    assert status(report | {"tests": [], "cases": [second]}) == needs.INCOMPLETE
+
+
 PLANTED_TESTS = """
-import time
-import pytest
+    import time
+    import pytest
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-def test_right(pattern):
-    pass
+    pytestmark = pytest.mark.gpu
 
 
-def test_never_ends():
-    time.sleep(1000)
+    @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+    def test_right(pattern):
+        pass
+
+
+    def test_never_ends():
+        time.sleep(1000)
 """
+
+
+def test_files_of_tests_for_a_gpu_have_its_mark():
+    """Not its name in a text, as in this file."""
+    assert children.gpu_tests() == ["tests/ops/triton/test_gpu.py"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pytestmark = pytest.mark.gpu",
+        "pytestmark = [pytest.mark.slow, pytest.mark.gpu]",
+        "pytestmark = [\n    pytest.mark.gpu,\n]",
+        "@pytest.mark.gpu\ndef test_a(): ...",
+        "class TestA:\n    @pytest.mark.gpu\n    def test_a(self): ...",
+    ],
+)
+def test_forms_of_the_mark(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "TESTED", tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_marked.py").write_text(f"import pytest\n\n{text}\n")
+    (tmp_path / "tests" / "test_other.py").write_text("# not pytest.mark.gpu\npytestmark = [pytest.mark.slow]\n")
+    assert children.gpu_tests() == ["tests/test_marked.py"]
 
 
 def commanded(scenario: dict, folder: Path, *words: str) -> tuple[int, str]:
@@ -228,7 +311,7 @@ def test_a_case_that_crashes_is_the_only_one_without_a_time(tmp_path):
 def test_what_never_ends_is_cut_off(tmp_path):
     """A case, and the tests that are not of 2:4."""
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_planted.py").write_text(PLANTED_TESTS)
+    (tmp_path / "tests" / "test_planted.py").write_text(dedent(PLANTED_TESTS))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     scenario = {
         "cases": {"first": [2e-5, None], "hangs": [2e-5, "hangs"], "last": [2e-5, None]},
@@ -257,17 +340,50 @@ def test_without_torch_the_command_says_what_to_install(tmp_path):
     assert run.stdout.startswith("not run: torch, triton, numpy, ") and "python3 -m pip install torch" in run.stdout
 
 
+def test_without_a_gpu_the_command_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        command.main([])
+    assert end.value.code == 2
+    reason = f"no CUDA device: torch {torch.__version__} is built without CUDA; --dry-run runs the cases on an emulator"
+    assert reason in capsys.readouterr().err
+
+
+def test_the_page_names_the_ptxas_of_the_gpu(rehearsed, monkeypatch):
+    """Triton has two."""
+    monkeypatch.setattr(command, "get_ptxas", lambda capability: SimpleNamespace(path=capability))
+    monkeypatch.setattr(command, "printed", lambda tool, *words: f"V12.{tool}" if words == ("--version",) else "")
+    _, report, text = rehearsed({"properties": H100, "cases": {"fast": [2e-5, None]}}, "--cases", "fast")
+    assert report["environment"]["ptxas"] == "V12.90" and "- ptxas: V12.90" in text
+
+
 BLOCKED = """
 ImportError while loading conftest '/maskpro/tests/conftest.py'.
 tests/conftest.py:9: in <module>
     import mpmath
 E   ModuleNotFoundError: No module named 'mpmath'
 """
-SUMMARY = """
-tests/ops/triton/test_gpu.py::test_a[2:4] PASSED
-tests/ops/triton/test_gpu.py::test_b[2:4] FAILED
-FAILED tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8
+GPU_TESTS = "tests/ops/triton/test_gpu.py"
+# As pytest prints while it runs
+RUNNING = f"""
+{GPU_TESTS}::test_a[2:4] PASSED                    [ 25%]
+{GPU_TESTS}::test_b[2:4] FAILED                    [ 50%]
+{GPU_TESTS}::test_c[2:4] ERROR                     [ 75%]
 """
+# With pytest-xdist
+DISTRIBUTED = f"""
+[gw1] [ 25%] PASSED {GPU_TESTS}::test_a[2:4]
+[gw0] [ 50%] FAILED {GPU_TESTS}::test_b[2:4]
+[gw1] [ 75%] ERROR {GPU_TESTS}::test_c[2:4]
+"""
+SUMMARY = f"""
+FAILED {GPU_TESTS}::test_b[2:4] - AssertionError: 3 of 8
+ERROR {GPU_TESTS}::test_c[2:4] - RuntimeError: no memory
+"""
+FAILED = [f"{GPU_TESTS}::test_b[2:4]", f"{GPU_TESTS}::test_c[2:4]"]
+FAILED_WITH_REASONS = [f"{FAILED[0]} - AssertionError: 3 of 8", f"{FAILED[1]} - RuntimeError: no memory"]
 
 
 @pytest.mark.parametrize(
@@ -275,10 +391,19 @@ FAILED tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8
     [
         (BLOCKED, 4, {"passed": 0, "failed": [], "not run": "ModuleNotFoundError: No module named 'mpmath'"}),
         ("== no tests ran in 1.00s ==", 5, {"passed": 0, "failed": [], "not run": "no tests ran in 1.00s"}),
+        (
+            "== 3 skipped in 1.00s ==",
+            0,
+            {"passed": 0, "failed": [], "not run": "no test has passed: 3 skipped in 1.00s"},
+        ),
         ("", -9, {"passed": 0, "failed": [], "not run": "pytest has said nothing"}),
-        (SUMMARY, 1, {"passed": 1, "failed": ["tests/ops/triton/test_gpu.py::test_b[2:4] - AssertionError: 3 of 8"]}),
-        (SUMMARY.splitlines()[1], None, {"passed": 1, "failed": [], "cut off": True}),
+        (RUNNING, None, {"passed": 1, "failed": FAILED, "cut off": True}),
+        (DISTRIBUTED, None, {"passed": 1, "failed": FAILED, "cut off": True}),
+        (RUNNING, -11, {"passed": 1, "failed": FAILED}),
+        (RUNNING + SUMMARY, 1, {"passed": 1, "failed": FAILED_WITH_REASONS}),
+        (DISTRIBUTED + SUMMARY, 1, {"passed": 1, "failed": FAILED_WITH_REASONS}),
+        (RUNNING.splitlines()[1], None, {"passed": 1, "failed": [], "cut off": True}),
     ],
 )
-def test_a_blocked_run_of_tests_says_why(text, code, expected):
+def test_outcomes_of_a_run_of_tests(text, code, expected):
     assert children.outcomes(text, code) == {"cut off": False} | expected
