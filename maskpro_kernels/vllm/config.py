@@ -1,0 +1,177 @@
+"""How vLLM's layers find their packed weights: names in the config, in the files, and in vLLM's model."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
+
+import torch
+import vllm
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from ..hf.quantizer import METHOD, SparseConfig, check_stored
+from ..ops.pattern import NMPattern
+from ..ops.reference import SCALED
+from . import TRIED, logger
+from .experts import Total, UnpackedExpertsMethod
+from .linear import PackedLinearMethod, Storage
+
+# Methods of vLLM's class that it has to call
+NEEDED = ("apply_vllm_mapper", "get_checkpoint_weight_mapper", "maybe_update_config")
+# Name of an expert's layer in the files, see ``unfuse.ExpertLinears``
+EXPERT = re.compile(r"\.experts\.linears\.(\w+)\.(\d+)\.")
+
+
+def register_config() -> None:
+    """Register ``PackedConfig``; AttributeError if vLLM would not call its methods."""
+    for name in NEEDED:
+        getattr(QuantizationConfig, name)
+    register_quantization_config(METHOD)(PackedConfig)
+
+
+@functools.cache
+def warn_of_version() -> None:
+    """Report a release of vLLM that was not tried, once in each process."""
+    if vllm.__version__.rpartition(".")[0] not in TRIED:
+        logger.warning(
+            "maskpro_kernels: vLLM %s was not tried with packed checkpoints, %s was", vllm.__version__, TRIED[-1]
+        )
+
+
+class PackedConfig(QuantizationConfig):
+    """vLLM's view of a ``SparseConfig`` whose layers are packed.
+
+    Args:
+        config: quantization_config of the checkpoint.
+
+    Raises:
+        TypeError, ValueError: as in ``SparseConfig``, or layers are masked or in several places.
+    """
+
+    def __init__(self, config: Mapping):
+        super().__init__()
+        warn_of_version()
+        checked = SparseConfig(**config)
+        masked = [name for name, settings in checked.layers.items() if "layer" in settings]
+        if masked:
+            raise ValueError(
+                f"quantization_config: expected packed layers for vLLM, got masks in {masked[0]}; write a dense or a "
+                "packed checkpoint by finalize or `maskpro export`"
+            )
+        if checked.shared:
+            raise ValueError(
+                f"quantization_config: expected layers in one place each for vLLM, got {min(checked.shared)} in two; "
+                "write a dense checkpoint by finalize or `maskpro export`"
+            )
+        self._config = checked
+        self._unpacked = Total()
+        # by name in the files after ``maybe_update_config``, then by name in vLLM's model
+        self.layers = {
+            name: Storage(name, NMPattern(settings["pattern"]), settings["values"], settings.get("group", SCALED))
+            for name, settings in checked.layers.items()
+        }
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict) -> PackedConfig:
+        return cls(config)
+
+    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
+        """Compare the files with the config, as transformers' loader does, and take the names in the files.
+
+        transformers renames layers of some models when it loads them: the config has its names, vLLM maps the others.
+
+        Raises:
+            ValueError: as for transformers' loader, if tensors are missing.
+        """
+        headers = get_safetensors_params_metadata(model_name, revision=revision)
+        # none if the hub does not answer: the loader finds what is missing
+        if headers:
+            # beside them a header has metadata of the file
+            stored = {name: header["dtype"] for name, header in headers.items() if "dtype" in header}
+            check_stored(stored, self._config.layers)
+            packed = [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]
+            names = matched([name for name in packed if f"{name}.values" in stored], self.layers)
+            self.layers = {name: self.layers[config_name] for name, config_name in names.items()}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        # it maps names of weights
+        weights = {f"{name}.weight": storage for name, storage in self.layers.items()}
+        mapped = hf_to_vllm_mapper.apply_dict(weights)
+        self.layers = {name.removesuffix(".weight"): storage for name, storage in mapped.items()}
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Rename the layers of experts to the names that vLLM's loader knows."""
+        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex={EXPERT: r".experts.\2.\1."})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            linears = f"{prefix.removesuffix('.routed_experts')}.linears."
+            experts = {name.removeprefix(linears): x for name, x in self.layers.items() if name.startswith(linears)}
+            return UnpackedExpertsMethod(layer.moe_config, experts, self._unpacked) if experts else None
+        if not isinstance(layer, LinearBase):
+            if prefix in self.layers:
+                raise ValueError(
+                    f"quantization_config: expected names of linear layers of vLLM's model, got "
+                    f"{self.layers[prefix].name!r}, which is {type(layer).__name__} there"
+                )
+            return None
+        parts = [self.layers.get(prefix)]
+        if parts == [None]:
+            parent, dot, last = prefix.rpartition(".")
+            parts = [self.layers.get(f"{parent}{dot}{name}") for name in self.packed_modules_mapping.get(last, ())]
+        if not any(parts):
+            return UnquantizedLinearMethod()
+        return PackedLinearMethod(prefix, parts)
+
+
+def matched(file_names: Iterable[str], config_names: Iterable[str]) -> dict[str, str]:
+    """For each name of a layer in the files the name in the config that shares most of its beginning and end.
+
+    Both have the same numbers, of layers and experts, and the same last word.
+    """
+    by_key: dict[tuple, list[str]] = {}
+    for name in config_names:
+        by_key.setdefault(_key(name), []).append(name)
+    found = {}
+    for name in file_names:
+        candidates = by_key.get(_key(name), ())
+        if not candidates:
+            raise ValueError(
+                f"checkpoint: expected {name} in the layers of its quantization_config, got none of this name; copy or "
+                "download the checkpoint again, with its config.json"
+            )
+        found[name] = max(candidates, key=functools.partial(_words_in_common, name))
+    return found
+
+
+def _key(name: str) -> tuple:
+    words = name.split(".")
+    return tuple(word for word in words if word.isdigit()), [word for word in words if not word.isdigit()][-1]
+
+
+def _words_in_common(name: str, other: str) -> int:
+    words = name.split("."), other.split(".")
+    backwards = words[0][::-1], words[1][::-1]
+    return sum(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*both))) for both in (words, backwards))
