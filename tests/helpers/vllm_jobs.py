@@ -15,6 +15,8 @@ from pathlib import Path
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # ranks and engines of other processes share the cores
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
@@ -32,7 +34,7 @@ PROMPTS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34, 35, 36, 37]]
 # vLLM's attention on a CPU has heads of 32 and more
 WIDTHS = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
 TEXT = {
-    "vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+    "vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **WIDTHS,
 }  # fmt: skip
 GROUPED = {**TEXT, "num_key_value_heads": 2}
@@ -58,7 +60,9 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "Mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**GROUPED, head_dim=32)),
     "Qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED)),
     "Qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED, head_dim=32)),
-    "Gemma 3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GROUPED, head_dim=32)),
+    "Gemma 3": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(**GROUPED, head_dim=32, tie_word_embeddings=False, query_pre_attn_scalar=32)
+    ),
     "Phi-3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED, tie_word_embeddings=False)),
     "OPT": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(**{**TEXT, "init_std": 0.2}, ffn_dim=192, word_embed_proj_dim=128, do_layer_norm_before=True)
@@ -168,7 +172,130 @@ def architecture(folder: Path, *names: str) -> dict:
     return result
 
 
-JOBS = {"architecture": architecture}
+def of_all_kinds(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A LLaMA with biases: a layer of each kind; then fused layers of several kinds, and a dense layer."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": len(KINDS) + 4, "head_dim": 64}
+    settings = {**GROUPED, **sizes, "initializer_range": 0.1, "attention_bias": True, "mlp_bias": True}
+    model = randomized(tf.LlamaForCausalLM(tf.LlamaConfig(**settings)))
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    kinds = {f"model.layers.{i}.{name}": kind for i, kind in enumerate(KINDS) for name in names}
+    keep, int8, int4 = ({"values": "keep"}, {"values": "int8"}, {"values": "int4", "group": 64})
+    mixed = len(KINDS)
+    # dense with packed, other values, other patterns, and all of them
+    kinds |= {f"model.layers.{mixed}.self_attn.k_proj": ("2:4", keep), f"model.layers.{mixed}.mlp.up_proj": ("2:4", int4)}
+    mixed += 1
+    kinds |= {
+        f"model.layers.{mixed}.{name}": ("2:4", values)
+        for name, values in zip(names, (int4, int8, keep, int4, int8, int4, keep), strict=True)
+    }
+    mixed += 1
+    kinds |= {
+        f"model.layers.{mixed}.{name}": (pattern, int4)
+        for name, pattern in zip(names, ("2:4", "1:4", "4:8", "8:16", "2:4", "4:8", "1:4"), strict=True)
+    }
+    return pack(model.to(dtype), kinds)
+
+
+def kinds(folder: Path) -> dict:
+    """Whether the tokens are equal, by dtype of the file and of the server."""
+    result = {}
+    for stored, dtype in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float32")):
+        place = folder / f"{stored}-{dtype}"
+        write(of_all_kinds(getattr(torch, stored)), place)
+        result[f"{stored}, {dtype}"] = served(place, dtype=dtype) == expected(place, dtype)
+    return result
+
+
+def divisible(values: dict, **settings) -> nn.Module:
+    """A LLaMA whose rows of 256 values two ranks can cut, with a dense and an int8 layer."""
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = tf.LlamaConfig(**{**GROUPED, **sizes, "initializer_range": 0.05, "attention_bias": True, **settings})
+    model = randomized(tf.LlamaForCausalLM(config))
+    linears = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
+    kinds = {name: ("2:4", values) for name in linears if name != "model.layers.1.self_attn.k_proj"}
+    kinds["model.layers.1.mlp.up_proj"] = ("4:8", {"values": "int8"})
+    return pack(model, kinds)
+
+
+def ranks(folder: Path, kind: str) -> dict:
+    """Whether the tokens of two ranks are equal: of layers cut in two, and of a layer on each."""
+    values = {"values": kind, "group": 64} if kind == "int4" else {"values": kind}
+    write(divisible(values), folder / kind)
+    tokens = expected(folder / kind)
+    # on a CPU vLLM 0.32 has no tensors between ranks before it has compiled
+    sizes = {"tensor_parallel_size": True, "pipeline_parallel_size": False}
+    return {size: served(folder / kind, **{size: 2}, enforce_eager=eager) == tokens for size, eager in sizes.items()}
+
+
+def cuts(folder: Path) -> dict:
+    """The sentence that refuses two ranks, by values."""
+    result = {}
+    for kind in ("keep", "int8"):
+        model = made("Llama") if kind == "int8" else tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | {"intermediate_size": 200}))
+        name = "model.layers.1.mlp.down_proj"
+        write(pack(model, {name: ("2:4", {"values": kind})}), folder / f"cut-{kind}")
+        result[kind] = failure(folder / f"cut-{kind}", tensor_parallel_size=2)
+    return result
+
+
+def failure(folder: Path, **options) -> str:
+    """What vLLM reports when it refuses a folder: in one process an error, of a rank a line of its log."""
+    import io
+    from contextlib import redirect_stderr, redirect_stdout
+
+    output = io.StringIO()
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            served(folder, **options)
+    except Exception as error:
+        return str(error)
+    return "none"
+
+
+def features(folder: Path) -> dict:
+    """Whether the tokens are equal in one compiled engine: requests at once, adapters, prefixes."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from vllm.lora.request import LoRARequest
+
+    from maskpro_kernels.peft import beside_masks
+
+    write(divisible({"values": "int4"}, num_hidden_layers=3), folder / "model")
+    draw = torch.Generator().manual_seed(3)
+
+    def prompt(length: int) -> list[int]:
+        return torch.randint(7, VOCABULARY, (length,), generator=draw).tolist()
+
+    many = [prompt(1 + i % 20) for i in range(64)]
+    beginning = prompt(160)
+    sharing = [beginning + prompt(5) for _ in range(3)]
+    model = tf.LlamaForCausalLM.from_pretrained(folder / "model").eval()
+    tokens = greedy(model, many)
+    sharing_tokens = greedy(model, sharing)
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    config = beside_masks(LoraConfig(target_modules=targets, r=8, lora_alpha=32), model)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted_tokens = greedy(adapted.eval(), many[:3])
+    adapted.save_pretrained(folder / "adapter")
+    llm = engine(
+        folder / "model", enforce_eager=False, enable_lora=True, max_lora_rank=8, max_model_len=256, max_num_seqs=64,
+        enable_prefix_caching=True,
+    )  # fmt: skip
+    adapter = LoRARequest("adapter", 1, str(folder / "adapter"))
+    return {
+        "many": continued(llm, many) == tokens,
+        "adapter": continued(llm, many[:3], lora_request=adapter) == adapted_tokens != tokens[:3],
+        "without": continued(llm, many[:3]) == tokens[:3],
+        "prefixes": [continued(llm, [one]) for one in sharing] == [[row] for row in sharing_tokens],
+    }
+
+
+JOBS = {"architecture": architecture, "kinds": kinds, "ranks": ranks, "cuts": cuts, "features": features}
 
 if __name__ == "__main__":
     job, place, *arguments = sys.argv[1:]
