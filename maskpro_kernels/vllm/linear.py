@@ -48,7 +48,7 @@ class Storage(NamedTuple):
         """Raise ValueError if a rank's ``k`` columns end within a group, a byte of the bitmask or a block of scales."""
         if not self._cuts(k, of):
             sizes = [size for size in range(1, of + 1) if of % size == 0 and self._cuts(of // size, of)]
-            scaled = "" if self.values == KEEP else f", and a block of {self.group} kept values,"
+            scaled = "" if self.values == KEEP else f" or {self.group} kept values with one scale"
             raise ValueError(
                 f"tensor_parallel_size: expected one of {', '.join(map(str, sizes))} for the {of} columns of "
                 f"{self.name}, got {of // k}: a byte of the bitmask{scaled} would be on two ranks"

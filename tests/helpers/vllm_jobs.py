@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 # read by vLLM when it is imported
 os.environ |= {
@@ -18,11 +22,16 @@ os.environ |= {
     # ranks and engines of other processes share the cores
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 import maskpro_kernels as mk
@@ -231,28 +240,62 @@ def ranks(folder: Path, kind: str) -> dict:
 
 
 def cuts(folder: Path) -> dict:
-    """The sentence that refuses two ranks, by values."""
-    result = {}
+    """Nothing: the ranks report in the log why they refuse a cut."""
     for kind in ("keep", "int8"):
         model = made("Llama") if kind == "int8" else tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | {"intermediate_size": 200}))
         name = "model.layers.1.mlp.down_proj"
         write(pack(model, {name: ("2:4", {"values": kind})}), folder / f"cut-{kind}")
-        result[kind] = failure(folder / f"cut-{kind}", tensor_parallel_size=2)
-    return result
+        failure(served, folder / f"cut-{kind}", tensor_parallel_size=2)
+    return {}
 
 
-def failure(folder: Path, **options) -> str:
-    """What vLLM reports when it refuses a folder: in one process an error, of a rank a line of its log."""
-    import io
-    from contextlib import redirect_stderr, redirect_stdout
+def failure(run: Callable, *arguments, **options) -> str:
+    """What a call reports."""
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    output = io.StringIO()
     try:
-        with redirect_stdout(output), redirect_stderr(output):
-            served(folder, **options)
+        run(*arguments, **options)
     except Exception as error:
         return str(error)
-    return "none"
+    finally:
+        cleanup_dist_env_and_memory()
+    return ""
+
+
+def damage(folder: Path) -> dict:
+    """What transformers and vLLM report of damaged folders, by the damage."""
+    torch.manual_seed(4)
+    model = made("Llama")
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
+    pack(model, {name: ("2:4", {"values": "int4", "group": 32}) for name in names})
+    layer = "model.layers.1.self_attn.k_proj"
+
+    def flipped(tensors: dict, config: dict) -> None:
+        tensors[f"{layer}.bitmask"][3, 1] ^= 4
+
+    def infinite(tensors: dict, config: dict) -> None:
+        tensors[f"{layer}.scales"][3, 1] = float("inf")
+
+    def missing(tensors: dict, config: dict) -> None:
+        del tensors[f"{layer}.scales"]
+
+    def newer(tensors: dict, config: dict) -> None:
+        config["quantization_config"]["version"] = 2
+
+    def masked(tensors: dict, config: dict) -> None:
+        config["quantization_config"]["layers"][layer] = {"pattern": "2:4", "layer": 0}
+
+    result = {}
+    for change in (flipped, infinite, missing, newer, masked):
+        place = folder / change.__name__
+        write(model, place)
+        tensors = load_file(place / "model.safetensors")
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        change(tensors, config)
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        result[change.__name__] = [failure(expected, place), failure(served, place)]
+    return result
 
 
 def features(folder: Path) -> dict:
@@ -295,7 +338,67 @@ def features(folder: Path) -> dict:
     }
 
 
-JOBS = {"architecture": architecture, "kinds": kinds, "ranks": ranks, "cuts": cuts, "features": features}
+def tokenizer(*special: str) -> tf.PreTrainedTokenizerFast:
+    """A tokenizer of whole words, with a template of chats."""
+    words = ["[PAD]", "[BOS]", "[EOS]", *special]
+    words += [f"w{i}" for i in range(len(words), VOCABULARY)]
+    made = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="w95"))
+    made.pre_tokenizer = WhitespaceSplit()
+    named = {"unk_token": "w95", "pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=made, **named, additional_special_tokens=list(special))
+    fast.chat_template = "{% for message in messages %}w7 {{ message['content'] }} w8 {% endfor %}"
+    return fast
+
+
+def server(folder: Path) -> dict:
+    """Whether vLLM's server answers a completion and a chat with the tokens of transformers."""
+    model = made("Llama")
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed", values="int8")
+    words = tokenizer()
+    hf.save_model(model, words, folder / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # what the command `vllm serve` runs, which lacks its version in vllm-cpu 0.32
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "model"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "96", "--host", "127.0.0.1", "--port", port]
+    process = subprocess.Popen([*map(str, command)])
+    result = {}
+    try:
+        deadline = time.monotonic() + 400
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                return {"server": "did not start"}
+            time.sleep(1)
+        settings = {"model": str(folder / "model"), "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = _post(port, "completions", settings | {"prompt": PROMPTS[0]})
+        (tokens,) = greedy(model, PROMPTS[:1])
+        result["completion"] = answer["choices"][0]["text"].split() == words.decode(tokens).split()
+        messages = [{"role": "user", "content": "w11 w12 w13"}]
+        answer = _post(port, "chat/completions", settings | {"messages": messages})
+        (tokens,) = greedy(model, [[7, 11, 12, 13, 8]])
+        result["chat"] = answer["choices"][0]["message"]["content"].split() == words.decode(tokens).split()
+    finally:
+        process.terminate()
+        process.wait(60)
+    return result
+
+
+def _answers(port: int) -> bool:
+    try:
+        return urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def _post(port: int, path: str, body: dict) -> dict:
+    data = json.dumps(body).encode()
+    request = Request(f"http://127.0.0.1:{port}/v1/{path}", data, {"Content-Type": "application/json"})
+    return json.load(urlopen(request, timeout=120))
+
+
+JOBS = {job.__name__: job for job in (architecture, kinds, ranks, cuts, features, damage, server)}
 
 if __name__ == "__main__":
     job, place, *arguments = sys.argv[1:]
