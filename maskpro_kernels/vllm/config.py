@@ -40,7 +40,7 @@ def register_config() -> None:
 @functools.cache
 def warn_of_version() -> None:
     """Report a release of vLLM that was not tried, once in each process."""
-    if vllm.__version__.rpartition(".")[0] not in TRIED:
+    if ".".join(vllm.__version__.split(".")[:2]) not in TRIED:
         logger.warning(
             "maskpro_kernels: vLLM %s was not tried with packed checkpoints, %s was", vllm.__version__, TRIED[-1]
         )
@@ -172,6 +172,12 @@ def _key(name: str) -> tuple:
 
 
 def _words_in_common(name: str, other: str) -> int:
-    words = name.split("."), other.split(".")
-    backwards = words[0][::-1], words[1][::-1]
-    return sum(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*both))) for both in (words, backwards))
+    """Number of words with which both names begin, and of those with which both end."""
+    words = name.split(".")
+    other_words = other.split(".")
+    return _beginning(words, other_words) + _beginning(words[::-1], other_words[::-1])
+
+
+def _beginning(words: list[str], other_words: list[str]) -> int:
+    pairs = zip(words, other_words, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

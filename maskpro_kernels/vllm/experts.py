@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.utils import set_weight_attrs
 
+from ..hf.quantizer import COPY_AGAIN
 from ..packed import KEEP
 from . import logger
-from .linear import COPY_AGAIN, Storage
+from .linear import Storage
 
 
 @dataclass
@@ -76,7 +77,7 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
             tensors[name] = loaded_weight.to(weight.device)
             if len(tensors) < (2 if storage.values == KEEP else 3):
                 return True if return_success else None
-            packed = storage.checked(self.pending.pop(copy)).to(weight.dtype)
+            packed = storage.packed(self.pending.pop(copy)).to(weight.dtype)
             self.total.packed_bytes += packed.nbytes
             return dense_loader(weight, packed.unpack(), "weight", shard_id, expert_id, return_success)
 
@@ -85,7 +86,9 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         for copy, tensors in self.pending.items():
             storage = self.matrices[copy.rpartition(".")[0]]
-            raise ValueError(f"checkpoint: expected all tensors of {storage.name}, got {min(tensors)} alone; {COPY_AGAIN}")
+            raise ValueError(
+                f"checkpoint: expected all tensors of {storage.name}, got {min(tensors)} alone; {COPY_AGAIN}"
+            )
         for side in ("w13", "w2"):
             for name in ("values", "bitmask", "scales"):
                 delattr(layer, f"{side}_{name}")

@@ -138,7 +138,8 @@ def engine(folder: Path, **options):
     from vllm import LLM
 
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "max_num_seqs": 8}
-    return LLM(str(folder), skip_tokenizer_init=True, **settings | options)
+    settings["skip_tokenizer_init"] = True
+    return LLM(str(folder), **settings | options)
 
 
 def continued(llm, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS, **options) -> list[list[int]]:
@@ -193,7 +194,10 @@ def of_all_kinds(dtype: torch.dtype = torch.float32) -> nn.Module:
     keep, int8, int4 = ({"values": "keep"}, {"values": "int8"}, {"values": "int4", "group": 64})
     mixed = len(KINDS)
     # dense with packed, other values, other patterns, and all of them
-    kinds |= {f"model.layers.{mixed}.self_attn.k_proj": ("2:4", keep), f"model.layers.{mixed}.mlp.up_proj": ("2:4", int4)}
+    kinds |= {
+        f"model.layers.{mixed}.self_attn.k_proj": ("2:4", keep),
+        f"model.layers.{mixed}.mlp.up_proj": ("2:4", int4),
+    }
     mixed += 1
     kinds |= {
         f"model.layers.{mixed}.{name}": ("2:4", values)
@@ -210,10 +214,13 @@ def of_all_kinds(dtype: torch.dtype = torch.float32) -> nn.Module:
 def kinds(folder: Path) -> dict:
     """Whether the tokens are equal, by dtype of the file and of the server."""
     result = {}
-    for stored, dtype in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float32")):
-        place = folder / f"{stored}-{dtype}"
-        write(of_all_kinds(getattr(torch, stored)), place)
-        result[f"{stored}, {dtype}"] = served(place, dtype=dtype) == expected(place, dtype)
+    for stored in ("float32", "bfloat16", "float16"):
+        write(of_all_kinds(getattr(torch, stored)), folder / stored)
+        result[stored] = served(folder / stored) == expected(folder / stored)
+    write(of_all_kinds(), folder / "casts")
+    for dtype in ("bfloat16", "float16"):
+        tokens = served(folder / "casts", dtype=dtype)
+        result[f"float32 as {dtype}"] = [tokens, expected(folder / "casts", dtype), [row[:1] for row in tokens]]
     return result
 
 
@@ -242,7 +249,11 @@ def ranks(folder: Path, kind: str) -> dict:
 def cuts(folder: Path) -> dict:
     """Nothing: the ranks report in the log why they refuse a cut."""
     for kind in ("keep", "int8"):
-        model = made("Llama") if kind == "int8" else tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | {"intermediate_size": 200}))
+        model = (
+            made("Llama")
+            if kind == "int8"
+            else tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | {"intermediate_size": 200}))
+        )
         name = "model.layers.1.mlp.down_proj"
         write(pack(model, {name: ("2:4", {"values": kind})}), folder / f"cut-{kind}")
         failure(served, folder / f"cut-{kind}", tensor_parallel_size=2)
@@ -300,7 +311,7 @@ def damage(folder: Path) -> dict:
 
 def features(folder: Path) -> dict:
     """Whether the tokens are equal in one compiled engine: requests at once, adapters, prefixes."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
     from vllm.lora.request import LoRARequest
 
     from maskpro_kernels.peft import beside_masks
@@ -398,7 +409,30 @@ def _post(port: int, path: str, body: dict) -> dict:
     return json.load(urlopen(request, timeout=120))
 
 
-JOBS = {job.__name__: job for job in (architecture, kinds, ranks, cuts, features, damage, server)}
+def processor() -> tf.Qwen2VLProcessor:
+    special = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    sizes = {
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": {"shortest_edge": 64, "longest_edge": 4096},
+    }
+    return tf.Qwen2VLProcessor(
+        tf.Qwen2VLImageProcessor(**sizes), tokenizer(*special), tf.Qwen2VLVideoProcessor(**sizes)
+    )
+
+
+def mapped(folder: Path) -> dict:
+    """Whether the tokens of a model are equal whose names vLLM maps."""
+    model = made("Qwen2-VL")
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed", values="int8")
+    write(model, folder)
+    processor().save_pretrained(folder)
+    return {"tokens": served(folder, skip_tokenizer_init=False) == expected(folder)}
+
+
+JOBS = {job.__name__: job for job in (architecture, kinds, ranks, cuts, features, damage, server, mapped)}
 
 if __name__ == "__main__":
     job, place, *arguments = sys.argv[1:]
