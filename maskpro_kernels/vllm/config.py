@@ -20,12 +20,12 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from ..hf.quantizer import METHOD, SparseConfig, check_stored
 from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
-from . import TRIED, logger
 from .experts import Total, UnpackedExpertsMethod
 from .linear import PackedLinearMethod, Storage
+from .releases import TRIED, warn_of
 
 # Methods of vLLM's class that it has to call
-NEEDED = ("apply_vllm_mapper", "get_checkpoint_weight_mapper", "maybe_update_config")
+NEEDED = ("apply_vllm_mapper", "maybe_update_config")
 # Name of an expert's layer in the files, see ``unfuse.ExpertLinears``
 EXPERT = re.compile(r"\.experts\.linears\.(\w+)\.(\d+)\.")
 
@@ -35,15 +35,6 @@ def register_config() -> None:
     for name in NEEDED:
         getattr(QuantizationConfig, name)
     register_quantization_config(METHOD)(PackedConfig)
-
-
-@functools.cache
-def warn_of_version() -> None:
-    """Report a release of vLLM that was not tried, once in each process."""
-    if ".".join(vllm.__version__.split(".")[:2]) not in TRIED:
-        logger.warning(
-            "maskpro_kernels: vLLM %s was not tried with packed checkpoints, %s was", vllm.__version__, TRIED[-1]
-        )
 
 
 class PackedConfig(QuantizationConfig):
@@ -58,7 +49,7 @@ class PackedConfig(QuantizationConfig):
 
     def __init__(self, config: Mapping):
         super().__init__()
-        warn_of_version()
+        warn_of(vllm.__version__)
         checked = SparseConfig(**config)
         masked = [name for name, settings in checked.layers.items() if "layer" in settings]
         if masked:
@@ -128,8 +119,12 @@ class PackedConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
             linears = f"{prefix.removesuffix('.routed_experts')}.linears."
-            experts = {name.removeprefix(linears): x for name, x in self.layers.items() if name.startswith(linears)}
-            return UnpackedExpertsMethod(layer.moe_config, experts, self._unpacked) if experts else None
+            matrices = {name.removeprefix(linears): x for name, x in self.layers.items() if name.startswith(linears)}
+            if not matrices:
+                return None
+            if not hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
+                raise ValueError(f"vLLM: expected {TRIED[-1]} or newer for packed experts, got {vllm.__version__}")
+            return UnpackedExpertsMethod(layer.moe_config, matrices, self._unpacked)
         if not isinstance(layer, LinearBase):
             if prefix in self.layers:
                 raise ValueError(

@@ -12,8 +12,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..hf.quantizer import COPY_AGAIN
 from ..packed import KEEP
-from . import logger
 from .linear import Storage
+from .releases import logger
 
 
 @dataclass

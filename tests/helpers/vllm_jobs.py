@@ -48,6 +48,7 @@ TEXT = {
 }  # fmt: skip
 GROUPED = {**TEXT, "num_key_value_heads": 2}
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+DAMAGED = "model.layers.1.self_attn.k_proj"
 # (pattern, options of ``pack_nm``)
 KINDS = [
     (pattern, options)
@@ -165,7 +166,7 @@ def served(folder: Path, **options) -> list[list[int]]:
     return tokens
 
 
-def architecture(folder: Path, *names: str) -> dict:
+def architectures(folder: Path, *names: str) -> dict:
     """Whether the tokens are equal, by architecture."""
     result = {}
     for name in names:
@@ -217,11 +218,16 @@ def kinds(folder: Path) -> dict:
     for stored in ("float32", "bfloat16", "float16"):
         write(of_all_kinds(getattr(torch, stored)), folder / stored)
         result[stored] = served(folder / stored) == expected(folder / stored)
-    write(of_all_kinds(), folder / "casts")
-    for dtype in ("bfloat16", "float16"):
-        tokens = served(folder / "casts", dtype=dtype)
-        result[f"float32 as {dtype}"] = [tokens, expected(folder / "casts", dtype), [row[:1] for row in tokens]]
     return result
+
+
+def casts(folder: Path) -> dict:
+    """Whether the tokens of a float32 file are equal, by dtype of the server."""
+    model = made("Llama")
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed")
+    write(model, folder)
+    return {dtype: served(folder, dtype=dtype) == expected(folder, dtype) for dtype in ("bfloat16", "float16")}
 
 
 def divisible(values: dict, **settings) -> nn.Module:
@@ -248,15 +254,11 @@ def ranks(folder: Path, kind: str) -> dict:
 
 def cuts(folder: Path) -> dict:
     """Nothing: the ranks report in the log why they refuse a cut."""
-    for kind in ("keep", "int8"):
-        model = (
-            made("Llama")
-            if kind == "int8"
-            else tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | {"intermediate_size": 200}))
-        )
-        name = "model.layers.1.mlp.down_proj"
-        write(pack(model, {name: ("2:4", {"values": kind})}), folder / f"cut-{kind}")
-        failure(served, folder / f"cut-{kind}", tensor_parallel_size=2)
+    for width, kind, size in ((200, "keep", 2), (512, "int8", 4)):
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | {"intermediate_size": width, "num_key_value_heads": 4}))
+        place = folder / kind
+        write(pack(model, {"model.layers.1.mlp.down_proj": ("2:4", {"values": kind})}), place)
+        failure(served, place, tensor_parallel_size=size)
     return {}
 
 
@@ -279,7 +281,7 @@ def damage(folder: Path) -> dict:
     model = made("Llama")
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
     pack(model, {name: ("2:4", {"values": "int4", "group": 32}) for name in names})
-    layer = "model.layers.1.self_attn.k_proj"
+    layer = DAMAGED
 
     def flipped(tensors: dict, config: dict) -> None:
         tensors[f"{layer}.bitmask"][3, 1] ^= 4
@@ -293,11 +295,8 @@ def damage(folder: Path) -> dict:
     def newer(tensors: dict, config: dict) -> None:
         config["quantization_config"]["version"] = 2
 
-    def masked(tensors: dict, config: dict) -> None:
-        config["quantization_config"]["layers"][layer] = {"pattern": "2:4", "layer": 0}
-
     result = {}
-    for change in (flipped, infinite, missing, newer, masked):
+    for change in (flipped, infinite, missing, newer):
         place = folder / change.__name__
         write(model, place)
         tensors = load_file(place / "model.safetensors")
@@ -307,6 +306,15 @@ def damage(folder: Path) -> dict:
         (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
         result[change.__name__] = [failure(expected, place), failure(served, place)]
     return result
+
+
+def refusals(folder: Path) -> dict:
+    """What vLLM reports of checkpoints that transformers loads."""
+    model = made("Llama")
+    mk.convert(model, "2:4", targets=[DAMAGED])
+    write(model, folder / "masked")
+    write(pack(made("Llama"), {"lm_head": ("2:4", {"values": "keep"})}), folder / "head")
+    return {name: failure(served, folder / name) for name in ("masked", "head")}
 
 
 def features(folder: Path) -> dict:
@@ -432,7 +440,9 @@ def mapped(folder: Path) -> dict:
     return {"tokens": served(folder, skip_tokenizer_init=False) == expected(folder)}
 
 
-JOBS = {job.__name__: job for job in (architecture, kinds, ranks, cuts, features, damage, server, mapped)}
+JOBS = {
+    job.__name__: job for job in (architectures, kinds, casts, ranks, cuts, features, damage, refusals, server, mapped)
+}
 
 if __name__ == "__main__":
     job, place, *arguments = sys.argv[1:]
