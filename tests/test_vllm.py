@@ -10,6 +10,7 @@ import pytest
 from helpers.children import ROOT, environment
 
 from maskpro_kernels import vllm
+from maskpro_kernels.vllm.names import matched
 
 
 def run(code: str, path: str = "") -> subprocess.CompletedProcess:
@@ -39,3 +40,17 @@ def test_a_vllm_with_another_interface_is_reported_in_one_line(part, tmp_path):
     assert done.stdout.strip() == "vLLM goes on"
     (line,) = done.stderr.splitlines()
     assert line.startswith("maskpro_kernels: packed checkpoints need vLLM 0.32, got 9.8.7: ")
+
+
+def test_names_in_the_files_are_matched_with_those_in_the_config():
+    """Qwen2-VL, whose towers have words and numbers in common, and Mixtral, with numbers of layers and experts."""
+    config = {
+        "visual.blocks.{}.mlp.down_proj": "model.visual.blocks.{}.mlp.down_proj",
+        "model.layers.{}.mlp.down_proj": "model.language_model.layers.{}.mlp.down_proj",
+        "lm_head": "lm_head",
+        "model.layers.{}.block_sparse_moe.experts.linears.w2.3": "model.layers.{}.mlp.experts.linears.w2.3",
+    }
+    expected = {name.format(i): other.format(i) for name, other in config.items() for i in (0, 1, 12)}
+    assert matched(expected, reversed(expected.values())) == expected
+    with pytest.raises(ValueError, match="^checkpoint: expected model.layers.2.mlp.up_proj in the layers of its"):
+        matched(["model.layers.2.mlp.up_proj"], expected.values())

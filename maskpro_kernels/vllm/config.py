@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterable, Mapping
-from itertools import takewhile
+from collections.abc import Mapping
 
 import torch
 import vllm
@@ -22,6 +20,7 @@ from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
 from .experts import Total, UnpackedExpertsMethod
 from .linear import PackedLinearMethod, Storage
+from .names import matched
 from .releases import TRIED, warn_of
 
 # Methods of vLLM's class that it has to call
@@ -139,40 +138,3 @@ class PackedConfig(QuantizationConfig):
         if not any(parts):
             return UnquantizedLinearMethod()
         return PackedLinearMethod(prefix, parts)
-
-
-def matched(file_names: Iterable[str], config_names: Iterable[str]) -> dict[str, str]:
-    """For each name of a layer in the files the name in the config that shares most of its beginning and end.
-
-    Both have the same numbers, of layers and experts, and the same last word.
-    """
-    by_key: dict[tuple, list[str]] = {}
-    for name in config_names:
-        by_key.setdefault(_key(name), []).append(name)
-    found = {}
-    for name in file_names:
-        candidates = by_key.get(_key(name), ())
-        if not candidates:
-            raise ValueError(
-                f"checkpoint: expected {name} in the layers of its quantization_config, got none of this name; copy or "
-                "download the checkpoint again, with its config.json"
-            )
-        found[name] = max(candidates, key=functools.partial(_words_in_common, name))
-    return found
-
-
-def _key(name: str) -> tuple:
-    words = name.split(".")
-    return tuple(word for word in words if word.isdigit()), [word for word in words if not word.isdigit()][-1]
-
-
-def _words_in_common(name: str, other: str) -> int:
-    """Number of words with which both names begin, and of those with which both end."""
-    words = name.split(".")
-    other_words = other.split(".")
-    return _beginning(words, other_words) + _beginning(words[::-1], other_words[::-1])
-
-
-def _beginning(words: list[str], other_words: list[str]) -> int:
-    pairs = zip(words, other_words, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
