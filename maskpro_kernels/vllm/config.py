@@ -25,6 +25,8 @@ from .releases import TRIED, warn_of
 
 # Methods of vLLM's class that it has to call
 NEEDED = ("apply_vllm_mapper", "maybe_update_config")
+# Parts of layers that vLLM fuses, where its model does not name them, as GPT-J
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Name of an expert's layer in the files, see ``unfuse.ExpertLinears``
 EXPERT = re.compile(r"\.experts\.linears\.(\w+)\.(\d+)\.")
 
@@ -63,6 +65,8 @@ class PackedConfig(QuantizationConfig):
             )
         self._config = checked
         self._unpacked = Total()
+        # names of weights of a wrong shape, see ``guarded_state_dict``
+        self._guards: list[str] = []
         # by name in the files after ``maybe_update_config``, then by name in vLLM's model
         self.layers = {
             name: Storage(name, NMPattern(settings["pattern"]), settings["values"], settings.get("group", SCALED))
@@ -101,9 +105,11 @@ class PackedConfig(QuantizationConfig):
             # beside them a header has metadata of the file
             stored = {name: header["dtype"] for name, header in headers.items() if "dtype" in header}
             check_stored(stored, self._config.layers)
-            packed = [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]
-            names = matched([name for name in packed if f"{name}.values" in stored], self.layers)
+            with_bitmask = [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]
+            packed = [name for name in with_bitmask if f"{name}.values" in stored]
+            names = matched(packed, self.layers)
             self.layers = {name: self.layers[config_name] for name, config_name in names.items()}
+            self._guards = [f"{name}.weight" for name in packed if f"{name}.weight" in stored]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         # it maps names of weights
@@ -112,8 +118,9 @@ class PackedConfig(QuantizationConfig):
         self.layers = {name.removesuffix(".weight"): storage for name, storage in mapped.items()}
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Rename the layers of experts to the names that vLLM's loader knows."""
-        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex={EXPERT: r".experts.\2.\1."})
+        """Rename layers of experts to the names that vLLM's loader knows, and leave out weights of a wrong shape."""
+        renamed = {EXPERT: r".experts.\2.\1.", **{re.compile(f"^{re.escape(name)}$"): None for name in self._guards}}
+        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=renamed)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -134,7 +141,8 @@ class PackedConfig(QuantizationConfig):
         parts = [self.layers.get(prefix)]
         if parts == [None]:
             parent, dot, last = prefix.rpartition(".")
-            parts = [self.layers.get(f"{parent}{dot}{name}") for name in self.packed_modules_mapping.get(last, ())]
+            names = self.packed_modules_mapping.get(last, FUSED.get(last, ()))
+            parts = [self.layers.get(f"{parent}{dot}{name}") for name in names]
         if not any(parts):
             return UnquantizedLinearMethod()
         return PackedLinearMethod(prefix, parts)

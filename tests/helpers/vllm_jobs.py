@@ -47,6 +47,10 @@ TEXT = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **WIDTHS,
 }  # fmt: skip
 GROUPED = {**TEXT, "num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 DAMAGED = "model.layers.1.self_attn.k_proj"
 # (pattern, options of ``pack_nm``)
@@ -82,6 +86,12 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
         tf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=32)
     ),
     "Qwen3-MoE": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=32)),
+    "GPT-2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**SMALL)),
+    "GPT-J": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**SMALL, rotary_dim=16)),
+    "BLOOM": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=128, n_layer=2, n_head=4, initializer_range=0.2)
+    ),
+    "Cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**GROUPED)),
     "Qwen2-VL": qwen2_vl,
 }
 
