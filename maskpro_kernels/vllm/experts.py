@@ -96,7 +96,8 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
         self.total.loaded_layers += 1
         if self.total.loaded_layers == self.total.layers:
             logger.warning(
-                "maskpro_kernels: the experts of %d layers were unpacked: they take %d bytes on this rank, %d packed",
+                "maskpro_kernels: the experts of %d layers were unpacked: they take %d bytes on this rank, %d packed "
+                "in the checkpoint",
                 self.total.layers, self.total.dense_bytes, self.total.packed_bytes,
             )  # fmt: skip
         super().process_weights_after_loading(layer)
