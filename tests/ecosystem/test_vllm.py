@@ -78,7 +78,12 @@ def test_a_cut_that_is_not_possible_is_refused(tmp_path):
 
 def test_adapters_prefixes_and_many_requests_in_a_compiled_engine(tmp_path):
     results, _ = run("features", tmp_path)
+    products = results.pop("products")
     assert results == dict.fromkeys(("many", "adapter", "without", "prefixes"), True)
+    # of layers whose parts are stored in several ways
+    several = {name: count for name, count in products.items() if count > 1 and not name.endswith(".base_layer")}
+    assert several == {"model.layers.1.self_attn.qkv_proj": 3, "model.layers.1.mlp.gate_up_proj": 2}
+    assert products["model.layers.0.self_attn.qkv_proj"] == products["model.layers.0.mlp.gate_up_proj"] == 1
 
 
 def test_the_server_answers(tmp_path):

@@ -327,6 +327,12 @@ def refusals(folder: Path) -> dict:
     return {name: failure(served, folder / name) for name in ("masked", "head")}
 
 
+def products_of(model: nn.Module) -> dict[str, int]:
+    """Number of products of each layer with packed parts."""
+    methods = {name: getattr(module, "quant_method", None) for name, module in model.named_modules()}
+    return {name: len(x.products) for name, x in methods.items() if hasattr(x, "products")}
+
+
 def features(folder: Path) -> dict:
     """Whether the tokens are equal in one compiled engine: requests at once, adapters, prefixes."""
     from peft import LoraConfig, get_peft_model
@@ -359,7 +365,9 @@ def features(folder: Path) -> dict:
         enable_prefix_caching=True,
     )  # fmt: skip
     adapter = LoRARequest("adapter", 1, str(folder / "adapter"))
+    (products,) = llm.apply_model(products_of)
     return {
+        "products": products,
         "many": continued(llm, many) == tokens,
         "adapter": continued(llm, many[:3], lora_request=adapter) == adapted_tokens != tokens[:3],
         "without": continued(llm, many[:3]) == tokens[:3],
