@@ -102,3 +102,4 @@ def test_checkpoints_that_vllm_cannot_serve_are_refused(tmp_path):
     results, _ = run("refusals", tmp_path)
     assert "expected packed layers for vLLM, got masks in model.layers.1.self_attn.k_proj" in results["masked"]
     assert "got 'lm_head', which is ParallelLMHead there" in results["head"]
+    assert "checkpoint: expected scales of model.layers.1.self_attn.k_proj, got none; copy" in results["unread"]

@@ -324,7 +324,16 @@ def refusals(folder: Path) -> dict:
     mk.convert(model, "2:4", targets=[DAMAGED])
     write(model, folder / "masked")
     write(pack(made("Llama"), {"lm_head": ("2:4", {"values": "keep"})}), folder / "head")
-    return {name: failure(served, folder / name) for name in ("masked", "head")}
+    result = {name: failure(served, folder / name) for name in ("masked", "head")}
+    # of a hub that sends no headers
+    from maskpro_kernels.vllm import config
+
+    config.get_safetensors_params_metadata = lambda *_, **__: {}
+    write(pack(made("Llama"), {DAMAGED: ("2:4", {"values": "int8"})}), folder / "unread")
+    tensors = load_file(folder / "unread" / "model.safetensors")
+    del tensors[f"{DAMAGED}.scales"]
+    save_file(tensors, folder / "unread" / "model.safetensors", metadata={"format": "pt"})
+    return result | {"unread": failure(served, folder / "unread")}
 
 
 def products_of(model: nn.Module) -> dict[str, int]:
