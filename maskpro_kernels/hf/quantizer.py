@@ -194,7 +194,7 @@ class SparseQuantizer(HfQuantizer):
                 ) from error
         masked = [name for name, layer in layers.items() if "layer" in layer]
         self._extra_states = _by_id(states) if masked else {}
-        _check_stored(stored, layers)
+        check_stored(stored, layers)
         ids = [layers[name]["layer"] for name in masked]
         if sorted(self._extra_states) != sorted(ids):
             raise ValueError(
@@ -379,7 +379,7 @@ def _model_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> None:
+def check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> None:
     """Raise ValueError unless the checkpoint has as many tensors of each kind as the config's layers need."""
     # compare numbers, not names: transformers renames some tensors when it loads them
     if any(".base_layer." in name for name in stored):

@@ -225,7 +225,7 @@ FAULTS = [
     Fault("packed.packed_linear", of_detached_values, values_learn),
     Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
     Fault("packed.PackedNM.check", nothing, damaged_scales_are_seen),
-    Fault("hf.quantizer._check_stored", nothing, values_that_are_no_integers_are_seen),
+    Fault("hf.quantizer.check_stored", nothing, values_that_are_no_integers_are_seen),
     Fault("packed.NMLinear._load_from_state_dict", nn.Module._load_from_state_dict, integers_do_not_pass_as_weights),
 ]
 

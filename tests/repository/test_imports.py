@@ -58,7 +58,9 @@ def test_no_module_imports_from_the_package_itself():
     assert [module for module, below in imported().items() if NAME in below] == []
 
 
-@pytest.mark.parametrize(("library", "place"), [("triton", "ops.triton"), ("transformers", "hf"), ("peft", "peft")])
+@pytest.mark.parametrize(
+    ("library", "place"), [("triton", "ops.triton"), ("transformers", "hf"), ("peft", "peft"), ("vllm", "vllm")]
+)
 def test_library_is_imported_in_one_place(library, place):
     users = [module for module in MODULES if library in {name.split(".")[0] for name in imports(module, MODULES)}]
     assert users

@@ -1,0 +1,41 @@
+"""Packed checkpoints in vLLM, as a quantization that is not part of it: ``vllm serve FOLDER``.
+
+vLLM finds ``register`` by the entry point in pyproject.toml and calls it in each of its processes, for any model.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from .releases import TRIED, logger
+
+
+def register() -> None:
+    """Register the quantization of packed checkpoints with vLLM.
+
+    If this release of vLLM lacks a part that it needs, it reports this in one line instead: vLLM then serves other
+    models, and refuses packed checkpoints by the name of their quantization, "maskpro".
+    """
+    from vllm import __version__
+
+    try:
+        from .config import register_config
+
+        register_config()
+    except (ImportError, AttributeError) as error:
+        logger.warning(
+            "maskpro_kernels: packed checkpoints need vLLM %s, got %s: %s", " or ".join(TRIED), __version__, error
+        )
+    show_empty_dict_of_llvmlite()
+
+
+def show_empty_dict_of_llvmlite() -> None:
+    """Give llvmlite's library, which compiles products on a CPU, an empty ``__dict__``.
+
+    On a CPU vLLM calls ``vars(value).get`` for each value in each module (``vllm.triton_utils.dispatcher``). The
+    library takes any name for that of a function, also ``__dict__``, and a function has no ``get``.
+    """
+    with suppress(ImportError, AttributeError, TypeError):
+        from llvmlite.binding import ffi
+
+        ffi.lib._fntab.setdefault("__dict__", {})

@@ -1,0 +1,148 @@
+"""How vLLM's layers find their packed weights: names in the config, in the files, and in vLLM's model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+import vllm
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from ..hf.quantizer import METHOD, SparseConfig, check_stored
+from ..ops.pattern import NMPattern
+from ..ops.reference import SCALED
+from .experts import Total, UnpackedExpertsMethod
+from .linear import PackedLinearMethod, Storage
+from .names import matched
+from .releases import TRIED, warn_of
+
+# Methods of vLLM's class that it has to call
+NEEDED = ("apply_vllm_mapper", "maybe_update_config")
+# Parts of layers that vLLM fuses, where its model does not name them, as GPT-J
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Name of an expert's layer in the files, see ``unfuse.ExpertLinears``
+EXPERT = re.compile(r"\.experts\.linears\.(\w+)\.(\d+)\.")
+
+
+def register_config() -> None:
+    """Register ``PackedConfig``; AttributeError if vLLM would not call its methods."""
+    for name in NEEDED:
+        getattr(QuantizationConfig, name)
+    register_quantization_config(METHOD)(PackedConfig)
+
+
+class PackedConfig(QuantizationConfig):
+    """vLLM's view of a ``SparseConfig`` whose layers are packed.
+
+    Args:
+        config: quantization_config of the checkpoint.
+
+    Raises:
+        TypeError, ValueError: as in ``SparseConfig``, or layers are masked or in several places.
+    """
+
+    def __init__(self, config: Mapping):
+        super().__init__()
+        warn_of(vllm.__version__)
+        checked = SparseConfig(**config)
+        masked = [name for name, settings in checked.layers.items() if "layer" in settings]
+        if masked:
+            raise ValueError(
+                f"quantization_config: expected packed layers for vLLM, got masks in {masked[0]}; write a dense or a "
+                "packed checkpoint by finalize or `maskpro export`"
+            )
+        if checked.shared:
+            raise ValueError(
+                f"quantization_config: expected layers in one place each for vLLM, got {min(checked.shared)} in two; "
+                "write a dense checkpoint by finalize or `maskpro export`"
+            )
+        self._config = checked
+        self._unpacked = Total()
+        # names of weights of a wrong shape, see ``guarded_state_dict``
+        self._guards: list[str] = []
+        # by name in the files after ``maybe_update_config``, then by name in vLLM's model
+        self.layers = {
+            name: Storage(name, NMPattern(settings["pattern"]), settings["values"], settings.get("group", SCALED))
+            for name, settings in checked.layers.items()
+        }
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict) -> PackedConfig:
+        return cls(config)
+
+    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
+        """Compare the files with the config, as transformers' loader does, and take the names in the files.
+
+        transformers renames layers of some models when it loads them: the config has its names, vLLM maps the others.
+
+        Raises:
+            ValueError: as for transformers' loader, if tensors are missing.
+        """
+        headers = get_safetensors_params_metadata(model_name, revision=revision)
+        # none if the hub does not answer: the loader finds what is missing
+        if headers:
+            # beside them a header has metadata of the file
+            stored = {name: header["dtype"] for name, header in headers.items() if "dtype" in header}
+            check_stored(stored, self._config.layers)
+            with_bitmask = [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]
+            packed = [name for name in with_bitmask if f"{name}.values" in stored]
+            names = matched(packed, self.layers)
+            self.layers = {name: self.layers[config_name] for name, config_name in names.items()}
+            self._guards = [f"{name}.weight" for name in packed if f"{name}.weight" in stored]
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        # it maps names of weights
+        weights = {f"{name}.weight": storage for name, storage in self.layers.items()}
+        mapped = hf_to_vllm_mapper.apply_dict(weights)
+        self.layers = {name.removesuffix(".weight"): storage for name, storage in mapped.items()}
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Rename layers of experts to the names that vLLM's loader knows, and leave out weights of a wrong shape."""
+        renamed = {EXPERT: r".experts.\2.\1.", **{re.compile(f"^{re.escape(name)}$"): None for name in self._guards}}
+        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=renamed)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            linears = f"{prefix.removesuffix('.routed_experts')}.linears."
+            matrices = {name.removeprefix(linears): x for name, x in self.layers.items() if name.startswith(linears)}
+            if not matrices:
+                return None
+            if not hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
+                raise ValueError(f"vLLM: expected {TRIED[-1]} or newer for packed experts, got {vllm.__version__}")
+            return UnpackedExpertsMethod(layer.moe_config, matrices, self._unpacked)
+        if not isinstance(layer, LinearBase):
+            if prefix in self.layers:
+                raise ValueError(
+                    f"quantization_config: expected names of linear layers of vLLM's model, got "
+                    f"{self.layers[prefix].name!r}, which is {type(layer).__name__} there"
+                )
+            return None
+        parts = [self.layers.get(prefix)]
+        if parts == [None]:
+            parent, dot, last = prefix.rpartition(".")
+            names = self.packed_modules_mapping.get(last, FUSED.get(last, ()))
+            parts = [self.layers.get(f"{parent}{dot}{name}") for name in names]
+        if not any(parts):
+            return UnquantizedLinearMethod()
+        return PackedLinearMethod(prefix, parts)

@@ -1,0 +1,113 @@
+"""Experts of vLLM's models, whose packed matrices are unpacked when they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.utils import set_weight_attrs
+
+from ..hf.quantizer import COPY_AGAIN
+from ..packed import KEEP
+from .linear import Storage
+from .releases import logger
+
+
+@dataclass
+class Total:
+    """Sums over the layers of experts of a model, on this rank."""
+
+    layers: int = 0
+    loaded_layers: int = 0
+    packed_bytes: int = 0
+    dense_bytes: int = 0
+
+
+class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
+    """Method of experts with packed matrices: vLLM multiplies all experts of a layer in one kernel of its own.
+
+    A matrix is unpacked as a whole and then cut over ranks, so every cut of vLLM's is possible.
+
+    Args:
+        moe: vLLM's configuration of the experts.
+        matrices: storage of each packed matrix by its name and expert, as "up_proj.3"; the others are dense.
+        total: sums of the model, reported after its last layer.
+    """
+
+    def __init__(self, moe, matrices: Mapping[str, Storage], total: Total):
+        super().__init__(moe)
+        self.matrices = matrices
+        self.total = total
+        # tensors by name, of matrices that are not complete
+        self.pending: dict[str, dict[str, Tensor]] = {}
+
+    def create_weights(self, layer: nn.Module, num_experts: int, hidden_size: int,
+                       intermediate_size_per_partition: int, params_dtype: torch.dtype,
+                       **attributes) -> None:  # fmt: skip
+        super().create_weights(
+            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **attributes
+        )
+        self.total.layers += 1
+        self.matrix_names = {
+            "w1": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name, "w3": layer.ckpt_up_proj_name
+        }  # fmt: skip
+        self.experts = layer.moe_config.num_logical_experts
+        for side in ("w13", "w2"):
+            weight = getattr(layer, f"{side}_weight")
+            # vLLM looks for the loader of a tensor in the parameter of its name
+            for name in ("values", "bitmask", "scales"):
+                parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+                set_weight_attrs(parameter, {"weight_loader": self._loader(weight, name, weight.weight_loader)})
+                layer.register_parameter(f"{side}_{name}", parameter)
+            weight.weight_loader = _dense_loader(weight.weight_loader)
+
+    def _loader(self, weight: nn.Parameter, name: str, dense_loader: Callable) -> Callable:
+        def load(
+            param: nn.Parameter, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:  # fmt: skip
+            # vLLM numbers copies of experts after all experts
+            key = f"{self.matrix_names[shard_id]}.{expert_id % self.experts}"
+            copy = f"{key}.{expert_id}"
+            storage = self.matrices[key]
+            tensors = self.pending.setdefault(copy, {})
+            tensors[name] = loaded_weight.to(weight.device)
+            if len(tensors) < (2 if storage.values == KEEP else 3):
+                return True if return_success else None
+            packed = storage.packed(self.pending.pop(copy)).to(weight.dtype)
+            self.total.packed_bytes += packed.nbytes
+            return dense_loader(weight, packed.unpack(), "weight", shard_id, expert_id, return_success)
+
+        return load
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        for copy, tensors in self.pending.items():
+            storage = self.matrices[copy.rpartition(".")[0]]
+            raise ValueError(
+                f"checkpoint: expected all tensors of {storage.name}, got {min(tensors)} alone; {COPY_AGAIN}"
+            )
+        for side in ("w13", "w2"):
+            for name in ("values", "bitmask", "scales"):
+                delattr(layer, f"{side}_{name}")
+        self.total.dense_bytes += layer.w13_weight.nbytes + layer.w2_weight.nbytes
+        self.total.loaded_layers += 1
+        if self.total.loaded_layers == self.total.layers:
+            logger.warning(
+                "maskpro_kernels: the experts of %d layers were unpacked: they take %d bytes on this rank, %d packed "
+                "in the checkpoint",
+                self.total.layers, self.total.dense_bytes, self.total.packed_bytes,
+            )  # fmt: skip
+        super().process_weights_after_loading(layer)
+
+
+def _dense_loader(weight_loader: Callable) -> Callable:
+    def load(param: nn.Parameter, loaded_weight: Tensor, *arguments, **keywords) -> bool | None:
+        if loaded_weight.dim() == 1:
+            # not of this layer: ``guarded_state_dict``
+            return True
+        return weight_loader(param, loaded_weight, *arguments, **keywords)
+
+    return load
