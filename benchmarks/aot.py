@@ -305,7 +305,7 @@ def warnings(built: Built) -> list[str]:
 
     C7515 for one: each wgmma waits for the one before.
     """
-    if "wgmma" not in built.asm.get("ptx", ""):
+    if "wgmma.mma_async" not in built.asm.get("ptx", ""):
         return []
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(built.asm["ptx"])
