@@ -121,6 +121,16 @@ _SM_90_TILES = {
     ),
 }
 
+# No figure of a B200's L2 cache is published, so nothing speaks for other tiles there
+_SM_100_TILES = {
+    ("masked_linear", 2): (
+        Tiles(out=16, tokens=16, k=64),
+        Tiles(out=32, tokens=32, k=64),
+        Tiles(out=32, tokens=64, k=64, num_warps=8),
+        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2),
+    ),
+}
+
 # Numbers of tokens come from the cost model in benchmarks/, whose figures are in docs/kernels.md; it does not cover
 # gfx942. A B200's memory is so fast that the draw bounds the time, and a product would add to it: so drawn masks have
 # few tokens there, and on an H100 until one is measured, since at gaps below 10 the draw takes longer. On ROCm torch
@@ -129,7 +139,8 @@ TARGETS = {
     "sm_80": Target(processors=108, fused_tokens=1024, fused_drawn_tokens=1024, sparse_tokens=sys.maxsize),
     "sm_90": Target(processors=132, drawn_tokens=32, fused_tokens=256, fused_drawn_tokens=256, sparse_tokens=512,
                     tiles=_SM_90_TILES),
-    "sm_100": Target(processors=148, drawn_tokens=32, fused_tokens=96, fused_drawn_tokens=32, sparse_tokens=128),
+    "sm_100": Target(processors=148, drawn_tokens=32, fused_tokens=96, fused_drawn_tokens=32, sparse_tokens=128,
+                     tiles=_SM_100_TILES),
     "gfx942": Target(processors=304, fused_tokens=sys.maxsize, fused_drawn_tokens=sys.maxsize),
 }  # fmt: skip
 
