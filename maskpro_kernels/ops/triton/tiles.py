@@ -128,7 +128,7 @@ _SM_100_TILES = {
         Tiles(out=32, tokens=32, k=64),
         Tiles(out=32, tokens=64, k=64, num_warps=8),
         Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2),
-    ),
+    )
 }
 
 # Numbers of tokens come from the cost model in benchmarks/, whose figures are in docs/kernels.md; it does not cover
