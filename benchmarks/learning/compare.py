@@ -222,31 +222,35 @@ class Comparison:
         if self.rows.find(name, settings, steps) is not None:
             return
         codes, _ = self.initial(self.args.init)
-        digests = self._initial_digests(codes)
+        digests = self.initial_digests(codes)
         batches = self.batches_of(name, steps)
         layers = self.masked
         estimator = self.learners[name].kind(steps=len(batches), **settings)
-        with torch.no_grad():
-            for layer, module in layers.items():
-                module.logits.copy_(initial_logits(codes[layer], self.pattern, self.gap_of(estimator)))
+        self.put_mask(codes, self.gap_of(estimator))
         trainer = MaskTrainer(self.model, causal_lm_loss, batches, estimator, seed=self.args.seed)
         began = self.clock()
         trainer.begin()
         seconds = self.clock() - began
-        figures = {**digests, "changed_groups_at_start": self._changed(codes)}
+        figures = {**digests, "changed_groups_at_start": self.changed(codes)}
         began = self.clock()
         trainer.run(len(batches))
         seconds += self.clock() - began
         trainer.close()
         rows = []
         state = state_bytes(estimator, layers)
-        figures["changed_groups"] = self._changed(codes)
+        figures["changed_groups"] = self.changed(codes)
         if isinstance(estimator, ProxSparse):
             with weights_in_place(layers, estimator.sparse_weights(layers)):
                 rows.append(self.row(name + WITH_WEIGHTS, settings, steps, seconds, state, "own", **figures))
         self.rows.add([*rows, self.row(name, settings, steps, seconds, state, **figures)])
 
-    def _initial_digests(self, codes: Mapping[str, Tensor]) -> dict[str, str]:
+    @torch.no_grad()
+    def put_mask(self, codes: Mapping[str, Tensor], gap: float) -> None:
+        """Set the logits to an initial mask."""
+        for layer, module in self.masked.items():
+            module.logits.copy_(initial_logits(codes[layer], self.pattern, gap))
+
+    def initial_digests(self, codes: Mapping[str, Tensor]) -> dict[str, str]:
         """Digests of the samples and of an initial mask; ValueError if rows that are there began with others."""
         digests = {"samples": self.samples, "initial_mask": digest([codes[layer] for layer in sorted(codes)])}
         for name, value in digests.items():
@@ -258,7 +262,7 @@ class Comparison:
                 )
         return digests
 
-    def _changed(self, codes: Mapping[str, Tensor]) -> int:
+    def changed(self, codes: Mapping[str, Tensor]) -> int:
         """Number of groups whose mask, by their logits, differs from these."""
         learned = ((top_n_mask(self.masked[name].logits.detach(), self.pattern), codes[name]) for name in codes)
         return sum(int((mask != initial).sum()) for mask, initial in learned)

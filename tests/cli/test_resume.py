@@ -19,6 +19,7 @@ from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.learn import command, steps
 from maskpro_kernels.learn.trainer import MaskTrainer
+from maskpro_kernels.modules import masked_layers
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -93,6 +94,30 @@ def test_a_run_that_was_interrupted_ends_as_a_whole_one(inputs, wholes, tmp_path
     assert main.main(["learn", "--resume", "run", "--device", "cpu"]) == 0
     assert f"{step} steps are done" in capsys.readouterr().err
     assert_ends_as(run, whole)
+
+
+def test_a_resumed_run_makes_one_forward_a_step(inputs, tmp_path, monkeypatch):
+    """Batches that repeat have their losses under the initial mask from before the interruption."""
+    forwards = []
+    loss_of = command._loss_of
+
+    def counted(options):
+        loss_fn = loss_of(options)
+
+        def loss(model, batch):
+            drawing = any(layer.training for layer in masked_layers(model).values())
+            forwards.append("drawn" if drawing else "initial")
+            return loss_fn(model, batch)
+
+        return loss
+
+    monkeypatch.setattr(command, "_loss_of", counted)
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        interrupted(inputs, run, monkeypatch, 3, COMMON, kill)
+    assert forwards == ["initial"] * 2 + ["drawn"] * 3
+    assert main.main(["learn", "--resume", str(run)]) == 0
+    assert forwards == ["initial"] * 2 + ["drawn"] * 6
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

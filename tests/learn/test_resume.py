@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import slow
 from helpers.in_ranks import LONGEST, forking
-from helpers.small_trainer import a_trainer_in, logits_of
+from helpers.small_trainer import a_trainer_in, logits_of, loss_fn
 
 import maskpro_kernels as mk
 from maskpro_kernels.files import digest
@@ -50,6 +52,48 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, how):
     assert [r.advantage for r in rest] == [r.advantage for r in records[steps:]]
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("run", "whole")]
     assert lines == [9, 9]
+
+
+def learn_in_a_process(folder: Path, minutes: float, killed_in: int | None) -> None:
+    """Take the remaining of 9 steps; add a line to a file for each forward, and be killed in that of a step."""
+
+    def loss(model, batch):
+        drawing = model[0].training
+        with open(folder.with_suffix(".forwards"), "a", encoding="utf-8") as file:
+            file.write("drawn\n" if drawing else "initial\n")
+        if drawing and trainer.steps_done == killed_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss_fn(model, batch)
+
+    torch.set_num_threads(1)
+    trainer = a_trainer_in(folder, loss_fn=loss, snapshot_minutes=minutes)
+    if folder.exists():
+        trainer.resume()
+    trainer.run(9 - trainer.steps_done, progress=False)
+
+
+# of the journal, and of the last snapshot
+@pytest.mark.parametrize("minutes", [10.0, slow(0.0)])
+def test_a_killed_run_keeps_the_losses_under_its_initial_masks(tmp_path, minutes):
+    run = tmp_path / "run"
+    whole = tmp_path / "whole"
+    forwards = []
+    with forking() as context:
+        for folder, killed_in in ((whole, None), (run, 5), (run, None)):
+            process = context.Process(target=learn_in_a_process, args=(folder, minutes, killed_in))
+            process.start()
+            process.join(LONGEST)
+            assert process.exitcode == (0 if killed_in is None else -signal.SIGKILL)
+            forwards.append(folder.with_suffix(".forwards").read_text(encoding="utf-8").split())
+    # three batches; the sixth step ended within its forward
+    initial = ["initial"] * 3
+    assert forwards == [initial + ["drawn"] * 9, initial + ["drawn"] * 6, initial + ["drawn"] * 10]
+    resumed = a_trainer_in(run)
+    unbroken = a_trainer_in(whole)
+    assert resumed.resume() == unbroken.resume() == 9
+    assert_same_bits(logits_of(resumed.model), logits_of(unbroken.model))
+    for name in ("loss", "residual", "tracker"):
+        assert [row[name] for row in resumed.metrics] == [row[name] for row in unbroken.metrics]
 
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through", *map(slow, WAYS[1:-1])])

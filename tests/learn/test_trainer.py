@@ -43,10 +43,13 @@ def test_initial_losses_come_once_a_batch_before_the_logits_move():
         return loss_fn(module, batch)
 
     trainer = a_trainer(model, batches=batches, loss_fn=recording)
-    trainer.run(4, progress=False)
-    trainer.step()
+    records = trainer.run(4, progress=False)
+    records.append(trainer.step())
     assert initial == [0, 1, 2]
     assert drawn == [0, 1, 2, 0, 1]
+    # with the bits of a forward under the initial masks in each step
+    fresh = [float(loss_fn(a_model().eval(), batch)) for batch in batches]
+    assert [record.residual for record in records] == [record.loss - fresh[record.step % 3] for record in records]
 
 
 def test_steps_alone_and_in_a_run_are_the_same():

@@ -1,0 +1,138 @@
+"""REINFORCE as its authors run it, over thousands of steps: perplexity and moved groups on the way.
+
+    python benchmarks/learning/long_run.py --init wanda --steps 10000 --test pydoc stdlib book.txt --output runs/wanda
+
+The settings are the authors' (MaskPro, arXiv 2506.12876): initial logits 10 apart, a learning rate of 50, a decay of
+0.99, a draw a step, frozen weights. The batches are the first 64 of ``compare.py``, and repeat. Their losses under the
+initial mask are computed before the first step, so each step is one forward.
+
+After every 500 steps ``rows.jsonl`` gets a row. Nothing is chosen by the rows. Seconds are those of the steps and the
+losses under the initial mask, without evaluations.
+
+The folder ``progress`` has the trainer's files. Called again with the same arguments, the command continues: after
+SIGTERM or SIGINT, which stop it after a step with status 1, and after a kill. With more ``--steps`` it goes on from the
+last one. Each initial mask needs a folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from compare import Comparison, checked, options
+from methods import LEARNERS, state_bytes
+from rows import table
+from torch import Tensor
+
+from maskpro_kernels.cli.learn.steps import StopSignals
+from maskpro_kernels.files import read_record, write_record
+from maskpro_kernels.learn.estimator import StepRecord
+from maskpro_kernels.learn.journal import JOURNAL
+from maskpro_kernels.learn.reinforce import Reinforce
+from maskpro_kernels.learn.trainer import MaskTrainer
+from maskpro_kernels.text.perplexity import causal_lm_loss
+
+REINFORCE = LEARNERS[Reinforce.name]
+
+
+class Seconds:
+    """Seconds of the steps of all processes of a run, in a file.
+
+    A process that is killed before it adds those of a step loses them.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]):
+        self.path = path
+        self.clock = clock
+        self.total = read_record(path)["seconds"] if path.exists() else 0.0
+        self.start()
+
+    def start(self) -> None:
+        self.began = self.clock()
+
+    def add(self) -> None:
+        """Add the time since the start, or since the last addition."""
+        now = self.clock()
+        self.total += now - self.began
+        self.began = now
+        write_record(self.path, {"seconds": self.total})
+
+
+class LongRun(Comparison):
+    """The rows of a run, which one process after the other continues."""
+
+    def learn_until(self, steps: int) -> bool:
+        """Take the steps that are missing, and add the rows; return whether it has ended, without a signal."""
+        # before any conversion
+        self.dense  # noqa: B018
+        self.one_shot(self.args.init)
+        codes, _ = self.initial(self.args.init)
+        self.put_mask(codes, REINFORCE.gap)
+        folder = self.args.output / "progress"
+        batches = self.batches[: self.args.batches]
+        estimator = Reinforce(**REINFORCE.options)
+        trainer = MaskTrainer(self.model, causal_lm_loss, batches, estimator, seed=self.args.seed, output_dir=folder)
+        with closing(trainer):
+            seconds = Seconds(self.args.output / "seconds.json", self.clock)
+            if (folder / JOURNAL).exists():
+                trainer.resume()
+            else:
+                trainer.begin()
+                seconds.add()
+            return self._take_steps(trainer, steps, codes, seconds)
+
+    def _take_steps(self, trainer: MaskTrainer, steps: int, codes: Mapping[str, Tensor], seconds: Seconds) -> bool:
+        every = self.args.every
+        settings = REINFORCE.options
+        state = state_bytes(trainer.estimator, trainer.layers)
+        digests = self.initial_digests(codes)
+        with StopSignals() as signals:
+
+            def after_step(record: StepRecord) -> bool:
+                seconds.add()
+                return signals.have_come()
+
+            while True:
+                done = trainer.steps_done
+                is_due = done > 0 and (done % every == 0 or done == steps)
+                # the process before may have ended without the row of its last step
+                if is_due and self.rows.find(Reinforce.name, settings, done) is None:
+                    figures = {**digests, "changed_groups": self.changed(codes)}
+                    self.rows.add([self.row(Reinforce.name, settings, done, seconds.total, state, **figures)])
+                if done >= steps or signals.came:
+                    return done >= steps
+                seconds.start()
+                count = min(every - done % every, steps - done)
+                trainer.run(count, progress=False, after_step=after_step)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = options("REINFORCE as its authors run it, with rows on the way")
+    parser.set_defaults(init="wanda", steps=[10000])
+    parser.add_argument("--batches", type=int, default=64, help="distinct batches, which repeat (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=500, help="steps from a row to the next (default: %(default)s)")
+    args = checked(parser, argv)
+    for name in ("batches", "every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if len(args.steps) > 1 or args.steps[0] < args.batches:
+        parser.error(f"--steps: expected one number of at least {args.batches}, the batches, got {args.steps}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
+    try:
+        run = LongRun(args)
+        has_ended = run.learn_until(args.steps[0])
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(table(run.rows.rows), end="")
+    if not has_ended:
+        raise SystemExit("stopped by a signal; the same command continues")
+
+
+if __name__ == "__main__":
+    main()
