@@ -162,11 +162,10 @@ def processor() -> str:
 
 
 def sources() -> str:
-    """Digest of the sources of compiled loops."""
+    """Digest of the sources of all operations."""
     ops = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    folders = (ops, *(ops / name for name in ("reference", "cpu", "cpu/packed")))
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    for path in sorted(ops.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

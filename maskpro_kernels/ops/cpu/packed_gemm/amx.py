@@ -6,8 +6,6 @@ multiplied with all tokens. The tokens are reordered before, by 16 tokens and tw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from llvmlite import ir
 
 from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, minimum, prefer_512_bit_vectors
@@ -26,6 +24,7 @@ from .instructions import (
     intrinsic,
     load_scale,
     prefetch,
+    transposed,
     vector,
     zeros,
 )
@@ -50,25 +49,6 @@ X_TILES = (6, 7)
 
 # Operand of LDTILECFG: all eight tiles of 16 rows of 64 bytes, by palette 1
 CONFIGURATION = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
-
-
-def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
-    """Columns of a square matrix of vectors; its size is a power of two."""
-    rows = list(rows)
-    count = len(rows)
-    step = 1
-    while step < count:
-        orders = [
-            [(i & ~step) + (count if i & step else 0) + (step if high else 0) for i in range(count)] for high in (0, 1)
-        ]
-        masks = [ir.Constant(vector(I32, count), order) for order in orders]
-        for i in range(count):
-            if not i & step:
-                upper = rows[i]
-                lower = rows[i + step]
-                rows[i], rows[i + step] = (b.shuffle_vector(upper, lower, mask) for mask in masks)
-        step *= 2
-    return rows
 
 
 def laid_out() -> str:

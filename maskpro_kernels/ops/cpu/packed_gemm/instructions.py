@@ -6,7 +6,7 @@ a CPU without any set, compiled loops unpack packed weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from llvmlite import ir
@@ -159,6 +159,25 @@ def store_rounded(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, dtype: to
     elif dtype == torch.float16:
         value = b.fptrunc(value, TYPES[dtype])
     b.store(value, pointer, align=1)
+
+
+def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
+    """Columns of a square matrix of vectors; its size is a power of two."""
+    rows = list(rows)
+    count = len(rows)
+    step = 1
+    while step < count:
+        orders = [
+            [(i & ~step) + (count if i & step else 0) + (step if high else 0) for i in range(count)] for high in (0, 1)
+        ]
+        masks = [ir.Constant(vector(I32, count), order) for order in orders]
+        for i in range(count):
+            if not i & step:
+                upper = rows[i]
+                lower = rows[i + step]
+                rows[i], rows[i + step] = (b.shuffle_vector(upper, lower, mask) for mask in masks)
+        step *= 2
+    return rows
 
 
 def _table_row(b: ir.IRBuilder, rows: list[list[int]], bits: ir.Value, row_bytes: int) -> ir.Value:

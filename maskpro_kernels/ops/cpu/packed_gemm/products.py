@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from ... import reference
 from ...pattern import as_bitmask, bitmask_of, codes_of
@@ -24,9 +24,9 @@ from . import RUN, Packed
 if TYPE_CHECKING:
     from .instructions import Instructions
 
-# Most tokens of a product row by row, without AMX
+# Most tokens of a product row by row: if slices follow, strips, and AMX
 MAX_ROW_TOKENS = 16
-# Most tokens for which products row by row are faster than AMX, for 16-bit values and for int8
+MAX_ROW_TOKENS_WITH_STRIPS = 8
 MAX_ROW_TOKENS_WITH_AMX = 4
 
 # Bytes that stay in a core's cache: of an unpacked slice of rows, and of tokens for tiles
@@ -149,17 +149,25 @@ def unpack_nm(values, bitmask, n, m):
 def method(isa: Instructions | None, tokens: int, kind: Packed) -> str:
     """Method by which a CPU with these instructions computes a product.
 
-    "floats" and "integers": row by row, see ``rows`` and ``gathered``. "tiles": by AMX. "slices" and "unpack": by
-    torch, with unpacked slices of rows, or without such instructions with the whole unpacked weight.
+    "floats" and "integers": row by row, see ``rows`` and ``gathered``. "tiles": by AMX. "strips": by VDPBF16PS.
+    "slices" and "unpack": by torch, with unpacked slices of rows, or without such instructions with the whole unpacked
+    weight.
     """
     if isa is None:
         return "unpack"
     if kind.scaled and kind.runs_per_scale is None:
         return "slices"
-    amx = isa.amx and kind.x == torch.bfloat16
-    if tokens <= (MAX_ROW_TOKENS_WITH_AMX if amx else MAX_ROW_TOKENS):
-        return "integers" if kind.scaled and isa.pmaddwd and kind.x != torch.float32 else "floats"
-    return "tiles" if amx else "slices"
+    max_row_tokens = MAX_ROW_TOKENS
+    many = "slices"
+    if kind.x == torch.bfloat16 and isa.amx:
+        max_row_tokens = MAX_ROW_TOKENS_WITH_AMX
+        many = "tiles"
+    elif kind.x == torch.bfloat16 and isa.bf16:
+        max_row_tokens = MAX_ROW_TOKENS_WITH_STRIPS
+        many = "strips"
+    if tokens > max_row_tokens:
+        return many
+    return "integers" if kind.scaled and isa.pmaddwd and kind.x != torch.float32 else "floats"
 
 
 def nm_linear(
@@ -221,7 +229,7 @@ def _product(name: str, kind: Packed, tokens: int, biased: bool) -> Product:
     if name == "unpack":
         return functools.partial(_by_unpacking, kind)
     try:
-        make = {"floats": _by_floats, "integers": _by_integers, "tiles": _by_tiles, "slices": _by_slices}[name]
+        make = {"floats": _by_floats, "integers": _by_integers, "tiles": _by_tiles, "strips": _by_strips, "slices": _by_slices}[name]
         product = make(kind, tokens, biased)
         _check_product(product, kind, tokens, biased)
     except Exception as error:
@@ -375,6 +383,27 @@ def _by_tiles(kind: Packed, tokens: int, biased: bool) -> Product:
             count = min(at_once, tokens - first)
             addresses = *weight_addresses, laid_out.data_ptr(), _address(bias), out.data_ptr()
             loop(-(-rows // amx.STRIP), thread_count, k, rows, first, count, *addresses)
+        return out
+
+    return product
+
+
+def _by_strips(kind: Packed, tokens: int, biased: bool) -> Product:
+    from . import strips
+
+    loop = compiled("packed_strips", 9, strips.strip_product, kind, available(), biased)
+
+    def product(x: Tensor, weight: WeightTensors, bias: Tensor | None) -> Tensor:
+        values, bitmask, scales = weight
+        rows = values.shape[0]
+        tokens, k = x.shape
+        padded = pad(x, (0, strips.x_columns(k) - k))
+        out = torch.empty((tokens, rows), dtype=x.dtype, device="cpu")
+        weight_addresses = values.data_ptr(), bitmask.data_ptr(), _address(scales)
+        for first in range(0, tokens, strips.TOKENS):
+            count = min(strips.TOKENS, tokens - first)
+            addresses = *weight_addresses, padded[first].data_ptr(), _address(bias), out[first].data_ptr()
+            loop(-(-rows // strips.STRIP), threads(rows * k), k, rows, count, *addresses)
         return out
 
     return product
