@@ -91,6 +91,18 @@ def test_the_server_answers(tmp_path):
     assert results == {"completion": True, "chat": True}
 
 
+def test_the_folder_of_a_run_and_its_dense_export(tmp_path):
+    """vLLM reads every safetensors file beside the model."""
+    results, _ = run("learned", tmp_path)
+    assert results.pop("different tokens") > 4
+    assert results == {"run": True, "dense": True}
+
+
+def test_checkpoints_that_vllm_no_longer_reads_have_the_tokens_of_their_dense_weights(tmp_path):
+    results, _ = run("orphans", tmp_path)
+    assert len(results) == 3 and all(results.values()), results
+
+
 def test_damaged_checkpoints_are_refused_as_by_transformers(tmp_path):
     results, _ = run("damage", tmp_path)
     assert len(results) == 4
