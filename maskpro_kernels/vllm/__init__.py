@@ -32,7 +32,7 @@ def register() -> None:
 def show_empty_dict_of_llvmlite() -> None:
     """Give llvmlite's library, which compiles products on a CPU, an empty ``__dict__``.
 
-    On a CPU without Triton vLLM calls ``vars(value).get`` for each value in each of ``sys.modules`` when a worker starts
+    Where a worker starts on a CPU without Triton, vLLM calls ``vars(value).get`` for each value in each module
     (``vllm.triton_utils.dispatcher``). The library takes any name for that of a function, also ``__dict__``, and a
     function has no ``get``. It is a value of llvmlite's own module, so no import of this package can hide it once a
     product has run: with transformers before vLLM, or in a process's first engine before its second. vLLM calls
