@@ -366,6 +366,18 @@ def test_import_of_marlin_24(bits, group, names, tmp_path):
         assert_same_bits(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_four_bits_of_marlin_24_stay_four_bits(tmp_path):
+    """A block of int4 has the values of 128 columns; one at an end of the range gives the scale."""
+    model = marlin_24_model()
+    source = marlin_24_folder(tmp_path / "in", model)
+    imported(source, "--output", tmp_path / "out", "--values", "int4", "--dtype", "float32")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, mk.NMLinear):
+            weight = model.get_submodule(name).weight
+            assert layer.kind == "int4" and (layer.packed.unpack() - weight).norm() < 1e-3 * weight.norm()
+
+
 def test_scales_of_two_groups_in_the_order_of_vllm():
     """It compares a group with all columns, so that two groups are in the order of many."""
     draw = torch.Generator().manual_seed(0)
