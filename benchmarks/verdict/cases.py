@@ -8,6 +8,10 @@ On a GPU a case has a layer of LLaMA-2-7B, on an emulator a small one.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,6 +31,8 @@ from maskpro_kernels.ops.counter import CachedMask, Counter, MaskSource
 from maskpro_kernels.ops.pattern import metadata_of
 from maskpro_kernels.ops.triton import masked_gemm, tiles
 from maskpro_kernels.ops.triton.device.arithmetic import scaled_reciprocal
+
+from . import needs, served
 
 PATTERN = "2:4"
 N = 2
@@ -396,12 +402,33 @@ def second_gpu(run: Run) -> Work:
     return Work("16 x 512 x 256", ours, check)
 
 
+def served_by_vllm(run: Run) -> Work:
+    """A model with layers of all kinds, in a process of its own: vLLM keeps what it sets for a process."""
+    if run.emulator:
+        raise NotRun("vLLM has no emulator")
+    if reason := needs.of_vllm():
+        raise NotRun(reason)
+
+    def ours() -> dict:
+        command = [sys.executable, served.__file__, "bfloat16"]
+        variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(needs.ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        assert done.returncode == 0, (
+            f"vLLM has ended with {done.returncode}: {lines[-1] if lines else 'without a word'}"
+        )
+        return json.loads(lines[-1])
+
+    return Work(f"{served.LAYERS} layers of {served.HIDDEN}", ours, partial(served.check, on_gpu=True))
+
+
 CASES: dict[str, Callable[[Run], Work]] = {
     "scaled_reciprocal": all_reciprocals,
     "gradients, 304 rows": gradients,
     "torch.compile, masked layer": partial(compiled, kind="masked"),
     "torch.compile, packed layer": partial(compiled, kind="packed"),
     "layers on a second GPU": second_gpu,
+    "packed model in vLLM": served_by_vllm,
     "draw": partial(over_groups, kernel="sample_mask"),
     "score": partial(over_groups, kernel="mask_score"),
     "update": partial(over_groups, kernel="score_update"),

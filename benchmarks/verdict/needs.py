@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def of_tests() -> str | None:
         return f"{', '.join(packages)} missing: {INSTALL} {' '.join(packages)}"
     if not (ROOT / "emulators" / "gpu_emulators").is_dir():
         return "no folder emulators/gpu_emulators: run in a checkout of the repository"
+    return None
+
+
+def of_vllm() -> str | None:
+    """What keeps vLLM from serving a packed model."""
+    if missing(["vllm"]):
+        return f"vllm missing: {INSTALL} vllm"
+    if "maskpro_kernels" not in entry_points(group="vllm.general_plugins").names:
+        return f"vLLM does not find maskpro_kernels: {INSTALL} -e ."
     return None
 
 

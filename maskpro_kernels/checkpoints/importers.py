@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..files import INDEX, SINGLE, read_object, weight_files, write_tensors
 from ..ops.pattern import NMPattern
 from ..packed import PackedNM
+from . import marlin_24
 
-# Tensors of a weight in compressed-tensors, whose own reader of this format ended with version 0.14, which needs
-# transformers before 5
-COMPRESSED = ("compressed", "bitmask", "shape")
-FORMATS = ("sparse-24-bitmask", "dense")
+# Formats of compressed-tensors, whose own reader of the first ended with version 0.14, which needs transformers before
+# 5; it never read the last
+FORMATS = ("sparse-24-bitmask", "dense", "marlin-24")
 # Settings with which a loader would expect compressed tensors
 COMPRESSION_SETTINGS = ("quantization_config", "compression_config", "sparsity_config")
 
@@ -150,12 +150,13 @@ MASK_FORMATS = {".npz": _masks_of_maskllm}
 def write_plain(source: str | Path, output: str | Path) -> bool:
     """Write a checkpoint of compressed-tensors as a plain one with exact zeros; return false if it is none.
 
-    Files in the format sparse-24-bitmask are decompressed one at a time, and those in the format dense are linked to.
-    Settings of compression are removed from the config. Other files of the folder are copied.
+    Files in the formats sparse-24-bitmask and marlin-24, also with vLLM's names of its tensors, are decompressed one at
+    a time, and those in the format dense are linked to. Settings of compression are removed from the config. Other
+    files of the folder are copied.
 
     Raises:
-        ValueError: if the checkpoint has another format, such as a quantized one, a file is damaged or missing, or
-            tensors of a weight are missing, twice there or do not fit.
+        ValueError: if the checkpoint has another format, such as another quantized one, a file is damaged or missing,
+            or tensors of a weight are missing, twice there or do not fit.
         OSError: if a file cannot be written.
     """
     source = Path(source)
@@ -165,10 +166,15 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             where |= dict.fromkeys(opened.keys(), file)
-    names = {name.removesuffix(".compressed") for name in where if name.endswith(".compressed")}
-    shapes = {name.removesuffix(".shape") for name in where if name.endswith(".shape")}
-    # packed weights of this package have no shape, those of others no bitmask
-    names |= {name for name in shapes if f"{name}.bitmask" in where}
+    # tensors of each weight, by its name
+    names: dict[str, tuple[str, ...]] = {}
+    for parts in DECODERS:
+        first, second, third = parts
+        for stored in where:
+            name, _, part = stored.rpartition(".")
+            # packed weights of this package have a bitmask, those of others a shape
+            if part == first or (part == second and f"{name}.{third}" in where):
+                names[name] = parts
     config = source / "config.json"
     settings = read_object(config) if config.is_file() else {}
     compressions = []
@@ -184,20 +190,23 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
         sparsity = compression.get("sparsity_config")
         formats = [compression.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None]
         unknown = sorted(str(form) for form in formats if form not in (None, *FORMATS))
-        if unknown or compression.get("config_groups"):
+        schemes = compression.get("config_groups")
+        if unknown or (schemes and "marlin-24" not in formats):
             raise ValueError(
                 f"checkpoint: expected weights in the format {' or '.join(FORMATS)} of compressed-tensors, got "
                 f"{f'the format {unknown[0]}' if unknown else 'quantized weights'}; decompress it first, with "
                 "compressed-tensors"
             )
-    for name in names:
-        missing = [part for part in COMPRESSED if f"{name}.{part}" not in where]
+        for scheme in schemes.values() if isinstance(schemes, dict) else ():
+            marlin_24.check_scheme(scheme)
+    for name, parts in names.items():
+        missing = [part for part in parts if f"{name}.{part}" not in where]
         if missing:
             raise ValueError(
-                f"checkpoint: expected {name}.{', .'.join(COMPRESSED)}, got none of {missing} in {str(source)!r}"
+                f"checkpoint: expected {name}.{', .'.join(parts)}, got none of {missing} in {str(source)!r}"
             )
         if f"{name}.weight" in where:
-            raise ValueError(f"checkpoint: expected {name}.weight or {name}.compressed, got both in {str(source)!r}")
+            raise ValueError(f"checkpoint: expected {name}.weight or {name}.{parts[0]}, got both in {str(source)!r}")
     output.mkdir(parents=True, exist_ok=True)
     if names:
         written = {}
@@ -206,14 +215,16 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
             with safe_open(file, framework="pt") as opened:
                 for stored in opened.keys():
                     name, _, part = stored.rpartition(".")
-                    if name not in names or part not in COMPRESSED:
+                    parts = names.get(name, ())
+                    if part not in parts:
                         tensors[stored] = opened.get_tensor(stored)
-                    elif part == "compressed":
-                        compressed = []
-                        for key in (f"{name}.{component}" for component in COMPRESSED):
+                    elif part == parts[0]:
+                        compressed = {}
+                        for component in parts:
+                            key = f"{name}.{component}"
                             with safe_open(where[key], framework="pt") as holder:
-                                compressed.append(holder.get_tensor(key))
-                        tensors[f"{name}.weight"] = decompressed_weight(name, *compressed)
+                                compressed[component] = holder.get_tensor(key)
+                        tensors[f"{name}.weight"] = DECODERS[parts](name, compressed)
             write_tensors(tensors, output / file.name, {"format": "pt"})
             written |= dict.fromkeys(tensors, file.name)
         if [file.name for file in files] != [SINGLE]:
@@ -230,9 +241,11 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
     return True
 
 
-def decompressed_weight(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
-    """Return the weight [out, K] with exact zeros; ValueError if its tensors do not fit."""
-    sizes = shape.flatten().tolist()
+def bitmask_weight(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Weight [out, K] with exact zeros; ValueError if its tensors in the format sparse-24-bitmask do not fit."""
+    values = tensors["compressed"]
+    bitmask = tensors["bitmask"]
+    sizes = tensors["shape"].flatten().tolist()
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[1] % 4:
         raise ValueError(f"checkpoint: expected rows of whole groups of 4 in {name}.shape, got {sizes}")
     rows, k = sizes
@@ -245,3 +258,11 @@ def decompressed_weight(name: str, values: Tensor, bitmask: Tensor, shape: Tenso
         return PackedNM(values.reshape(rows, k // 2).contiguous(), bitmask, "2:4").check().unpack()
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: {name}.{error}") from error
+
+
+# How a weight is decoded, by the names of its tensors
+DECODERS: dict[tuple[str, ...], Callable[[str, Mapping[str, Tensor]], Tensor]] = {
+    ("compressed", "bitmask", "shape"): bitmask_weight,
+    marlin_24.COMPRESSED_TENSORS: marlin_24.marlin_24_weight,
+    marlin_24.VLLM: marlin_24.marlin_24_weight,
+}

@@ -169,9 +169,9 @@ class Export:
 class Import:
     """Write a checkpoint from files of another program or of `maskpro export --to mask`.
 
-    SOURCE is a folder in compressed-tensors' format sparse-24-bitmask or dense, or with zeros in its weights; or, with
-    --model, masks: a mask file of this package, an .npz file of MaskLLM, or a .pt file or a folder of them, of MaskLLM
-    or MaskPro. It may also be an id on the hub.
+    SOURCE is a folder in compressed-tensors' format sparse-24-bitmask, marlin-24 or dense, or with zeros in its
+    weights; or, with --model, masks: a mask file of this package, an .npz file of MaskLLM, or a .pt file or a folder of
+    them, of MaskLLM or MaskPro. It may also be an id on the hub.
     """
 
     output: str | None = _option(None, "folder to write; must be new or empty", "DIR")

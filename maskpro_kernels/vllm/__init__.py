@@ -32,8 +32,11 @@ def register() -> None:
 def show_empty_dict_of_llvmlite() -> None:
     """Give llvmlite's library, which compiles products on a CPU, an empty ``__dict__``.
 
-    On a CPU vLLM calls ``vars(value).get`` for each value in each module (``vllm.triton_utils.dispatcher``). The
-    library takes any name for that of a function, also ``__dict__``, and a function has no ``get``.
+    Where a worker starts on a CPU without Triton, vLLM calls ``vars(value).get`` for each value in each module
+    (``vllm.triton_utils.dispatcher``). The library takes any name for that of a function, also ``__dict__``, and a
+    function has no ``get``. It is a value of llvmlite's own module, so no import of this package can hide it once a
+    product has run: with transformers before vLLM, or in a process's first engine before its second. vLLM calls
+    ``register`` once in a process, before either, so llvmlite is imported here.
     """
     with suppress(ImportError, AttributeError, TypeError):
         from llvmlite.binding import ffi

@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.checkpoints import COMPRESSED, LAYER, compressed_folder, layers, masked, random_masks, store
+from helpers.checkpoints import (
+    COMPRESSED,
+    LAYER,
+    MARLIN_24,
+    compressed_folder,
+    layers,
+    marlin_24_folder,
+    marlin_24_tensors,
+    masked,
+    random_masks,
+    reconfigure,
+    rewrite,
+    store,
+)
 from helpers.full_disk import files_of_at_most
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from huggingface_hub import constants
@@ -24,7 +37,7 @@ from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
-from maskpro_kernels.checkpoints import importers
+from maskpro_kernels.checkpoints import importers, marlin_24
 from maskpro_kernels.checkpoints.importers import read_masks, write_plain
 from maskpro_kernels.cli import main
 from maskpro_kernels.files import INDEX
@@ -316,6 +329,109 @@ def test_damaged_compressed_weights_are_refused(change, message, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
         write_plain(tmp_path, tmp_path / "out")
+
+
+def marlin_24_model():
+    """With rows of 128 and of 384 columns: scales of one group and of three."""
+    model = tiny_model(hidden_size=128, intermediate_size=384)
+    return masked(model, random_masks(model))
+
+
+@pytest.mark.parametrize("weight", ["groups", "two_groups", "rows"])
+def test_bytes_in_marlin_24_that_compressed_tensors_wrote(weight):
+    tensors = load_file(MARLIN_24)
+    integers = tensors[f"integers.{weight}"]
+    scales = tensors[f"scales.{weight}"]
+    expected = (integers.float() * scales.float().repeat_interleave(integers.shape[1] // scales.shape[1], 1)).half()
+    stored = {part: tensors[f"{weight}.{part}"] for part in marlin_24.COMPRESSED_TENSORS}
+    found = marlin_24.marlin_24_weight(weight, stored)
+    assert found.dtype == torch.float16 and torch.equal(found, expected) and expected.count_nonzero() > 500
+    # the packer of these tests too, but for places of groups with fewer than two values
+    values, metadata, packed_scales = marlin_24_tensors(integers.long(), scales, 8 if weight == "rows" else 4)
+    assert_same_bits(packed_scales, stored["scale_packed"])
+    by_tests = dict(zip(marlin_24.COMPRESSED_TENSORS, (values, metadata, packed_scales), strict=True))
+    assert_same_bits(marlin_24.marlin_24_weight(weight, by_tests), found)
+
+
+@pytest.mark.parametrize("names", [marlin_24.COMPRESSED_TENSORS, marlin_24.VLLM])
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, None), (8, 128), (8, None)])
+def test_import_of_marlin_24(bits, group, names, tmp_path):
+    model = marlin_24_model()
+    source = marlin_24_folder(tmp_path / "in", model, bits, group, names)
+    imported(source, "--output", tmp_path / "packed", "--dtype", "float32")
+    imported(source, "--output", tmp_path / "dense", "--to", "dense", "--dtype", "float32")
+    for to, kind in (("packed", mk.Sparse24Linear), ("dense", nn.Linear)):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / to)
+        assert type(loaded.get_submodule(LAYER)) is kind
+        assert_same_bits(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_four_bits_of_marlin_24_stay_four_bits(tmp_path):
+    """A block of int4 has the values of 128 columns; one at an end of the range gives the scale."""
+    model = marlin_24_model()
+    source = marlin_24_folder(tmp_path / "in", model)
+    imported(source, "--output", tmp_path / "out", "--values", "int4", "--dtype", "float32")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, mk.NMLinear):
+            weight = model.get_submodule(name).weight
+            assert layer.kind == "int4" and (layer.packed.unpack() - weight).norm() < 1e-3 * weight.norm()
+
+
+def test_scales_of_two_groups_in_the_order_of_vllm():
+    """It compares a group with all columns, so that two groups are in the order of many."""
+    draw = torch.Generator().manual_seed(0)
+    integers = torch.randint(1, 8, (64, 256), generator=draw) * torch.tensor([0, 1, 1, 0] * 64)
+    scales = torch.rand(64, 2, generator=draw).half()
+    values, metadata, in_one_order = marlin_24_tensors(integers, scales, 4)
+    order = [i // 8 * 8 + [0, 4, 1, 5, 2, 6, 3, 7][i % 8] for i in range(64)]
+    for names, stored in ((marlin_24.COMPRESSED_TENSORS, in_one_order), (marlin_24.VLLM, in_one_order[:, order])):
+        found = marlin_24.marlin_24_weight("a", dict(zip(names, (values, metadata, stored), strict=True)))
+        assert_same_bits(found, (integers * scales.float().repeat_interleave(128, 1)).half())
+
+
+def changed_scheme(**settings):
+    return reconfigure(lambda config: config["config_groups"]["group_0"]["weights"].update(settings))
+
+
+VALUES, METADATA, SCALES = (f"{LAYER}.{part}" for part in marlin_24.COMPRESSED_TENSORS)
+SHAPES = f"expected weight_packed int32 .K / 32, 2 out or 4 out., .* of {LAYER}, with out divisible by 64, got .*"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            rewrite(lambda t: t.pop(METADATA)),
+            f"expected {LAYER}.weight_packed, .meta, .scale_packed, got none of .'met",
+        ),
+        (rewrite(lambda t: t.pop(VALUES)), f"expected {LAYER}.weight_packed, .*, got none of .'weight_packed'"),
+        (rewrite(lambda t: t.update({f"{LAYER}.weight": torch.ones(4, 8)})), "expected .*weight_packed, got both in"),
+        (rewrite(lambda t: t.update({VALUES: t[VALUES][:-1]})), SHAPES),
+        (rewrite(lambda t: t.update({VALUES: t[VALUES][:, :-1].contiguous()})), SHAPES),
+        (rewrite(lambda t: t.update({VALUES: t[VALUES].float()})), SHAPES),
+        (rewrite(lambda t: t.update({METADATA: t[METADATA].flatten()})), SHAPES),
+        (rewrite(lambda t: t.update({SCALES: t[SCALES][:2].contiguous()})), SHAPES),
+        (rewrite(lambda t: t.update({SCALES: t[SCALES].bfloat16()})), SHAPES),
+        (rewrite(lambda t: t[SCALES].view(-1)[3:4].fill_(torch.inf)), f"{SCALES}: expected finite scales, got NaN or"),
+        (rewrite(lambda t: t[METADATA].view(-1)[5:6].fill_(0x4454)), f"{METADATA}: expected two places in order for"),
+        (changed_scheme(num_bits=3), 'expected .* format marlin-24 .*, got weights .*"num_bits": 3'),
+        (changed_scheme(symmetric=False), '"symmetric": false'),
+        (changed_scheme(group_size=64), '"group_size": 64'),
+        (changed_scheme(type="float"), '"type": "float"'),
+        (
+            reconfigure(lambda c: c["config_groups"]["group_0"].update(input_activations={"num_bits": 8})),
+            'and activations unchanged, got .* and activations .*"num_bits": 8',
+        ),
+        (reconfigure(lambda c: c["config_groups"].update(group_0=[3])), "got weights null"),
+        (reconfigure(lambda c: c.update(format="pack-quantized")), "got the format pack-quantized"),
+    ],
+)
+def test_damaged_and_other_weights_in_marlin_24_are_refused(damage, message, tmp_path):
+    source = marlin_24_folder(tmp_path / "in", marlin_24_model())
+    damage(source)
+    with pytest.raises(ValueError, match=f"^checkpoint: .*{message}"):
+        write_plain(source, tmp_path / "out")
 
 
 def test_a_single_shard_keeps_its_index(tmp_path):

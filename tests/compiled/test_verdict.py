@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
@@ -18,7 +19,7 @@ from helpers.children import BENCHMARKS, ROOT, environment
 from helpers.planted import contracted, replaced
 from helpers.stand_in_gpu import install
 from torch.nn.functional import linear
-from verdict import children, command, needs
+from verdict import cases, children, command, needs, timing
 from verdict.cases import CASES, Run, assert_product, product_check
 from verdict.page import page, status
 
@@ -64,9 +65,9 @@ def test_every_case_passes(emulator, launched):
     report = command.emulated_report(emulator, save=lambda report: saved.append(page(report)))
     assert len(saved) == len(CASES) + 1 and "not finished, 0 wrong of 1 case and 0 tests" in saved[0]
     assert lines_of(saved[-1]) == {
-        "RIGHT": f"PASS, {len(CASES) - 1} cases and 0 tests",
+        "RIGHT": f"PASS, {len(CASES) - 2} cases and 0 tests",
         "FAST": "not judged, emulated",
-        "not run": "layers on a second GPU: one GPU",
+        "not run": "layers on a second GPU: one GPU; packed model in vLLM: vLLM has no emulator",
     }
     rows = rows_of(saved[-1])
     assert CASES.keys() <= rows.keys() and status(report) == 0
@@ -244,6 +245,51 @@ def test_what_has_no_result_does_not_pass():
     assert lines_of(page(report))["not run"] == "tests (2:4): no test has passed: 3 skipped in 1.00s"
     second = {"case": "layers on a second GPU", "shape": "", "timed": False, "right": "not run: one GPU"}
     assert status(report | {"tests": [], "cases": [second]}) == needs.INCOMPLETE
+
+
+def row_of_vllm(monkeypatch, run: Callable | None = None) -> dict:
+    """Row of the case in which vLLM serves, with a stand-in for its process; None: without vLLM."""
+    found = needs.find_spec
+    monkeypatch.setattr(needs, "find_spec", lambda name: object() if name == "vllm" and run else found(name))
+    monkeypatch.setattr(cases, "subprocess", SimpleNamespace(run=run))
+    return timing.checked(Run(), "packed model in vLLM", None)
+
+
+def test_without_vllm_its_case_is_not_run_and_the_verdict_complete(monkeypatch):
+    row = row_of_vllm(monkeypatch)
+    assert row["right"] == "not run: vllm missing: python3 -m pip install vllm" and not row["timed"]
+    right = {"case": "draw", "shape": "", "timed": False, "right": "PASS"}
+    report = command.empty_report(emulated=False) | {"finished": True, "cases": [right, row]}
+    assert status(report) == 0
+    assert lines_of(page(report))["not run"] == f"packed model in vLLM: {row['right'].removeprefix('not run: ')}"
+    monkeypatch.setattr(needs, "entry_points", lambda group: SimpleNamespace(names=[]))
+    row = row_of_vllm(monkeypatch, lambda *_, **__: None)
+    assert row["right"] == "not run: vLLM does not find maskpro_kernels: python3 -m pip install -e ."
+    assert status(report | {"cases": [right, row]}) == needs.INCOMPLETE
+
+
+SERVED = {"graphs": "FULL_AND_PIECEWISE", "different tokens": 26, "error": 0.05, "torch error": 0.07}
+
+
+@pytest.mark.parametrize(
+    ("code", "figures", "right"),
+    [
+        (0, {}, "PASS"),
+        (0, {"error": 0.15}, "FAIL: log-probabilities: error 0.15, expected at most 0.14"),
+        (0, {"different tokens": 1}, "FAIL: 1 different tokens, expected more"),
+        (0, {"graphs": "NONE"}, "FAIL: no CUDA graphs"),
+        (1, {}, "FAIL: vLLM has ended with 1: ValueError: no memory"),
+    ],
+)
+def test_what_vllm_serves_is_judged(code, figures, right, monkeypatch):
+    def process(words: list, **_) -> SimpleNamespace:
+        assert Path(words[1]).name == "served.py" and words[2:] == ["bfloat16"]
+        printed = f"loading\n{json.dumps(SERVED | figures)}\n"
+        return SimpleNamespace(returncode=code, stdout=printed, stderr="Traceback\nValueError: no memory\n")
+
+    monkeypatch.setattr(needs, "entry_points", lambda group: SimpleNamespace(names=["maskpro_kernels"]))
+    row = row_of_vllm(monkeypatch, process)
+    assert row["right"] == right and row["shape"] == "2 layers of 256"
 
 
 PLANTED_TESTS = """

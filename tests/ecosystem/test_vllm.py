@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.children import ROOT, environment
+from helpers.children import BENCHMARKS, ROOT, environment
+from verdict import served
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -89,6 +90,30 @@ def test_adapters_prefixes_and_many_requests_in_a_compiled_engine(tmp_path):
 def test_the_server_answers(tmp_path):
     results, _ = run("server", tmp_path)
     assert results == {"completion": True, "chat": True}
+
+
+def test_the_folder_of_a_run_and_its_dense_export(tmp_path):
+    """vLLM reads every safetensors file beside the model."""
+    results, _ = run("learned", tmp_path)
+    assert results.pop("different tokens") > 4
+    assert results == {"run": True, "dense": True}
+
+
+def test_checkpoints_that_vllm_no_longer_reads_have_the_tokens_of_their_dense_weights(tmp_path):
+    results, _ = run("orphans", tmp_path)
+    assert len(results) == 3 and all(results.values()), results
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_make_verdict_serves(dtype):
+    """On a GPU in CUDA graphs."""
+    command = [sys.executable, str(BENCHMARKS / "verdict" / "served.py"), dtype]
+    variables = environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    served.check(figures, on_gpu=False)
+    assert figures["graphs"] == "NONE"
 
 
 def test_damaged_checkpoints_are_refused_as_by_transformers(tmp_path):

@@ -35,7 +35,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 import maskpro_kernels as mk
+from helpers.checkpoints import compressed_folder, marlin_24_folder, masked, random_masks
+from helpers.tiny_llama import tiny_text
 from maskpro_kernels import hf
+from maskpro_kernels.cli import main
 
 VOCABULARY, IMAGE = 96, 5
 NEW_TOKENS = 12
@@ -467,9 +470,49 @@ def mapped(folder: Path) -> dict:
     return {"tokens": served(folder, skip_tokenizer_init=False) == expected(folder)}
 
 
+def command(*words: str | Path) -> None:
+    if status := main.main([*map(str, words)]):
+        raise RuntimeError(f"maskpro {words} has ended with {status}")
+
+
+def learned(folder: Path) -> dict:
+    """Whether the tokens of the folder of a run are equal, and of its dense export."""
+    hf.save_model(made("Llama"), tokenizer(), folder / "model")
+    (folder / "text.txt").write_text(tiny_text(paragraphs=300), encoding="utf-8")
+    options = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --dtype float32 --lr 5"
+    run = folder / "run"
+    command("learn", "--model", folder / "model", "--data", folder / "text.txt", "--output", run, *options.split())
+    command("export", run, folder / "dense")
+    tokens = expected(run)
+    found = {place.name: served(place) == tokens for place in (run, folder / "dense")}
+    return found | {"different tokens": len({token for row in tokens for token in row})}
+
+
+def orphans(folder: Path) -> dict:
+    """Whether the tokens of imported checkpoints are those of their dense weights, by the format."""
+    settings = GROUPED | {"intermediate_size": 384, "tie_word_embeddings": True}
+    result = {}
+    for name, write_folder in {
+        "sparse-24-bitmask": compressed_folder,
+        "marlin-24, 4 bits": marlin_24_folder,
+        "marlin-24, 8 bits, a scale a row": lambda place, model: marlin_24_folder(place, model, 8, None),
+    }.items():
+        torch.manual_seed(6)
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**settings)).eval()
+        masked(model, random_masks(model))
+        place = folder / name
+        source = write_folder(place / "source", model)
+        command("import", source, "--output", place / "packed", "--dtype", "float32")
+        result[name] = served(place / "packed") == greedy(model)
+    return result
+
+
 JOBS = {
-    job.__name__: job for job in (architectures, kinds, casts, ranks, cuts, features, damage, refusals, server, mapped)
-}
+    job.__name__: job
+    for job in (
+        architectures, kinds, casts, ranks, cuts, features, damage, refusals, server, mapped, learned, orphans
+    )
+}  # fmt: skip
 
 if __name__ == "__main__":
     job, place, *arguments = sys.argv[1:]
