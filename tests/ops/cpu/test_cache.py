@@ -46,8 +46,10 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
 def test_the_name_of_a_loop_changes_with_all_that_it_is_made_from(tmp_path, monkeypatch):
     package = Path(maskpro_kernels.__file__).parent
     modules = modules_of(package)
-    needed = [modules[name] for name in reached_from("maskpro_kernels.ops.cpu.kernels", modules)]
-    assert {"loops.py", "plackett_luce.py", "pattern.py"} <= {path.name for path in needed}
+    products = [f"maskpro_kernels.ops.cpu.packed_gemm.{name}" for name in ("products", "amx", "gathered", "strips")]
+    names = {x for name in ("maskpro_kernels.ops.cpu.kernels", *products) for x in reached_from(name, modules)}
+    needed = [modules[name] for name in sorted(names)]
+    assert {"loops.py", "plackett_luce.py", "pattern.py", "weight.py"} <= {path.name for path in needed}
     assert cache.sources() == cache.CODE
     copy = shutil.copytree(package, tmp_path / "copy")
     monkeypatch.setattr(cache, "__file__", str(copy / "ops" / "cpu" / "cache.py"))

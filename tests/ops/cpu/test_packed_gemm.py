@@ -22,7 +22,16 @@ from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import cache, machine
 from maskpro_kernels.ops.cpu.codegen import I32, I64
 from maskpro_kernels.ops.cpu.packed_gemm import Packed, products
-from maskpro_kernels.ops.cpu.packed_gemm.instructions import I8, best_instructions, intrinsic, vector, zeros
+from maskpro_kernels.ops.cpu.packed_gemm.instructions import (
+    I8,
+    I16,
+    as_float32,
+    best_instructions,
+    fma,
+    intrinsic,
+    vector,
+    zeros,
+)
 from maskpro_kernels.ops.pattern import NMPattern, bitmask_of
 from maskpro_kernels.packed import VALUE_KINDS, quantized
 
@@ -120,8 +129,8 @@ def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True,
 )
 def test_every_kind_of_cpu_multiplies(kind, values, dtype, cpu):
     cpu(kind)
-    # as few as are decoded, more than a row takes at a time, tiles and a half, and slices
-    for tokens in (1, 13, 40, 257):
+    # as few as are decoded, more than a row takes at a time, tiles and a half, and slices; two calls of strips
+    for tokens in (1, 13, 40, 257, *[520] * (kind == "no AMX")):
         assert_multiplies("2:4", dtype, values, 35, 41, tokens)
 
 
@@ -200,6 +209,39 @@ def test_products_of_bytes_are_right_on_any_cpu(values, cpu, monkeypatch):
         assert_multiplies(pattern, torch.bfloat16, values, 5, 1100 // NMPattern(pattern).m + 1, tokens)
 
 
+@pytest.mark.parametrize("values", ["keep", slow("int8"), "int4"])
+def test_strips_are_right_on_any_cpu(values, monkeypatch):
+    """With VPEXPANDW and VDPBF16PS in plain operations."""
+
+    class Plain(type(products.available())):
+        def expand(self, b, values, bits):
+            if values.type.count != 32:
+                return super().expand(b, values, bits)
+            out = zeros(values.type)
+            for lane in range(32):
+                below = intrinsic(b, "llvm.ctpop.i32", I32, b.and_(bits, I32((1 << lane) - 1)))
+                kept = b.trunc(b.lshr(bits, I32(lane)), ir.IntType(1))
+                value = b.select(kept, b.extract_element(values, below), I16(0))
+                out = b.insert_element(out, value, I32(lane))
+            return out
+
+        def dot_bfloat16(self, b, total, weights, x):
+            pairs = vector(I16, 32)
+            for first in range(2):
+                lanes = ir.Constant(vector(I32, 16), list(range(first, 32, 2)))
+                operands = [b.bitcast(operand, pairs) for operand in (weights, x)]
+                operands = [b.shuffle_vector(operand, operand, lanes) for operand in operands]
+                total = fma(b, *(as_float32(b, operand, torch.bfloat16) for operand in operands), total)
+            return total
+
+    isa = Plain(machine.features())
+    isa.bf16 = True
+    isa.amx = False
+    monkeypatch.setattr(products, "available", lambda: isa)
+    for pattern, tokens, k in (("2:4", 9, 1100), ("1:8", 31, 640)):
+        assert_multiplies(pattern, torch.bfloat16, values, 35, k // NMPattern(pattern).m, tokens)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
 @pytest.mark.parametrize("group", [32, 128])
 def test_other_groups_of_int4_values(group, pattern):
@@ -232,7 +274,8 @@ def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
     ("kind", "expected"),
     [
         ("all that it has", {"keep": "floats tiles tiles tiles", "int8": "integers tiles tiles tiles"}),
-        ("no AMX", {"keep": "floats floats slices slices", "int8": "integers integers slices slices"}),
+        ("no AMX", {"keep": "floats strips strips strips", "int8": "integers strips strips strips"}),
+        ("no bfloat16", {"keep": "floats floats slices slices", "int8": "integers integers slices slices"}),
         ("no VBMI2", {"keep": "floats floats slices slices", "int8": "integers integers slices slices"}),
         ("no AVX2", {"keep": "unpack unpack unpack unpack", "int8": "unpack unpack unpack unpack"}),
     ],
