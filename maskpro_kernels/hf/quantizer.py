@@ -413,12 +413,6 @@ def check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> No
     # the extra state is checked by layer ids
     expected = {"logits": masked} if masked else {}
     packed = len(kinds) - masked
-    in_int8 = len(names_in_int8(stored))
-    if in_int8 != len(layers) - len(kinds):
-        raise ValueError(
-            f"checkpoint: expected int8 values and scales of {len(layers) - len(kinds)} layers without a bitmask by "
-            f"its quantization_config, got {in_int8}; {COPY_AGAIN}, with its config.json"
-        )
     companions = {"values": "bitmask", "scales": "bitmask", "bitmask": "values"}
     for tensor, count in (expected | {"values": packed, "bitmask": packed, "scales": scaled}).items():
         modules = [name.rpartition(".")[0] for name in stored if name.endswith(f".{tensor}")]
@@ -437,6 +431,12 @@ def check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> No
             if stored.get(f"{name}.values") not in dtypes:
                 expected = " or ".join(map(str, dtypes.values()))
                 raise ValueError(f"checkpoint: {name}.values: expected {expected} beside scales; {COPY_AGAIN}")
+    in_int8 = len(names_in_int8(stored))
+    if in_int8 != len(layers) - len(kinds):
+        raise ValueError(
+            f"checkpoint: expected int8 values and scales of {len(layers) - len(kinds)} layers without a bitmask by "
+            f"its quantization_config, got {in_int8}; {COPY_AGAIN}, with its config.json"
+        )
 
 
 def names_in_int8(stored: Mapping[str, str]) -> list[str]:
