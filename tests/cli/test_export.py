@@ -188,7 +188,7 @@ def test_an_output_layer_in_int8(inputs, learned, tmp_path, capsys):
     assert not AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.tie_word_embeddings
     for to in ("dense", "mask"):
         arguments = ["export", str(learned), str(tmp_path / "new"), "--to", to, "--output-layer", "int8"]
-        refuses(capsys, tmp_path, arguments, "output_layer: expected none without --to packed, got 'int8'")
+        refuses(capsys, tmp_path, arguments, "--output-layer: expected none without --to packed, got 'int8'")
 
 
 def test_an_output_layer_beside_int4_is_rounded_in_the_dtype_of_the_checkpoint(run, tmp_path, rounded, monkeypatch):
