@@ -19,7 +19,7 @@ from .learn.straight_through import StraightThrough
 from .learn.trainer import MaskTrainer
 from .modules import MaskedLinear, advance, dense, log_prob
 from .ops.pattern import NMPattern
-from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
+from .packed import Int8Linear, NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
 from .prune.convert import Conversion, convert
 from .prune.finalize import finalize
 from .prune.refit import refit
@@ -27,9 +27,9 @@ from .prune.refit import refit
 __version__ = "0.1.0"
 
 __all__ = [
-    "Conversion", "MaskOptimizer", "MaskTrainer", "MaskedLinear", "ModelMasks", "NMLinear", "NMPattern", "PackedNM",
-    "Reinforce", "Sparse24Linear", "StepRecord", "StraightThrough", "advance", "codes_linear", "convert", "dense",
-    "expand_mask", "finalize", "log_prob", "mask_log_prob", "masked_linear", "nm_linear",
+    "Conversion", "Int8Linear", "MaskOptimizer", "MaskTrainer", "MaskedLinear", "ModelMasks", "NMLinear", "NMPattern",
+    "PackedNM", "Reinforce", "Sparse24Linear", "StepRecord", "StraightThrough", "advance", "codes_linear", "convert",
+    "dense", "expand_mask", "finalize", "log_prob", "mask_log_prob", "masked_linear", "nm_linear",
     "pack_24", "pack_mask", "pack_nm", "refit", "sample_mask", "sample_masked_weight", "score_update_", "shard_counter",
     "sparse24_linear", "straight_through_gradient", "straight_through_linear", "top_n_mask",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Packed N:M weights: kept values and a bitmask, products with them, and modules with packed weights."""
+"""Packed N:M weights: kept values and a bitmask, products and modules with them; a module with int8 weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .functional.checks import (
     check_weight,
     describe,
     in_forward_mode,
+    in_transform,
     linear_input,
     needs_gradient,
     tokens_of,
@@ -37,6 +38,8 @@ from .shards import local
 
 # How values are stored: unchanged, or as integers with scales
 KEEP, INT8, INT4 = VALUE_KINDS = ("keep", "int8", "int4")
+# How the output layer beside packed layers is stored
+OUTPUT_LAYERS = (KEEP, INT8)
 INTEGER_KINDS = {torch.int8: INT8, torch.uint8: INT4}
 # Divisors of a block's largest value for the scales of int4: they put it at either end, or beyond, where it is clipped
 INT4_DIVISORS = [end * 20 / (12 + step) for step in range(10) for end in (-8, 7)]
@@ -191,8 +194,8 @@ class PackedNM:
             ValueError: if the bitmask or the scales are not so.
         """
         self._check_codes()
-        if self.kind == INT8 and not (self.scales.isfinite() & (self.scales >= 0)).all():
-            raise ValueError("scales: expected finite numbers of at least 0, got others")
+        if self.kind == INT8:
+            check_int8_scales(self.scales)
         if self.kind == INT4 and not self.scales.isfinite().all():
             raise ValueError("scales: expected finite numbers, got others")
         return self
@@ -207,6 +210,12 @@ class PackedNM:
     def unpack(self) -> Tensor:
         """Unpack the weight [out, K] of ``dtype``, with +0.0 for dropped weights."""
         return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
+
+
+def check_int8_scales(scales: Tensor) -> None:
+    """Raise ValueError unless scales are finite and not negative."""
+    if not scales.is_meta and not (scales.isfinite() & (scales >= 0)).all():
+        raise ValueError("scales: expected finite numbers of at least 0, got others")
 
 
 def check_range(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> None:
@@ -578,17 +587,132 @@ class Sparse24Linear(NMLinear):
         return super().from_dense(linear, pattern, values, group)
 
 
+class Int8Linear(nn.Module):
+    """nn.Linear with a weight of int8 values, for the output layer beside packed layers.
+
+    A block of 128 values of a row shares a scale, see ``pack_nm``. Gradients flow to the input, and to the bias if it
+    requires one. ``to(dtype)`` converts scales and bias. The state_dict contains ``values``, ``scales`` and ``bias``.
+    ``weight`` is read-only.
+
+    Args:
+        values: int8 [out, K].
+        scales: float32, bfloat16 or float16 [out, ceil(K / 128)], not negative.
+        bias: [out] of the scales' dtype, or None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; ``check`` tests the scales.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        for name, tensor, dtypes in (("values", values, (torch.int8,)), ("scales", scales, LOGIT_DTYPES)):
+            if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+                raise TypeError(f"{name}: expected a tensor of {' or '.join(map(str, dtypes))}, got {describe(tensor)}")
+        if values.dim() != 2 or not values.numel():
+            raise ValueError(f"values: expected a matrix [out, K], got {describe(values)}")
+        self.out_features, self.in_features = values.shape
+        shapes = {"scales": (self.out_features, -(-self.in_features // SCALED)), "bias": (self.out_features,)}
+        for name, tensor in (("scales", scales), ("bias", bias)):
+            if tensor is not None and (
+                getattr(tensor, "shape", None) != shapes[name]
+                or tensor.dtype != scales.dtype
+                or tensor.device != values.device
+            ):
+                raise ValueError(
+                    f"{name}: expected {list(shapes[name])} of {scales.dtype} on {values.device}, got "
+                    f"{describe(tensor)}"
+                )
+        # buffers, as in ``NMLinear``
+        self.register_buffer("values", values.contiguous())
+        self.register_buffer("scales", scales.contiguous())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear) -> Int8Linear:
+        """Round the weight of an nn.Linear to the nearest int8 values.
+
+        Raises:
+            TypeError, ValueError: ``linear`` is not an nn.Linear, or a weight is not finite.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
+        return cls(*quantized(linear.weight.detach()), linear.bias).train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, K], dequantized at each access, for code that reads a module's weight or its dtype."""
+        return dequantized(self.values, self.scales, self.scales.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def check(self) -> Int8Linear:
+        """Check that the scales are finite and not negative; return itself.
+
+        Raises:
+            ValueError: if the scales are not so.
+        """
+        check_int8_scales(self.scales)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., out] of input [..., K]."""
+        values = self.values
+        scales = self.scales
+        bias = self.bias
+        check_not_distributed("values", values)
+        x = linear_input(input, bias, values.shape, scales.dtype, values.device)
+        if x.dtype != scales.dtype:
+            # under autocast
+            scales = scales.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
+        transformed = in_forward_mode() or not torch.compiler.is_compiling() and in_transform()
+        if transformed or in_onnx_export() or needs_gradient(x, bias):
+            # torch has the derivatives of each kind
+            return nn.functional.linear(x, dequantized(values, scales, x.dtype), bias)
+        y = ops.int8_linear(tokens_of(x), values, scales, bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn, recurse: bool = True) -> Int8Linear:
+        check_range(self.values, self.scales, check_cast(fn, self.scales))
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        *_, errors = args
+        values = state_dict.get(f"{prefix}values", self.values)
+        scales = state_dict.get(f"{prefix}scales", self.scales)
+        if values.dtype != torch.int8:
+            errors.append(f"state_dict: {prefix}values: expected {torch.int8}, got {describe(values)}")
+            return
+        try:
+            check_int8_scales(scales)
+        except ValueError as error:
+            errors.append(f"state_dict: {prefix}{error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
 # Layers that drop weights
 SPARSE = (MaskedLinear, NMLinear)
+# Layers in place of an nn.Linear
+REPLACING = (*SPARSE, Int8Linear)
 
 
-def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
+def dense_layer(layer: MaskedLinear | NMLinear | Int8Linear) -> nn.Linear:
     """Make an nn.Linear with exact zeros for dropped weights; a MaskedLinear keeps its N largest logits."""
     if isinstance(layer, MaskedLinear) and layer.shard is not None:
         return layer.as_linear_of_shards()
     if isinstance(layer, MaskedLinear):
         weight = layer.top_n_weight()
         trained = layer.weight.requires_grad
+    elif isinstance(layer, Int8Linear):
+        weight = layer.weight
+        trained = False
     else:
         weight = layer.packed.unpack()
         trained = layer.values.requires_grad
@@ -610,14 +734,14 @@ def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
 
 
 def hold_in_huge_pages(model: nn.Module) -> None:
-    """Ask Linux to move the packed weights of a model on a CPU into huge pages; do nothing if it cannot.
+    """Ask Linux to move a model's packed and int8 weights on a CPU into huge pages; do nothing if it cannot.
 
     The bandwidth of memory bounds decoding. A CPU prefetches sequential memory only up to the end of a page. Nothing
     else calls this. It moves the memory of the process, not the mapped file of a checkpoint that transformers loads in
     its own dtype: copy such a model before.
     """
-    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
-    tensors = (tensor for layer in layers for tensor in (layer.values, layer.bitmask, layer.scales))
+    layers = [module for module in model.modules() if isinstance(module, (NMLinear, Int8Linear))]
+    tensors = (getattr(layer, name, None) for layer in layers for name in ("values", "bitmask", "scales"))
     move_into_huge_pages(tensor for tensor in tensors if tensor is not None)
 
 

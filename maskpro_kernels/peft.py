@@ -1,7 +1,8 @@
-"""LoRA for masked and packed layers.
+"""LoRA for masked, packed and int8 layers.
 
-peft adds LoRA to MaskedLinear and NMLinear modules, like to nn.Linear, by a configuration that ``beside_masks`` has
-prepared; nothing of peft itself changes. The import raises ModuleNotFoundError without the extra ``peft``.
+peft adds LoRA to MaskedLinear, NMLinear and Int8Linear modules, like to nn.Linear, by a configuration that
+``beside_masks`` has prepared; nothing of peft itself changes. The import raises ModuleNotFoundError without the extra
+``peft``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 
 from .extras import require
 from .modules import MaskedLinear
-from .packed import SPARSE, NMLinear
+from .packed import REPLACING, SPARSE, Int8Linear, NMLinear
 from .unfuse import ExpertLinears, refuse_merging
 
 try:
@@ -31,18 +32,20 @@ INITIAL_WEIGHTS = (True, False, "gaussian")
 
 # peft recognises a linear layer by "Linear" in the name of its class
 class SparseLoraLinear(lora.Linear):
-    """LoRA of a MaskedLinear or an NMLinear, which does not merge.
+    """LoRA of a MaskedLinear, an NMLinear or an Int8Linear, which does not merge.
 
     Raises:
         ValueError: if an adapter would read or change the base weight: DoRA, KaSA, or initial weights that depend on
             it.
     """
 
-    def __init__(self, base_layer: MaskedLinear | NMLinear, adapter_name: str, config: LoraConfig, **kwargs):
+    def __init__(
+        self, base_layer: MaskedLinear | NMLinear | Int8Linear, adapter_name: str, config: LoraConfig, **kwargs
+    ):
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        refuse_merging(self, SPARSE)
+        refuse_merging(self, REPLACING)
 
-    def _get_in_out_features(self, module: MaskedLinear | NMLinear) -> tuple[int, int]:
+    def _get_in_out_features(self, module: MaskedLinear | NMLinear | Int8Linear) -> tuple[int, int]:
         # peft warns about unknown layers
         return module.in_features, module.out_features
 
@@ -53,7 +56,7 @@ class SparseLoraLinear(lora.Linear):
 
 
 def beside_masks(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
-    """Let a configuration add LoRA to MaskedLinear and NMLinear modules.
+    """Let a configuration add LoRA to MaskedLinear, NMLinear and Int8Linear modules.
 
     peft takes classes for other layers from each configuration, and does not save them: a loaded one needs this call
     too.
@@ -76,7 +79,7 @@ def beside_masks(config: LoraConfig, model: nn.Module | None = None) -> LoraConf
     _check_leaves_base_weight(config)
     if model is None and _is_all_linear(config):
         raise ValueError("model: expected the one that gets the adapter, for target_modules='all-linear', got None")
-    config._register_custom_module(dict.fromkeys(SPARSE, SparseLoraLinear))
+    config._register_custom_module(dict.fromkeys(REPLACING, SparseLoraLinear))
     if isinstance(model, (PeftModel, PeftMixedModel)):
         model = model.base_model.model
     if model is None or not config.target_modules or not _sparse_layers(model):

@@ -10,7 +10,7 @@ from typing import Literal, NoReturn
 
 import torch
 
-from ..packed import KEEP, VALUE_KINDS
+from ..packed import KEEP, OUTPUT_LAYERS, VALUE_KINDS
 from ..text.losses import KINDS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -160,6 +160,9 @@ class Export:
     )
     values: Literal[*VALUE_KINDS] = _option(
         KEEP, "with --to packed: keep the values, or round them to int8, or by the data of the run to int4"
+    )
+    output_layer: Literal[*OUTPUT_LAYERS] = _option(
+        KEEP, "with --to packed: keep the output layer, or round it to int8, as a layer that is not tied"
     )
     model: str | None = _option(None, f"base model, if it has moved: {MODEL} (default: that of the run)")
     dtype: Dtype | None = _option(None, "dtype of the weights (default: that of the run)")

@@ -17,7 +17,7 @@ from ..ops.cpu import cpu_multiplies
 from ..ops.pattern import NMPattern
 from ..packed import INT4, KEEP
 from ..prune.convert import convert, replace_layers
-from ..prune.finalize import finalize
+from ..prune.finalize import finalize, int8_output_layer
 from ..prune.refit import put_weights
 from ..text.batches import MixedBatches, parse_sources
 from ..text.sources import SELF, load_text
@@ -52,6 +52,8 @@ def export(options: Export, source: str, output: str) -> None:
     """Write the result of a run from its base model, its logits, and its weights if they have changed."""
     if options.values != KEEP and options.to != "packed":
         raise ValueError(f"values: expected none without --to packed, got {options.values!r}")
+    if options.output_layer != KEEP and options.to != "packed":
+        raise ValueError(f"output_layer: expected none without --to packed, got {options.output_layer!r}")
     check_new_file(output) if options.to == "mask" else check_output(output)
     if not (Path(source) / LOGITS_FILE).is_file():
         read_report(Path(source))
@@ -95,14 +97,19 @@ def export(options: Export, source: str, output: str) -> None:
         print(f"{pattern} mask of {name} written to {output}, {Path(output).stat().st_size / 1e6:.2f} MB")
         return
     calibration = calibration_of(Path(source), model, tokenizer) if options.values == INT4 else None
-    finalize(model, options.to, options.values, calibration=calibration, progress=Progress("rounding", "layer"))
+    progress = Progress("rounding", "layer")
+    output_layer = options.output_layer
+    finalize(model, options.to, options.values, calibration=calibration, progress=progress, output_layer=output_layer)
     if rounding_dtype != dtype:
         rounded = model
         # other weights have the digits of the files, and some models keep float32 for a few
         model, tokenizer = _with_masks(name, dtype, codes, pattern)
         layers = masked_layers(model).items()
-        replace_layers(model, {id(layer): rounded.get_submodule(key).to(DTYPES[dtype]) for key, layer in layers})
-    if options.values != KEEP:
+        replacements = {id(layer): rounded.get_submodule(key).to(DTYPES[dtype]) for key, layer in layers}
+        if output_layer != KEEP:
+            replacements |= int8_output_layer(model)
+        replace_layers(model, replacements)
+    if options.values != KEEP or output_layer != KEEP:
         table = [{**row, "method": f"{row['method']}, before rounding"} for row in table]
     save(model, tokenizer, output, name, str(pattern), table)
     print(f"{options.to} {pattern} checkpoint of {name} written to {output}")

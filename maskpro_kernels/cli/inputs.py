@@ -23,7 +23,7 @@ from ..functional.checks import check_device, missing_gpu
 from ..learn.snapshots import snapshots_in
 from ..modules import masked_layers
 from ..ops.cpu import cpu_multiplies
-from ..packed import KEEP, NMLinear, bits_a_weight
+from ..packed import KEEP, Int8Linear, NMLinear, bits_a_weight
 from ..ranks import rank_of_torchrun
 from ..text.batches import check_vocabulary, windows
 from .config import DTYPE, DTYPES
@@ -293,11 +293,13 @@ def packed_size(model: nn.Module) -> str:
     bits = bits_a_weight(layers)
     dtype = layers[0].packed.dtype
     kinds = sorted({layer.kind for layer in layers} - {KEEP})
+    in_int8 = [module for module in model.modules() if isinstance(module, Int8Linear)]
     integers = sum(layer.kind != KEEP for layer in layers)
     return (
         f"{len(layers)} packed layers take {bits:.2f} bits a weight, {bits * weights / 8e6:.2f} MB, where dense "
         f"{str(dtype).removeprefix('torch.')} takes {8 * dtype.itemsize} bits, {dtype.itemsize * weights / 1e6:.2f} MB"
         + (f", values of {integers} rounded to {' and '.join(kinds)}" if integers else "")
+        + "".join(f"; another layer in int8 takes {layer.nbytes / 1e6:.2f} MB" for layer in in_int8)
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints with masked and packed layers: their config, and the quantizer by which transformers loads them."""
+"""Checkpoints with masked, packed and int8 layers: their config, and the quantizer by which transformers loads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..functional.checks import check_in_memory
 from ..modules import CounterState, MaskedLinear
 from ..ops.pattern import NMPattern
 from ..ops.reference import INT4_GROUPS, SCALED
-from ..packed import INT4, INT8, SPARSE, VALUE_KINDS, NMLinear, PackedNM, dense_layer, packed_class
+from ..packed import INT4, INT8, REPLACING, VALUE_KINDS, Int8Linear, NMLinear, PackedNM, dense_layer, packed_class
 from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, unfused_modules
 
 METHOD = "maskpro"
@@ -29,13 +29,14 @@ COPY_AGAIN = "copy or download the checkpoint again"
 
 @register_quantization_config(METHOD)
 class SparseConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model with masked or packed layers.
+    """``quantization_config`` of a model with masked, packed or int8 layers.
 
     Values that change during learning, such as seed and step, are in the extra state of the modules.
 
     Args:
         layers: by name, the ``pattern`` of each layer; for a MaskedLinear also ``layer``, its id in the counter; for an
-            NMLinear also ``values``, and of "int4" ``group``, as in ``pack_nm``.
+            NMLinear also ``values``, and of "int4" ``group``, as in ``pack_nm``. For an Int8Linear ``values`` alone,
+            "int8", which older releases refuse.
         taken_apart: names of unfused modules with such layers, see ``unfuse``.
         shared: other names of layers that are in several places, each with the name in ``layers``.
         version: of the format.
@@ -62,6 +63,8 @@ class SparseConfig(QuantizationConfigMixin):
             group = settings.get("group", SCALED)
             if "layer" in settings:
                 keys = {"pattern", "layer"}
+            elif settings.get("values") == INT8 and "pattern" not in settings:
+                keys = {"values"}
             elif settings.get("values") == INT4:
                 keys = {"pattern", "values", "group"}
             else:
@@ -70,7 +73,8 @@ class SparseConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"quantization_config: expected the pattern, and layer or values, of {name}, got {layer!r}"
                 )
-            NMPattern(layer["pattern"])
+            if "pattern" in layer:
+                NMPattern(layer["pattern"])
         shared = {} if shared is None else shared
         if not isinstance(shared, Mapping) or not set(map(str, shared.values())) <= layers.keys():
             raise ValueError(f"quantization_config: expected names in layers of each in shared, got {shared!r}")
@@ -83,17 +87,19 @@ class SparseConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> SparseConfig | None:
-        """Make the config of a model's masked and packed layers; None if it has none."""
+        """Make the config of a model's masked, packed and int8 layers; None if it has none."""
         layers = {}
         shared = {}
         first_names = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if not isinstance(module, SPARSE):
+            if not isinstance(module, REPLACING):
                 continue
             if first_names.setdefault(module, name) != name:
                 shared[name] = first_names[module]
             elif isinstance(module, MaskedLinear):
                 layers[name] = {"pattern": str(module.pattern), "layer": module.layer}
+            elif isinstance(module, Int8Linear):
+                layers[name] = {"values": INT8}
             else:
                 group = {"group": module.packed.group} if module.kind == INT4 else {}
                 layers[name] = {"pattern": str(module.pattern), "values": module.kind, **group}
@@ -106,7 +112,8 @@ def describe(model: nn.Module) -> None:
     """Set ``config.quantization_config`` of the transformers models in a model by their current layers.
 
     ``from_pretrained`` reads it. ``convert``, ``finalize``, ``pack`` and ``save_model`` call this function. After other
-    changes of layers, or if only a part of a model was converted, call it before ``save_pretrained``.
+    changes of layers, or if only a part of a model was converted, call it before ``save_pretrained``. By the config an
+    output layer in int8 is not tied to the embedding.
 
     Raises:
         ValueError: if another library has quantized one of the models.
@@ -118,6 +125,10 @@ def describe(model: nn.Module) -> None:
         if not isinstance(module, PreTrainedModel) or id(module.config) in configs:
             continue
         configs.add(id(module.config))
+        if isinstance(module.get_output_embeddings(), Int8Linear):
+            for config in (module.config, module.config.get_text_config()):
+                config.tie_word_embeddings = False
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
         config = SparseConfig.from_model(module)
         if config is not None:
             module.config.quantization_config = config
@@ -129,14 +140,15 @@ def describe(model: nn.Module) -> None:
 
 
 def guarded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """State dict of a model with packed layers and a weight of the wrong shape; None if it has no packed layer.
+    """State dict of a model with packed or int8 layers and a weight of the wrong shape; None if it has no such layer.
 
     Without this package transformers skips a quantization that it does not know, and makes random weights for packed
     layers. A weight of another shape than its layer's is an error.
     """
     for name, module in model.named_modules():
-        if isinstance(module, NMLinear):
-            return {**model.state_dict(), f"{name}.weight": torch.zeros(1, dtype=module.packed.dtype)}
+        if isinstance(module, (NMLinear, Int8Linear)):
+            dtype = module.scales.dtype if isinstance(module, Int8Linear) else module.packed.dtype
+            return {**model.state_dict(), f"{name}.weight": torch.zeros(1, dtype=dtype)}
     return None
 
 
@@ -153,7 +165,7 @@ def check_not_quantized(model: nn.Module) -> None:
 
 @register_quantizer(METHOD)
 class SparseQuantizer(HfQuantizer):
-    """Quantizer that makes MaskedLinear and NMLinear modules before transformers loads weights, and checks them after.
+    """Quantizer that makes MaskedLinear, NMLinear and Int8Linear modules, and checks them after weights are loaded.
 
     Such layers can be saved, trained and compiled. Each is on one device as a whole.
     """
@@ -212,7 +224,8 @@ class SparseQuantizer(HfQuantizer):
             logits_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             put_empty_layers(model, layers, logits_dtype)
         # the weight of ``guarded_state_dict``
-        names = "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, NMLinear))
+        kinds = NMLinear, Int8Linear
+        names = "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, kinds))
         model._keys_to_ignore_on_load_unexpected.add(rf"^({names})\.weight$")
         shared = self.quantization_config.shared
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -243,9 +256,11 @@ class SparseQuantizer(HfQuantizer):
             model.set_submodule(alias, model.get_submodule(name))
         states: dict[torch.device, CounterState] = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, NMLinear):
+            if isinstance(layer, (NMLinear, Int8Linear)):
                 try:
-                    if not layer.bitmask.is_meta:
+                    if isinstance(layer, Int8Linear):
+                        layer.check()
+                    elif not layer.bitmask.is_meta:
                         layer.packed.check()
                         layer.convert_bitmask()
                 except (TypeError, ValueError) as error:
@@ -274,7 +289,7 @@ class SparseQuantizer(HfQuantizer):
         """Make a model's layers dense in place, with exact zeros for dropped weights.
 
         Args:
-            model: with masked or packed layers.
+            model: with masked, packed or int8 layers.
             dtype: of its weights; None: unchanged.
 
         Raises:
@@ -283,7 +298,7 @@ class SparseQuantizer(HfQuantizer):
         return super().dequantize(model, model.dtype if dtype is None else dtype)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, REPLACING)}
         for name, layer in layers.items():
             check_in_memory("model", layer, name, layer.weight if isinstance(layer, MaskedLinear) else layer.values)
         with torch.no_grad():
@@ -291,7 +306,7 @@ class SparseQuantizer(HfQuantizer):
         replace_modules(model, dense)
         as_built(model)
         fit_adapters(model)
-        refuse_merging(model, SPARSE)
+        refuse_merging(model, REPLACING)
         # not by `model.to`, which would round the frequencies of the rotary embedding, and tensors kept in float32
         dtypes = {linear.weight.dtype for linear in dense.values()}
         for parameter in model.parameters():
@@ -321,7 +336,6 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
     state = CounterState(device="meta")
     for name, model_name in _model_names(model, layers).items():
         linear = modules.get(model_name)
-        pattern = NMPattern(layers[name]["pattern"])
         if linear is None or not is_linear(linear):
             raise ValueError(
                 f"quantization_config: expected names of nn.Linear modules of {type(model).__name__}, got {name!r}, "
@@ -329,11 +343,17 @@ def put_empty_layers(model: nn.Module, layers: Mapping[str, Mapping], logits_dty
             )
         rows, k = linear.weight.shape
         dtype = linear.weight.dtype
+        bias = None if linear.bias is None else empty(rows, dtype=dtype)
+        if "pattern" not in layers[name]:
+            values = empty(rows, k, dtype=torch.int8)
+            layer = Int8Linear(values, empty(rows, -(-k // SCALED), dtype=dtype), bias)
+            replacements[id(linear)] = layer.train(linear.training)
+            continue
+        pattern = NMPattern(layers[name]["pattern"])
         if k % pattern.m:
             raise ValueError(
                 f"quantization_config: expected in_features divisible by {pattern.m} for {pattern}, got {k} in {name}"
             )
-        bias = None if linear.bias is None else empty(rows, dtype=dtype)
         if "layer" in layers[name]:
             weight = empty(rows, k, dtype=dtype)
             logits = empty(rows, k, dtype=logits_dtype)
@@ -387,7 +407,7 @@ def check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> No
             "checkpoint: expected one without adapters of peft, got base_layer in the names of its tensors; save the "
             "adapter by save_pretrained of the PeftModel, and the model that its unload() returns"
         )
-    kinds = [layer.get("values", "masked") for layer in layers.values()]
+    kinds = [layer.get("values", "masked") for layer in layers.values() if "pattern" in layer]
     masked = kinds.count("masked")
     scaled = sum(kind in INTEGERS for kind in kinds)
     # the extra state is checked by layer ids
@@ -411,6 +431,18 @@ def check_stored(stored: Mapping[str, str], layers: Mapping[str, Mapping]) -> No
             if stored.get(f"{name}.values") not in dtypes:
                 expected = " or ".join(map(str, dtypes.values()))
                 raise ValueError(f"checkpoint: {name}.values: expected {expected} beside scales; {COPY_AGAIN}")
+    in_int8 = len(names_in_int8(stored))
+    if in_int8 != len(layers) - len(kinds):
+        raise ValueError(
+            f"checkpoint: expected int8 values and scales of {len(layers) - len(kinds)} layers without a bitmask by "
+            f"its quantization_config, got {in_int8}; {COPY_AGAIN}, with its config.json"
+        )
+
+
+def names_in_int8(stored: Mapping[str, str]) -> list[str]:
+    """Names of the layers with int8 values of all weights in a checkpoint, from the dtypes of its tensors."""
+    with_values = [name.removesuffix(".values") for name, dtype in stored.items() if dtype == "I8"]
+    return [name for name in with_values if f"{name}.scales" in stored and f"{name}.bitmask" not in stored]
 
 
 def _by_id(states: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..files import make_readable
 from ..modules import MaskedLinear
 from ..ops.pattern import NMPattern
-from ..packed import KEEP, SPARSE, NMLinear, bits_a_weight
+from ..packed import KEEP, REPLACING, SPARSE, Int8Linear, NMLinear, bits_a_weight
 from ..shards import is_distributed
 from ..unfuse import adapter_modules
 from .loading import SMOLLM2_ID, SMOLLM2_LICENSE
@@ -86,7 +86,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     shard = next((name for name, parameter in model.named_parameters() if is_distributed(parameter)), None)
     if shard is not None:
         raise ValueError(f"model: expected whole tensors, got a DTensor in {shard}")
-    sparse = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
+    sparse = {name: layer for name, layer in model.named_modules() if isinstance(layer, REPLACING)}
     adapters = adapter_modules(model)
     if sparse and adapters:
         raise ValueError(
@@ -136,6 +136,10 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
         stored += f"{bits_a_weight(packed):.2f} bits a weight instead of {8 * packed[0].packed.dtype.itemsize}."
     elif layers:
         stored = f"The checkpoint has whole weights, and logits of the masks of {len(layers)} layers."
+    in_int8 = {name: layer for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
+    if in_int8:
+        names = ", ".join(f"`{name}`" for name in in_int8)
+        stored += f" Rounded to int8, with all weights: {names}."
     # in a dense checkpoint zeros show which layers have a mask
     linears = {name: layer.weight for name, layer in model.named_modules() if type(layer).__name__ == "Linear"}
     if not layers:
@@ -159,8 +163,8 @@ def model_card(model: PreTrainedModel, name: str, *, base_model: str | None = No
         columns=list(table[0]) if table else [],
         rows=[[f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in table],
         kind="AutoModelForCausalLM" if model.can_generate() else type(model).__name__,
-        needs_import=bool(layers),
-        is_packed=bool(packed),
+        needs_import=bool(layers or in_int8),
+        is_packed=bool(packed or in_int8),
     )
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..modules import CounterState, MaskedLinear, evaluating
-from ..packed import INT4, KEEP, NMLinear
+from ..packed import INT4, INT8, KEEP, REPLACING, Int8Linear, NMLinear
 from ..unfuse import in_linear_form
 
 # Rounds that do not count: caches fill, clocks rise
@@ -283,9 +284,9 @@ def first_difference(model: nn.Module, other: nn.Module, rounded: bool = False) 
         modules = (*model.named_modules(), *other.named_modules()) if rounded else ()
         # integers are near where the largest scale of their row sets them apart; int4 clips by up to 6 of its scales
         tolerances = {
-            f"{name}.weight": x.scales.abs() * (6 if x.kind == INT4 else 1)
+            f"{name}.weight": x.scales.abs() * (6 if getattr(x, "kind", INT8) == INT4 else 1)
             for name, x in modules
-            if isinstance(x, NMLinear) and x.kind != KEEP
+            if isinstance(x, Int8Linear) or (isinstance(x, NMLinear) and x.kind != KEEP)
         }
         for name in [*tensors, *(name for name in other_tensors if name not in tensors)]:
             if name not in tensors or name not in other_tensors:
@@ -308,18 +309,21 @@ def _tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         if isinstance(module, CounterState):
             continue
         direct = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        if isinstance(module, (NMLinear, MaskedLinear)):
+        if isinstance(module, REPLACING):
             direct = {} if module.bias is None else {"bias": module.bias}
-            tensors[f"{prefix}weight"] = module.packed.unpack if isinstance(module, NMLinear) else module.top_n_weight
+            masked = isinstance(module, MaskedLinear)
+            tensors[f"{prefix}weight"] = module.top_n_weight if masked else partial(getattr, module, "weight")
         tensors |= {f"{prefix}{key}": lambda tensor=tensor: tensor for key, tensor in direct.items()}
     return tensors
 
 
 def stored_as(model: nn.Module) -> str:
-    """Storage of a model's linear layers: "dense", "packed 2:4", "packed 2:4 int8" and the like."""
+    """Storage of a model's linear layers: "dense", "packed 2:4", "dense int8, packed 2:4 int4" and the like."""
     masked = {f"masked {layer.pattern}" for layer in model.modules() if isinstance(layer, MaskedLinear)}
     packed = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
     kinds = masked | {f"packed {x.pattern}" + ("" if x.kind == KEEP else f" {x.kind}") for x in packed}
+    if any(isinstance(layer, Int8Linear) for layer in model.modules()):
+        kinds.add("dense int8")
     return ", ".join(sorted(kinds)) or "dense"
 
 

@@ -7,6 +7,7 @@ from .definitions import (
     curvature_factors,
     descend_,
     differentiable_nm_linear,
+    int8_linear,
     mask_log_prob,
     mask_score,
     mask_slope,

@@ -323,6 +323,15 @@ torch.library.register_autograd(
 )
 
 
+@operation("(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor")
+def int8_linear(x, values, scales, bias):
+    """x [tokens, K] @ dequantized [rows, K].T + bias, in the dtype of x: int8 values of all columns.
+
+    Scales [rows, ceil(K / 128)] and bias have the dtype of x. All are contiguous. It has no gradients.
+    """
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad [tokens, rows].T @ x [tokens, K], float32; without kernels it is first rounded to the operands' dtype."""
     with without_autocast(grad.device.type):

@@ -7,7 +7,10 @@ from torch.nn.functional import linear
 
 from .definitions import codes_under
 from .dispatch import table
-from .reference import curvature_factors
+from .reference import curvature_factors, dequantized
+
+# Most int8 values that are dequantized at a time: 64 MB of float32
+DEQUANTIZED = 1 << 24
 
 
 def masked_linear(x, weight, bias, log_prob, mask):
@@ -47,6 +50,18 @@ def straight_through_update_(
     codes = codes_under(mask._replace(tensor=logits))
     descend = table(grad.device.type).descend_by_slope_
     return descend(logits, weight, first, factors, codes, rate, max_update, mask.m, mask.counter)
+
+
+def int8_linear(x, values, scales, bias):
+    """x [tokens, K] @ dequantized [rows, K].T + bias, by slices of rows."""
+    rows, k = values.shape
+    out = x.new_empty(x.shape[0], rows)
+    count = max(1, DEQUANTIZED // max(k, 1))
+    for first in range(0, rows, count):
+        part = slice(first, first + count)
+        part_bias = None if bias is None else bias[part]
+        out[:, part] = linear(x, dequantized(values[part], scales[part], x.dtype), part_bias)
+    return out
 
 
 def _first_derivative(grad, x, weight_grad):

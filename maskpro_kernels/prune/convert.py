@@ -26,7 +26,7 @@ from ..functional.checks import (
 from ..learn.step_batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..ops.pattern import NMPattern
-from ..packed import SPARSE
+from ..packed import REPLACING, SPARSE
 from ..ranks import Ranks
 from ..shards import is_distributed
 from ..unfuse import (
@@ -259,7 +259,7 @@ def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> N
     if not any(isinstance(layer, SPARSE) for layer in replacements.values()):
         as_built(model)
     fit_adapters(model)
-    refuse_merging(model, SPARSE)
+    refuse_merging(model, REPLACING)
     if _of_transformers(model):
         from ..hf import describe
 

@@ -12,8 +12,8 @@ from ..functional.checks import check_in_memory, check_one_of
 from ..functional.masks import top_n_mask
 from ..modules import check_not_sharded, masked_layers
 from ..ops.pattern import NMPattern
-from ..packed import INT4, KEEP, NMLinear, check_values, dense_layer, packed_class
-from ..unfuse import in_linear_form, unfused_modules
+from ..packed import INT4, INT8, KEEP, OUTPUT_LAYERS, Int8Linear, NMLinear, check_values, dense_layer, packed_class
+from ..unfuse import in_linear_form, is_linear, unfused_modules
 from .convert import Conversion, check_replaceable, one_layer_a_weight, replace_layers
 from .gptq import gptq
 from .initial_masks import Progress
@@ -21,7 +21,8 @@ from .selection import coverage, reasons_by_name, select_layers
 
 
 def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int = 64, *,
-             calibration: Iterable | None = None, progress: Progress | None = None) -> nn.Module:  # fmt: skip
+             calibration: Iterable | None = None, progress: Progress | None = None,
+             output_layer: str = KEEP) -> nn.Module:  # fmt: skip
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
     With to="dense", modules that ``convert`` unfused are fused again: the model gets the names and shapes that it had
@@ -37,6 +38,8 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
         calibration: batches for the model, each a tensor, a tuple or a mapping. int4 values are then rounded so that
             the outputs of layers change least, see ``prune/gptq.py``; experts without a token as in ``pack_nm``.
         progress: called with (layers done, layers in all) while values are rounded to int4 by ``calibration``.
+        output_layer: "int8" rounds also the output layer of a model of transformers, which becomes an Int8Linear that
+            is not tied to the embedding; with to="packed".
 
     Warns:
         UserWarning: names experts without a token.
@@ -45,15 +48,19 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
         ``model``; the new linear layer if the model itself is a MaskedLinear.
 
     Raises:
-        TypeError, ValueError: if ``to``, ``values`` or ``group`` is unknown, to="dense" comes with other values than
-            "keep", ``calibration`` comes without "int4", is no iterable of batches, has no batch or inputs that are not
-            finite, the model has no MaskedLinear, fully_shard was called on a MaskedLinear itself, a weight is not in
-            memory, or a weight to quantize is not finite. The model is then unchanged.
+        TypeError, ValueError: if ``to``, ``values``, ``group`` or ``output_layer`` is unknown, to="dense" comes with
+            other values or another output layer than "keep", ``calibration`` comes without "int4", is no iterable of
+            batches, has no batch or inputs that are not finite, the model has no MaskedLinear, or for
+            output_layer="int8" no output layer that is an nn.Linear, fully_shard was called on a MaskedLinear itself, a
+            weight is not in memory, or a weight to quantize is not finite. The model is then unchanged.
     """
     check_one_of("to", to, ("dense", "packed"))
     check_values(values, group)
     if to == "dense" and values != KEEP:
         raise ValueError(f'values: expected "{KEEP}" for dense layers, got {values!r}; pack them by to="packed"')
+    check_one_of("output_layer", output_layer, OUTPUT_LAYERS)
+    if to == "dense" and output_layer != KEEP:
+        raise ValueError(f'output_layer: expected "{KEEP}" beside dense layers, got {output_layer!r}; see to="packed"')
     if calibration is not None and values != INT4:
         raise ValueError(f'calibration: expected none but for values="{INT4}", got batches for {values!r}')
     replacements = {}
@@ -72,6 +79,8 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
                 "model: expected fully_shard around a module that contains masked layers, got one around "
                 f"{name or 'the only one'} itself"
             )
+    if output_layer == INT8:
+        replacements |= int8_output_layer(model)
     with torch.no_grad():
         for name, layer in layers.items():
             if to == "packed":
@@ -87,6 +96,28 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
                 replacements[id(layers[name])] = rounded.train(layers[name].training)
     replace_layers(model, replacements)
     return replacements.get(id(model), model)
+
+
+def int8_output_layer(model: nn.Module) -> dict[int, Int8Linear]:
+    """Round the output layer of a model of transformers to int8; return the new layer by the id of the present one.
+
+    Raises:
+        ValueError: if the model has no output layer that is an nn.Linear, it is tied in an encoder-decoder, which may
+            compute otherwise if it is not, or its weight is not in memory or not finite.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or not is_linear(head):
+        kind = "none" if head is None else type(head).__name__
+        raise ValueError(f"output_layer: expected a model whose output layer is an nn.Linear, got {kind}")
+    if head.weight is model.get_input_embeddings().weight and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"output_layer: expected a decoder, or an output layer of its own, got {type(model).__name__}, an "
+            "encoder-decoder with a tied one"
+        )
+    name = next(name for name, module in model.named_modules() if module is head)
+    check_in_memory("model", head, name)
+    with _naming(name):
+        return {id(head): Int8Linear.from_dense(head)}
 
 
 def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP, group: int = 64) -> Conversion:
@@ -150,8 +181,9 @@ def repack(model: nn.Module, values: str, group: int = 64) -> int:
 
 
 def unpack(model: nn.Module) -> None:
-    """Replace every NMLinear by an nn.Linear with exact zeros, in place."""
-    replace_layers(model, {id(layer): dense_layer(layer) for layer in model.modules() if isinstance(layer, NMLinear)})
+    """Replace every NMLinear by an nn.Linear with exact zeros, and every Int8Linear, in place."""
+    kinds = NMLinear, Int8Linear
+    replace_layers(model, {id(layer): dense_layer(layer) for layer in model.modules() if isinstance(layer, kinds)})
 
 
 @contextmanager

@@ -8,19 +8,22 @@ from collections.abc import Mapping
 import torch
 import vllm
 from torch import nn
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from ..hf.quantizer import METHOD, SparseConfig, check_stored
+from ..hf.quantizer import METHOD, SparseConfig, check_stored, names_in_int8
 from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
 from .experts import Total, UnpackedExpertsMethod
 from .linear import PackedLinearMethod, Storage
 from .names import matched
+from .output_layer import Int8OutputMethod
 from .releases import TRIED, warn_of
 
 # Methods of vLLM's class that it has to call
@@ -71,7 +74,12 @@ class PackedConfig(QuantizationConfig):
         self.layers = {
             name: Storage(name, NMPattern(settings["pattern"]), settings["values"], settings.get("group", SCALED))
             for name, settings in checked.layers.items()
+            if "pattern" in settings
         }
+        # name in the config of each layer in int8, by the same names
+        self.in_int8 = {name: name for name in checked.layers if name not in self.layers}
+        # of these, layers of vLLM's model
+        self._served: set[str] = set()
 
     def get_name(self) -> str:
         return METHOD
@@ -107,18 +115,33 @@ class PackedConfig(QuantizationConfig):
             check_stored(stored, self._config.layers)
             with_bitmask = [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]
             packed = [name for name in with_bitmask if f"{name}.values" in stored]
+            in_int8 = names_in_int8(stored)
             names = matched(packed, self.layers)
             self.layers = {name: self.layers[config_name] for name, config_name in names.items()}
-            self._guards = [f"{name}.weight" for name in packed if f"{name}.weight" in stored]
+            self.in_int8 = matched(in_int8, self.in_int8)
+            self._guards = [f"{name}.weight" for name in (*packed, *in_int8) if f"{name}.weight" in stored]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         # it maps names of weights
-        weights = {f"{name}.weight": storage for name, storage in self.layers.items()}
-        mapped = hf_to_vllm_mapper.apply_dict(weights)
-        self.layers = {name.removesuffix(".weight"): storage for name, storage in mapped.items()}
+        def mapped(layers: dict) -> dict:
+            names = hf_to_vllm_mapper.apply_dict({f"{name}.weight": value for name, value in layers.items()})
+            return {name.removesuffix(".weight"): value for name, value in names.items()}
+
+        self.layers = mapped(self.layers)
+        self.in_int8 = mapped(self.in_int8)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Rename layers of experts to the names that vLLM's loader knows, and leave out weights of a wrong shape."""
+        """Rename layers of experts to the names that vLLM's loader knows, and leave out weights of a wrong shape.
+
+        Raises:
+            ValueError: if vLLM's model takes no quantization for an output layer in int8; some then ignore its tensors.
+        """
+        ignored = set(self.in_int8.values()) - self._served
+        if ignored and get_pp_group().is_last_rank:
+            raise ValueError(
+                "quantization_config: expected an output layer in the model's dtype for this model of vLLM, got int8 "
+                f"in {min(ignored)}; export the checkpoint without --output-layer"
+            )
         renamed = {EXPERT: r".experts.\2.\1.", **{re.compile(f"^{re.escape(name)}$"): None for name in self._guards}}
         return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=renamed)
 
@@ -131,6 +154,15 @@ class PackedConfig(QuantizationConfig):
             if not hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
                 raise ValueError(f"vLLM: expected {TRIED[-1]} or newer for packed experts, got {vllm.__version__}")
             return UnpackedExpertsMethod(layer.moe_config, matrices, self._unpacked)
+        # of some models vLLM names it ".lm_head"
+        in_int8 = self.in_int8.get(prefix.removeprefix("."))
+        if in_int8 is not None:
+            if not isinstance(layer, ParallelLMHead):
+                raise ValueError(
+                    f"quantization_config: expected a pattern of each layer but the output layer, got none of {in_int8}"
+                )
+            self._served.add(in_int8)
+            return Int8OutputMethod(in_int8)
         if not isinstance(layer, LinearBase):
             if prefix in self.layers:
                 raise ValueError(

@@ -24,6 +24,15 @@ PLACES = {"q": 0, "k": 1, "v": 2}
 DIMENSIONS = {"input_dim": 1, "output_dim": 0}
 
 
+def check_loaded(name: str, loaded: Tensor, columns: int, dtype: torch.dtype) -> None:
+    """Raise ValueError unless a tensor of the checkpoint has these columns, and a dtype that converts to this."""
+    converts = loaded.dtype.is_floating_point if dtype.is_floating_point else loaded.dtype == dtype
+    if not converts or loaded.dim() != 2 or loaded.shape[1] != columns:
+        raise ValueError(
+            f"checkpoint: {name}: expected {columns} columns of {dtype}, got {describe(loaded)}; {COPY_AGAIN}"
+        )
+
+
 class Storage(NamedTuple):
     """Storage of a packed layer in the checkpoint.
 
@@ -68,15 +77,6 @@ class Storage(NamedTuple):
         whole_bytes = k % max(self.pattern.m, 8) == 0
         whole_blocks = self.values == KEEP or k // self.pattern.m * self.pattern.n % self.group == 0
         return k == columns or (whole_bytes and whole_blocks)
-
-    def check_loaded(self, name: str, loaded: Tensor, columns: int, dtype: torch.dtype) -> None:
-        """Raise ValueError unless a tensor of the checkpoint has these columns, and a dtype that converts to this."""
-        converts = loaded.dtype.is_floating_point if dtype.is_floating_point else loaded.dtype == dtype
-        if not converts or loaded.dim() != 2 or loaded.shape[1] != columns:
-            raise ValueError(
-                f"checkpoint: {self.name}.{name}: expected {columns} columns of {dtype}, got {describe(loaded)}; "
-                f"{COPY_AGAIN}"
-            )
 
     def packed(self, tensors: dict[str, Tensor]) -> PackedNM:
         """Make a checked weight of loaded tensors; ValueError, as of transformers' loader, if they are damaged."""
@@ -181,7 +181,7 @@ class PackedLinearMethod(LinearMethodBase):
                 set_weight_attrs(parameter, DIMENSIONS)
             if part is not None:
                 columns, dtype = part.tensors(self.columns, parameter.dtype)[name]
-                part.check_loaded(name, loaded, columns, dtype)
+                check_loaded(f"{part.name}.{name}", loaded, columns, dtype)
             weight_loader(parameter, loaded, *shard)
             if rows is not None:
                 product = self.products[places[0]]

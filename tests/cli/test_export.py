@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from maskpro_kernels.checkpoints.logits import load_logits, write_logits
 from maskpro_kernels.checkpoints.mask_file import load_masks
 from maskpro_kernels.cli import export, main
-from maskpro_kernels.packed import NMLinear
+from maskpro_kernels.packed import Int8Linear, NMLinear
 from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.sources import load_text
 
@@ -161,6 +161,48 @@ def test_packed_checkpoints_give_the_logits_of_the_run(learned, tmp_path, capsys
     assert "before rounding" not in (tmp_path / "packed" / "README.md").read_text(encoding="utf-8")
     layer = AutoModelForCausalLM.from_pretrained(tmp_path / "int8").get_submodule(LAYER)
     assert isinstance(layer, NMLinear) and layer.kind == "int8"
+
+
+def test_an_output_layer_in_int8(inputs, learned, tmp_path, capsys):
+    packed, output = tmp_path / "packed", tmp_path / "int8"
+    to_packed = ["--to", "packed", "--output-layer", "int8"]
+    assert main.main(["export", str(learned), str(packed), "--to", "packed"]) == 0
+    assert main.main(["export", str(learned), str(output), *to_packed]) == 0
+    assert "; another layer in int8 takes 0.00 MB" in capsys.readouterr().out
+    assert "before rounding" in (output / "README.md").read_text(encoding="utf-8")
+    tensors, before = (load_file(folder / "model.safetensors") for folder in (output, packed))
+    assert tensors.keys() - before.keys() == {"lm_head.values", "lm_head.scales"} and before.keys() <= tensors.keys()
+    assert_same_bits({name: tensors[name] for name in before}, before)
+    # other commands read it
+    assert main.main(["eval", str(output), "--data", str(inputs / "text.txt"), "--eval-windows", "2"]) == 0
+    assert main.main(["speed", str(packed), str(output), "--prompt-tokens", "4", "--new-tokens", "2"]) == 0
+    assert "dense int8, packed 2:4" in capsys.readouterr().out
+    repacked = ["import", str(output), "--output", str(tmp_path / "repacked"), "--values", "int8"]
+    assert main.main(repacked) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "repacked")
+    assert {layer.kind for layer in packed_layers(tmp_path / "repacked")} == {"int8"}
+    assert_same_bits(model.lm_head.values, tensors["lm_head.values"])
+    assert main.main(["import", str(output), "--output", str(tmp_path / "dense"), "--to", "dense"]) == 0
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert_same_bits(dense["lm_head.weight"], model.lm_head.weight)
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.tie_word_embeddings
+    for to in ("dense", "mask"):
+        arguments = ["export", str(learned), str(tmp_path / "new"), "--to", to, "--output-layer", "int8"]
+        refuses(capsys, tmp_path, arguments, "--output-layer: expected none without --to packed, got 'int8'")
+
+
+def test_an_output_layer_beside_int4_is_rounded_in_the_dtype_of_the_checkpoint(run, tmp_path, rounded, monkeypatch):
+    arguments = ["export", str(run), str(tmp_path / "out"), *INT4, "--output-layer", "int8", "--dtype", "bfloat16"]
+    for fast in (False, True):
+        monkeypatch.setattr(export, "cpu_multiplies", lambda dtype, fast=fast: fast or dtype is torch.float32)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert main.main(arguments) == 0
+        tensors = load_file(tmp_path / "out" / "model.safetensors")
+        linear = torch.nn.Linear(32, 32, bias=False)
+        linear.weight = torch.nn.Parameter(tensors["model.embed_tokens.weight"])
+        expected = Int8Linear.from_dense(linear)
+        assert_same_bits([tensors["lm_head.values"], tensors["lm_head.scales"]], [expected.values, expected.scales])
+        assert tensors["lm_head.scales"].dtype == torch.bfloat16
 
 
 def test_a_mask_travels_without_its_weights(inputs, run, refitted, tmp_path, capsys):

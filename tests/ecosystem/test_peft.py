@@ -92,6 +92,22 @@ def test_merging_into_a_sparse_layer_is_refused(kind):
     assert_same_bits(model(tokens()).logits, before)
 
 
+def test_lora_beside_an_output_layer_in_int8():
+    torch.manual_seed(0)
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed", values="int8", output_layer="int8")
+    for everywhere in ("all-linear", ["lm_head", "q_proj"]):
+        adapted = get_peft_model(copy.deepcopy(model), beside_masks(config(target_modules=everywhere), model))
+        head = adapted.base_model.model.lm_head
+        # as for a dense model, "all-linear" leaves out the output layer
+        assert isinstance(head, SparseLoraLinear) == (everywhere != "all-linear")
+        losses = train(adapted.train())
+        assert losses[-1] < losses[0]
+        with pytest.raises(ValueError, match="merge: expected a dense base layer"):
+            adapted.merge_adapter()
+
+
 @pytest.mark.parametrize("convert_first", [True, False])
 def test_what_is_finalized_merges_again(convert_first):
     torch.manual_seed(0)

@@ -128,3 +128,16 @@ def test_checkpoints_that_vllm_cannot_serve_are_refused(tmp_path):
     assert "expected packed layers for vLLM, got masks in model.layers.1.self_attn.k_proj" in results["masked"]
     assert "got 'lm_head', which is ParallelLMHead there" in results["head"]
     assert "checkpoint: expected scales of model.layers.1.self_attn.k_proj, got none; copy" in results["unread"]
+
+
+def test_an_output_layer_in_int8(tmp_path):
+    results, _ = run("output_layers", tmp_path)
+    refused = {name: results.pop(name) for name in ("OPT", "Cohere")}
+    assert results == dict.fromkeys(("tied", "odd", "GPT-J", "GPT-2", "Qwen2", "bfloat16"), True)
+    for message in refused.values():
+        assert "expected an output layer in the model's dtype for this model of vLLM, got int8 in lm_head" in message
+
+
+def test_two_ranks_share_an_output_layer_in_int8(tmp_path):
+    results, _ = run("output_layer_of_ranks", tmp_path)
+    assert results == {"tokens": True}

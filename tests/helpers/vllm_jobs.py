@@ -39,6 +39,8 @@ from helpers.checkpoints import compressed_folder, marlin_24_folder, masked, ran
 from helpers.tiny_llama import tiny_text
 from maskpro_kernels import hf
 from maskpro_kernels.cli import main
+from maskpro_kernels.prune.convert import replace_layers
+from maskpro_kernels.prune.finalize import int8_output_layer
 
 VOCABULARY, IMAGE = 96, 5
 NEW_TOKENS = 12
@@ -507,10 +509,45 @@ def orphans(folder: Path) -> dict:
     return result
 
 
+def with_int8_output(model: nn.Module) -> nn.Module:
+    replace_layers(model, int8_output_layer(model))
+    return model
+
+
+def output_layers(folder: Path) -> dict:
+    """Whether the tokens are equal of models with an output layer in int8, and what is refused or reported."""
+    result = {}
+    for name, settings in {"tied": {"tie_word_embeddings": True}, "odd": {"vocab_size": 101}}.items():
+        model = with_int8_output(divisible({"values": "int4"}, **settings))
+        write(model, folder / name)
+        result[name] = served(folder / name) == expected(folder / name)
+    for name in ("GPT-J", "GPT-2", "Qwen2"):
+        model = made(name)
+        mk.convert(model, "2:4")
+        mk.finalize(model, to="packed", values="int8", output_layer="int8")
+        write(model, folder / name)
+        result[name] = served(folder / name) == expected(folder / name)
+    for name in ("OPT", "Cohere"):
+        model = made(name)
+        mk.convert(model, "2:4")
+        mk.finalize(model, to="packed", output_layer="int8")
+        write(model, folder / name)
+        result[name] = failure(served, folder / name)
+    result["bfloat16"] = served(folder / "odd", dtype="bfloat16") == expected(folder / "odd", "bfloat16")
+    return result
+
+
+def output_layer_of_ranks(folder: Path) -> dict:
+    """Whether the tokens of two ranks are equal, each with half of an output layer in int8."""
+    write(with_int8_output(divisible({"values": "keep"}, vocab_size=101)), folder)
+    return {"tokens": served(folder, tensor_parallel_size=2) == expected(folder)}
+
+
 JOBS = {
     job.__name__: job
     for job in (
-        architectures, kinds, casts, ranks, cuts, features, damage, refusals, server, mapped, learned, orphans
+        architectures, kinds, casts, ranks, cuts, features, damage, refusals, server, mapped, learned, orphans,
+        output_layers, output_layer_of_ranks,
     )
 }  # fmt: skip
 

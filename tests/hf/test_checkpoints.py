@@ -30,7 +30,7 @@ from transformers.quantizers import auto as quantizers
 import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.modules import CounterState, masked_layers
-from maskpro_kernels.packed import SPARSE
+from maskpro_kernels.packed import SPARSE, dense_layer
 from maskpro_kernels.prune.finalize import unpack
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
@@ -62,7 +62,8 @@ def made(form: str, pattern: str = "2:4", **settings) -> nn.Module:
                 parameter.normal_()
     mk.convert(model, pattern)
     if form != "masked":
-        mk.finalize(model, to="packed", values="int8" if form == "int8" else "keep")
+        output_layer = "int8" if form == "output" else "keep"
+        mk.finalize(model, to="packed", values="int8" if form == "int8" else "keep", output_layer=output_layer)
     return model.eval()
 
 
@@ -128,6 +129,52 @@ def test_packed_weights_come_back(form, pattern, tmp_path):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     loaded.requires_grad_()(TOKENS, labels=TOKENS).loss.backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_in_int8_comes_back(tied, tmp_path, monkeypatch):
+    model = made("output", tie_word_embeddings=tied)
+    hf.save_model(model, tiny_tokenizer(), tmp_path / "first")
+    config = written(tmp_path / "first")
+    assert config["quantization_config"]["layers"]["lm_head"] == {"values": "int8"}
+    assert config["quantization_config"]["version"] == 1 and not config["tie_word_embeddings"]
+    stored = load_file(tmp_path / "first" / "model.safetensors")
+    assert {name for name in stored if name.startswith("lm_head.")} == {"lm_head.values", "lm_head.scales"}
+    assert_same_bits(stored["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert "Rounded to int8, with all weights: `lm_head`." in (tmp_path / "first/README.md").read_text(encoding="utf-8")
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not any(report.values()) and type(loaded.lm_head) is mk.Int8Linear
+    assert_same_bits(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert_same_bits(*(each.generate(TOKENS, max_new_tokens=8, do_sample=False) for each in (loaded, model)))
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_bits(load_file(tmp_path / "again" / "model.safetensors"), stored)
+    short = hf.load_model(str(tmp_path / "first"), torch.bfloat16)[0].lm_head
+    assert short.values.dtype == torch.int8 and short.scales.dtype == torch.bfloat16
+    assert_same_bits(AutoModel.from_pretrained(tmp_path / "first")(TOKENS)[0], model.model(TOKENS)[0])
+    expected = loaded(TOKENS).logits
+    loaded.requires_grad_()(TOKENS, labels=TOKENS).loss.backward()
+    assert loaded.model.embed_tokens.weight.grad is not None
+    dense = loaded.dequantize()
+    assert type(dense.lm_head) is nn.Linear and dense.lm_head.weight is not dense.model.embed_tokens.weight
+    torch.testing.assert_close(dense(TOKENS).logits, expected)
+    dense.save_pretrained(tmp_path / "dense")
+    assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(TOKENS).logits, dense(TOKENS).logits)
+    monkeypatch.delitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "maskpro")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+
+
+def test_without_packed_layers_an_output_layer_in_int8_is_guarded_too(tmp_path, monkeypatch):
+    model = made("output")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, mk.NMLinear):
+            model.set_submodule(name, dense_layer(layer))
+    hf.save_model(model, tiny_tokenizer(), tmp_path)
+    assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+    assert "**Import `maskpro_kernels.hf`" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    monkeypatch.delitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "maskpro")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -344,6 +391,15 @@ def without(*parts):
     return rewrite(lambda tensors: [tensors.pop(f"{LAYER}.{part}") for part in parts])
 
 
+def on_head(part: str, change):
+    """A damage to a part of the output layer."""
+    return rewrite(lambda tensors: tensors.update({f"lm_head.{part}": change(tensors[f"lm_head.{part}"])}))
+
+
+def without_head(*parts):
+    return rewrite(lambda tensors: [tensors.pop(f"lm_head.{part}") for part in parts])
+
+
 def layer_is(**settings):
     return reconfigure(lambda config: config["layers"].update({LAYER: settings}))
 
@@ -412,7 +468,21 @@ DAMAGES = [
     ("int8", f"{LAYER}.bitmask: expected exactly 2 of every 4", on("bitmask", lambda mask: mask ^ 1)),
     ("int8", "expected the pattern, and layer or values", layer_is(pattern="2:4", values="int4")),
     ("int8", "expected scales of 13 layers", layer_is(pattern="2:4", values="keep")),
+    ("int8", "expected values of 14 layers .*, got 13", without("bitmask")),
+    ("int8", "expected values of 13 layers", layer_is(values="int8")),
+    ("output", "int8 values and scales of 1 layers without a bitmask .*, got 0; copy", without_head("scales")),
+    ("output", "int8 values and scales of 1 layers .*, got 0", without_head("values", "scales")),
+    ("output", "int8 values and scales of 0 layers .*, got 1", reconfigure(lambda c: c["layers"].pop("lm_head"))),
+    ("output", "int8 values and scales of 1 layers .*, got 0", on_head("values", lambda values: values.float())),
+    ("output", "lm_head.scales: expected finite numbers of at least 0", on_head("scales", with_one(-1.0))),
+    ("output", "lm_head.scales: expected finite", on_head("scales", with_one(float("inf")))),
+    ("output", "expected the pattern, and layer or values, of lm_head", reconfigure(lambda c: c["layers"].update(
+        lm_head={"values": "int4"}))),
+    ("output", "expected the pattern, and layer or values, of lm_head", reconfigure(lambda c: c["layers"].update(
+        lm_head={"values": "int8", "group": 64}))),
     # by transformers itself
+    ("output", "ignore_mismatched_sizes", on_head("values", lambda values: values[:, 1:].clone())),
+    ("output", "ignore_mismatched_sizes", on_head("scales", lambda scales: scales.repeat(1, 2))),
     ("packed", "ignore_mismatched_sizes", on("values", lambda values: values[:, 1:].clone())),
     ("packed", "ignore_mismatched_sizes", on("bitmask", lambda mask: mask[1:].clone())),
     ("packed", "ignore_mismatched_sizes", layer_is(pattern="1:8", values="keep")),
@@ -423,7 +493,7 @@ DAMAGES = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forms")
-    for form in FORMS:
+    for form in (*FORMS, "output"):
         made(form).save_pretrained(folder / form)
     return folder
 

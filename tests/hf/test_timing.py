@@ -105,6 +105,18 @@ def test_rounding_to_int8_is_distinguished_from_other_weights(models):
     assert first_difference(models["packed"], changed, rounded=True) == f"{LAYER}.weight"
 
 
+def test_an_output_layer_in_int8_is_a_rounded_weight(models):
+    rounded = finalize(converted(), to="packed", output_layer="int8")
+    assert stored_as(rounded) == "dense int8, packed 2:4"
+    assert first_difference(rounded, models["sparse"]) == "lm_head.weight"
+    assert first_difference(rounded, models["sparse"], rounded=True) is None
+    assert first_difference(models["packed"], rounded, rounded=True) is None
+    (found,) = measure_speed({"sparse": models["sparse"], "rounded": rounded}, PROMPT, 2, rounds=1).agreements
+    assert str(found).startswith("rounded: weights rounded to integers, else those of sparse, first in lm_head.weight;")
+    rounded.lm_head.values[3, 5] -= 3
+    assert first_difference(rounded, models["sparse"], rounded=True) == "lm_head.weight"
+
+
 def test_weights_of_modules_that_are_unfused_are_compared():
     dense, packed = (finalize(converted(tiny("GPT-2").model), to=to) for to in ("dense", "packed"))
     assert stored_as(packed) == "packed 2:4" and first_difference(packed, dense) is None

@@ -15,7 +15,7 @@ from ..cpu.kernels import (
     top_n_mask,
     update_layers_,
 )
-from ..cpu.packed_gemm.products import nm_linear, nm_linear_input_grad, unpack_nm
+from ..cpu.packed_gemm.products import int8_linear, nm_linear, nm_linear_input_grad, unpack_nm
 from ..reference.curvature import curvature_factors
 from ..unfused import (
     masked_linear,

@@ -8,6 +8,7 @@ from ..reference.plackett_luce import mask_log_prob, mask_score, score_update_
 from ..reference.slopes import adamw_, descend_, descend_by_slope_, mask_slope
 from ..reference.swaps import best_swaps
 from ..unfused import (
+    int8_linear,
     masked_linear,
     masked_linear_input_grad,
     masked_linear_weight_grad,

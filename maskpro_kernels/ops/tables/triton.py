@@ -8,3 +8,4 @@ from ..triton.masked_gemm import masked_linear, masked_linear_input_grad, masked
 from ..triton.packed_gemm import nm_linear, nm_linear_input_grad, unpack_nm
 from ..triton.sampling import mask_log_prob, mask_score, masked_weight, sample_mask, score_update_, top_n_mask
 from ..triton.slopes import descend_, straight_through_grad, straight_through_update_, weight_gradient
+from ..unfused import int8_linear

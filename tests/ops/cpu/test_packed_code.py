@@ -14,6 +14,7 @@ from maskpro_kernels.ops.cpu.packed_gemm.instructions import Avx2, Avx512, Neon
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
 INT8, INT4 = Packed(2, 4, torch.int8, torch.bfloat16), Packed(2, 4, torch.uint8, torch.bfloat16, 64)
+ALL_WEIGHTS = Packed(1, 1, torch.int8, torch.bfloat16)
 FOUR_OF_8, GATHERED = INT4._replace(n=4, m=8), "vpshufb 16 vpmaddubsw 9 vpmaddwd 3"
 ALL = dict.fromkeys("avx512vbmi2 avx512bf16 avx512vnni amx-tile amx-bf16".split(), True)
 
@@ -67,6 +68,10 @@ ON_NEON = ARM, "+neon"
         (lambda: rows.integer_product(INT8, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 4 vpdpbusd 12 vpshufb 0"),
         (lambda: rows.integer_product(INT4, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 2 vpdpbusd 6 vpmovzx 2"),
         (lambda: rows.integer_product(INT8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 16 vpmaddwd 16"),
+        (lambda: rows.integer_product(ALL_WEIGHTS, ALL_AVX512, 1, False), (X86, FULL), "vpexpandb 0 vpdpbusd 6"),
+        (lambda: rows.integer_product(ALL_WEIGHTS, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 0 vpmaddwd 8"),
+        (lambda: rows.float_product(ALL_WEIGHTS, NEON, 1, False), ON_NEON, "fmla 32"),
+        (lambda: amx.tile_product(ALL_WEIGHTS, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
         (lambda: rows.integer_product(FOUR_OF_8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8"),
         (lambda: gathered.gathered_product(INT4, AVX2_ALONE, 1, False), (X86, AVX2), GATHERED),
         (lambda: amx.tile_product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
@@ -106,6 +111,7 @@ def test_the_code_of_integers_and_tiles_asks_for_nothing_either():
         rows.quantizer(INT8, ALL_AVX512),
         amx.tile_product(INT8, ALL_AVX512, True),
         amx.tile_product(INT4, ALL_AVX512, True),
+        amx.tile_product(ALL_WEIGHTS, ALL_AVX512, True),
         amx.tile_product(BFLOAT16, ALL_AVX512, False),
         amx.laid_out(),
     ):

@@ -257,6 +257,44 @@ def test_other_groups_of_int4_values(group, pattern):
         assert_within_budget(y, nn.functional.linear(x, dense), x.double() @ dense.double().t())
 
 
+def int8_case(rows: int, k: int, dtype: torch.dtype):
+    """(int8 values and scales of all weights, the same in float64)."""
+    generator = torch.Generator().manual_seed(k)
+    values, scales = quantized(torch.randn(rows, k, generator=generator).to(dtype))
+    return (values, scales), reference.dequantized(values, scales, torch.float32).double()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    cases(itertools.product(OFF, DTYPES), slow=lambda kind, dtype: kind == "no bfloat16" and dtype != torch.bfloat16),
+    ids=str,
+)
+def test_every_kind_of_cpu_multiplies_int8_values_of_all_weights(kind, dtype, cpu):
+    cpu(kind)
+    for rows, k in ((35, 577), (70, 256), (3, 5)):
+        weight, exact_weight = int8_case(rows, k, dtype)
+        for tokens, biased in ((1, True), (13, False), (40, True), (257, True)):
+            x, bias = torch.randn(tokens, k).to(dtype), torch.randn(rows).to(dtype) if biased else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                y = products.int8_linear(x, *weight, bias)
+            by_torch = nn.functional.linear(x, reference.dequantized(*weight, dtype), bias)
+            exact = nn.functional.linear(x.double(), exact_weight, bias if bias is None else bias.double())
+            assert_within_budget(y, by_torch, exact)
+
+
+@pytest.mark.parametrize("kind", ["all that it has", "no VBMI2", "no AVX-512"])
+def test_nothing_beyond_the_last_int8_value_is_read(kind, cpu):
+    cpu(kind)
+    guarded = Guarded()
+    for dtype in (torch.bfloat16, torch.float32):
+        for k in (128, 65, 544):
+            weight, _ = int8_case(3, k, dtype)
+            for tokens in (1, 6, 20):
+                tensors = (torch.randn(tokens, k).to(dtype), *weight, torch.randn(3).to(dtype))
+                products.int8_linear(*map(guarded.at_the_end, tensors))
+
+
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
     # poisoned buffers are kept

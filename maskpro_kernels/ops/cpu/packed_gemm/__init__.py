@@ -29,7 +29,7 @@ class Packed(NamedTuple):
     """Kind of packed weight and operand.
 
     Attributes:
-        n, m: the pattern.
+        n, m: the pattern; 1 and 1 without a bitmask, if all weights are kept.
         values: dtype of the values: of int4 uint8.
         x: dtype of the operand and of the product, or of the unpacked weight.
         group: number of values of a block.
@@ -45,6 +45,11 @@ class Packed(NamedTuple):
     def scaled(self) -> bool:
         """Return whether values are integers."""
         return self.values in (torch.int8, torch.uint8)
+
+    @property
+    def whole(self) -> bool:
+        """Return whether all weights are kept."""
+        return self.m == 1
 
     @property
     def values_per_element(self) -> int:

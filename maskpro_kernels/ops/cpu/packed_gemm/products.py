@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ... import reference
+from ... import reference, unfused
 from ...pattern import as_bitmask, bitmask_of, codes_of
 from .. import cache, cpu_multiplies
 from ..loops import run, warn_of_failure
@@ -34,8 +34,8 @@ CACHED_BYTES = 1 << 20
 # Fewest tokens between two expansions of the weights, even if fewer fit into the cache
 MIN_TOKENS = 128
 
-# Tensors of a packed weight: (values, bitmask, scales or None)
-WeightTensors = tuple[Tensor, Tensor, Tensor | None]
+# Tensors of a packed weight: (values, bitmask, scales), None without a bitmask or scales
+WeightTensors = tuple[Tensor, Tensor | None, Tensor | None]
 
 # Computes a product of (x, weight, bias)
 Product = Callable[[Tensor, WeightTensors, Tensor | None], Tensor]
@@ -102,7 +102,7 @@ def _unpacker(loop: Callable[..., None], kind: Packed) -> Unpacker:
         k = values.shape[1] * kind.values_per_element // kind.n * kind.m
         columns = min(RUN * count, k - RUN * first)
         out = torch.empty((rows, columns), dtype=kind.x, device="cpu")
-        addresses = values.data_ptr(), bitmask.data_ptr(), _address(scales), out.data_ptr()
+        addresses = values.data_ptr(), _address(bitmask), _address(scales), out.data_ptr()
         loop(rows, threads(rows * columns), k, first, count, columns, *addresses)
         return out
 
@@ -115,7 +115,7 @@ def _check_unpacker(unpack: Unpacker, kind: Packed) -> None:
     rows = 5
     groups = 3 * RUN // kind.m + kind.values_per_element
     scores = torch.rand((rows, groups, kind.m), generator=generator, device="cpu")
-    bitmask = bitmask_of(reference.group_top_n_mask(scores, n=kind.n), kind.m)
+    bitmask = _bitmask(scores, kind)
     integers = reference.INTEGERS[kind.x.itemsize]
     kept = groups * kind.n
     shape = (rows, kept * kind.values.itemsize // kind.values_per_element)
@@ -124,12 +124,22 @@ def _check_unpacker(unpack: Unpacker, kind: Packed) -> None:
     if kind.scaled:
         scales = torch.rand((rows, -(-kept // kind.group)), generator=generator, device="cpu").to(kind.x)
     numbers = values if scales is None else reference.dequantized(values, scales, kind.x)
-    expected = reference.unpack_nm(numbers, bitmask, kind.n, kind.m)
+    expected = _unpacked(numbers, bitmask, kind)
     for first, count in ((0, 4), (1, 2)):
         columns = slice(RUN * first, RUN * (first + count))
         weight = unpack((values, bitmask, scales), first, min(count, -(-groups * kind.m // RUN) - first))
         if not torch.equal(weight.view(integers), expected[:, columns].contiguous().view(integers)):
             raise RuntimeError("unpacked weights differ from the reference")
+
+
+def _bitmask(scores: Tensor, kind: Packed) -> Tensor | None:
+    """Bitmask of the N largest scores of each group [rows, groups, M]; None if all weights are kept."""
+    return None if kind.whole else bitmask_of(reference.group_top_n_mask(scores, n=kind.n), kind.m)
+
+
+def _unpacked(numbers: Tensor, bitmask: Tensor | None, kind: Packed) -> Tensor:
+    """Unpack a sample by the reference."""
+    return numbers if kind.whole else reference.unpack_nm(numbers, bitmask, kind.n, kind.m)
 
 
 def unpack_nm(values, bitmask, n, m):
@@ -171,14 +181,14 @@ def method(isa: Instructions | None, tokens: int, kind: Packed) -> str:
 
 
 def nm_linear(
-    x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, bias: Tensor | None, n: int, m: int
+    x: Tensor, values: Tensor, bitmask: Tensor | None, scales: Tensor | None, bias: Tensor | None, n: int, m: int
 ) -> Tensor:
-    """x [tokens, K] @ weight [rows, K].T + bias, in the dtype of x; all are contiguous."""
+    """x [tokens, K] @ weight [rows, K].T + bias, in the dtype of x; all are contiguous. 1:1 has no bitmask."""
     rows = values.shape[0]
     tokens, k = x.shape
     if not tokens or not rows:
         return x.new_empty(tokens, rows)
-    if bitmask.dtype != torch.uint8:
+    if bitmask is not None and bitmask.dtype != torch.uint8:
         bitmask = as_bitmask(bitmask, k, rows)
     # all larger numbers of tokens share one product
     bounded = min(tokens, MAX_ROW_TOKENS + 1)
@@ -186,6 +196,11 @@ def nm_linear(
     group = reference.scaled_group(values, scales) if values.dtype == torch.uint8 else reference.SCALED
     product = _product_of(bounded, n, m, values.dtype, x.dtype, group, bias is not None)
     return product(x, (values, bitmask, scales), bias)
+
+
+def int8_linear(x, values, scales, bias):
+    """x [tokens, K] @ weight [rows, K].T + bias, in the dtype of x: every column has a value."""
+    return nm_linear(x, values, None, scales, bias, 1, 1)
 
 
 @functools.cache
@@ -229,7 +244,13 @@ def _product(name: str, kind: Packed, tokens: int, biased: bool) -> Product:
     if name == "unpack":
         return functools.partial(_by_unpacking, kind)
     try:
-        make = {"floats": _by_floats, "integers": _by_integers, "tiles": _by_tiles, "strips": _by_strips, "slices": _by_slices}[name]
+        make = {
+            "floats": _by_floats,
+            "integers": _by_integers,
+            "tiles": _by_tiles,
+            "strips": _by_strips,
+            "slices": _by_slices,
+        }[name]
         product = make(kind, tokens, biased)
         _check_product(product, kind, tokens, biased)
     except Exception as error:
@@ -240,6 +261,8 @@ def _product(name: str, kind: Packed, tokens: int, biased: bool) -> Product:
 
 def _by_unpacking(kind: Packed, x: Tensor, weight: WeightTensors, bias: Tensor | None) -> Tensor:
     values, bitmask, scales = weight
+    if kind.whole:
+        return unfused.int8_linear(x, values, scales, bias)
     if scales is not None:
         values = reference.dequantized(values, scales, x.dtype)
     return linear(x, unpack_nm(values, bitmask, kind.n, kind.m), bias)
@@ -255,7 +278,7 @@ def _check_product(product: Product, kind: Packed, tokens: int, biased: bool) ->
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(kind.x)
 
-    codes = reference.group_top_n_mask(normal(rows, groups, kind.m).float(), n=kind.n)
+    bitmask = _bitmask(normal(rows, groups, kind.m).float(), kind)
     values = normal(rows, groups * kind.n)
     x = normal(tokens, groups * kind.m)
     bias = normal(rows) if biased else None
@@ -265,9 +288,9 @@ def _check_product(product: Product, kind: Packed, tokens: int, biased: bool) ->
         low, high = (-127, 128) if kind.values == torch.int8 else (0, 256)
         shape = rows, values.shape[1] // kind.values_per_element
         values = torch.randint(low, high, shape, generator=generator, device="cpu", dtype=kind.values)
-    weight = values, bitmask_of(codes, kind.m), scales
+    weight = values, bitmask, scales
     numbers = values if scales is None else reference.dequantized(values, scales, torch.float32)
-    dense = reference.unpack_nm(numbers, weight[1], kind.n, kind.m).double()
+    dense = _unpacked(numbers, bitmask, kind).double()
     exact = linear(x.double(), dense, None if bias is None else bias.double())
     torch_error = (linear(x, dense.to(kind.x), bias).double() - exact).abs().max()
     error = (product(x, weight, bias).double() - exact).abs().max()
@@ -300,7 +323,7 @@ def _by_floats(kind: Packed, tokens: int, biased: bool) -> Product:
         k = shape[-1]
         operand = x if bfloat16 else x.float()
         out = torch.empty((*shape[:-1], rows), dtype=x.dtype, device="cpu")
-        weight_addresses = values.data_ptr(), bitmask.data_ptr(), scales.data_ptr() if scaled else 0
+        weight_addresses = values.data_ptr(), _address(bitmask), scales.data_ptr() if scaled else 0
         x_address = operand.data_ptr()
         out_address = out.data_ptr()
         bias_address = bias.data_ptr() if biased else 0
@@ -348,7 +371,7 @@ def _by_integers(kind: Packed, tokens: int, biased: bool) -> Product:
         if refused.value:
             return float_product(x, weight, bias)
         out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
-        arguments = threads(rows * k), k, rows, values.data_ptr(), bitmask.data_ptr(), scales.data_ptr()
+        arguments = threads(rows * k), k, rows, values.data_ptr(), _address(bitmask), scales.data_ptr()
         out_address = out.data_ptr()
         bias_address = _address(bias)
         for first, loop in loops:
@@ -376,7 +399,7 @@ def _by_tiles(kind: Packed, tokens: int, biased: bool) -> Product:
         x_tiles = -(-tokens // amx.TILE)
         laid_out = torch.empty(x_tiles * -(-k // RUN) * amx.TILE_BYTES, dtype=torch.uint8, device="cpu")
         lay_out(x_tiles, thread_count if x_tiles > 1 else 1, k, tokens, x.data_ptr(), laid_out.data_ptr())
-        weight_addresses = values.data_ptr(), bitmask.data_ptr(), _address(scales)
+        weight_addresses = values.data_ptr(), _address(bitmask), _address(scales)
         cached_tokens = max(MIN_TOKENS, CACHED_BYTES // (k * x.itemsize))
         at_once = min(amx.TOKENS, cached_tokens // amx.TILE * amx.TILE)
         for first in range(0, tokens, at_once):

@@ -407,8 +407,9 @@ class IntegerProduct(RowProduct):
             return b.load(source, typ=vector(I8, self.span_values), align=1)
 
         def multiply_i8(span: ir.Value, source: ir.Value, span_bits: ir.Value) -> None:
-            mask = b.load(span_bits, typ=I64, align=1)
-            weights = self.isa.expand(b, widened(b, load_values(source), SPAN), mask)
+            weights = widened(b, load_values(source), SPAN)
+            if not self.kind.whole:
+                weights = self.isa.expand(b, weights, b.load(span_bits, typ=I64, align=1))
             weight_sum.set(self.isa.dot_i8(b, weight_sum.get(), ones, weights))
             for token, byte_sums in enumerate(token_sums):
                 index = b.add(b.mul(padded_k, I64(token)), b.mul(span, I64(SPAN)))
@@ -421,9 +422,10 @@ class IntegerProduct(RowProduct):
             for i in range(SPAN // LANES):
                 start = i * self.span_values * LANES // SPAN
                 lanes = [min(start // LANES * LANES + lane, self.span_values - 1) for lane in range(LANES)]
-                packed = b.shuffle_vector(loaded, loaded, ir.Constant(vector(I32, LANES), lanes))
-                lane_bits = gep(b, span_bits, I64(i), I16)
-                expanded = self.isa.expand_bytes(b, packed, lane_bits, start % LANES, self.kind)
+                expanded = b.shuffle_vector(loaded, loaded, ir.Constant(vector(I32, LANES), lanes))
+                if not self.kind.whole:
+                    lane_bits = gep(b, span_bits, I64(i), I16)
+                    expanded = self.isa.expand_bytes(b, expanded, lane_bits, start % LANES, self.kind)
                 weights = b.sext(expanded, vector(I16, LANES))
                 for token, (total,) in enumerate(token_sums):
                     column = b.add(b.mul(span, I64(SPAN)), I64(LANES * i))
@@ -445,8 +447,9 @@ class IntegerProduct(RowProduct):
             kept = b.mul(b.sdiv(columns, I64(self.kind.m)), I64(self.kind.n))
             source = gep(b, values, b.mul(span, I64(self.span_bytes)), I8)
             copy(b, source, self.values_buffer, b.sdiv(kept, I64(self.kind.values_per_element)), I8)
-            b.store(I64(0), self.bits_buffer)
-            copy(b, gep(b, bits, span, I64), self.bits_buffer, ceil_div(b, columns, 8), I8)
+            if not self.kind.whole:
+                b.store(I64(0), self.bits_buffer)
+                copy(b, gep(b, bits, span, I64), self.bits_buffer, ceil_div(b, columns, 8), I8)
             multiply(span, self.values_buffer, self.bits_buffer)
 
         if whole:

@@ -86,7 +86,9 @@ class Weight:
 
     def load_direct(self, pointers: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         """``vectors`` of a direct run."""
-        bits = self.b.load(gep(self.b, pointers[1], run, I32), typ=I32, align=1)
+        bits = None
+        if not self.kind.whole:
+            bits = self.b.load(gep(self.b, pointers[1], run, I32), typ=I32, align=1)
         return self.vectors(self.run_values(pointers, run), bits, scale)
 
     def run_length(self, run: ir.Value) -> ir.Value:
@@ -100,6 +102,8 @@ class Weight:
         values = b.mul(b.sdiv(weights, I64(self.kind.m)), I64(self.kind.n))
         elements = b.sdiv(values, I64(self.kind.values_per_element))
         copy(b, self.run_values(pointers, run), self.values_buffer, elements, self.element)
+        if self.kind.whole:
+            return self.vectors(self.values_buffer, None, scale)
         bits = Variable(b, I32(0))
         source = gep(b, pointers[1], run, I32)
 
@@ -110,8 +114,11 @@ class Weight:
         for_range(b, I64(0), ceil_div(b, weights, 8), add_byte)
         return self.vectors(self.values_buffer, bits.get(), scale)
 
-    def vectors(self, values: ir.Value, bits: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
-        """Weights of a run in order, from a pointer to values and the bits of its mask, times the float32 scale."""
+    def vectors(self, values: ir.Value, bits: ir.Value | None, scale: ir.Value | None) -> list[ir.Value]:
+        """Weights of a run in order, from a pointer to values and the bits of its mask, times the float32 scale.
+
+        ``bits`` are None if all weights are kept.
+        """
         b = self.b
         n = self.kind.n
         m = self.kind.m
@@ -119,10 +126,14 @@ class Weight:
             b.store(nibbles(b, values, self.kind.values_per_run), self.bytes_buffer)
             values = self.bytes_buffer
         if self.form == "i16":
-            return [self.isa.expand(b, self._loaded(values, self.kind.values_per_run, scale), bits)]
+            loaded = self._loaded(values, self.kind.values_per_run, scale)
+            return [loaded if bits is None else self.isa.expand(b, loaded, bits)]
         out = []
         values_before = I64(0)
         for lane in range(0, RUN, self.lanes):
+            if bits is None:
+                out.append(self._loaded(gep(b, values, I64(lane), self.element), self.lanes, scale))
+                continue
             vector_bits = b.trunc(b.lshr(bits, I32(lane)), ir.IntType(self.lanes))
             if self.fixed:
                 loaded = self._loaded(gep(b, values, I64(lane * n // m), self.element), self.lanes * n // m, scale)
