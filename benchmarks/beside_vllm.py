@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -127,6 +126,8 @@ def write_models(name: str, folder: Path) -> None:
 
     from maskpro_kernels.hf import describe, load_model
     from maskpro_kernels.hf.quantizer import guarded_state_dict
+    from maskpro_kernels.prune.convert import replace_layers
+    from maskpro_kernels.prune.finalize import int8_output_layer
     from maskpro_kernels.unfuse import replace_modules
 
     torch.manual_seed(0)
@@ -147,6 +148,9 @@ def write_models(name: str, folder: Path) -> None:
         replace_modules(packed, {key: random_layer(linear, kind) for key, linear in linears.items()})
         describe(packed)
         packed.save_pretrained(folder / kind, state_dict=guarded_state_dict(packed))
+    replace_layers(packed, int8_output_layer(packed))
+    describe(packed)
+    packed.save_pretrained(folder / "int4-head", state_dict=guarded_state_dict(packed))
 
 
 def process(load: Callable[..., None], *arguments: object) -> ProcessPoolExecutor:
@@ -156,7 +160,7 @@ def process(load: Callable[..., None], *arguments: object) -> ProcessPoolExecuto
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("smollm2-135m", "random-1b"))
-    parser.add_argument("--kinds", nargs="+", default=("dense", "keep", "int8", "int4"))
+    parser.add_argument("--kinds", nargs="+", default=("dense", "keep", "int8", "int4", "int4-head"))
     parser.add_argument("--engines", nargs="+", default=("eager", "compiled", "transformers", "llama.cpp"))
     parser.add_argument("--requests", nargs="+", type=int, default=(1, 8, 32))
     parser.add_argument("--rounds", type=int, default=3)

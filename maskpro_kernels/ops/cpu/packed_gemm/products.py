@@ -422,7 +422,7 @@ def _by_strips(kind: Packed, tokens: int, biased: bool) -> Product:
         tokens, k = x.shape
         padded = pad(x, (0, strips.x_columns(k) - k))
         out = torch.empty((tokens, rows), dtype=x.dtype, device="cpu")
-        weight_addresses = values.data_ptr(), bitmask.data_ptr(), _address(scales)
+        weight_addresses = values.data_ptr(), _address(bitmask), _address(scales)
         for first in range(0, tokens, strips.TOKENS):
             count = min(strips.TOKENS, tokens - first)
             addresses = *weight_addresses, padded[first].data_ptr(), _address(bias), out[first].data_ptr()
@@ -452,3 +452,13 @@ def _by_slices(kind: Packed, tokens: int, biased: bool) -> Product:
         return out
 
     return product
+
+
+# Makers of products by the names of ``method``
+MAKERS = {
+    "floats": _by_floats,
+    "integers": _by_integers,
+    "tiles": _by_tiles,
+    "strips": _by_strips,
+    "slices": _by_slices,
+}

@@ -130,7 +130,10 @@ class StripProduct:
             # the next runs, of this strip or of the next one
             next_values, next_bits = weight.row_pointers(b.select(more, row, b.add(row, I64(STRIP))))
             next_run = b.select(more, run_end, I64(0))
-            for pointer, size in ((next_values, run_bytes), (next_bits, RUN // 8)):
+            sources = [(next_values, run_bytes)]
+            if not self.kind.whole:
+                sources.append((next_bits, RUN // 8))
+            for pointer, size in sources:
                 source = gep(b, pointer, b.mul(next_run, I64(size)), I8)
                 for offset in range(0, STRIP_RUNS * size, LINE_BYTES):
                     prefetch(b, gep(b, source, I64(offset), I8))
