@@ -21,7 +21,7 @@ from ..hf.quantizer import METHOD, SparseConfig, check_stored, names_in_int8
 from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
 from .experts import Total, UnpackedExpertsMethod
-from .linear import PackedLinearMethod, Storage
+from .linear import HugePages, PackedLinearMethod, Storage
 from .names import matched
 from .output_layer import Int8OutputMethod
 from .releases import TRIED, warn_of
@@ -68,6 +68,7 @@ class PackedConfig(QuantizationConfig):
             )
         self._config = checked
         self._unpacked = Total()
+        self._pages = HugePages()
         # names of weights of a wrong shape, see ``guarded_state_dict``
         self._guards: list[str] = []
         # by name in the files after ``maybe_update_config``, then by name in vLLM's model
@@ -162,7 +163,7 @@ class PackedConfig(QuantizationConfig):
                     f"quantization_config: expected a pattern of each layer but the output layer, got none of {in_int8}"
                 )
             self._served.add(in_int8)
-            return Int8OutputMethod(in_int8)
+            return Int8OutputMethod(in_int8, self._pages)
         if not isinstance(layer, LinearBase):
             if prefix in self.layers:
                 raise ValueError(
@@ -177,4 +178,4 @@ class PackedConfig(QuantizationConfig):
             parts = [self.layers.get(f"{parent}{dot}{name}") for name in names]
         if not any(parts):
             return UnquantizedLinearMethod()
-        return PackedLinearMethod(prefix, parts)
+        return PackedLinearMethod(prefix, parts, self._pages)

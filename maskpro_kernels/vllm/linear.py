@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from .. import ops
 from ..functional.checks import describe
 from ..hf.quantizer import COPY_AGAIN
 from ..ops.pattern import NMPattern
-from ..packed import INT4, INTEGER_KINDS, KEEP, PackedNM
+from ..packed import INT4, INTEGER_KINDS, KEEP, PackedNM, move_into_huge_pages
 
 DTYPES = {kind: dtype for dtype, kind in INTEGER_KINDS.items()}
 # Places of the parts of attention's fused layer
@@ -101,6 +101,30 @@ class Product(NamedTuple):
     names: dict[str, str]
 
 
+class HugePages:
+    """Weights of a model on a CPU, which are moved into huge pages once the last layer is loaded.
+
+    Small weights share a page.
+    """
+
+    def __init__(self):
+        self.layers = 0
+        self.loaded_layers = 0
+        self.tensors: list[Tensor] = []
+
+    def add_layer(self) -> None:
+        """Count a layer that will be loaded."""
+        self.layers += 1
+
+    def add_loaded(self, tensors: Iterable[Tensor]) -> None:
+        """Add the weights of a loaded layer."""
+        self.loaded_layers += 1
+        self.tensors += tensors
+        if self.loaded_layers == self.layers:
+            move_into_huge_pages(self.tensors)
+            self.tensors.clear()
+
+
 class PackedLinearMethod(LinearMethodBase):
     """Method of a layer with packed parts.
 
@@ -111,11 +135,13 @@ class PackedLinearMethod(LinearMethodBase):
     Args:
         prefix: name of the layer in vLLM's model.
         parts: storage of each part in the checkpoint, None for a dense one.
+        pages: of the model.
     """
 
-    def __init__(self, prefix: str, parts: Sequence[Storage | None]):
+    def __init__(self, prefix: str, parts: Sequence[Storage | None], pages: HugePages):
         self.prefix = prefix
         self.parts = parts
+        self.pages = pages
         self.alike = len({part and part.kind for part in parts}) == 1
         self.products: list[Product] = []
         # (name in the checkpoint, place of a part)
@@ -134,6 +160,7 @@ class PackedLinearMethod(LinearMethodBase):
                 f"quantization_config: expected layers of one kind in {self.prefix} of vLLM's model, got "
                 f"{', '.join(kinds)}"
             )
+        self.pages.add_layer()
         self.columns = input_size
         self.sizes = list(output_partition_sizes)
 
@@ -191,7 +218,7 @@ class PackedLinearMethod(LinearMethodBase):
         return load
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Check the loaded tensors, and make the metadata of sparse tensor cores."""
+        """Check the loaded tensors, and make the metadata of sparse tensor cores; on a CPU fill huge pages."""
         for index, product in enumerate(self.products):
             places = range(len(self.sizes)) if self.alike else [index]
             start = 0
@@ -214,6 +241,7 @@ class PackedLinearMethod(LinearMethodBase):
             for name in product.names if not self.alike else ():
                 if name != "weight" and hasattr(layer, name):
                     delattr(layer, name)
+        self.pages.add_loaded(x for product in self.products for x in self._tensors(layer, product).values())
 
     def _tensors(self, layer: nn.Module, product: Product) -> dict[str, Tensor]:
         return {name: getattr(layer, layer_name).data for name, layer_name in product.names.items()}

@@ -13,7 +13,7 @@ from .. import ops
 from ..hf.quantizer import COPY_AGAIN
 from ..ops.reference import SCALED, dequantized
 from ..packed import check_int8_scales
-from .linear import DIMENSIONS, check_loaded
+from .linear import DIMENSIONS, HugePages, check_loaded
 
 # Rows that are dequantized at a time
 ROWS = 4096
@@ -26,15 +26,18 @@ class Int8OutputMethod(QuantizeMethodBase):
 
     Args:
         name: of the layer in the checkpoint.
+        pages: of the model.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, pages: HugePages):
         self.name = name
+        self.pages = pages
         self.loaded: set[str] = set()
 
     def create_weights(self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int],
                        input_size: int, output_size: int, params_dtype: torch.dtype,
                        weight_loader: Callable, **attributes) -> None:  # fmt: skip
+        self.pages.add_layer()
         rows = sum(output_partition_sizes)
         shapes = {"values": (input_size, torch.int8), "scales": (-(-input_size // SCALED), params_dtype)}
 
@@ -56,7 +59,7 @@ class Int8OutputMethod(QuantizeMethodBase):
         layer.register_parameter("weight", weight)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Check the loaded tensors, and dequantize them on a GPU."""
+        """Check the loaded tensors, and dequantize them on a GPU; on a CPU fill huge pages."""
         for name in ("values", "scales"):
             if name not in self.loaded:
                 raise ValueError(f"checkpoint: expected {name} of {self.name}, got none; {COPY_AGAIN}")
@@ -71,6 +74,7 @@ class Int8OutputMethod(QuantizeMethodBase):
             weight = torch.cat([dequantized(*pair, scales.dtype) for pair in pairs])
             layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
             del layer.values, layer.scales
+        self.pages.add_loaded([values, scales] if values.device.type == "cpu" else [])
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., rows] of x [..., K]."""
