@@ -38,6 +38,7 @@ def test_a_language_model(kind):
     model, tokens = tiny_model(), torch.arange(12).view(2, 6)
     mk.convert(model, "2:4")
     if kind != "masked":
-        mk.finalize(model, to="packed", values="int8" if kind == "int8" else "keep")
+        values = "int8" if kind == "int8" else "keep"
+        mk.finalize(model, to="packed", values=values, output_layer=values)
     whole = NextTokens(model.eval())
     torch.testing.assert_close(as_onnx(whole, tokens)[1], whole(tokens).detach(), rtol=1e-4, atol=1e-5)
