@@ -736,9 +736,9 @@ def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
 def hold_in_huge_pages(model: nn.Module) -> None:
     """Ask Linux to move a model's packed and int8 weights on a CPU into huge pages; do nothing if it cannot.
 
-    The bandwidth of memory bounds decoding. A CPU prefetches sequential memory only up to the end of a page. Nothing
-    else calls this. It moves the memory of the process, not the mapped file of a checkpoint that transformers loads in
-    its own dtype: copy such a model before.
+    The bandwidth of memory bounds decoding. A CPU prefetches sequential memory only up to the end of a page. Weights of
+    vLLM's layers are moved without this call. It moves the memory of the process, not the mapped file of a checkpoint
+    that transformers loads in its own dtype: copy such a model before.
     """
     layers = [module for module in model.modules() if isinstance(module, (NMLinear, Int8Linear))]
     tensors = (getattr(layer, name, None) for layer in layers for name in ("values", "bitmask", "scales"))

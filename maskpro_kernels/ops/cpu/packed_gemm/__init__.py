@@ -1,7 +1,8 @@
 """Packed weights on a CPU: compiled code that expands their values into columns, and multiplies with them.
 
 Other modules call ``products``. By the CPU's ``instructions`` it uses ``rows`` or ``gathered`` for a few tokens,
-``amx`` for many tokens with AMX, and otherwise slices of rows that code of ``weight`` unpacks.
+``amx`` for many tokens with AMX, ``strips`` with bfloat16's instructions of AVX-512, and otherwise slices of rows that
+code of ``weight`` unpacks.
 
 Names are those of LLVM (``i8`` to ``i64``, vector, lane) and of the manuals of AVX2, AVX-512 and AMX (expand, tile),
 and besides
@@ -10,7 +11,7 @@ and besides
 - span: 64 weights of a row, two runs: bytes of a 512-bit register;
 - step: 128 weights of a row, to which quantized activations are padded;
 - block: values of a row that share a scale, and their columns;
-- strip: 32 rows of a weight, those of two AMX tiles.
+- strip: 32 rows of a weight, those of two AMX tiles or two 512-bit registers.
 """
 
 from __future__ import annotations
