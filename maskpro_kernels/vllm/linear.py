@@ -123,6 +123,7 @@ class HugePages:
         if self.loaded_layers == self.layers:
             move_into_huge_pages(self.tensors)
             self.tensors.clear()
+            self.loaded_layers = 0
 
 
 class PackedLinearMethod(LinearMethodBase):

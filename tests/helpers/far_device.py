@@ -102,8 +102,7 @@ class _Backend(torch.utils.backend_registration._DummyBackendModule):
 def far_device() -> torch.library.Library:
     """Make the device "far" for the rest of the process; keep a reference to the result while it is used."""
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("far", _Backend())
-    # torch asks the allocator of the device whether it has begun to cache, and that of a backend in Python cannot answer;
-    # accelerate empties the cache of whatever device a weight has moved to
+    # accelerate empties the cache of any device that a weight moves to; the allocator of a backend in Python has none
     torch.accelerator.empty_cache = lambda: None
     library = torch.library.Library("_", "IMPL")
     library.fallback(_compute, "PrivateUse1")

@@ -9,7 +9,7 @@ import torch
 from helpers.cases import slow
 from llvmlite import binding
 
-from maskpro_kernels.ops.cpu.packed_gemm import Packed, amx, gathered, rows, weight
+from maskpro_kernels.ops.cpu.packed_gemm import Packed, amx, gathered, rows, strips, weight
 from maskpro_kernels.ops.cpu.packed_gemm.instructions import Avx2, Avx512, Neon
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -75,6 +75,9 @@ ON_NEON = ARM, "+neon"
         (lambda: rows.integer_product(FOUR_OF_8, AVX2_ALONE, 1, False), (X86, AVX2), "vpshufb 8 vpmaddwd 8"),
         (lambda: gathered.gathered_product(INT4, AVX2_ALONE, 1, False), (X86, AVX2), GATHERED),
         (lambda: amx.tile_product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "tileloadd 4 tdpbf16ps 4"),
+        (lambda: strips.strip_product(BFLOAT16, ALL_AVX512, False), (X86, FULL), "vdpbf16ps 24 vmovaps 2 vmovups 0"),
+        (lambda: strips.strip_product(INT4, ALL_AVX512, False), (X86, FULL), "vpexpandw 1 vcvtneps2bf16 1"),
+        (lambda: strips.strip_product(ALL_WEIGHTS, ALL_AVX512, False), (X86, FULL), "vpexpandw 0 vdpbf16ps 24"),
     ],
 )
 def test_each_kind_of_cpu_gets_its_instructions(assembly, target, expected):

@@ -22,7 +22,6 @@ from .instructions import (
     copy,
     gep,
     intrinsic,
-    load_scale,
     prefetch,
     transposed,
     vector,
@@ -117,10 +116,9 @@ class TileProduct:
         self.function, self.b = add_function(self.module, ENTRY, 6, 6)
         prefer_512_bit_vectors(self.function)
         self.start, self.stop, self.k, self.rows, self.first, self.tokens, *pointers = self.function.args
-        values, bits, self.scales, self.x, self.bias, self.out = pointers
+        values, bits, scales, self.x, self.bias, self.out = pointers
         b = self.b
-        self.weight = Weight(b, kind, isa, "i16", values, bits, self.k)
-        self.row_scales = ceil_div(b, self.weight.row_values, kind.group)
+        self.weight = Weight(b, kind, isa, "i16", values, bits, self.k, scales)
         # [STRIP_RUNS, STRIP, RUN] weights, and sums [tiles of tokens, STRIP, TILE]
         self.expanded = buffer(b, I16, STRIP_RUNS * STRIP * RUN)
         self.sums = buffer(b, FLOAT, STRIP * TOKENS)
@@ -165,12 +163,10 @@ class TileProduct:
         b = self.b
         weight = self.weight
         rows = minimum(b, I64(STRIP), b.sub(self.rows, first_row))
-        direct_end = weight.direct_end(first_run, run_end)
         more = b.icmp_signed("<", run_end, weight.runs)
 
         def expand_row(i: ir.Value) -> None:
             row = b.add(first_row, i)
-            pointers = weight.row_pointers(row)
             # the next runs, of this strip or of the next one
             next_pointers = weight.row_pointers(b.select(more, row, b.add(row, I64(STRIP))))
             next_values = weight.run_values(next_pointers, b.select(more, run_end, I64(0)))
@@ -179,25 +175,13 @@ class TileProduct:
                 index = b.mul(b.add(b.mul(b.sub(run, first_run), I64(STRIP)), i), I64(RUN))
                 b.store(vectors[0], gep(b, self.expanded, index, I16), align=64)
 
-            def expand_direct(run: ir.Value) -> None:
+            def prefetch_next(run: ir.Value) -> None:
                 offset = b.mul(b.sub(run, first_run), I64(self.kind.elements_per_run))
                 prefetch(b, gep(b, next_values, offset, weight.element))
-                write(weight.load_direct(pointers, run, self._scale(row, run)), run)
 
-            def expand_copied(run: ir.Value) -> None:
-                write(weight.load_copied(pointers, run, self._scale(row, run)), run)
-
-            for_range(b, first_run, direct_end, expand_direct)
-            for_range(b, direct_end, run_end, expand_copied)
+            weight.load_runs(row, first_run, run_end, write, prefetch_next)
 
         for_range(b, I64(0), rows, expand_row)
-
-    def _scale(self, row: ir.Value, run: ir.Value) -> ir.Value | None:
-        if not self.kind.scaled:
-            return None
-        b = self.b
-        index = b.add(b.mul(row, self.row_scales), b.sdiv(run, I64(self.kind.runs_per_scale)))
-        return load_scale(b, self.scales, index, self.kind)
 
     def _move_tile(self, instruction: str, number: int, pointer: ir.Value) -> None:
         """Load or store a tile register with adjacent rows in memory."""

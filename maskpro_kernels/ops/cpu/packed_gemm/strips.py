@@ -20,10 +20,8 @@ from .instructions import (
     as_float32,
     broadcast,
     buffer,
-    ceil_div,
     copy,
     gep,
-    load_scale,
     prefetch,
     transposed,
     vector,
@@ -76,10 +74,9 @@ class StripProduct:
         self.function, self.b = add_function(self.module, ENTRY, 5, 6)
         prefer_512_bit_vectors(self.function)
         self.start, self.stop, self.k, self.rows, self.tokens, *pointers = self.function.args
-        values, bits, self.scales, self.x, self.bias, self.out = pointers
+        values, bits, scales, self.x, self.bias, self.out = pointers
         b = self.b
-        self.weight = Weight(b, kind, isa, "i16", values, bits, self.k)
-        self.row_scales = ceil_div(b, self.weight.row_values, kind.group)
+        self.weight = Weight(b, kind, isa, "i16", values, bits, self.k, scales)
         self.x_pairs = b.mul(b.or_(self.weight.runs, I64(1)), I64(RUN_PAIRS))
         # [STRIP, STRIP_RUNS * RUN_PAIRS] pairs; the same transposed; sums [tokens, STRIP]
         self.expanded = buffer(b, I32, STRIP * STRIP_RUNS * RUN_PAIRS)
@@ -121,7 +118,6 @@ class StripProduct:
         b = self.b
         weight = self.weight
         rows = minimum(b, I64(STRIP), b.sub(self.rows, first_row))
-        direct_end = weight.direct_end(first_run, run_end)
         more = b.icmp_signed("<", run_end, weight.runs)
         run_bytes = self.kind.elements_per_run * self.kind.values.itemsize
 
@@ -137,29 +133,14 @@ class StripProduct:
                 source = gep(b, pointer, b.mul(next_run, I64(size)), I8)
                 for offset in range(0, STRIP_RUNS * size, LINE_BYTES):
                     prefetch(b, gep(b, source, I64(offset), I8))
-            pointers = weight.row_pointers(row)
 
             def write(vectors: list[ir.Value], run: ir.Value) -> None:
                 index = b.add(b.mul(i, I64(STRIP_RUNS)), b.sub(run, first_run))
                 b.store(vectors[0], gep(b, self.expanded, b.mul(index, I64(RUN_PAIRS)), I32), align=64)
 
-            def expand_direct(run: ir.Value) -> None:
-                write(weight.load_direct(pointers, run, self._scale(row, run)), run)
-
-            def expand_copied(run: ir.Value) -> None:
-                write(weight.load_copied(pointers, run, self._scale(row, run)), run)
-
-            for_range(b, first_run, direct_end, expand_direct)
-            for_range(b, direct_end, run_end, expand_copied)
+            weight.load_runs(row, first_run, run_end, write)
 
         for_range(b, I64(0), rows, expand_row)
-
-    def _scale(self, row: ir.Value, run: ir.Value) -> ir.Value | None:
-        if not self.kind.scaled:
-            return None
-        b = self.b
-        index = b.add(b.mul(row, self.row_scales), b.sdiv(run, I64(self.kind.runs_per_scale)))
-        return load_scale(b, self.scales, index, self.kind)
 
     def _transpose(self, first: ir.Value) -> None:
         """Transpose LANES pairs of each row of the expanded strip, from ``first`` on."""

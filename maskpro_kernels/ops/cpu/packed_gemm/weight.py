@@ -6,6 +6,8 @@ last value of a row: runs for which that could happen are first copied to a buff
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, maximum, minimum
@@ -37,11 +39,11 @@ class Weight:
     """Reader of the rows of a packed weight, of ``k`` weights each, run by run, for a function under construction.
 
     ``form`` is the content of vectors: "i16", bits of 32 values of 16 bits; "float"; "i32", values as 32-bit integers.
+    ``scales`` are read by ``run_scale`` alone.
     """
 
-    def __init__(
-        self, b: ir.IRBuilder, kind: Packed, isa: Instructions, form: str, values: ir.Value, bits: ir.Value, k: ir.Value
-    ):
+    def __init__(self, b: ir.IRBuilder, kind: Packed, isa: Instructions, form: str, values: ir.Value, bits: ir.Value,
+                 k: ir.Value, scales: ir.Value | None = None):  # fmt: skip
         self.b = b
         self.kind = kind
         self.isa = isa
@@ -49,12 +51,14 @@ class Weight:
         self.k = k
         self.values = values
         self.bits = bits
+        self.scales = scales
         # values are moved as integers of their bits
         self.element = TYPES[kind.values] if form == "float" else ir.IntType(8 * kind.values.itemsize)
         self.lanes = RUN if form == "i16" else isa.lanes
         # whether each vector has equally many values
         self.fixed = kind.m <= self.lanes
         self.row_values = b.mul(b.sdiv(k, I64(kind.m)), I64(kind.n))
+        self.row_scales = ceil_div(b, self.row_values, kind.group)
         self.row_elements = b.sdiv(self.row_values, I64(kind.values_per_element))
         self.row_bytes = ceil_div(b, k, 8)
         self.runs = ceil_div(b, k, RUN)
@@ -83,6 +87,14 @@ class Weight:
     def run_values(self, pointers: tuple, run: ir.Value) -> ir.Value:
         """Pointer to a run's values, by the row's pointers."""
         return gep(self.b, pointers[0], self.b.mul(run, I64(self.kind.elements_per_run)), self.element)
+
+    def run_scale(self, row: ir.Value, run: ir.Value) -> ir.Value | None:
+        """Scale of a run as float32, None without scales."""
+        if not self.kind.scaled:
+            return None
+        b = self.b
+        index = b.add(b.mul(row, self.row_scales), b.sdiv(run, I64(self.kind.runs_per_scale)))
+        return load_scale(b, self.scales, index, self.kind)
 
     def load_direct(self, pointers: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
         """``vectors`` of a direct run."""
@@ -113,6 +125,28 @@ class Weight:
 
         for_range(b, I64(0), ceil_div(b, weights, 8), add_byte)
         return self.vectors(self.values_buffer, bits.get(), scale)
+
+    def load_runs(
+        self,
+        row: ir.Value,
+        first: ir.Value,
+        last: ir.Value,
+        write: Callable[[list[ir.Value], ir.Value], None],
+        before_direct: Callable[[ir.Value], None] = lambda run: None,
+    ) -> None:
+        """Load runs [first, last) of a row, scaled, in loops which call ``write(vectors, run)``."""
+        pointers = self.row_pointers(row)
+        direct_end = self.direct_end(first, last)
+
+        def load_direct(run: ir.Value) -> None:
+            before_direct(run)
+            write(self.load_direct(pointers, run, self.run_scale(row, run)), run)
+
+        def load_copied(run: ir.Value) -> None:
+            write(self.load_copied(pointers, run, self.run_scale(row, run)), run)
+
+        for_range(self.b, first, direct_end, load_direct)
+        for_range(self.b, direct_end, last, load_copied)
 
     def vectors(self, values: ir.Value, bits: ir.Value | None, scale: ir.Value | None) -> list[ir.Value]:
         """Weights of a run in order, from a pointer to values and the bits of its mask, times the float32 scale.
@@ -174,12 +208,11 @@ def unpack(kind: Packed, isa: Instructions) -> str:
     function, b = add_function(module, ENTRY, 6, 4)
     start, stop, k, first, count, stride, values, bits, scales, out = function.args
     form = "float" if kind.scaled else "i16" if isa.vbmi2 and kind.x.itemsize == 2 else "i32"
-    weight = Weight(b, kind, isa, form, values, bits, k)
+    weight = Weight(b, kind, isa, form, values, bits, k, scales)
     element = ir.IntType(8 * kind.x.itemsize)
     last = b.add(first, count)
     run_buffer = buffer(b, element, RUN)
     direct_end = weight.direct_end(first, last)
-    row_scales = ceil_div(b, weight.row_values, kind.group)
 
     def write(vectors: list[ir.Value], pointer: ir.Value) -> None:
         for i, weights in enumerate(vectors):
@@ -196,17 +229,11 @@ def unpack(kind: Packed, isa: Instructions) -> str:
         def out_run(run: ir.Value) -> ir.Value:
             return gep(b, out_row, b.mul(b.sub(run, first), I64(RUN)), element)
 
-        def run_scale(run: ir.Value) -> ir.Value | None:
-            if not kind.scaled:
-                return None
-            index = b.add(b.mul(row, row_scales), b.sdiv(run, I64(kind.runs_per_scale)))
-            return load_scale(b, scales, index, kind)
-
         def unpack_direct(run: ir.Value) -> None:
-            write(weight.load_direct(pointers, run, run_scale(run)), out_run(run))
+            write(weight.load_direct(pointers, run, weight.run_scale(row, run)), out_run(run))
 
         def unpack_copied(run: ir.Value) -> None:
-            write(weight.load_copied(pointers, run, run_scale(run)), run_buffer)
+            write(weight.load_copied(pointers, run, weight.run_scale(row, run)), run_buffer)
             copy(b, run_buffer, out_run(run), weight.run_length(run), element)
 
         for_range(b, first, direct_end, unpack_direct)
