@@ -116,7 +116,7 @@ def picture() -> str:
         # the mask, and the masked weight
         arrow("390,254 428,254"),
         text(503, 194, "mask", "title"),
-        text(503, 210, "never stored"),
+        text(503, 210, "2 bits a weight, or drawn again"),
         *grid(432, 220, "kept", mask * 0.75),
         arrow("180,98 428,98"),
         text(306, 90, "kept where the mask is set"),
