@@ -1,9 +1,9 @@
 """A dense model in three bits, by GPTQ without a mask: the peer of packed 2:4 with int4 values.
 
     maskpro learn --model smollm2-135m --output runs/mine --batch-size 8 --refit weights --train-weights 1e-4
-    maskpro export runs/mine int4 --to packed --values int4 --dtype bfloat16
+    maskpro export runs/mine int4-checkpoint --to packed --values int4 --dtype bfloat16
     python benchmarks/learning/dense_gptq.py runs/mine dense-3-bits
-    maskpro eval runs/mine int4 dense-3-bits --data stdlib,pydoc
+    maskpro eval runs/mine int4-checkpoint dense-3-bits --data stdlib,pydoc
 
 Values are 0 to 7 scales above a lower end. Each 64 of a row have their own scale and end in bfloat16, of 20 such pairs
 the one with the least squared error. This makes 3.5 bits a weight, 3.25 with ``--group 128``; the export has 3.13.

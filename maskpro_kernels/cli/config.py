@@ -60,8 +60,8 @@ class Learn:
     pattern: str = _option("2:4", "keep N of every M consecutive weights", "N:M")
     density: float | None = _option(
         None,
-        "share of the maskable weights to keep, above the pattern's; for this, whole matrices stay dense, those whose "
-        "masks cost most for their size (default: that of the pattern)",
+        "share of the maskable weights to keep, above the pattern's: the matrices whose masks raise the loss most for "
+        "each weight stay dense (default: that of the pattern)",
         "D",
     )
     init: str | None = _option(
