@@ -312,9 +312,9 @@ def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
     ("kind", "expected"),
     [
         ("all that it has", {"keep": "floats tiles tiles tiles", "int8": "integers tiles tiles tiles"}),
-        ("no AMX", {"keep": "floats strips strips strips", "int8": "integers strips strips strips"}),
-        ("no bfloat16", {"keep": "floats floats slices slices", "int8": "integers integers slices slices"}),
-        ("no VBMI2", {"keep": "floats floats slices slices", "int8": "integers integers slices slices"}),
+        ("no AMX", {"keep": "floats floats strips strips", "int8": "integers floats strips strips"}),
+        ("no bfloat16", {"keep": "floats floats floats slices", "int8": "integers integers integers slices"}),
+        ("no VBMI2", {"keep": "floats floats floats slices", "int8": "integers integers integers slices"}),
         ("no AVX2", {"keep": "unpack unpack unpack unpack", "int8": "unpack unpack unpack unpack"}),
     ],
 )
@@ -325,7 +325,7 @@ def test_the_method_depends_on_the_cpu_and_the_tokens(kind, expected):
     )
     isa = best_instructions(features | {"avx2": True, "fma": True} | dict.fromkeys(OFF[kind], False))
     for values, dtype in (("keep", torch.bfloat16), ("int8", torch.int8), ("int8", torch.uint8)):
-        methods = [products.method(isa, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 16, 17, 1000)]
+        methods = [products.method(isa, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (4, 8, 16, 17)]
         assert methods == expected[values].split()
 
 

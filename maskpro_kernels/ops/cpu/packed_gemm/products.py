@@ -29,6 +29,10 @@ MAX_ROW_TOKENS = 16
 MAX_ROW_TOKENS_WITH_STRIPS = 8
 MAX_ROW_TOKENS_WITH_AMX = 4
 
+# Most tokens of a product of integers where there is VDPBF16PS: an activation of 16 bits takes two multiplications of
+# bytes, or one of bfloat16
+MAX_INTEGER_TOKENS_WITH_BFLOAT16 = 4
+
 # Bytes that stay in a core's cache: of an unpacked slice of rows, and of tokens for tiles
 CACHED_BYTES = 1 << 20
 # Fewest tokens between two expansions of the weights, even if fewer fit into the cache
@@ -168,16 +172,19 @@ def method(isa: Instructions | None, tokens: int, kind: Packed) -> str:
     if kind.scaled and kind.runs_per_scale is None:
         return "slices"
     max_row_tokens = MAX_ROW_TOKENS
+    max_integer_tokens = MAX_ROW_TOKENS
     many = "slices"
     if kind.x == torch.bfloat16 and isa.amx:
         max_row_tokens = MAX_ROW_TOKENS_WITH_AMX
         many = "tiles"
     elif kind.x == torch.bfloat16 and isa.bf16:
         max_row_tokens = MAX_ROW_TOKENS_WITH_STRIPS
+        max_integer_tokens = MAX_INTEGER_TOKENS_WITH_BFLOAT16
         many = "strips"
     if tokens > max_row_tokens:
         return many
-    return "integers" if kind.scaled and isa.pmaddwd and kind.x != torch.float32 else "floats"
+    integers = kind.scaled and isa.pmaddwd and kind.x != torch.float32 and tokens <= max_integer_tokens
+    return "integers" if integers else "floats"
 
 
 def nm_linear(
