@@ -40,9 +40,9 @@ Measure = Callable[[nn.Module, object], dict[str, float]]
 
 
 def evaluate(options: Evaluate, models: list[str]) -> None:
-    """Print a row for each model, with the dense model of a run above it, then what they add to each prompt.
+    """Print a row for each model, with the dense model of a run above it, then the continuations of each prompt.
 
-    With --output also write both. Without a text there are no rows, if there are prompts.
+    With --output also write both. Prompts need no text: without one there are no rows.
     """
     check_least(options, eval_windows=1, eval_length=2, documents=1, new_tokens=1)
     if options.protocol != "held-out":
@@ -61,9 +61,11 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     settings = next(iter(runs.values()))["settings"] if runs else {}
     dtype = options.dtype or settings.get("dtype") or default_dtype(options.device)
     data = options.data or settings.get("data")
+    measures = {}
     if data is None and prompts:
         report("no perplexities, since only runs have texts: --data names others")
-    measures = {} if data is None and prompts else _measures_of(options, models, data, settings)
+    else:
+        measures = _measures_of(options, models, data, settings)
     bases = dict.fromkeys(run["settings"]["model"] for run in runs.values())
     for base in [name for name in bases if Path(name).is_absolute() and not Path(name).exists()]:
         report_as("warning", f"the dense model {base} has moved: it is left out; name its new place beside the run")
@@ -98,7 +100,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
 
 
 def _checked_prompts(options: Evaluate) -> list[str]:
-    """Each prompt once; ValueError for one without a character that is printed, or a number of tokens without any."""
+    """Each prompt once; ValueError if one is blank, or there are new tokens without a prompt."""
     prompts = list(dict.fromkeys(options.prompt or []))
     if options.new_tokens is not None and not prompts:
         raise ValueError(f"new_tokens: expected none without --prompt, got {options.new_tokens}")
