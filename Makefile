@@ -37,7 +37,7 @@ help:
 	@echo "make verdict       on a machine with a GPU: tests, and times of the kernels, in ten minutes"
 	@echo "make bench         the benchmarks, in ten minutes"
 	@echo "make clean         remove environments, runs and caches"
-	@echo "CONTRIBUTING.md lists all targets. All but verdict and clean install into an environment first."
+	@echo "CONTRIBUTING.md lists all targets. All but verdict, clean and help install into an environment of their own first."
 
 # What the demo does, and how long it takes without other work on two cores of an AMD EPYC with AVX-512
 DEMO_TIME := 8 minutes
