@@ -24,21 +24,50 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TRITON := $(VENV_TRITON)/.installed
 INSTALLED_VLLM := $(VLLM)/.installed
 
-.PHONY: demo test test-slow test-compiled test-emulators test-ecosystem test-vllm test-triton test-slow-triton lint \
+.PHONY: help demo test test-slow test-compiled test-emulators test-ecosystem test-vllm test-triton test-slow-triton lint \
 	aot-report hub bench verdict clean
 
-# Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
-# run has written it, packed, and packed in int8
-LEARN := maskpro learn --model smollm2-135m --pattern 2:4 --batch-size 8 --seq-len 128 --eval-every 10 --eval-windows 8
+help:
+	@echo "make demo          learn, export and compare 2:4 models in $(DEMO_TIME); says first what it does"
+	@echo "make test          the tests, in Triton's interpreter and compiled, without a GPU"
+	@echo "make lint          ruff and codespell"
+	@echo "make test-slow     the tests marked slow: every pattern, SmolLM2-135M"
+	@echo "make test-vllm     the tests with vLLM on a CPU; downloads 1 GB"
+	@echo "make test-triton   the tests with another release of Triton, such as VERSION=3.6"
+	@echo "make verdict       on a machine with a GPU: tests, and times of the kernels, in ten minutes"
+	@echo "make bench         the benchmarks, in ten minutes"
+	@echo "make clean         remove environments, runs and caches"
+	@echo "CONTRIBUTING.md lists all targets. All but verdict, clean and help install into an environment of their own first."
+
+# What the demo does, and how long it takes without other work on two cores of an AMD EPYC with AVX-512
+DEMO_TIME := 8 minutes
+PART_1 := 1 of 6, 1 minute: a small character model learns a 2:4 mask by REINFORCE, from losses alone
+PART_2 := 2 of 6, 1 minute: the mask of Wanda for SmolLM2-135M, to compare with; its one step of REINFORCE changes no group
+PART_3 := 3 of 6, 3 minutes: SmolLM2-135M learns a mask and its weights by gradients, in 30 steps
+PART_4 := 4 of 6, 1 minute: export of what it has learned, packed in 9 bits a weight, and packed in int4 in 3.1
+PART_5 := 5 of 6, 1 minute: the speed of it, with zeros, packed, and packed in int4
+PART_6 := 6 of 6, 1 minute: perplexities, and three prompts continued by the dense model, Wanda, learned, and int4
+PARTS := PART_1 PART_2 PART_3 PART_4 PART_5 PART_6
+DEMO_LEARN := $(VENV)/bin/maskpro learn --model smollm2-135m --data pydoc --eval-windows 4
 demo: $(INSTALLED)
+	@echo "The demo takes $(DEMO_TIME) on two cores with AVX-512. It empties runs/demo first, and writes there."
+	@$(foreach part,$(PARTS),echo "$($(part))";)
 	rm -rf runs/demo
-	$(VENV)/bin/$(LEARN) --data pydoc --init wanda --estimator reinforce --steps 10 --output runs/demo/reinforce
-	$(VENV)/bin/$(LEARN) --data pydoc:0.5,self:0.5 --init reconstruction --estimator straight-through --steps 30 \
-		--output runs/demo/straight-through
-	$(VENV)/bin/maskpro eval runs/demo/reinforce runs/demo/straight-through
-	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed --dtype bfloat16
-	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8 --dtype bfloat16
-	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 2 --output runs/demo/speed.json
+	mkdir -p runs/demo
+	@echo "$(PART_1)"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/learning/characters.py --widths 16 --lrs 2 --picture runs/demo/reinforce.svg
+	@echo "$(PART_2)"
+	$(DEMO_LEARN) --init wanda --estimator reinforce --steps 1 --batch-size 4 --output runs/demo/wanda
+	@echo "$(PART_3)"
+	$(DEMO_LEARN) --refit weights --train-weights 6e-4 --lr 0.1 --batch-size 8 --steps 30 --eval-every 15 --output runs/demo/learned
+	@echo "$(PART_4)"
+	$(VENV)/bin/maskpro export runs/demo/learned runs/demo/packed --to packed --dtype bfloat16
+	$(VENV)/bin/maskpro export runs/demo/learned runs/demo/int4 --to packed --values int4 --dtype bfloat16
+	@echo "$(PART_5)"
+	$(VENV)/bin/maskpro speed runs/demo/learned runs/demo/packed runs/demo/int4 --prompt-tokens 128 --new-tokens 32 --rounds 2
+	@echo "$(PART_6)"
+	$(VENV)/bin/maskpro eval runs/demo/wanda runs/demo/learned runs/demo/int4 --eval-windows 8 --new-tokens 24 \
+		--prompt "The sun rises in the east and" --prompt "Water boils when" --prompt "The capital of France is"
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)

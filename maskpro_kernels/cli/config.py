@@ -19,6 +19,8 @@ DTYPE = "bfloat16"
 DATA = "stdlib:0.5,self:0.5"
 EVAL_WINDOWS = 24
 EVAL_LENGTH = 512
+# Tokens after each prompt of `maskpro eval`
+NEW_TOKENS = 32
 OPTION_FILES = (".yaml", ".yml", ".json")
 SOURCES = (
     "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or a dataset of the hub as "
@@ -30,8 +32,9 @@ DEVICE = "device, such as cuda:0 (default: cuda if there is a GPU, else cpu)"
 Dtype = Literal[*DTYPES]
 
 
-def _option(default: object, help: str, metavar: str | None = None):
-    return field(default=default, metadata={"help": help} | ({"metavar": metavar} if metavar else {}))
+def _option(default: object, help: str, metavar: str | None = None, action: str | None = None):
+    named = {"help": help, "metavar": metavar, "action": action}
+    return field(default=default, metadata={name: value for name, value in named.items() if value is not None})
 
 
 @dataclass
@@ -118,7 +121,7 @@ class Learn:
 
 @dataclass
 class Evaluate:
-    """Print the perplexity of runs and models, dense, packed or with masks, in one table.
+    """Print perplexities of runs and models, dense, packed or with masks, and how they continue prompts.
 
     The row of a run is below that of its dense model. Texts are those of the first run unless --data names others.
     """
@@ -141,6 +144,10 @@ class Evaluate:
     eval_length: int | None = _option(
         None, f"tokens in a window (default: {EVAL_LENGTH}; for word the context of the model)", "T"
     )
+    prompt: list[str] | None = _option(
+        None, "a text that each model continues greedily; may be repeated", "TEXT", action="append"
+    )
+    new_tokens: int | None = _option(None, f"tokens that each model adds to each prompt (default: {NEW_TOKENS})", "T")
     device: str | None = _option(None, DEVICE)
     dtype: Dtype | None = _option(
         None, "dtype of the weights and activations (default: that of the first run, else as for `maskpro learn`)"
@@ -241,8 +248,12 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    for action in parser._actions:  # the help prints the form with hyphens first
+    for action in parser._actions:
+        # the help prints the form with hyphens first
         action.option_strings.sort(key=lambda form: "_" in form)
+        if isinstance(action, argparse._AppendAction):
+            # transformers lets an option of a list take all words up to the next option, positional ones too
+            action.nargs = None
     for name, count, help in positional:
         parser.add_argument(name, nargs=count, metavar=name.upper(), help=help)
 
@@ -295,8 +306,9 @@ def _words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     for name, value in options.items():
         if f"--{name}" not in parser._option_string_actions or name in ("help", "resume"):
             raise ValueError(f"options: expected names of options of `{parser.prog}` in {str(path)!r}, got {name!r}")
-        if isinstance(value, (dict, list)):
+        may_repeat = isinstance(parser._option_string_actions[f"--{name}"], argparse._AppendAction)
+        if isinstance(value, dict) or (isinstance(value, list) and not may_repeat):
             raise ValueError(f"{name}: expected one value in {str(path)!r}, got {value!r}")
         if value not in (None, "", "null"):
-            words.append(f"--{name}={value}")
+            words += [f"--{name}={item}" for item in (value if isinstance(value, list) else [value])]
     return words

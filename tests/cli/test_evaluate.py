@@ -6,11 +6,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers.command import learn, refuses, report
 from helpers.pages import pages, write_pages
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from maskpro_kernels import convert, hf
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.inputs import print_table
 from maskpro_kernels.text.batches import windows
@@ -100,6 +102,91 @@ def test_a_run_whose_base_has_moved_is_evaluated_without_it(run, tmp_path, capsy
     captured = capsys.readouterr()
     assert f"the dense model {tmp_path / 'gone'} has moved: it is left out" in captured.err
     assert len(captured.out.splitlines()) == 2
+
+
+@torch.no_grad()
+def continued(model, prompt: str, new_tokens: int) -> str:
+    """What a model adds to a prompt: the most probable token, again and again."""
+    tokenizer = tiny_tokenizer()
+    tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+    for _ in range(new_tokens):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(tokens[0, -new_tokens:])
+
+
+def test_prompts_are_continued_by_models_of_every_kind(inputs, run, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    assert main.main(["export", str(run), str(packed), "--to", "packed"]) == 0
+    # without tied embeddings, which repeat the last word
+    masked_model = tiny_model(tie_word_embeddings=False)
+    convert(masked_model, "2:4")
+    # that a checkpoint ends texts at a token, or would sample, changes nothing
+    masked_model.generation_config = GenerationConfig(eos_token_id=list(range(32)), do_sample=True)
+    masked = tmp_path / "masked"
+    hf.save_model(masked_model, tiny_tokenizer(), masked)
+    output = tmp_path / "out.json"
+    capsys.readouterr()
+    models = [str(run), str(packed), str(masked)]
+    prompts = ["--prompt", "w1 w2 w3", "--prompt", "w4\n w5", "--prompt", "w1 w2 w3"]
+    assert main.main(["eval", *prompts, "--new-tokens", "6", *models, *CPU, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert found["new_tokens"] == 6
+    loaded = {f"dense {inputs / 'model'}": tiny_model()}
+    loaded |= {name: AutoModelForCausalLM.from_pretrained(name).eval() for name in models}
+    expected = {
+        name: {prompt: continued(model, prompt, 6) for prompt in ("w1 w2 w3", "w4\n w5")}
+        for name, model in loaded.items()
+    }
+    assert found["continuations"] == expected
+    assert len({texts["w1 w2 w3"] for texts in expected.values()}) > 1
+    # after the table and the title; each prompt once
+    first, second = printed.partition("greedy continuations, 6 tokens, float32\n\n")[2].split("\n\n")
+    for block, line, prompt in ((first, "w1 w2 w3", "w1 w2 w3"), (second, r"w4\n w5", "w4\n w5")):
+        printed_prompt, *continuations = block.splitlines()
+        assert printed_prompt == line
+        texts = dict(continuation.strip().rsplit("  ", 1) for continuation in continuations)
+        assert {name.strip(): text for name, text in texts.items()} == {
+            name: texts[prompt] for name, texts in expected.items()
+        }
+    assert [row["method"] for row in found["rows"]] == list(expected)
+    assert all(row[str(inputs / "text.txt")] > 1 for row in found["rows"])
+
+
+def test_prompts_need_no_text(inputs, tmp_path, capsys):
+    model = str(inputs / "model")
+    output = tmp_path / "out.json"
+    assert main.main(["eval", model, "--prompt", "w1 w2", *CPU, "--output", str(output)]) == 0
+    captured = capsys.readouterr()
+    assert "no perplexities, since only runs have texts: --data names others" in captured.err
+    # 32 tokens by default
+    expected = continued(tiny_model(), "w1 w2", 32)
+    assert captured.out == f"greedy continuations, 32 tokens, float32\n\nw1 w2\n  {model}  {expected}\n"
+    assert json.loads(output.read_text())["rows"] == [{"method": model}]
+
+
+def test_prompts_in_a_file_of_options(inputs, tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("prompt: [w1 w2, w3]\nnew_tokens: 2\n", encoding="utf-8")
+    (tmp_path / "one.json").write_text('{"prompt": "w4"}', encoding="utf-8")
+    for file, prompts in {"options.yaml": ["w1 w2", "w3"], "one.json": ["w4"]}.items():
+        assert main.main(["eval", str(tmp_path / file), str(inputs / "model"), *CPU]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed[1:] if line and not line.startswith(" ")] == prompts
+
+
+def test_prompts_that_cannot_be_continued_are_refused(inputs, tmp_path, capsys):
+    model = str(inputs / "model")
+    eval_prompt = ["eval", model, *CPU, "--prompt"]
+    refuses(capsys, tmp_path, [*eval_prompt, ""], "prompt: expected a text to continue, got ''")
+    refuses(
+        capsys, tmp_path, [*eval_prompt, "w1", "--prompt", " \n"], r"prompt: expected a text to continue, got ' \n'"
+    )
+    refuses(capsys, tmp_path, [*eval_prompt, "w1", "--new-tokens", "0"], "--new-tokens: expected at least 1, got 0")
+    words = ["eval", model, "--data", str(inputs / "text.txt"), "--new-tokens", "2"]
+    refuses(capsys, tmp_path, words, "--new-tokens: expected none without --prompt, got 2")
+    message = "--new-tokens: expected at most 64 tokens together with those of the prompt, the context of"
+    refuses(capsys, tmp_path, [*eval_prompt, "w1 w2", "--new-tokens", "63"], message, "got 63 and 2")
+    refuses(capsys, tmp_path, [*eval_prompt, "w1", "--prompt"], "argument --prompt: expected one argument")
 
 
 def test_columns_are_as_wide_as_their_figures(capsys):
