@@ -42,7 +42,7 @@ help:
 # What the demo does, and how long it takes without other work on two cores of an AMD EPYC with AVX-512
 DEMO_TIME := 8 minutes
 PART_1 := 1 of 6, 1 minute: a small character model learns a 2:4 mask by REINFORCE, from losses alone
-PART_2 := 2 of 6, 1 minute: the mask of Wanda for SmolLM2-135M, to compare with; its one step of REINFORCE changes no group
+PART_2 := 2 of 6, 1 minute: the mask of Wanda for SmolLM2-135M, to compare with
 PART_3 := 3 of 6, 3 minutes: SmolLM2-135M learns a mask and its weights by gradients, in 30 steps
 PART_4 := 4 of 6, 1 minute: export of what it has learned, packed in 9 bits a weight, and packed in int4 in 3.1
 PART_5 := 5 of 6, 1 minute: the speed of it, with zeros, packed, and packed in int4
@@ -57,7 +57,7 @@ demo: $(INSTALLED)
 	@echo "$(PART_1)"
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/learning/characters.py --widths 16 --lrs 2 --picture runs/demo/reinforce.svg
 	@echo "$(PART_2)"
-	$(DEMO_LEARN) --init wanda --estimator reinforce --steps 1 --batch-size 4 --output runs/demo/wanda
+	$(DEMO_LEARN) --init wanda --steps 0 --batch-size 4 --output runs/demo/wanda
 	@echo "$(PART_3)"
 	$(DEMO_LEARN) --refit weights --train-weights 6e-4 --lr 0.1 --batch-size 8 --steps 30 --eval-every 15 --output runs/demo/learned
 	@echo "$(PART_4)"

@@ -99,6 +99,20 @@ def test_a_run_leaves_its_record_and_prints_its_table(inputs, tmp_path, capsys):
     assert sum("validation perplexity" in line for line in reported) == 4
 
 
+@pytest.mark.parametrize("estimator", ["reinforce", "straight-through"])
+def test_without_steps_the_result_is_the_initial_mask(estimator, inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--estimator", estimator, "--init", "random", "--seed", "3", "--steps", "0"]
+    assert main.main(learn(inputs, run, *options)) == 0
+    assert "random: the mask of 4,608 groups; weights frozen; written to" in capsys.readouterr().out
+    assert methods(run) == ["dense", "magnitude", "wanda", "random"] and not report(run)["steps"]
+    layers = {name: tiny_model().get_submodule(name) for name in report(run)["converted"]}
+    model = AutoModelForCausalLM.from_pretrained(run)
+    for name, codes in initial_codes(layers, "2:4", "random", seed=3).items():
+        mask = mk.expand_mask(codes, "2:4")
+        assert_same_bits(model.get_submodule(name).weight, torch.where(mask, layers[name].weight, 0.0))
+
+
 def test_the_defaults_of_an_estimator_hold_where_nothing_is_given(inputs):
     options = Learn(model=str(inputs / "model"), output="out")
     found = complete(options)

@@ -39,7 +39,7 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
     options = dataclasses.replace(options, **DEFAULTS[options.estimator] | set_options)
     if options.eval_every is None:
         options.eval_every = max(options.steps // 5, 1)
-    check_least(options, steps=1, batch_size=1, accumulate=1, seq_len=2, calibration_batches=1)
+    check_least(options, steps=0, batch_size=1, accumulate=1, seq_len=2, calibration_batches=1)
     check_least(options, eval_windows=1, eval_every=1, seed=0, documents=1)
     if options.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {options.seed}")
@@ -89,7 +89,7 @@ def estimator_of(options: Learn) -> Estimator:
     """Make the estimator of complete options; ValueError or TypeError if one is out of its range."""
     if options.estimator == "reinforce":
         return Reinforce(lr=options.lr)
-    return StraightThrough(steps=options.steps, lr=options.lr, train_weights=options.train_weights)
+    return StraightThrough(steps=options.steps or None, lr=options.lr, train_weights=options.train_weights)
 
 
 def trackers_of(options: Learn) -> tuple[str, ...]:
@@ -98,8 +98,8 @@ def trackers_of(options: Learn) -> tuple[str, ...]:
 
 
 def batches_of_steps(options: Learn) -> int:
-    """Most distinct batches of the steps."""
-    all_steps = options.steps * options.accumulate
+    """Most distinct batches of the steps; without steps one, as a trainer has at least one."""
+    all_steps = max(options.steps, 1) * options.accumulate
     return all_steps if options.calibration_batches is None else min(options.calibration_batches, all_steps)
 
 

@@ -26,7 +26,9 @@ def write_result(run: Run, tokenizer) -> None:
     pattern = NMPattern(options.pattern)
     changes = changes_of_weights(options, trained=digest_of_weights(run.model) != run.start["start_weights"])
     method = name_in_table(options.estimator, options, changes)
-    table = [*run.start["table"], table_row(method, run.model, run.data.tests, run.seconds)]
+    table = list(run.start["table"])
+    if options.steps:
+        table.append(table_row(method, run.model, run.data.tests, run.seconds))
     run.save_logits()
     layers = masked_layers(run.model)
     groups = sum(layer.logits.numel() // pattern.m for layer in layers.values())
@@ -63,8 +65,12 @@ def write_result(run: Run, tokenizer) -> None:
     shutil.rmtree(run.progress / TEACHER, ignore_errors=True)
     _warn_if_rising(run.validation.rows)
     print_table(table, COLUMNS, "method")
-    moved = "an unknown number" if flipped is None else f"{flipped:,}"
-    print(f"{moved} of {groups:,} groups differ from the initial mask; {weights}; written to {output}")
+    if options.steps:
+        moved = "an unknown number" if flipped is None else f"{flipped:,}"
+        result = f"{moved} of {groups:,} groups differ from the initial mask"
+    else:
+        result = f"{options.init}: the mask of {groups:,} groups"
+    print(f"{result}; {weights}; written to {output}")
 
 
 def _save_picture(path: Path, title: str, rows: Sequence[dict]) -> None:
