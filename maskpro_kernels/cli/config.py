@@ -89,7 +89,7 @@ class Learn:
         None, "learning rate of the logits (default: 0.3, falling to 0 over the steps; 50 for reinforce)", "LR"
     )
     steps: int | None = _option(
-        None, "training steps; 0: write the initial mask (default: 200; 1000 for reinforce)", "S"
+        None, "training steps; 0: the initial mask (default: 200; 1000 for reinforce)", "S"
     )
     gap: float | None = _option(
         None,
