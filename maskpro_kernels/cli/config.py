@@ -88,9 +88,7 @@ class Learn:
     lr: float | None = _option(
         None, "learning rate of the logits (default: 0.3, falling to 0 over the steps; 50 for reinforce)", "LR"
     )
-    steps: int | None = _option(
-        None, "training steps; 0: the initial mask (default: 200; 1000 for reinforce)", "S"
-    )
+    steps: int | None = _option(None, "training steps; 0: the initial mask (default: 200; 1000 for reinforce)", "S")
     gap: float | None = _option(
         None,
         "initial logit of a kept weight, 0 for a dropped one; larger explores less (default: 15; 10 for reinforce)",
