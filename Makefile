@@ -39,7 +39,7 @@ help:
 	@echo "make clean         remove environments, runs and caches"
 	@echo "CONTRIBUTING.md lists all targets. All but verdict, clean and help install into an environment of their own first."
 
-# What the demo does, and how long it takes without other work on two cores of an AMD EPYC with AVX-512
+# What the demo does, and about how long it takes without other work on two cores of an AMD EPYC with AVX-512
 DEMO_TIME := 8 minutes
 PART_1 := 1 of 6, 1 minute: a small character model learns a 2:4 mask by REINFORCE, from losses alone
 PART_2 := 2 of 6, 1 minute: the mask of Wanda for SmolLM2-135M, to compare with
@@ -48,7 +48,7 @@ PART_4 := 4 of 6, 1 minute: export of what it has learned, packed in 9 bits a we
 PART_5 := 5 of 6, 1 minute: the speed of it, with zeros, packed, and packed in int4
 PART_6 := 6 of 6, 1 minute: perplexities, and three prompts continued by the dense model, Wanda, learned, and int4
 PARTS := PART_1 PART_2 PART_3 PART_4 PART_5 PART_6
-DEMO_LEARN := $(VENV)/bin/maskpro learn --model smollm2-135m --data pydoc --eval-windows 4
+DEMO_LEARN := $(VENV)/bin/maskpro learn --model smollm2-135m --data pydoc --batch-size 4 --eval-windows 4
 demo: $(INSTALLED)
 	@echo "The demo takes $(DEMO_TIME) on two cores with AVX-512. It empties runs/demo first, and writes there."
 	@$(foreach part,$(PARTS),echo "$($(part))";)
@@ -57,9 +57,9 @@ demo: $(INSTALLED)
 	@echo "$(PART_1)"
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/learning/characters.py --widths 16 --lrs 2 --picture runs/demo/reinforce.svg
 	@echo "$(PART_2)"
-	$(DEMO_LEARN) --init wanda --steps 0 --batch-size 4 --output runs/demo/wanda
+	$(DEMO_LEARN) --init wanda --steps 0 --output runs/demo/wanda
 	@echo "$(PART_3)"
-	$(DEMO_LEARN) --refit weights --train-weights 6e-4 --lr 0.1 --batch-size 8 --steps 30 --eval-every 15 --output runs/demo/learned
+	$(DEMO_LEARN) --refit weights --train-weights 6e-4 --lr 0.1 --steps 30 --eval-every 15 --output runs/demo/learned
 	@echo "$(PART_4)"
 	$(VENV)/bin/maskpro export runs/demo/learned runs/demo/packed --to packed --dtype bfloat16
 	$(VENV)/bin/maskpro export runs/demo/learned runs/demo/int4 --to packed --values int4 --dtype bfloat16

@@ -33,8 +33,8 @@ Dtype = Literal[*DTYPES]
 
 
 def _option(default: object, help: str, metavar: str | None = None, action: str | None = None):
-    named = {"help": help, "metavar": metavar, "action": action}
-    return field(default=default, metadata={name: value for name, value in named.items() if value is not None})
+    metadata = {"help": help, "metavar": metavar, "action": action}
+    return field(default=default, metadata={name: value for name, value in metadata.items() if value is not None})
 
 
 @dataclass
@@ -307,8 +307,13 @@ def _words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         if f"--{name}" not in parser._option_string_actions or name in ("help", "resume"):
             raise ValueError(f"options: expected names of options of `{parser.prog}` in {str(path)!r}, got {name!r}")
         may_repeat = isinstance(parser._option_string_actions[f"--{name}"], argparse._AppendAction)
-        if isinstance(value, dict) or (isinstance(value, list) and not may_repeat):
+        if isinstance(value, list) and may_repeat:
+            if not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{name}: expected texts in {str(path)!r}, got {value!r}")
+            words += [f"--{name}={item}" for item in value]
+            continue
+        if isinstance(value, (dict, list)):
             raise ValueError(f"{name}: expected one value in {str(path)!r}, got {value!r}")
         if value not in (None, "", "null"):
-            words += [f"--{name}={item}" for item in (value if isinstance(value, list) else [value])]
+            words.append(f"--{name}={value}")
     return words

@@ -42,7 +42,7 @@ Measure = Callable[[nn.Module, object], dict[str, float]]
 def evaluate(options: Evaluate, models: list[str]) -> None:
     """Print a row for each model, with the dense model of a run above it, then the continuations of each prompt.
 
-    With --output also write both. Prompts need no text: without one there are no rows.
+    With --output also write both. Prompts need no text: without one rows have no figures, and are not printed.
     """
     check_least(options, eval_windows=1, eval_length=2, documents=1, new_tokens=1)
     if options.protocol != "held-out":
@@ -62,8 +62,8 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     dtype = options.dtype or settings.get("dtype") or default_dtype(options.device)
     data = options.data or settings.get("data")
     measures = {}
-    if data is None and prompts:
-        report("no perplexities, since only runs have texts: --data names others")
+    if prompts and (data is None or (options.data is None and not texts_of(data))):
+        report("no perplexities, since there is no text: --data names others")
     else:
         measures = _measures_of(options, models, data, settings)
     bases = dict.fromkeys(run["settings"]["model"] for run in runs.values())

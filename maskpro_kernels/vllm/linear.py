@@ -109,21 +109,24 @@ class HugePages:
 
     def __init__(self):
         self.layers = 0
-        self.loaded_layers = 0
+        self.layers_to_load = 0
         self.tensors: list[Tensor] = []
 
     def add_layer(self) -> None:
         """Count a layer that will be loaded."""
         self.layers += 1
+        self.layers_to_load += 1
 
     def add_loaded(self, tensors: Iterable[Tensor]) -> None:
         """Add the weights of a loaded layer."""
-        self.loaded_layers += 1
+        if not self.layers_to_load:
+            # all are loaded again
+            self.layers_to_load = self.layers
+        self.layers_to_load -= 1
         self.tensors += tensors
-        if self.loaded_layers == self.layers:
+        if not self.layers_to_load:
             move_into_huge_pages(self.tensors)
             self.tensors.clear()
-            self.loaded_layers = 0
 
 
 class PackedLinearMethod(LinearMethodBase):

@@ -47,6 +47,27 @@ def test_the_bytes_of_unpacked_experts_are_reported(of_architectures):
     assert printed.count("maskpro_kernels: the experts of 2 layers were unpacked: they take ") == 2
 
 
+def test_weights_are_moved_after_the_last_layer_of_each_load(monkeypatch):
+    from maskpro_kernels.vllm import linear
+
+    moved = []
+    monkeypatch.setattr(linear, "move_into_huge_pages", lambda tensors: moved.append(list(tensors)))
+    pages = linear.HugePages()
+
+    def load(tensors: str, new_layers: int) -> None:
+        for _ in range(new_layers):
+            pages.add_layer()
+        for tensor in tensors:
+            pages.add_loaded([tensor])
+
+    load("ab", new_layers=2)
+    load("ab", new_layers=0)
+    # of a second model of the same configuration
+    load("c", new_layers=1)
+    load("abc", new_layers=0)
+    assert moved == [["a", "b"], ["a", "b"], ["c"], ["a", "b", "c"]]
+
+
 def test_names_that_vllm_maps(tmp_path):
     results, _ = run("mapped", tmp_path)
     assert results == {"tokens": True}

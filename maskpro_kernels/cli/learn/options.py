@@ -59,6 +59,8 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
         texts = texts_of(options.data)
     with naming("eval_windows"):
         split_by_share(texts, options.eval_windows)
+    if not options.steps and options.train_weights is not None:
+        raise ValueError(f"train_weights: expected none with --steps 0, got {options.train_weights}")
     _check_ranks(options, world_size)
     if options.device != "auto":
         device_of(options.device)
@@ -89,7 +91,7 @@ def estimator_of(options: Learn) -> Estimator:
     """Make the estimator of complete options; ValueError or TypeError if one is out of its range."""
     if options.estimator == "reinforce":
         return Reinforce(lr=options.lr)
-    return StraightThrough(steps=options.steps or None, lr=options.lr, train_weights=options.train_weights)
+    return StraightThrough(steps=max(options.steps, 1), lr=options.lr, train_weights=options.train_weights)
 
 
 def trackers_of(options: Learn) -> tuple[str, ...]:

@@ -25,10 +25,12 @@ def write_result(run: Run, tokenizer) -> None:
     output = run.output
     pattern = NMPattern(options.pattern)
     changes = changes_of_weights(options, trained=digest_of_weights(run.model) != run.start["start_weights"])
-    method = name_in_table(options.estimator, options, changes)
     table = list(run.start["table"])
     if options.steps:
+        method = name_in_table(options.estimator, options, changes)
         table.append(table_row(method, run.model, run.data.tests, run.seconds))
+    else:
+        method = table[-1]["method"]
     run.save_logits()
     layers = masked_layers(run.model)
     groups = sum(layer.logits.numel() // pattern.m for layer in layers.values())
@@ -69,7 +71,7 @@ def write_result(run: Run, tokenizer) -> None:
         moved = "an unknown number" if flipped is None else f"{flipped:,}"
         result = f"{moved} of {groups:,} groups differ from the initial mask"
     else:
-        result = f"{options.init}: the mask of {groups:,} groups"
+        result = f"{method}: the mask of {groups:,} groups"
     print(f"{result}; {weights}; written to {output}")
 
 

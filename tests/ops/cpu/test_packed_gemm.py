@@ -130,7 +130,7 @@ def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True,
 def test_every_kind_of_cpu_multiplies(kind, values, dtype, cpu):
     cpu(kind)
     # as few as are decoded, more than a row takes at a time, tiles and a half, and slices; two calls of strips
-    for tokens in (1, 13, 40, 257, *[520] * (kind == "no AMX")):
+    for tokens in (1, 7, 13, 40, 257, *[520] * (kind == "no AMX")):
         assert_multiplies("2:4", dtype, values, 35, 41, tokens)
 
 
@@ -311,11 +311,11 @@ def test_integers_are_multiplied_without_a_dense_weight(values, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("all that it has", {"keep": "floats tiles tiles tiles", "int8": "integers tiles tiles tiles"}),
-        ("no AMX", {"keep": "floats floats strips strips", "int8": "integers floats strips strips"}),
-        ("no bfloat16", {"keep": "floats floats floats slices", "int8": "integers integers integers slices"}),
-        ("no VBMI2", {"keep": "floats floats floats slices", "int8": "integers integers integers slices"}),
-        ("no AVX2", {"keep": "unpack unpack unpack unpack", "int8": "unpack unpack unpack unpack"}),
+        ("all that it has", {"keep": "floats floats" + " tiles" * 5, "int8": "integers integers" + " tiles" * 5}),
+        ("no AMX", {"keep": "floats " * 4 + "strips " * 3, "int8": "integers integers floats floats" + " strips" * 3}),
+        ("no bfloat16", {"keep": "floats " * 6 + "slices", "int8": "integers " * 6 + "slices"}),
+        ("no VBMI2", {"keep": "floats " * 6 + "slices", "int8": "integers " * 6 + "slices"}),
+        ("no AVX2", {"keep": "unpack " * 7, "int8": "unpack " * 7}),
     ],
 )
 def test_the_method_depends_on_the_cpu_and_the_tokens(kind, expected):
@@ -325,7 +325,9 @@ def test_the_method_depends_on_the_cpu_and_the_tokens(kind, expected):
     )
     isa = best_instructions(features | {"avx2": True, "fma": True} | dict.fromkeys(OFF[kind], False))
     for values, dtype in (("keep", torch.bfloat16), ("int8", torch.int8), ("int8", torch.uint8)):
-        methods = [products.method(isa, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (4, 8, 16, 17)]
+        methods = [
+            products.method(isa, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 4, 5, 8, 9, 16, 17)
+        ]
         assert methods == expected[values].split()
 
 
