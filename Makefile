@@ -39,7 +39,7 @@ help:
 	@echo "make clean         remove environments, runs and caches"
 	@echo "CONTRIBUTING.md lists all targets. All but verdict, clean and help install into an environment of their own first."
 
-# What the demo does, and about how long it takes without other work on two cores of an AMD EPYC with AVX-512
+# What the demo does, and about how long each part took once on two cores of an AMD EPYC with AVX-512
 DEMO_TIME := 13 minutes
 PART_1 := 1 of 6, 1 minute: a small character model learns a 2:4 mask by REINFORCE, from losses alone
 PART_2 := 2 of 6, 1 minute: the mask of Wanda for SmolLM2-135M, to compare with

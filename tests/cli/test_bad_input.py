@@ -73,6 +73,11 @@ CASES = {
     "a density below that of the pattern": (f"{LEARN} --density 0.4", None, ["density: expected above 0.5"]),
     "a dense model": (f"{LEARN} --density 1", None, ["density: expected above 0.5", "got 1.0"]),
     "steps below 0": (f"{LEARN} --steps -1", None, ["steps: expected at least 0, got -1"]),
+    "weights that learn without steps": (
+        f"{LEARN} --estimator straight-through --train-weights 0.1 --steps 0",
+        None,
+        ["--train-weights: expected none with --steps 0, got 0.1"],
+    ),
     "a window of one token": (f"{LEARN} --seq-len 1", None, ["--seq-len: expected at least 2, got 1"]),
     "seed below 0": (f"{LEARN} --seed -1", None, ["seed: expected at least 0, got -1"]),
     "seed of 64 bits": (f"{LEARN} --seed {1 << 63}", None, ["seed: expected an int below 2**63"]),

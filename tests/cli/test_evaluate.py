@@ -181,6 +181,10 @@ def test_prompts_in_a_file_of_options(inputs, tmp_path, capsys):
         assert main.main(["eval", str(tmp_path / file), str(inputs / "model"), *CPU]) == 0
         printed = capsys.readouterr().out.splitlines()
         assert [line for line in printed[1:] if line and not line.startswith(" ")] == prompts
+    (tmp_path / "options.json").write_text('{"prompt": ["w1", null]}', encoding="utf-8")
+    refuses(
+        capsys, tmp_path, ["eval", str(tmp_path / "options.json"), str(inputs / "model")], "prompt: expected texts in"
+    )
 
 
 def test_prompts_that_cannot_be_continued_are_refused(inputs, tmp_path, capsys):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 
-import pytest
 from helpers.children import ROOT
 
 MAIN_TARGETS = ("demo", "test", "lint", "test-vllm", "verdict", "bench")
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_alone_lists_the_main_targets():
     result = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     *lines, last = result.stdout.splitlines()
