@@ -57,6 +57,9 @@ ON_NEON = ARM, "+neon"
     ("assembly", "target", "expected"),
     [
         (lambda: rows.float_product(BFLOAT16, ALL_AVX512, 1, False), (X86, FULL), "vpexpandw 4 vdpbf16ps 4 kmovd 4"),
+        (lambda: rows.float_product(BFLOAT16, ALL_AVX512, 4, True), (X86, FULL), "vpexpandw 1 vdpbf16ps 4"),
+        (lambda: rows.float_product(BFLOAT16, ALL_AVX512, 8, True), (X86, FULL), "vpexpandw 2 vdpbf16ps 16"),
+        (lambda: rows.float_product(INT4, ALL_AVX512, 8, True), (X86, FULL), "vcvtneps2bf16 2 vdpbf16ps 16"),
         (lambda: rows.float_product(BFLOAT16, ALL_AVX512, 16, True), (X86, FULL), "vpexpandw 1 vdpbf16ps 16"),
         (lambda: rows.float_product(BFLOAT16, AVX512, 1, False), (X86, BASIC), "vpexpandd 8 vfmadd 8"),
         (lambda: rows.float_product(FLOAT32, AVX2_ALONE, 1, False), (X86, AVX2), "vpermd 16 vfmadd 16"),

@@ -316,10 +316,9 @@ def _by_floats(kind: Packed, tokens: int, biased: bool) -> Product:
 
     isa = available()
     scaled = kind.scaled
-    at_once = isa.tokens // 2 if scaled else isa.tokens
     bfloat16 = rows.multiplies_bfloat16(kind, isa)
     loops = _loops_of_tokens(
-        tokens, at_once, lambda count: compiled("packed_floats", 8, rows.float_product, kind, isa, count, biased)
+        tokens, isa.tokens, lambda count: compiled("packed_floats", 8, rows.float_product, kind, isa, count, biased)
     )
     _, first_loop = loops[0]
 
@@ -459,13 +458,3 @@ def _by_slices(kind: Packed, tokens: int, biased: bool) -> Product:
         return out
 
     return product
-
-
-# Makers of products by the names of ``method``
-MAKERS = {
-    "floats": _by_floats,
-    "integers": _by_integers,
-    "tiles": _by_tiles,
-    "strips": _by_strips,
-    "slices": _by_slices,
-}

@@ -65,6 +65,9 @@ STEP = 128
 # Most spans of a block that are multiplied without a loop
 UNROLLED = 4
 
+# Most rows that are multiplied with each load of activations
+ROWS_AT_ONCE = 2
+
 # Most tokens to multiply a row with as integers at a time: each has two sums
 INTEGER_TOKENS = 8
 
@@ -139,72 +142,73 @@ class FloatProduct(RowProduct):
 
     def __init__(self, kind: Packed, isa: Instructions, tokens: int, biased: bool):
         super().__init__(kind, isa, tokens, biased, pointers=4)
-        values, bits, self.scales, self.x = self.pointers
+        values, bits, scales, self.x = self.pointers
         self.multiplies_bfloat16 = multiplies_bfloat16(kind, isa)
         form = "i16" if self.multiplies_bfloat16 else "float"
-        self.weight = self.weight_class(self.b, kind, isa, form, values, bits, self.k)
+        self.weight = self.weight_class(self.b, kind, isa, form, values, bits, self.k, scales)
         self.lanes = isa.lanes
-        # enough independent sums to hide the latency of one
-        self.unrolled_runs = max(1, 4 // tokens)
         self.x_element = I16 if self.multiplies_bfloat16 else FLOAT
         self.x_buffers = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
 
-    def add_row(self, row: ir.Value) -> None:
+    def assembly(self) -> str:
         b = self.b
-        pointers = self.weight.row_pointers(row)
-        if not self.kind.scaled:
-            totals = self._sums(pointers, I64(0), self.weight.runs)
-        else:
-            row_sums = [Variable(b, zeros(vector(FLOAT, self.lanes))) for _ in range(self.tokens)]
-            block_runs = I64(self.kind.runs_per_scale)
+        # fewer tokens fit into the nearest cache, and the sums of more do not fit into registers
+        several = self.multiplies_bfloat16 and self.isa.tokens // 4 < self.tokens <= self.isa.tokens // ROWS_AT_ONCE
+        count = ROWS_AT_ONCE if several else 1
+        many_end = b.sub(self.stop, b.srem(b.sub(self.stop, self.start), I64(count)))
+        for_range(b, self.start, many_end, lambda row: self._add_rows(row, count), step=count)
+        if count > 1:
+            for_range(b, many_end, self.stop, lambda row: self._add_rows(row, 1))
+        b.ret_void()
+        add_shared(self.module, self.function)
+        return str(self.module)
 
-            def add_block(block: ir.Value) -> None:
-                start = b.mul(block, block_runs)
-                block_sums = self._sums(pointers, start, minimum(b, self.weight.runs, b.add(start, block_runs)))
-                scale = broadcast(b, self.scale(self.scales, row, block), self.lanes)
-                for total, block_sum in zip(row_sums, block_sums, strict=True):
-                    total.set(fma(b, block_sum, scale, total.get()))
-
-            for_range(b, I64(0), self.scales_count, add_block)
-            totals = [total.get() for total in row_sums]
-        for token, total in enumerate(totals):
-            self.store(row, token, total)
-
-    def _sums(self, pointers: tuple, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
-        """Vectors [lanes] for each token; each adds up to the product over runs [start, stop) of a row."""
+    def _add_rows(self, first_row: ir.Value, count: int) -> None:
+        """Add the code of ``count`` adjacent rows."""
         b = self.b
         weight = self.weight
+        rows = [b.add(first_row, I64(i)) for i in range(count)]
+        pointers = [weight.row_pointers(row) for row in rows]
+        # enough independent sums to hide the latency of one
+        unrolled_runs = max(1, 4 // (self.tokens * count))
         zero = zeros(vector(FLOAT, self.lanes))
-        sums = [[Variable(b, zero) for _ in range(self.tokens)] for _ in range(self.unrolled_runs)]
-        direct_end = weight.direct_end(start, stop)
-        unrolled_end = b.sub(direct_end, b.srem(b.sub(direct_end, start), I64(self.unrolled_runs)))
+        # of each run, row and token
+        sums = [[[Variable(b, zero) for _ in range(self.tokens)] for _ in rows] for _ in range(unrolled_runs)]
+        unrolled_end = b.sub(weight.direct_runs, b.srem(weight.direct_runs, I64(unrolled_runs)))
         line_runs = max(1, LINE_BYTES // (self.kind.elements_per_run * self.kind.values.itemsize))
 
-        def multiply(run: ir.Value, run_sums: list[Variable]) -> None:
-            weights = weight.load_direct(pointers, run)
+        def multiply(run: ir.Value, run_sums: list[list[Variable]]) -> None:
+            weights = [
+                weight.load_direct(row_pointers, run, weight.run_scale(row, run))
+                for row, row_pointers in zip(rows, pointers, strict=True)
+            ]
             self._multiply(weights, [self._x_pointer(token, run) for token in range(self.tokens)], run_sums)
 
         def multiply_unrolled(first: ir.Value) -> None:
             for i, run_sums in enumerate(sums):
                 run = b.add(first, I64(i))
                 if i % line_runs == 0:
-                    prefetch(b, gep(b, weight.run_values(pointers, run), I64(AHEAD_BYTES), I8))
+                    for row_pointers in pointers:
+                        prefetch(b, gep(b, weight.run_values(row_pointers, run), I64(AHEAD_BYTES), I8))
                 multiply(run, run_sums)
 
         def multiply_copied(run: ir.Value) -> None:
-            weights = weight.load_copied(pointers, run)
+            weights = [
+                weight.load_copied(row_pointers, run, weight.run_scale(row, run))
+                for row, row_pointers in zip(rows, pointers, strict=True)
+            ]
             self._multiply(weights, [self._copied_x(token, run) for token in range(self.tokens)], sums[0])
 
-        if self.unrolled_runs > 1:
-            for_range(b, start, unrolled_end, multiply_unrolled, step=self.unrolled_runs)
-            for_range(b, unrolled_end, direct_end, lambda run: multiply(run, sums[0]))
-        else:
-            for_range(b, start, direct_end, multiply_unrolled)
-        for_range(b, direct_end, stop, multiply_copied)
-        totals = [x.get() for x in sums[0]]
-        for run_sums in sums[1:]:
-            totals = [b.fadd(total, x.get()) for total, x in zip(totals, run_sums, strict=True)]
-        return totals
+        for_range(b, I64(0), unrolled_end, multiply_unrolled, step=unrolled_runs)
+        if unrolled_runs > 1:
+            for_range(b, unrolled_end, weight.direct_runs, lambda run: multiply(run, sums[0]))
+        for_range(b, weight.direct_runs, weight.runs, multiply_copied)
+        for i, row in enumerate(rows):
+            for token in range(self.tokens):
+                total = sums[0][i][token].get()
+                for run_sums in sums[1:]:
+                    total = b.fadd(total, run_sums[i][token].get())
+                self.store(row, token, total)
 
     def _x_pointer(self, token: int, run: ir.Value) -> ir.Value:
         b = self.b
@@ -218,17 +222,19 @@ class FloatProduct(RowProduct):
         copy(b, self._x_pointer(token, run), x_buffer, self.weight.run_length(run), self.x_element)
         return x_buffer
 
-    def _multiply(self, weights: list[ir.Value], x_pointers: list[ir.Value], sums: list[Variable]) -> None:
-        """Add the products of a run's weights with each token's x to its sum."""
+    def _multiply(self, weights: list[list[ir.Value]], x_pointers: list[ir.Value], sums: list[list[Variable]]) -> None:
+        """Add the products of a run's weights of each row with each token's x to their sum."""
         b = self.b
         lanes = self.weight.lanes
-        for i, weight in enumerate(weights):
-            for pointer, total in zip(x_pointers, sums, strict=True):
+        for i in range(len(weights[0])):
+            for token, pointer in enumerate(x_pointers):
                 x = b.load(gep(b, pointer, I64(i * lanes), self.x_element), typ=vector(self.x_element, lanes), align=1)
-                if self.multiplies_bfloat16:
-                    total.set(self.isa.dot_bfloat16(b, total.get(), weight, x))
-                else:
-                    total.set(fma(b, weight, x, total.get()))
+                for row_weights, row_sums in zip(weights, sums, strict=True):
+                    total = row_sums[token]
+                    if self.multiplies_bfloat16:
+                        total.set(self.isa.dot_bfloat16(b, total.get(), row_weights[i], x))
+                    else:
+                        total.set(fma(b, row_weights[i], x, total.get()))
 
 
 # Products of integers
