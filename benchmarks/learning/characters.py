@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pictures import picture
 from rows import finite
 from torch import Tensor, nn
 
@@ -214,22 +215,13 @@ def table(curves: Sequence[Curve]) -> str:
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """A picture of the shares that are regained over the forwards, a curve for each size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    # the same curves give the same file
-    with plt.rc_context({"svg.hashsalt": "characters", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    with picture(path) as axes:
         for curve in curves:
             shares = [100 * curve.regained(count) for count in curve.learned]
             axes.plot(list(curve.learned), shares, "o-", label=f"{curve.groups:,} groups")
         axes.set(xscale="log", xlabel="forward passes", ylabel="% of what Wanda's mask cost, regained")
         axes.axhline(0.0, color="gray", linewidth=0.8)
         axes.legend()
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -95,7 +95,8 @@ class Comparison:
 
     def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
         """Common to all rows: the options, and the words after the names of model and texts."""
-        options = {name: value for name, value in vars(self.args).items() if name not in ("output", "steps", "methods")}
+        unshared = ("output", "steps", "methods", "picture")
+        options = {name: value for name, value in vars(self.args).items() if name not in unshared}
         content = json.dumps(texts, sort_keys=True).encode()
         return options | {
             "weights": digest(parameter for _, parameter in sorted(self.model.named_parameters())),

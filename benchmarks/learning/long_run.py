@@ -23,6 +23,7 @@ from pathlib import Path
 
 from compare import Comparison, checked, options
 from methods import LEARNERS, state_bytes
+from pictures import picture
 from rows import table
 from torch import Tensor
 
@@ -108,11 +109,29 @@ class LongRun(Comparison):
                 trainer.run(count, progress=False, after_step=after_step)
 
 
+def draw(rows: Sequence[Mapping], init: str, path: Path) -> None:
+    """A picture of the score over the steps, and of the number of groups that moved."""
+    (initial,) = (row for row in rows if row["method"] == init)
+    rows = sorted((row for row in rows if row["method"] == Reinforce.name), key=lambda row: row["steps"])
+    steps = [row["steps"] for row in rows]
+    with picture(path) as axes:
+        scores = axes.plot([0, *steps], [initial["score"], *(row["score"] for row in rows)], "o-", label="score")
+        axes.axhline(initial["score"], color="gray", linewidth=0.8)
+        axes.set(yscale="log", xlabel="steps", ylabel="perplexity, times that of the dense model")
+        groups_axes = axes.twinx()
+        groups = groups_axes.plot(
+            [0, *steps], [0, *(row["changed_groups"] for row in rows)], "s--", color="C1", label="groups"
+        )
+        groups_axes.set(ylabel="groups that moved")
+        axes.legend(handles=[*scores, *groups])
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options("REINFORCE as its authors run it, with rows on the way")
     parser.set_defaults(init="wanda", steps=[10000])
     parser.add_argument("--batches", type=int, default=64, help="distinct batches, which repeat (default: %(default)s)")
     parser.add_argument("--every", type=int, default=500, help="steps from a row to the next (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="picture to write")
     args = checked(parser, argv)
     for name in ("batches", "every"):
         if getattr(args, name) < 1:
@@ -130,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(table(run.rows.rows), end="")
+    if args.picture is not None:
+        draw(run.rows.rows, args.init, args.picture)
+        print(f"curve: {args.picture}")
     if not has_ended:
         raise SystemExit("stopped by a signal; the same command continues")
 

@@ -74,29 +74,32 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     new_tokens = options.new_tokens or NEW_TOKENS
     rows = []
     continuations = {}
-    for name in dict.fromkeys([*bases, *models]):
-        model, tokenizer = load(name, dtype, device)
-        method = f"dense {name}" if name in bases else name
-        row = {"method": method}
-        # before the perplexities, which take longer: a prompt may be too long for this model
-        if prompts:
-            continuations[method] = _continuations(name, model, tokenizer, prompts, new_tokens)
-        for text, measure in measures.items():
-            row |= {f"{text}{end}": figure for end, figure in measure(model, tokenizer).items()}
-        rows.append(row)
-        # before the next one
-        del model
-    if options.output is not None:
-        content = {"data": data, "protocol": options.protocol, "dtype": dtype, "rows": rows}
-        if prompts:
-            content |= {"new_tokens": new_tokens, "continuations": continuations}
-        write_whole(Path(options.output), (json.dumps(content, indent=1) + "\n").encode())
-    if measures:
-        titles = {name: (name, 4 if name.endswith("bits a byte") else 2) for name in rows[0] if name != "method"}
-        print_table(rows, titles, f"{options.protocol} perplexity, {dtype}")
-    if prompts:
-        print(f"greedy continuations, {new_tokens} tokens, {dtype}")
-        _print_continuations(prompts, continuations)
+    try:
+        for name in dict.fromkeys([*bases, *models]):
+            model, tokenizer = load(name, dtype, device)
+            method = f"dense {name}" if name in bases else name
+            row = {"method": method}
+            # before the perplexities, which take longer: a prompt may be too long for this model
+            if prompts:
+                continuations[method] = _continuations(name, model, tokenizer, prompts, new_tokens)
+            for text, measure in measures.items():
+                row |= {f"{text}{end}": figure for end, figure in measure(model, tokenizer).items()}
+            rows.append(row)
+            # before the next one
+            del model
+        if options.output is not None:
+            content = {"data": data, "protocol": options.protocol, "dtype": dtype, "rows": rows}
+            if prompts:
+                content |= {"new_tokens": new_tokens, "continuations": continuations}
+            write_whole(Path(options.output), (json.dumps(content, indent=1) + "\n").encode())
+    finally:
+        # also after an error: the models before it may have taken hours
+        if rows and measures:
+            titles = {name: (name, 4 if name.endswith("bits a byte") else 2) for name in rows[0] if name != "method"}
+            print_table(rows, titles, f"{options.protocol} perplexity, {dtype}")
+        if continuations:
+            print(f"greedy continuations, {new_tokens} tokens, {dtype}")
+            _print_continuations(prompts, continuations)
 
 
 def _checked_prompts(options: Evaluate) -> list[str]:

@@ -80,7 +80,9 @@ def test_a_run_that_was_stopped_and_killed_has_the_rows_of_a_whole_one(run, tmp_
     table = capsys.readouterr().out
     assert "| dense |" in table and "| wanda |" in table and "| reconstruction |" not in table
     # a run that has ended takes no step again
-    assert run(whole) == []
+    picture = tmp_path / "curve.svg"
+    assert run(whole, "--picture", str(picture)) == []
+    assert all(label in picture.read_text() for label in ("groups that moved", "score"))
     again = tmp_path / "again"
     with pytest.raises(SystemExit, match="^stopped by a signal; the same command continues$"):
         run(again, step=2, interrupt=stop)

@@ -202,6 +202,22 @@ def test_prompts_that_cannot_be_continued_are_refused(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, [*eval_prompt, "w1", "--prompt"], "argument --prompt: expected one argument")
 
 
+def test_models_before_a_refused_one_are_printed(inputs, tmp_path, capsys):
+    model = str(inputs / "model")
+    short = tmp_path / "short"
+    shutil.copytree(model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    text = str(inputs / "text.txt")
+    arguments = ["--data", text, "--eval-length", "8", "--prompt", "w1 w2", "--new-tokens", "7", *CPU]
+    assert main.main(["eval", model, str(short), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert "--new-tokens: expected at most 8 tokens together with those of the prompt" in captured.err
+    title, figures, *_, continuation = captured.out.splitlines()
+    assert title.split() == ["held-out", "perplexity,", "float32", text] and figures.startswith(model)
+    assert continuation == f"  {model}  {continued(tiny_model(), 'w1 w2', 7)}"
+
+
 def test_columns_are_as_wide_as_their_figures(capsys):
     rows = [{"method": "a", "x": 123456.789}, {"method": "a much longer name", "x": 1.0}]
     print_table(rows, {"x": ("x", 2)}, "of")
