@@ -42,7 +42,8 @@ Measure = Callable[[nn.Module, object], dict[str, float]]
 def evaluate(options: Evaluate, models: list[str]) -> None:
     """Print a row for each model, with the dense model of a run above it, then the continuations of each prompt.
 
-    With --output also write both. Prompts need no text: without one rows have no figures, and are not printed.
+    With --output also write both. Prompts need no text: without one rows have no figures, and are not printed. After an
+    error it prints the models before, and writes nothing.
     """
     check_least(options, eval_windows=1, eval_length=2, documents=1, new_tokens=1)
     if options.protocol != "held-out":

@@ -154,7 +154,7 @@ def test_every_pattern_is_multiplied(kind, pattern, values, cpu):
     values=st.sampled_from(VALUE_KINDS),
     rows=st.integers(1, 100),
     groups=st.integers(1, 90),
-    tokens=st.sampled_from((1, 2, 4, 5, 16, 17, 33, 257, 600)),
+    tokens=st.sampled_from((1, 2, 4, 5, 8, 16, 17, 33, 257, 600)),
     biased=st.booleans(),
     seed=st.integers(0, 2**31),
 )
@@ -168,7 +168,7 @@ def test_threads_share_a_product():
     torch.set_num_threads(2)
     try:
         for values in VALUE_KINDS:
-            for tokens in (1, 300):
+            for tokens in (1, 8, 300):
                 assert_multiplies("2:4", torch.bfloat16, values, 291, 144, tokens)
         # more than the cache holds at a time
         assert_multiplies("2:4", torch.bfloat16, "keep", 70, 1100, 300)

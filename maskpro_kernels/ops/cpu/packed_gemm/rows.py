@@ -1,9 +1,10 @@
 """Products with a few tokens, row by row: each run of weights is expanded into registers once, and multiplied with all.
 
-int8 and int4 values are multiplied as integers: 64 are expanded at once, or on x86 without VBMI2 16, where ``gathered``
-multiplies 2:4 int4. The activations are then quantized to 16-bit integers, with one scale for each block of columns
-whose weights share a scale. Their error is 2^-16 of the largest number of the block. For outliers, which would make it
-too large, the product uses floats. With VBMI2 the two bytes of an integer are multiplied separately.
+int8 and int4 values are multiplied as floats, times their scale, or as integers, see ``products.method``. Of integers
+64 are expanded at once, or on x86 without VBMI2 16, where ``gathered`` multiplies 2:4 int4. The activations are then
+quantized to 16-bit integers, with one scale for each block of columns whose weights share a scale. Their error is 2^-16
+of the largest number of the block. For outliers, which would make it too large, the product uses floats. With VBMI2 the
+two bytes of an integer are multiplied separately.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ LEAST_SCALE = 1e-37
 class RowProduct:
     """Builder of ``loop(start, stop, k, rows, *pointers, bias, out)``: rows start to stop of x @ weight.T + bias.
 
-    ``add_row`` of subclasses adds the code of a row. out [tokens, rows] and bias [rows] are of ``kind.x``.
+    ``add_row`` of subclasses adds the code of a row, or their ``add_all_rows`` that of all. out [tokens, rows] and bias
+    [rows] are of ``kind.x``.
     """
 
     def __init__(self, kind: Packed, isa: Instructions, tokens: int, biased: bool, pointers: int):
@@ -103,10 +105,13 @@ class RowProduct:
         self.scales_count = ceil_div(self.b, self.row_values, kind.group)
 
     def assembly(self) -> str:
-        for_range(self.b, self.start, self.stop, self.add_row)
+        self.add_all_rows()
         self.b.ret_void()
         add_shared(self.module, self.function)
         return str(self.module)
+
+    def add_all_rows(self) -> None:
+        for_range(self.b, self.start, self.stop, self.add_row)
 
     def scale(self, scales: ir.Value, row: ir.Value, block: ir.Value) -> ir.Value:
         """float32 scale of a block of a row."""
@@ -150,7 +155,7 @@ class FloatProduct(RowProduct):
         self.x_element = I16 if self.multiplies_bfloat16 else FLOAT
         self.x_buffers = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
 
-    def assembly(self) -> str:
+    def add_all_rows(self) -> None:
         b = self.b
         # fewer tokens fit into the nearest cache, and the sums of more do not fit into registers
         several = self.multiplies_bfloat16 and self.isa.tokens // 4 < self.tokens <= self.isa.tokens // ROWS_AT_ONCE
@@ -159,9 +164,6 @@ class FloatProduct(RowProduct):
         for_range(b, self.start, many_end, lambda row: self._add_rows(row, count), step=count)
         if count > 1:
             for_range(b, many_end, self.stop, lambda row: self._add_rows(row, 1))
-        b.ret_void()
-        add_shared(self.module, self.function)
-        return str(self.module)
 
     def _add_rows(self, first_row: ir.Value, count: int) -> None:
         """Add the code of ``count`` adjacent rows."""
@@ -177,12 +179,15 @@ class FloatProduct(RowProduct):
         unrolled_end = b.sub(weight.direct_runs, b.srem(weight.direct_runs, I64(unrolled_runs)))
         line_runs = max(1, LINE_BYTES // (self.kind.elements_per_run * self.kind.values.itemsize))
 
-        def multiply(run: ir.Value, run_sums: list[list[Variable]]) -> None:
+        def multiply(run: ir.Value, run_sums: list[list[Variable]], load: Callable, x_pointer: Callable) -> None:
             weights = [
-                weight.load_direct(row_pointers, run, weight.run_scale(row, run))
+                load(row_pointers, run, weight.run_scale(row, run))
                 for row, row_pointers in zip(rows, pointers, strict=True)
             ]
-            self._multiply(weights, [self._x_pointer(token, run) for token in range(self.tokens)], run_sums)
+            self._multiply(weights, [x_pointer(token, run) for token in range(self.tokens)], run_sums)
+
+        def multiply_direct(run: ir.Value, run_sums: list[list[Variable]]) -> None:
+            multiply(run, run_sums, weight.load_direct, self._x_pointer)
 
         def multiply_unrolled(first: ir.Value) -> None:
             for i, run_sums in enumerate(sums):
@@ -190,18 +195,14 @@ class FloatProduct(RowProduct):
                 if i % line_runs == 0:
                     for row_pointers in pointers:
                         prefetch(b, gep(b, weight.run_values(row_pointers, run), I64(AHEAD_BYTES), I8))
-                multiply(run, run_sums)
+                multiply_direct(run, run_sums)
 
         def multiply_copied(run: ir.Value) -> None:
-            weights = [
-                weight.load_copied(row_pointers, run, weight.run_scale(row, run))
-                for row, row_pointers in zip(rows, pointers, strict=True)
-            ]
-            self._multiply(weights, [self._copied_x(token, run) for token in range(self.tokens)], sums[0])
+            multiply(run, sums[0], weight.load_copied, self._copied_x)
 
         for_range(b, I64(0), unrolled_end, multiply_unrolled, step=unrolled_runs)
         if unrolled_runs > 1:
-            for_range(b, unrolled_end, weight.direct_runs, lambda run: multiply(run, sums[0]))
+            for_range(b, unrolled_end, weight.direct_runs, lambda run: multiply_direct(run, sums[0]))
         for_range(b, weight.direct_runs, weight.runs, multiply_copied)
         for i, row in enumerate(rows):
             for token in range(self.tokens):
