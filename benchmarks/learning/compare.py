@@ -61,6 +61,9 @@ class Comparison:
         learners: by name.
     """
 
+    # options that rows of one folder may differ in
+    unshared = ("output", "steps", "methods")
+
     def __init__(self, args: argparse.Namespace, learners: Mapping[str, Learner] = LEARNERS):
         self.args = args
         self.learners = learners
@@ -95,8 +98,7 @@ class Comparison:
 
     def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
         """Common to all rows: the options, and the words after the names of model and texts."""
-        unshared = ("output", "steps", "methods", "picture")
-        options = {name: value for name, value in vars(self.args).items() if name not in unshared}
+        options = {name: value for name, value in vars(self.args).items() if name not in self.unshared}
         content = json.dumps(texts, sort_keys=True).encode()
         return options | {
             "weights": digest(parameter for _, parameter in sorted(self.model.named_parameters())),

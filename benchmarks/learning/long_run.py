@@ -64,6 +64,8 @@ class Seconds:
 class LongRun(Comparison):
     """The rows of a run, which one process after the other continues."""
 
+    unshared = (*Comparison.unshared, "picture")
+
     def learn_until(self, steps: int) -> bool:
         """Take the steps that are missing, and add the rows; return whether it has ended, without a signal."""
         # before any conversion

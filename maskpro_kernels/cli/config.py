@@ -307,13 +307,16 @@ def _words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         if f"--{name}" not in parser._option_string_actions or name in ("help", "resume"):
             raise ValueError(f"options: expected names of options of `{parser.prog}` in {str(path)!r}, got {name!r}")
         may_repeat = isinstance(parser._option_string_actions[f"--{name}"], argparse._AppendAction)
-        if isinstance(value, list) and may_repeat:
-            if not all(isinstance(item, str) for item in value):
+        if value is None or value == "null":
+            continue
+        if may_repeat and isinstance(value, (str, list)):
+            items = value if isinstance(value, list) else [value]
+            if not all(isinstance(item, str) for item in items):
                 raise ValueError(f"{name}: expected texts in {str(path)!r}, got {value!r}")
-            words += [f"--{name}={item}" for item in value]
+            words += [f"--{name}={item}" for item in items]
             continue
         if isinstance(value, (dict, list)):
             raise ValueError(f"{name}: expected one value in {str(path)!r}, got {value!r}")
-        if value not in (None, "", "null"):
+        if value != "":
             words.append(f"--{name}={value}")
     return words

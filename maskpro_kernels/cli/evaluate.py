@@ -64,6 +64,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     data = options.data or settings.get("data")
     measures = {}
     if prompts and (data is None or (options.data is None and not texts_of(data))):
+        _check_no_text_options(options)
         report("no perplexities, since there is no text: --data names others")
     else:
         measures = _measures_of(options, models, data, settings)
@@ -112,6 +113,13 @@ def _checked_prompts(options: Evaluate) -> list[str]:
         if not prompt.strip():
             raise ValueError(f"prompt: expected a text to continue, got {prompt!r}")
     return prompts
+
+
+def _check_no_text_options(options: Evaluate) -> None:
+    """Raise ValueError for an option of perplexities, which there are none of without a text."""
+    for name in ("protocol", "documents", "eval_windows", "eval_length"):
+        if (value := getattr(options, name)) != getattr(Evaluate, name):
+            raise ValueError(f"{name}: expected none without a text, which --data names, got {value}")
 
 
 def _measures_of(options: Evaluate, models: Sequence[str], data: str | None, settings: Mapping) -> dict[str, Measure]:

@@ -181,10 +181,13 @@ def test_prompts_in_a_file_of_options(inputs, tmp_path, capsys):
         assert main.main(["eval", str(tmp_path / file), str(inputs / "model"), *CPU]) == 0
         printed = capsys.readouterr().out.splitlines()
         assert [line for line in printed[1:] if line and not line.startswith(" ")] == prompts
-    (tmp_path / "options.json").write_text('{"prompt": ["w1", null]}', encoding="utf-8")
-    refuses(
-        capsys, tmp_path, ["eval", str(tmp_path / "options.json"), str(inputs / "model")], "prompt: expected texts in"
-    )
+    refused = ["eval", str(tmp_path / "options.json"), str(inputs / "model")]
+    for content, message in {
+        '{"prompt": ["w1", null]}': "prompt: expected texts in",
+        '{"prompt": ""}': "prompt: expected a text to continue, got ''",
+    }.items():
+        (tmp_path / "options.json").write_text(content, encoding="utf-8")
+        refuses(capsys, tmp_path, refused, message)
 
 
 def test_prompts_that_cannot_be_continued_are_refused(inputs, tmp_path, capsys):
@@ -200,6 +203,9 @@ def test_prompts_that_cannot_be_continued_are_refused(inputs, tmp_path, capsys):
     message = "--new-tokens: expected at most 64 tokens together with those of the prompt, the context of"
     refuses(capsys, tmp_path, [*eval_prompt, "w1 w2", "--new-tokens", "63"], message, "got 63 and 2")
     refuses(capsys, tmp_path, [*eval_prompt, "w1", "--prompt"], "argument --prompt: expected one argument")
+    for option, value in {"protocol": "word", "eval-windows": "3", "eval-length": "8"}.items():
+        message = f"{option}: expected none without a text, which --data names, got {value}"
+        refuses(capsys, tmp_path, [*eval_prompt, "w1", f"--{option}", value], message)
 
 
 def test_models_before_a_refused_one_are_printed(inputs, tmp_path, capsys):

@@ -113,6 +113,19 @@ def test_without_steps_the_result_is_the_initial_mask(estimator, inputs, tmp_pat
         assert_same_bits(model.get_submodule(name).weight, torch.where(mask, layers[name].weight, 0.0))
 
 
+def test_without_steps_weights_may_be_refitted(inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--estimator", "straight-through", "--refit", "weights", "--init", "magnitude", "--steps", "0"]
+    assert main.main(learn(inputs, run, *options)) == 0
+    assert "weights refitted" in capsys.readouterr().out
+    layers = {name: tiny_model().get_submodule(name) for name in report(run)["converted"]}
+    model = AutoModelForCausalLM.from_pretrained(run)
+    for name, codes in initial_codes(layers, "2:4", "magnitude").items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight != 0, mk.expand_mask(codes, "2:4"))
+        assert not torch.equal(weight[weight != 0], layers[name].weight[weight != 0])
+
+
 def test_the_defaults_of_an_estimator_hold_where_nothing_is_given(inputs):
     options = Learn(model=str(inputs / "model"), output="out")
     found = complete(options)
