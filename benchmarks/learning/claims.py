@@ -18,27 +18,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from compare import Comparison, checked, options
-from methods import OF_REINFORCE, OF_STRAIGHT_THROUGH, ONE_SHOT, Learner
+from methods import OF_REINFORCE, OF_STRAIGHT_THROUGH, ONE_SHOT, FlipRate, Learner
 from rows import best, settings_text, spread
 
-from maskpro_kernels.learn.estimator import Estimator
 from maskpro_kernels.learn.reinforce import Reinforce
 from maskpro_kernels.learn.straight_through import StraightThrough
-from maskpro_kernels.prune.convert import gap_for_flip_rate
-
-
-class FlipRate(Reinforce):
-    """REINFORCE whose first draws leave the initial mask in a share ``flips`` of the groups."""
-
-    name = "reinforce, tuned"
-
-    def __init__(self, *args, flips: float = 1e-2, **settings):
-        super().__init__(*args, **settings)
-        self.flips = flips
-
-    def settings(self) -> dict:
-        return super().settings() | {"flips": self.flips}
-
 
 # What the first seed tries. The more groups flip, the more a loss differs, and the further one rate moves the logits.
 SEARCH = [
@@ -61,11 +45,6 @@ class Claims(Comparison):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args, LEARNERS)
-
-    def gap_of(self, estimator: Estimator) -> float:
-        if isinstance(estimator, FlipRate):
-            return gap_for_flip_rate(estimator.flips, self.pattern)
-        return super().gap_of(estimator)
 
     def without_steps(self) -> None:
         """The rows of the dense model and of masks that take no steps, before any conversion."""

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from methods import LEARNERS, METHODS, ONE_SHOT, Learner, state_bytes
+from methods import LEARNERS, METHODS, ONE_SHOT, FlipRate, Learner, state_bytes
 from proxsparse import ProxSparse
 from rows import WITH_WEIGHTS, Rows, best, score, table
 from safetensors import safe_open
@@ -36,7 +36,7 @@ from maskpro_kernels.learn.estimator import Estimator
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.modules import MaskedLinear, initial_logits, masked_layers
 from maskpro_kernels.ops.pattern import NMPattern
-from maskpro_kernels.prune.convert import convert
+from maskpro_kernels.prune.convert import convert, gap_for_flip_rate
 from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.prune.selection import layers_to_convert
 from maskpro_kernels.prune.sparsegpt import sparsegpt
@@ -218,6 +218,8 @@ class Comparison:
 
     def gap_of(self, estimator: Estimator) -> float:
         """Initial logit of a kept weight over a dropped one."""
+        if isinstance(estimator, FlipRate):
+            return gap_for_flip_rate(estimator.flips, self.pattern)
         return self.learners[estimator.name].gap
 
     def learn(self, name: str, settings: Mapping, steps: int) -> None:

@@ -25,11 +25,10 @@ from compare import Comparison, checked, options
 from methods import LEARNERS, state_bytes
 from pictures import picture
 from rows import table
-from torch import Tensor
 
 from maskpro_kernels.cli.learn.steps import StopSignals
 from maskpro_kernels.files import read_record, write_record
-from maskpro_kernels.learn.estimator import StepRecord
+from maskpro_kernels.learn.estimator import Estimator, StepRecord
 from maskpro_kernels.learn.journal import JOURNAL
 from maskpro_kernels.learn.reinforce import Reinforce
 from maskpro_kernels.learn.trainer import MaskTrainer
@@ -68,30 +67,50 @@ class LongRun(Comparison):
 
     def learn_until(self, steps: int) -> bool:
         """Take the steps that are missing, and add the rows; return whether it has ended, without a signal."""
-        # before any conversion
+        self.initial_rows()
+        return self.take_steps(Reinforce.name, REINFORCE.options, steps, self.args.output)
+
+    def initial_rows(self) -> None:
+        """The rows of the dense model and of the initial mask, before any conversion."""
         self.dense  # noqa: B018
         self.one_shot(self.args.init)
+
+    def take_steps(self, name: str, settings: Mapping, steps: int, folder: Path, accumulate: int = 1) -> bool:
+        """Take the steps that a learner with these settings lacks, and add its rows on the way.
+
+        Args:
+            name: of the learner.
+            settings: of the rows.
+            steps: to end at.
+            folder: of the trainer's files and the seconds.
+            accumulate: batches a step.
+
+        Returns:
+            False if a signal came before the last step.
+        """
         codes, _ = self.initial(self.args.init)
-        self.put_mask(codes, REINFORCE.gap)
-        folder = self.args.output / "progress"
+        progress = folder / "progress"
         batches = self.batches[: self.args.batches]
-        estimator = Reinforce(**REINFORCE.options)
-        trainer = MaskTrainer(self.model, causal_lm_loss, batches, estimator, seed=self.args.seed, output_dir=folder)
-        with closing(trainer):
-            seconds = Seconds(self.args.output / "seconds.json", self.clock)
-            if (folder / JOURNAL).exists():
+        estimator = self.estimator_of(name, settings, steps)
+        self.put_mask(codes, self.gap_of(estimator))
+        trainer = MaskTrainer(
+            self.model,
+            causal_lm_loss,
+            batches,
+            estimator,
+            seed=self.args.seed,
+            output_dir=progress,
+            accumulate=accumulate,
+        )
+        state = state_bytes(estimator, trainer.layers)
+        digests = self.initial_digests(codes)
+        with closing(trainer), StopSignals() as signals:
+            seconds = Seconds(folder / "seconds.json", self.clock)
+            if (progress / JOURNAL).exists():
                 trainer.resume()
             else:
                 trainer.begin()
                 seconds.add()
-            return self._take_steps(trainer, steps, codes, seconds)
-
-    def _take_steps(self, trainer: MaskTrainer, steps: int, codes: Mapping[str, Tensor], seconds: Seconds) -> bool:
-        every = self.args.every
-        settings = REINFORCE.options
-        state = state_bytes(trainer.estimator, trainer.layers)
-        digests = self.initial_digests(codes)
-        with StopSignals() as signals:
 
             def after_step(record: StepRecord) -> bool:
                 seconds.add()
@@ -99,16 +118,20 @@ class LongRun(Comparison):
 
             while True:
                 done = trainer.steps_done
-                is_due = done > 0 and (done % every == 0 or done == steps)
+                is_due = done > 0 and (done % self.args.every == 0 or done == steps)
                 # the process before may have ended without the row of its last step
-                if is_due and self.rows.find(Reinforce.name, settings, done) is None:
+                if is_due and self.rows.find(name, settings, done) is None:
                     figures = {**digests, "changed_groups": self.changed(codes)}
-                    self.rows.add([self.row(Reinforce.name, settings, done, seconds.total, state, **figures)])
+                    self.rows.add([self.row(name, settings, done, seconds.total, state, **figures)])
                 if done >= steps or signals.came:
                     return done >= steps
                 seconds.start()
-                count = min(every - done % every, steps - done)
+                count = min(self.args.every - done % self.args.every, steps - done)
                 trainer.run(count, progress=False, after_step=after_step)
+
+    def estimator_of(self, name: str, settings: Mapping, steps: int) -> Estimator:
+        """A learner for so many steps."""
+        return self.learners[name].kind(**settings)
 
 
 def draw(rows: Sequence[Mapping], init: str, path: Path) -> None:
@@ -128,11 +151,17 @@ def draw(rows: Sequence[Mapping], init: str, path: Path) -> None:
         axes.legend(handles=[*scores, *groups])
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = options("REINFORCE as its authors run it, with rows on the way")
-    parser.set_defaults(init="wanda", steps=[10000])
+def long_options(description: str) -> argparse.ArgumentParser:
+    """The options of comparisons, and those of batches that repeat and of rows on the way."""
+    parser = options(description)
     parser.add_argument("--batches", type=int, default=64, help="distinct batches, which repeat (default: %(default)s)")
     parser.add_argument("--every", type=int, default=500, help="steps from a row to the next (default: %(default)s)")
+    return parser
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = long_options("REINFORCE as its authors run it, with rows on the way")
+    parser.set_defaults(init="wanda", steps=[10000])
     parser.add_argument("--picture", type=Path, metavar="FILE", help="picture to write")
     args = checked(parser, argv)
     for name in ("batches", "every"):

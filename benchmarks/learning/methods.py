@@ -16,6 +16,19 @@ from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.modules import MaskedLinear
 
 
+class FlipRate(Reinforce):
+    """REINFORCE whose first draws leave the initial mask in a share ``flips`` of the groups."""
+
+    name = "reinforce, tuned"
+
+    def __init__(self, *args, flips: float = 1e-2, **settings):
+        super().__init__(*args, **settings)
+        self.flips = flips
+
+    def settings(self) -> dict:
+        return super().settings() | {"flips": self.flips}
+
+
 @dataclass(frozen=True)
 class Learner:
     """A method that takes training steps from the initial mask.
