@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -32,6 +33,8 @@ def learn(options: Learn) -> None:
     """
     ranks = Ranks()
     ranks.connect()
+    # those of rank 0 are taken
+    ranks.agree(dataclasses.asdict(options))
     resuming = options.resume is not None
     stored = ranks.run_on_main(options_to_store, options)
     options = ranks.run_on_all(complete, stored, ranks.world_size, resuming)
