@@ -36,6 +36,8 @@ from .ops.pattern import METADATA_BLOCK, NMPattern, as_bitmask, bitmask_of, code
 from .ops.reference import INT4_GROUPS, INTEGERS, SCALED, dequantized, kept_values, scaled_group
 from .shards import local
 
+# Name of the quantization in the config of a checkpoint
+METHOD = "maskpro"
 # How values are stored: unchanged, or as integers with scales
 KEEP, INT8, INT4 = VALUE_KINDS = ("keep", "int8", "int4")
 # How the output layer beside packed layers is stored

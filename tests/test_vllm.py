@@ -30,9 +30,11 @@ def test_nothing_of_vllm_is_imported_before_it_asks():
     assert run(code).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("part", ["", "model_executor/__init__.py"])
-def test_a_vllm_with_another_interface_is_reported_in_one_line(part, tmp_path):
-    files = {"vllm/__init__.py": '__version__ = "9.8.7"\n'} | ({f"vllm/{part}": ""} if part else {})
+@pytest.mark.parametrize("files", [{}, {"vllm/model_executor/__init__.py": ""},
+                                   {"vllm/model_executor/__init__.py": "raise RuntimeError('of a release')"},
+                                   {"vllm/platforms.py": "raise OSError('of llvmlite')"}])  # fmt: skip
+def test_a_vllm_with_another_interface_is_reported_in_one_line(files, tmp_path):
+    files = {"vllm/__init__.py": '__version__ = "9.8.7"\n'} | files
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -16,10 +16,20 @@ from ..functional.checks import check_in_memory
 from ..modules import CounterState, MaskedLinear
 from ..ops.pattern import NMPattern
 from ..ops.reference import INT4_GROUPS, SCALED
-from ..packed import INT4, INT8, REPLACING, VALUE_KINDS, Int8Linear, NMLinear, PackedNM, dense_layer, packed_class
+from ..packed import (
+    INT4,
+    INT8,
+    METHOD,
+    REPLACING,
+    VALUE_KINDS,
+    Int8Linear,
+    NMLinear,
+    PackedNM,
+    dense_layer,
+    packed_class,
+)
 from ..unfuse import as_built, as_linears, fit_adapters, is_linear, refuse_merging, replace_modules, unfused_modules
 
-METHOD = "maskpro"
 VERSION = 1
 HOW_TO_LOAD = "import maskpro_kernels.hf before from_pretrained: transformers alone does not know these layers"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -11,22 +11,27 @@ from .releases import TRIED, logger
 
 
 def register() -> None:
-    """Register the quantization of packed checkpoints with vLLM.
+    """Register the quantization of packed checkpoints with vLLM; all else is imported for such a checkpoint.
 
-    If this release of vLLM lacks a part that it needs, it reports this in one line instead: vLLM then serves other
-    models, and refuses packed checkpoints by the name of their quantization, "maskpro".
+    If this fails, it reports the error in one line instead of raising it: vLLM then serves other models, and refuses
+    packed checkpoints by the name of their quantization, "maskpro".
     """
     from vllm import __version__
 
+    # vLLM calls this unguarded, and the errors of another release of vLLM may be any
     try:
-        from .config import register_config
+        from .registered import register_config
 
         register_config()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         logger.warning(
             "maskpro_kernels: packed checkpoints need vLLM %s, got %s: %s", " or ".join(TRIED), __version__, error
         )
-    show_empty_dict_of_llvmlite()
+    with suppress(Exception):
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            show_empty_dict_of_llvmlite()
 
 
 def show_empty_dict_of_llvmlite() -> None:
@@ -38,7 +43,6 @@ def show_empty_dict_of_llvmlite() -> None:
     product has run: with transformers before vLLM, or in a process's first engine before its second. vLLM calls
     ``register`` once in a process, before either, so llvmlite is imported here.
     """
-    with suppress(ImportError, AttributeError, TypeError):
-        from llvmlite.binding import ffi
+    from llvmlite.binding import ffi
 
-        ffi.lib._fntab.setdefault("__dict__", {})
+    ffi.lib._fntab.setdefault("__dict__", {})

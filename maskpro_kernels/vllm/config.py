@@ -11,37 +11,29 @@ from torch import nn
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from ..hf.quantizer import METHOD, SparseConfig, check_stored, names_in_int8
+from ..hf.quantizer import SparseConfig, check_stored, names_in_int8
 from ..ops.pattern import NMPattern
 from ..ops.reference import SCALED
+from ..packed import METHOD
 from .experts import Total, UnpackedExpertsMethod
 from .linear import HugePages, PackedLinearMethod, Storage
 from .names import matched
 from .output_layer import Int8OutputMethod
-from .releases import TRIED, warn_of
+from .registered import RegisteredConfig
+from .releases import warn_of
 
-# Methods of vLLM's class that it has to call
-NEEDED = ("apply_vllm_mapper", "maybe_update_config")
 # Parts of layers that vLLM fuses, where its model does not name them, as GPT-J
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Name of an expert's layer in the files, see ``unfuse.ExpertLinears``
 EXPERT = re.compile(r"\.experts\.linears\.(\w+)\.(\d+)\.")
 
 
-def register_config() -> None:
-    """Register ``PackedConfig``; AttributeError if vLLM would not call its methods."""
-    for name in NEEDED:
-        getattr(QuantizationConfig, name)
-    register_quantization_config(METHOD)(PackedConfig)
-
-
-class PackedConfig(QuantizationConfig):
+class PackedConfig(RegisteredConfig):
     """vLLM's view of a ``SparseConfig`` whose layers are packed.
 
     Args:
@@ -91,14 +83,6 @@ class PackedConfig(QuantizationConfig):
     @classmethod
     def get_min_capability(cls) -> int:
         return 75
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict) -> PackedConfig:
-        return cls(config)
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
         """Compare the files with the config, as transformers' loader does, and take the names in the files.
@@ -152,8 +136,6 @@ class PackedConfig(QuantizationConfig):
             matrices = {name.removeprefix(linears): x for name, x in self.layers.items() if name.startswith(linears)}
             if not matrices:
                 return None
-            if not hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
-                raise ValueError(f"vLLM: expected {TRIED[-1]} or newer for packed experts, got {vllm.__version__}")
             return UnpackedExpertsMethod(layer.moe_config, matrices, self._unpacked)
         # of some models vLLM names it ".lm_head"
         in_int8 = self.in_int8.get(prefix.removeprefix("."))

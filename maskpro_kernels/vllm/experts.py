@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..hf.quantizer import COPY_AGAIN
 from ..packed import KEEP
-from .linear import Storage
+from .linear import Storage, check_first_load, check_load_format, without_layer
 from .releases import logger
 
 
@@ -47,6 +48,7 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
     def create_weights(self, layer: nn.Module, num_experts: int, hidden_size: int,
                        intermediate_size_per_partition: int, params_dtype: torch.dtype,
                        **attributes) -> None:  # fmt: skip
+        check_load_format()
         super().create_weights(
             layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **attributes
         )
@@ -57,29 +59,36 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
         self.experts = layer.moe_config.num_logical_experts
         for side in ("w13", "w2"):
             weight = getattr(layer, f"{side}_weight")
+            load_dense = without_layer(weight.weight_loader, layer)
             # vLLM looks for the loader of a tensor in the parameter of its name
             for name in ("values", "bitmask", "scales"):
                 parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-                set_weight_attrs(parameter, {"weight_loader": self._loader(weight, name, weight.weight_loader)})
+                loader = self._loader(f"{side}_weight", name, load_dense)
+                set_weight_attrs(parameter, {"weight_loader": MethodType(loader, layer)})
                 layer.register_parameter(f"{side}_{name}", parameter)
-            weight.weight_loader = _dense_loader(weight.weight_loader)
+            weight.weight_loader = MethodType(_but_guards(load_dense), layer)
 
-    def _loader(self, weight: nn.Parameter, name: str, dense_loader: Callable) -> Callable:
+    def _loader(self, dense_name: str, name: str, load_dense: Callable) -> Callable:
         def load(
-            param: nn.Parameter, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int,
-            return_success: bool = False,
+            layer: nn.Module, param: nn.Parameter, loaded_weight: Tensor, weight_name: str, shard_id: str,
+            expert_id: int, return_success: bool = False,
         ) -> bool | None:  # fmt: skip
             # vLLM numbers copies of experts after all experts
             key = f"{self.matrix_names[shard_id]}.{expert_id % self.experts}"
             copy = f"{key}.{expert_id}"
             storage = self.matrices[key]
+            check_first_load(param, storage.name)
+            # not an argument: vLLM holds loaders, and replaces this parameter after loading
+            weight = getattr(layer, dense_name)
             tensors = self.pending.setdefault(copy, {})
             tensors[name] = loaded_weight.to(weight.device)
             if len(tensors) < (2 if storage.values == KEEP else 3):
                 return True if return_success else None
             packed = storage.packed(self.pending.pop(copy)).to(weight.dtype)
-            self.total.packed_bytes += packed.nbytes
-            return dense_loader(weight, packed.unpack(), "weight", shard_id, expert_id, return_success)
+            is_of_this_rank = load_dense(layer, weight, packed.unpack(), "weight", shard_id, expert_id, True)
+            if is_of_this_rank:
+                self.total.packed_bytes += packed.nbytes
+            return is_of_this_rank if return_success else None
 
         return load
 
@@ -103,11 +112,11 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
         super().process_weights_after_loading(layer)
 
 
-def _dense_loader(weight_loader: Callable) -> Callable:
-    def load(param: nn.Parameter, loaded_weight: Tensor, *arguments, **keywords) -> bool | None:
+def _but_guards(load_dense: Callable) -> Callable:
+    def load(layer: nn.Module, param: nn.Parameter, loaded_weight: Tensor, *arguments, **keywords) -> bool | None:
         if loaded_weight.dim() == 1:
             # not of this layer: ``guarded_state_dict``
             return True
-        return weight_loader(param, loaded_weight, *arguments, **keywords)
+        return load_dense(layer, param, loaded_weight, *arguments, **keywords)
 
     return load

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -15,13 +17,45 @@ from .. import ops
 from ..functional.checks import describe
 from ..hf.quantizer import COPY_AGAIN
 from ..ops.pattern import NMPattern
-from ..packed import INT4, INTEGER_KINDS, KEEP, PackedNM, move_into_huge_pages
+from ..packed import HUGE_PAGE, INT4, INTEGER_KINDS, KEEP, PackedNM, move_into_huge_pages
 
 DTYPES = {kind: dtype for dtype, kind in INTEGER_KINDS.items()}
 # Places of the parts of attention's fused layer
 PLACES = {"q": 0, "k": 1, "v": 2}
 # Dimensions of a weight, which vLLM's loaders cut
 DIMENSIONS = {"input_dim": 1, "output_dim": 0}
+# Formats of vLLM that write into parameters, or read other files, without their loaders
+WITHOUT_LOADERS = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
+# Bytes of weights that are moved into huge pages at a time
+MOVED_TOGETHER = 4 * HUGE_PAGE
+
+
+def check_load_format() -> None:
+    """Raise ValueError if the engine fills parameters without their loaders."""
+    load_format = get_current_vllm_config().load_config.load_format
+    if load_format in WITHOUT_LOADERS:
+        raise ValueError(
+            f"load_format: expected one that reads the tensors of a packed checkpoint, such as auto, got {load_format}"
+        )
+
+
+def check_first_load(param: Tensor, name: str) -> None:
+    """Raise ValueError if an engine loads its weights again, which vLLM first does with tensors without data."""
+    if param.is_meta:
+        raise ValueError(
+            f"reload_weights: expected a model without packed layers, got {name}; start another engine instead"
+        )
+
+
+def without_layer(weight_loader: Callable, layer: nn.Module) -> Callable:
+    """A loader of a layer as a function that does not hold it: its first argument is the layer.
+
+    vLLM holds the loaders of all engines of a process. Of these it replaces the layer in bound methods alone, so that a
+    layer which a closure holds would stay in memory.
+    """
+    if isinstance(weight_loader, MethodType) and weight_loader.__self__ is layer:
+        return weight_loader.__func__
+    return lambda _, *arguments, **keywords: weight_loader(*arguments, **keywords)
 
 
 def check_loaded(name: str, loaded: Tensor, columns: int, dtype: torch.dtype) -> None:
@@ -102,29 +136,18 @@ class Product(NamedTuple):
 
 
 class HugePages:
-    """Weights of a model on a CPU, which are moved into huge pages once the last layer is loaded.
+    """Weights of a model on a CPU, which are moved into huge pages as they are loaded.
 
-    Small weights share a page.
+    They are moved some at a time, since small neighbours share a page. The last ones, if they are few, stay.
     """
 
     def __init__(self):
-        self.layers = 0
-        self.layers_to_load = 0
         self.tensors: list[Tensor] = []
 
-    def add_layer(self) -> None:
-        """Count a layer that will be loaded."""
-        self.layers += 1
-        self.layers_to_load += 1
-
-    def add_loaded(self, tensors: Iterable[Tensor]) -> None:
-        """Add the weights of a loaded layer."""
-        if not self.layers_to_load:
-            # all are loaded again
-            self.layers_to_load = self.layers
-        self.layers_to_load -= 1
-        self.tensors += tensors
-        if not self.layers_to_load:
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Add the weights of a loaded layer, of which only those on a CPU are moved."""
+        self.tensors += [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        if sum(tensor.nbytes for tensor in self.tensors) >= MOVED_TOGETHER:
             move_into_huge_pages(self.tensors)
             self.tensors.clear()
 
@@ -154,6 +177,7 @@ class PackedLinearMethod(LinearMethodBase):
     def create_weights(self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int],
                        input_size: int, output_size: int, params_dtype: torch.dtype,
                        weight_loader: Callable, **attributes) -> None:  # fmt: skip
+        check_load_format()
         k = input_size_per_partition
         for part in self.parts:
             if part is not None:
@@ -164,7 +188,6 @@ class PackedLinearMethod(LinearMethodBase):
                 f"quantization_config: expected layers of one kind in {self.prefix} of vLLM's model, got "
                 f"{', '.join(kinds)}"
             )
-        self.pages.add_layer()
         self.columns = input_size
         self.sizes = list(output_partition_sizes)
 
@@ -198,28 +221,37 @@ class PackedLinearMethod(LinearMethodBase):
             return list(range(len(self.sizes)))
         if isinstance(shard[0], tuple):
             return list(shard[0])
-        return [PLACES.get(shard[0], shard[0])]
+        place = PLACES.get(shard[0], shard[0])
+        if place not in range(len(self.sizes)):
+            raise ValueError(
+                f"vLLM: expected parts q, k, v or 0 to {len(self.sizes) - 1} of the packed layer {self.prefix}, got "
+                f"{shard[0]!r}"
+            )
+        return [place]
 
     def _loader(self, layer: nn.Module, name: str, weight_loader: Callable) -> Callable:
-        def load(parameter: nn.Parameter, loaded: Tensor, *shard) -> None:
+        load_dense = without_layer(weight_loader, layer)
+
+        def load(layer: nn.Module, param: nn.Parameter, loaded_weight: Tensor, *shard) -> None:
             places = self._places(shard)
             part = self._part(places[0])
+            check_first_load(param, self.prefix)
             if name == "weight" and part is not None:
                 return
             rows = None if self.alike else getattr(layer, f"{name}_{places[0]}").data
             if rows is not None:
-                parameter = nn.Parameter(rows.new_empty(sum(self.sizes), rows.shape[1]), requires_grad=False)
-                set_weight_attrs(parameter, DIMENSIONS)
+                param = nn.Parameter(rows.new_empty(sum(self.sizes), rows.shape[1]), requires_grad=False)
+                set_weight_attrs(param, DIMENSIONS)
             if part is not None:
-                columns, dtype = part.tensors(self.columns, parameter.dtype)[name]
-                check_loaded(f"{part.name}.{name}", loaded, columns, dtype)
-            weight_loader(parameter, loaded, *shard)
+                columns, dtype = part.tensors(self.columns, param.dtype)[name]
+                check_loaded(f"{part.name}.{name}", loaded_weight, columns, dtype)
+            load_dense(layer, param, loaded_weight, *shard)
             if rows is not None:
                 product = self.products[places[0]]
-                rows.copy_(parameter.data[product.start : product.end])
+                rows.copy_(param.data[product.start : product.end])
             self.loaded |= {(name, place) for place in places}
 
-        return load
+        return MethodType(load, layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check the loaded tensors, and make the metadata of sparse tensor cores; on a CPU fill huge pages."""
@@ -245,7 +277,7 @@ class PackedLinearMethod(LinearMethodBase):
             for name in product.names if not self.alike else ():
                 if name != "weight" and hasattr(layer, name):
                     delattr(layer, name)
-        self.pages.add_loaded(x for product in self.products for x in self._tensors(layer, product).values())
+        self.pages.add(x for product in self.products for x in self._tensors(layer, product).values())
 
     def _tensors(self, layer: nn.Module, product: Product) -> dict[str, Tensor]:
         return {name: getattr(layer, layer_name).data for name, layer_name in product.names.items()}

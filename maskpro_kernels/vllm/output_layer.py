@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .. import ops
 from ..hf.quantizer import COPY_AGAIN
 from ..ops.reference import SCALED, dequantized
 from ..packed import check_int8_scales
-from .linear import DIMENSIONS, HugePages, check_loaded
+from .linear import DIMENSIONS, HugePages, check_first_load, check_load_format, check_loaded, without_layer
 
 # Rows that are dequantized at a time
 ROWS = 4096
@@ -37,26 +38,34 @@ class Int8OutputMethod(QuantizeMethodBase):
     def create_weights(self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int],
                        input_size: int, output_size: int, params_dtype: torch.dtype,
                        weight_loader: Callable, **attributes) -> None:  # fmt: skip
-        self.pages.add_layer()
+        check_load_format()
         rows = sum(output_partition_sizes)
         shapes = {"values": (input_size, torch.int8), "scales": (-(-input_size // SCALED), params_dtype)}
 
+        load_dense = without_layer(weight_loader, layer)
+
         def loader(name: str) -> Callable:
-            def load(parameter: nn.Parameter, loaded: Tensor) -> None:
-                check_loaded(f"{self.name}.{name}", loaded, *shapes[name])
-                weight_loader(parameter, loaded)
+            def load(layer: nn.Module, param: nn.Parameter, loaded_weight: Tensor) -> None:
+                check_first_load(param, self.name)
+                check_loaded(f"{self.name}.{name}", loaded_weight, *shapes[name])
+                load_dense(layer, param, loaded_weight)
                 self.loaded.add(name)
 
-            return load
+            return MethodType(load, layer)
 
         for name, (width, dtype) in shapes.items():
             parameter = nn.Parameter(torch.empty(rows, width, dtype=dtype), requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": loader(name), **DIMENSIONS, **attributes})
             layer.register_parameter(name, parameter)
-        # as in ``PackedLinearMethod``
-        weight = nn.Parameter(torch.empty(0, 0, dtype=params_dtype), requires_grad=False)
+        # as in ``PackedLinearMethod``. NaN, since vLLM lets two models whose output layers have equal weights share one
+        weight = nn.Parameter(torch.full((1, 1), torch.nan, dtype=params_dtype), requires_grad=False)
         set_weight_attrs(weight, {"weight_loader": lambda *_: None})
         layer.register_parameter("weight", weight)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        raise ValueError(
+            f"tie_word_embeddings: expected false for a checkpoint with its output layer {self.name} in int8, got true"
+        )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check the loaded tensors, and dequantize them on a GPU; on a CPU fill huge pages."""
@@ -74,11 +83,12 @@ class Int8OutputMethod(QuantizeMethodBase):
             weight = torch.cat([dequantized(*pair, scales.dtype) for pair in pairs])
             layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
             del layer.values, layer.scales
-        self.pages.add_loaded([values, scales] if values.device.type == "cpu" else [])
+        else:
+            self.pages.add([values, scales])
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., rows] of x [..., K]."""
-        if layer.weight.numel():
+        if layer.weight.device.type != "cpu":
             return nn.functional.linear(x, layer.weight, bias)
         y = ops.int8_linear(x.reshape(-1, x.shape[-1]).contiguous(), layer.values, layer.scales, bias)
         return y.view(*x.shape[:-1], y.shape[1])

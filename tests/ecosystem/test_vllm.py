@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.children import BENCHMARKS, ROOT, environment
 from verdict import served
 
@@ -47,25 +48,35 @@ def test_the_bytes_of_unpacked_experts_are_reported(of_architectures):
     assert printed.count("maskpro_kernels: the experts of 2 layers were unpacked: they take ") == 2
 
 
-def test_weights_are_moved_after_the_last_layer_of_each_load(monkeypatch):
+def test_weights_on_a_cpu_are_moved_some_at_a_time(monkeypatch):
     from maskpro_kernels.vllm import linear
 
     moved = []
     monkeypatch.setattr(linear, "move_into_huge_pages", lambda tensors: moved.append(list(tensors)))
     pages = linear.HugePages()
+    small, large = (torch.empty(count << 20, dtype=torch.uint8) for count in (3, 7))
+    for tensors in ([small, large.to("meta")], [small, small], [large], [small]):
+        pages.add(iter(tensors))
+    assert [[tensor.nbytes >> 20 for tensor in tensors] for tensors in moved] == [[3, 3, 3], [7, 3]]
 
-    def load(tensors: str, new_layers: int) -> None:
-        for _ in range(new_layers):
-            pages.add_layer()
-        for tensor in tensors:
-            pages.add_loaded([tensor])
 
-    load("ab", new_layers=2)
-    load("ab", new_layers=0)
-    # of a second model of the same configuration
-    load("c", new_layers=1)
-    load("abc", new_layers=0)
-    assert moved == [["a", "b"], ["a", "b"], ["c"], ["a", "b", "c"]]
+def test_the_rest_is_imported_for_packed_checkpoints_alone():
+    code = (
+        "import sys; from maskpro_kernels.vllm import register; register(); print('maskpro_kernels.hf' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout.splitlines()[-1] == "False" and "packed checkpoints need" not in done.stdout + done.stderr
+
+
+def test_parts_of_another_name_are_refused():
+    from maskpro_kernels.vllm.linear import PackedLinearMethod
+
+    method = PackedLinearMethod("layer", [None, None, None], pages=None)
+    method.sizes = [4, 2, 2]
+    assert method._places(("k",)) == [1] and method._places((2,)) == [2] and method._places(()) == [0, 1, 2]
+    for part in ("index_q", 3):
+        with pytest.raises(ValueError, match=f"^vLLM: expected parts q, k, v or 0 to 2 of .* layer, got {part!r}$"):
+            method._places((part,))
 
 
 def test_names_that_vllm_maps(tmp_path):
@@ -153,10 +164,22 @@ def test_checkpoints_that_vllm_cannot_serve_are_refused(tmp_path):
 
 def test_an_output_layer_in_int8(tmp_path):
     results, _ = run("output_layers", tmp_path)
+    assert "expected false for a checkpoint with its output layer lm_head in int8, got true" in results.pop("override")
     refused = {name: results.pop(name) for name in ("OPT", "Cohere")}
     assert results == dict.fromkeys(("tied", "odd", "GPT-J", "GPT-2", "Qwen2", "bfloat16"), True)
     for message in refused.values():
         assert "expected an output layer in the model's dtype for this model of vLLM, got int8 in lm_head" in message
+
+
+def test_engines_that_end_leave_no_layer_and_load_no_weights_again(tmp_path):
+    results, _ = run("lifecycle", tmp_path)
+    for name, figures in results.items():
+        assert figures["layers"] > 1 and figures["alive"] == 0, (name, figures)
+        assert "reload_weights: expected a model without packed layers, got " in figures["again"], name
+        expected = "load_format: expected one that reads the tensors of a packed checkpoint, such as auto, got dummy"
+        assert expected in figures["dummy"], name
+    # vLLM's product of experts on a CPU has a layout of its own
+    assert results["experts"]["held"] == {"w13": 0, "w2": 0}
 
 
 def test_two_ranks_share_an_output_layer_in_int8(tmp_path):

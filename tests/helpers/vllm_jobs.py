@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -341,6 +342,65 @@ def refusals(folder: Path) -> dict:
     return result | {"unread": failure(served, folder / "unread")}
 
 
+def lifecycle(folder: Path) -> dict:
+    """What is left of engines that have ended, and what they report of weights that are not of the first load."""
+    import gc
+
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    several = made("Llama")
+    pack(several, {f"model.layers.0.self_attn.{name}_proj": ("2:4", {"values": name_of_kind}) for name, name_of_kind in
+                   {"q": "keep", "k": "int8"}.items()})  # fmt: skip
+    write(several, folder / "several")
+    int8 = made("Llama")
+    mk.convert(int8, "2:4")
+    mk.finalize(int8, to="packed", output_layer="int8")
+    write(int8, folder / "int8")
+    experts = made("Qwen3-MoE")
+    mk.convert(experts, "2:4")
+    mk.finalize(experts, to="packed")
+    write(experts, folder / "experts")
+    sizes = {"w13": 4 * 2 * 64 * 128, "w2": 4 * 128 * 64}
+
+    def dense_experts() -> dict[str, int]:
+        """How many tensors with the weights of all experts of a layer there are."""
+        addresses = {name: set() for name in sizes}
+        for tensor in gc.get_objects():
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.dim() == 3:
+                for name, size in sizes.items():
+                    if tensor.numel() == size:
+                        addresses[name].add(tensor.data_ptr())
+        return {name: len(found) for name, found in addresses.items()}
+
+    def ended(name: str) -> tuple[list[weakref.ref], dict[str, int]]:
+        llm = engine(folder / name)
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        packed_names = ("QKVParallelLinear", "RoutedExperts", "ParallelLMHead")
+        layers = [weakref.ref(layer) for layer in model.modules() if type(layer).__name__ in packed_names]
+        # vLLM hides what there is once an engine has started
+        gc.unfreeze()
+        gc.collect()
+        held = dense_experts()
+        llm.llm_engine.engine_core.shutdown()
+        return layers, held
+
+    def reloaded(name: str) -> None:
+        engine(folder / name).collective_rpc("reload_weights")
+
+    result = {}
+    # vLLM itself keeps the first engine of a process
+    served(folder / "several")
+    for name in ("several", "int8", "experts"):
+        layers, held = ended(name)
+        cleanup_dist_env_and_memory()
+        gc.collect()
+        alive = sum(layer() is not None for layer in layers)
+        again = failure(reloaded, name)
+        dummy = failure(served, folder / name, load_format="dummy")
+        result[name] = {"layers": len(layers), "alive": alive, "held": held, "again": again, "dummy": dummy}
+    return result
+
+
 def products_of(model: nn.Module) -> dict[str, int]:
     """Number of products of each layer with packed parts."""
     methods = {name: getattr(module, "quant_method", None) for name, module in model.named_modules()}
@@ -533,6 +593,7 @@ def output_layers(folder: Path) -> dict:
         mk.finalize(model, to="packed", output_layer="int8")
         write(model, folder / name)
         result[name] = failure(served, folder / name)
+    result["override"] = failure(served, folder / "odd", hf_overrides={"tie_word_embeddings": True})
     result["bfloat16"] = served(folder / "odd", dtype="bfloat16") == expected(folder / "odd", "bfloat16")
     return result
 
@@ -547,7 +608,7 @@ JOBS = {
     job.__name__: job
     for job in (
         architectures, kinds, casts, ranks, cuts, features, damage, refusals, server, mapped, learned, orphans,
-        output_layers, output_layer_of_ranks,
+        output_layers, output_layer_of_ranks, lifecycle,
     )
 }  # fmt: skip
 
