@@ -685,9 +685,11 @@ class Int8Linear(nn.Module):
         *_, errors = args
         values = state_dict.get(f"{prefix}values", self.values)
         scales = state_dict.get(f"{prefix}scales", self.scales)
-        if values.dtype != torch.int8:
-            errors.append(f"state_dict: {prefix}values: expected {torch.int8}, got {describe(values)}")
-            return
+        for name, tensor, dtypes in (("values", values, (torch.int8,)), ("scales", scales, LOGIT_DTYPES)):
+            if tensor.dtype not in dtypes:
+                expected = " or ".join(map(str, dtypes))
+                errors.append(f"state_dict: {prefix}{name}: expected {expected}, got {describe(tensor)}")
+                return
         try:
             check_int8_scales(scales)
         except ValueError as error:

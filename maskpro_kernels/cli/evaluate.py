@@ -82,11 +82,12 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
             method = f"dense {name}" if name in bases else name
             row = {"method": method}
             # before the perplexities, which take longer: a prompt may be too long for this model
-            if prompts:
-                continuations[method] = _continuations(name, model, tokenizer, prompts, new_tokens)
+            texts = _continuations(name, model, tokenizer, prompts, new_tokens) if prompts else {}
             for text, measure in measures.items():
                 row |= {f"{text}{end}": figure for end, figure in measure(model, tokenizer).items()}
             rows.append(row)
+            if prompts:
+                continuations[method] = texts
             # before the next one
             del model
         if options.output is not None:

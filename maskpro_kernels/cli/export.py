@@ -17,7 +17,7 @@ from ..ops.cpu import cpu_multiplies
 from ..ops.pattern import NMPattern
 from ..packed import INT4, KEEP
 from ..prune.convert import convert, replace_layers
-from ..prune.finalize import finalize, int8_output_layer
+from ..prune.finalize import finalize, int8_output_layer, output_layer_of
 from ..prune.refit import put_weights
 from ..text.batches import MixedBatches, parse_sources
 from ..text.sources import SELF, load_text
@@ -99,7 +99,12 @@ def export(options: Export, source: str, output: str) -> None:
     calibration = calibration_of(Path(source), model, tokenizer) if options.values == INT4 else None
     progress = Progress("rounding", "layer")
     output_layer = options.output_layer
-    finalize(model, options.to, options.values, calibration=calibration, progress=progress, output_layer=output_layer)
+    beside_packed = output_layer
+    if rounding_dtype != dtype and output_layer != KEEP:
+        # rounded below, in the dtype of the checkpoint; but refused before the other layers, which take long
+        output_layer_of(model)
+        beside_packed = KEEP
+    finalize(model, options.to, options.values, calibration=calibration, progress=progress, output_layer=beside_packed)
     if rounding_dtype != dtype:
         rounded = model
         # other weights have the digits of the files, and some models keep float32 for a few

@@ -98,24 +98,38 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP, group: int
     return replacements.get(id(model), model)
 
 
-def int8_output_layer(model: nn.Module) -> dict[int, Int8Linear]:
-    """Round the output layer of a model of transformers to int8; return the new layer by the id of the present one.
+def output_layer_of(model: nn.Module) -> tuple[str, nn.Linear]:
+    """(name, output layer) of a model of transformers.
 
     Raises:
-        ValueError: if the model has no output layer that is an nn.Linear, it is tied in an encoder-decoder, which may
-            compute otherwise if it is not, or its weight is not in memory or not finite.
+        ValueError: if the model has no output layer that is an nn.Linear, it is none of the model's modules, it is tied
+            in an encoder-decoder, which may compute otherwise if it is not, or its weight is not in memory.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or not is_linear(head):
         kind = "none" if head is None else type(head).__name__
         raise ValueError(f"output_layer: expected a model whose output layer is an nn.Linear, got {kind}")
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None:
+        raise ValueError(
+            f"output_layer: expected one of the modules of {type(model).__name__}, got another {type(head).__name__}"
+        )
     if head.weight is model.get_input_embeddings().weight and model.config.is_encoder_decoder:
         raise ValueError(
             f"output_layer: expected a decoder, or an output layer of its own, got {type(model).__name__}, an "
             "encoder-decoder with a tied one"
         )
-    name = next(name for name, module in model.named_modules() if module is head)
     check_in_memory("model", head, name)
+    return name, head
+
+
+def int8_output_layer(model: nn.Module) -> dict[int, Int8Linear]:
+    """Round the output layer to int8; return the new layer by the id of the present one.
+
+    Raises:
+        ValueError: as in ``output_layer_of``, or its weight is not finite.
+    """
+    name, head = output_layer_of(model)
     with _naming(name):
         return {id(head): Int8Linear.from_dense(head)}
 

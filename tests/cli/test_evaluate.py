@@ -215,13 +215,18 @@ def test_models_before_a_refused_one_are_printed(inputs, tmp_path, capsys):
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
     text = str(inputs / "text.txt")
-    arguments = ["--data", text, "--eval-length", "8", "--prompt", "w1 w2", "--new-tokens", "7", *CPU]
-    assert main.main(["eval", model, str(short), *arguments]) == 2
-    captured = capsys.readouterr()
-    assert "--new-tokens: expected at most 8 tokens together with those of the prompt" in captured.err
-    title, figures, *_, continuation = captured.out.splitlines()
-    assert title.split() == ["held-out", "perplexity,", "float32", text] and figures.startswith(model)
-    assert continuation == f"  {model}  {continued(tiny_model(), 'w1 w2', 7)}"
+    for length, new_tokens, message in (
+        ("8", 7, "--new-tokens: expected at most 8 tokens together with those of the prompt"),
+        # after the continuation of its prompt
+        ("16", 2, "--eval-length: expected windows of at most 8 tokens"),
+    ):
+        arguments = ["--data", text, "--eval-length", length, "--prompt", "w1 w2", "--new-tokens", str(new_tokens)]
+        assert main.main(["eval", model, str(short), *arguments, *CPU]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        title, figures, _, _, prompt, continuation = captured.out.splitlines()
+        assert title.split() == ["held-out", "perplexity,", "float32", text] and figures.startswith(model)
+        assert prompt == "w1 w2" and continuation == f"  {model}  {continued(tiny_model(), 'w1 w2', new_tokens)}"
 
 
 def test_columns_are_as_wide_as_their_figures(capsys):

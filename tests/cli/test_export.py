@@ -193,10 +193,19 @@ def test_an_output_layer_in_int8(inputs, learned, tmp_path, capsys):
 
 def test_an_output_layer_beside_int4_is_rounded_in_the_dtype_of_the_checkpoint(run, tmp_path, rounded, monkeypatch):
     arguments = ["export", str(run), str(tmp_path / "out"), *INT4, "--output-layer", "int8", "--dtype", "bfloat16"]
+    from_dense = Int8Linear.from_dense
     for fast in (False, True):
         monkeypatch.setattr(export, "cpu_multiplies", lambda dtype, fast=fast: fast or dtype is torch.float32)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        dtypes = []
+
+        def noting(linear, dtypes=dtypes):
+            dtypes.append(linear.weight.dtype)
+            return from_dense(linear)
+
+        monkeypatch.setattr(Int8Linear, "from_dense", noting)
         assert main.main(arguments) == 0
+        assert dtypes == [torch.bfloat16]
         tensors = load_file(tmp_path / "out" / "model.safetensors")
         linear = torch.nn.Linear(32, 32, bias=False)
         linear.weight = torch.nn.Parameter(tensors["model.embed_tokens.weight"])

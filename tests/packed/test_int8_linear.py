@@ -39,7 +39,8 @@ def layer(k: int = 200, dtype=torch.float32, bias: bool = True) -> Int8Linear:
 def test_values_are_the_nearest(dtype):
     linear, rounded = dense(dtype=dtype), layer(dtype=dtype)
     assert rounded.values.shape == (24, 200) and rounded.scales.shape == (24, 2) and rounded.scales.dtype == dtype
-    assert rounded.bias.data_ptr() != linear.bias.data_ptr() or not rounded.bias.requires_grad
+    assert linear.bias.requires_grad and not rounded.bias.requires_grad
+    assert_same_bits(rounded.bias, linear.bias)
     each = rounded.scales.double().repeat_interleave(SCALED, dim=1)[:, :200]
     assert ((rounded.values * each - linear.weight.double()).abs() <= each * (0.5 + 2.0**-18)).all()
     # the block's largest value has no smaller scale
@@ -125,6 +126,8 @@ def test_copies_and_state_dicts():
         other.load_state_dict(damaged)
     with pytest.raises(RuntimeError, match="values: expected torch.int8, got"):
         other.load_state_dict({**rounded.state_dict(), "values": rounded.values.float()})
+    with pytest.raises(RuntimeError, match="scales: expected torch.float32 or torch.bfloat16 or torch.float16, got"):
+        other.load_state_dict({**rounded.state_dict(), "scales": rounded.scales.double()}, assign=True)
     assert_same_bits(other(x), rounded(x))
 
 
@@ -208,7 +211,7 @@ def rounded_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rounded.values, rounded.scales
 
 
-def test_models_without_such_an_output_layer_are_refused():
+def test_models_without_such_an_output_layer_are_refused(monkeypatch):
     model = tiny_model()
     mk.convert(model, "2:4")
     with pytest.raises(ValueError, match="output_layer: expected one of keep, int8, got 'int4'"):
@@ -220,6 +223,10 @@ def test_models_without_such_an_output_layer_are_refused():
     with pytest.raises(ValueError, match="output_layer: expected a model whose output layer is an nn.Linear, got none"):
         mk.finalize(linear, to="packed", output_layer="int8")
     assert isinstance(linear[0], mk.MaskedLinear)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "get_output_embeddings", lambda: nn.Linear(64, 8))
+        with pytest.raises(ValueError, match="output_layer: expected one of the modules of Llama.*, got another Linear"):
+            mk.finalize(model, to="packed", output_layer="int8")
     model.lm_head.weight.data[1, 2] = torch.nan
     with pytest.raises(ValueError, match="model: lm_head.weight: expected finite values for int8, got others"):
         mk.finalize(model, to="packed", output_layer="int8")

@@ -452,7 +452,8 @@ def _by_slices(kind: Packed, tokens: int, biased: bool) -> Product:
         cached_rows = max(RUN, CACHED_BYTES // (k * dtype.itemsize))
         for first in range(0, rows, cached_rows):
             part = slice(first, min(rows, first + cached_rows))
-            dense = unpack(tuple(x if x is None else x[part] for x in weight), 0, -(-k // RUN))
+            sliced = tuple(tensor if tensor is None else tensor[part] for tensor in weight)
+            dense = unpack(sliced, 0, -(-k // RUN))
             part_bias = None if bias is None else bias[part].to(dtype)
             out[..., part] = linear(operand, dense.to(dtype), part_bias)
         return out
