@@ -316,15 +316,19 @@ def quantized(values: Tensor, group: int = SCALED, kind: str = INT8) -> tuple[Te
         scales = (largest / 127).to(values.dtype)
         # a scale that was rounded down is too small for the largest value; take the next number, with bits one more
         too_small = scales.float() * 127 < largest
-        scales = (scales.view(INTEGERS[scales.itemsize]) + too_small).view(values.dtype)
+        bits = scales.view(INTEGERS[scales.itemsize]) + too_small
+        # near the largest number of the dtype 127 times a scale is infinite, and the number before serves
+        too_large = bits.view(values.dtype).float() * 127 > torch.finfo(values.dtype).max
+        scales = (bits - too_large.to(bits.dtype)).view(values.dtype)
     numbers = nearest_integers(blocks, scales, kind).flatten(1)[:, :count]
     return (packed_int4(numbers) if kind == INT4 else numbers.contiguous()), scales
 
 
 def nearest_integers(blocks: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """int8 [..., values]: float32 blocks in units of their scales [...], of INT4 from -8 to 7."""
+    """int8 [..., values]: float32 blocks in units of their scales [...], from -127 to 127, of INT4 from -8 to 7."""
     numbers = (blocks / scales.float().unsqueeze(-1)).nan_to_num_(0.0).round_()
-    return (numbers.clamp_(-8, 7) if kind == INT4 else numbers).to(torch.int8)
+    least, most = (-8, 7) if kind == INT4 else (-127, 127)
+    return numbers.clamp_(least, most).to(torch.int8)
 
 
 def least_squares_scales(blocks: Tensor, dtype: torch.dtype, weights: Tensor | float = 1.0) -> Tensor:

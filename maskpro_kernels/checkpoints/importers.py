@@ -197,6 +197,11 @@ def write_plain(source: str | Path, output: str | Path) -> bool:
                 f"{f'the format {unknown[0]}' if unknown else 'quantized weights'}; decompress it first, with "
                 "compressed-tensors"
             )
+        if compression.get("kv_cache_scheme") is not None:
+            raise ValueError(
+                "checkpoint: expected a cache in the model's dtype, got a kv_cache_scheme in config.json, whose scales "
+                "would be without a meaning; delete it there to import the weights alone"
+            )
         for scheme in schemes.values() if isinstance(schemes, dict) else ():
             marlin_24.check_scheme(scheme)
     for name, parts in names.items():

@@ -307,6 +307,10 @@ def test_other_quantizations_are_left_to_transformers_and_quantized_weights_refu
     config.write_text(json.dumps(settings | {"quantization_config": of_compression}))
     with pytest.raises(ValueError, match="checkpoint: expected weights in the format .* got the format pack-quantized"):
         write_plain(tmp_path / "in", tmp_path / "out")
+    of_compression |= {"format": "dense", "kv_cache_scheme": {"num_bits": 8}}
+    config.write_text(json.dumps(settings | {"quantization_config": of_compression}))
+    with pytest.raises(ValueError, match="checkpoint: expected a cache in the model's dtype, got a kv_cache_scheme in"):
+        write_plain(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -203,3 +203,16 @@ class TestModels:
         mk.finalize(model, to="packed", values="int8")
         with pytest.raises(ValueError, match="a packed model needs no KeptZeros"):
             KeptZeros(model.requires_grad_(), "2:4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_number_stays_finite(dtype):
+    largest = torch.finfo(dtype).max
+    linear = nn.Linear(64, 2, bias=False).to(dtype)
+    with torch.no_grad():
+        linear.weight[0, 3] = largest
+        linear.weight[1, 5] = -largest
+    weight = mk.Int8Linear.from_dense(linear).weight
+    assert weight.isfinite().all()
+    step = largest / 127
+    assert abs(weight[0, 3].item() - largest) < step and abs(weight[1, 5].item() + largest) < step
