@@ -11,7 +11,7 @@ from torch import nn
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
@@ -24,7 +24,6 @@ from .experts import Total, UnpackedExpertsMethod
 from .linear import HugePages, PackedLinearMethod, Storage
 from .names import matched
 from .output_layer import Int8OutputMethod
-from .registered import RegisteredConfig
 from .releases import warn_of
 
 # Parts of layers that vLLM fuses, where its model does not name them, as GPT-J
@@ -33,7 +32,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 EXPERT = re.compile(r"\.experts\.linears\.(\w+)\.(\d+)\.")
 
 
-class PackedConfig(RegisteredConfig):
+class PackedConfig(QuantizationConfig):
     """vLLM's view of a ``SparseConfig`` whose layers are packed.
 
     Args:
@@ -83,6 +82,14 @@ class PackedConfig(RegisteredConfig):
     @classmethod
     def get_min_capability(cls) -> int:
         return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict) -> PackedConfig:
+        return cls(config)
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
         """Compare the files with the config, as transformers' loader does, and take the names in the files.
