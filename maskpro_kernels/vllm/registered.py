@@ -21,7 +21,7 @@ def register_config() -> None:
 
 
 class RegisteredConfig(QuantizationConfig):
-    """Class that makes a ``PackedConfig`` instead of an instance, whose imports take two seconds that other models would wait for."""
+    """Class that makes a ``PackedConfig``, whose imports take seconds that other models would wait for."""
 
     @staticmethod
     def get_config_filenames() -> list[str]:
