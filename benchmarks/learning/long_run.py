@@ -25,12 +25,14 @@ from compare import Comparison, checked, options
 from methods import LEARNERS, state_bytes
 from pictures import picture
 from rows import table
+from torch import Tensor
 
 from maskpro_kernels.cli.learn.steps import StopSignals
 from maskpro_kernels.files import read_record, write_record
-from maskpro_kernels.learn.estimator import Estimator, StepRecord
+from maskpro_kernels.learn.estimator import Estimator, LossFn, StepRecord
 from maskpro_kernels.learn.journal import JOURNAL
 from maskpro_kernels.learn.reinforce import Reinforce
+from maskpro_kernels.learn.run import METRICS
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
@@ -88,25 +90,22 @@ class LongRun(Comparison):
         Returns:
             False if a signal came before the last step.
         """
-        codes, _ = self.initial(self.args.init)
         progress = folder / "progress"
-        batches = self.batches[: self.args.batches]
         estimator = self.estimator_of(name, settings, steps)
-        self.put_mask(codes, self.gap_of(estimator))
+        codes = self.put_start(estimator)
         trainer = MaskTrainer(
             self.model,
-            causal_lm_loss,
-            batches,
+            self.loss_of(name, settings),
+            self.batches_of(name, steps),
             estimator,
             seed=self.args.seed,
             output_dir=progress,
             accumulate=accumulate,
         )
-        state = state_bytes(estimator, trainer.layers)
         digests = self.initial_digests(codes)
         with closing(trainer), StopSignals() as signals:
             seconds = Seconds(folder / "seconds.json", self.clock)
-            if (progress / JOURNAL).exists():
+            if (progress / JOURNAL).exists() or (progress / METRICS).exists():
                 trainer.resume()
             else:
                 trainer.begin()
@@ -122,12 +121,30 @@ class LongRun(Comparison):
                 # the process before may have ended without the row of its last step
                 if is_due and self.rows.find(name, settings, done) is None:
                     figures = {**digests, "changed_groups": self.changed(codes)}
-                    self.rows.add([self.row(name, settings, done, seconds.total, state, **figures)])
+                    state = state_bytes(estimator, trainer.layers)
+                    self.rows.add([self.row_of(estimator, settings, done, seconds.total, state, **figures)])
                 if done >= steps or signals.came:
                     return done >= steps
                 seconds.start()
                 count = min(self.args.every - done % self.args.every, steps - done)
                 trainer.run(count, progress=False, after_step=after_step)
+
+    def batches_of(self, name: str, steps: int) -> Sequence:
+        return self.batches[: self.args.batches]
+
+    def put_start(self, estimator: Estimator) -> dict[str, Tensor]:
+        """Set logits and weights to those that a learner starts from; return the group codes by layer."""
+        codes, _ = self.initial(self.args.init)
+        self.put_mask(codes, self.gap_of(estimator))
+        return codes
+
+    def loss_of(self, name: str, settings: Mapping) -> LossFn:
+        """The loss that a learner with these settings descends."""
+        return causal_lm_loss
+
+    def row_of(self, estimator: Estimator, settings: Mapping, *figures: float, **learner_figures: object) -> dict:
+        """A row of the present result of a learner."""
+        return self.row(estimator.name, settings, *figures, **learner_figures)
 
     def estimator_of(self, name: str, settings: Mapping, steps: int) -> Estimator:
         """A learner for so many steps."""

@@ -73,6 +73,12 @@ class RelaxedMask(Estimator):
     def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor, step: int) -> Tensor | None:
         """Penalty added to the loss of the text, 0-dim; None: no penalty."""
 
+    def descend(self, name: str, layer: MaskedLinear, grad: Tensor, step: int) -> None:
+        """Move the learned tensor of a layer by its gradient, and its moments."""
+        moments = self._means[name], self._squares[name]
+        lr = self.lr_at(step)
+        adamw_(self.learned[name], grad, *moments, step + 1, lr, self.betas, self.eps, self.weight_decay)
+
     def after_update(self, layer: MaskedLinear, learned: Tensor) -> None:  # noqa: B027
         """Change after the step of AdamW, in place."""
 
@@ -137,10 +143,7 @@ class RelaxedMask(Estimator):
         for name in good:
             layer = step.layers[name]
             learned = self.learned[name]
-            moments = self._means[name], self._squares[name]
-            lr = self.lr_at(step.index)
-            decay = self.weight_decay
-            adamw_(learned, learned.grad.mul_(scale), *moments, step.index + 1, lr, self.betas, self.eps, decay)
+            self.descend(name, layer, learned.grad.mul_(scale), step.index)
             self.after_update(layer, learned)
         self._write_down(step.layers, good)
         return tuple(name for name in norms if name not in good)

@@ -189,6 +189,10 @@ class StraightThrough(Estimator):
         """Learning rate of a step, counted from 0."""
         return self._falling(self.lr, step)
 
+    def weight_lr_at(self, step: int) -> float:
+        """Learning rate of the weights in a step, counted from 0; 0 where they do not learn."""
+        return self._falling(self.train_weights or 0.0, step)
+
     def _falling(self, rate: float, step: int) -> float:
         return rate if self.steps is None else rate * max(1.0 - step / self.steps, 0.0)
 
@@ -208,9 +212,9 @@ class StraightThrough(Estimator):
         for squares in self._squares:
             squares.begin(self.lr_at(step), self.decay)
         try:
+            weight_lr = self.weight_lr_at(step)
             for name, updater in self._updaters.items():
                 updater.layer.logits.grad = None
-                weight_lr = self._falling(self.train_weights or 0.0, step)
                 updater.begin(weight_lr, backward_pass, fisher.get(name))
                 updater.layer.logits_backward = updater
             backward_pass.watch()

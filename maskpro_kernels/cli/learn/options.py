@@ -91,7 +91,8 @@ def estimator_of(options: Learn) -> Estimator:
     """Make the estimator of complete options; ValueError or TypeError if one is out of its range."""
     if options.estimator == "reinforce":
         return Reinforce(lr=options.lr)
-    return StraightThrough(steps=max(options.steps, 1), lr=options.lr, train_weights=options.train_weights)
+    # without steps there is no gap to cross
+    return StraightThrough(steps=options.steps or None, lr=options.lr, train_weights=options.train_weights)
 
 
 def trackers_of(options: Learn) -> tuple[str, ...]:

@@ -1,0 +1,169 @@
+"""Learners of all weights whose mask is the N largest magnitudes of each group: SR-STE and CAST.
+
+SR-STE (Zhou et al. 2021, arXiv 2102.04010) multiplies by the masked weights, and moves kept and dropped weights by the
+gradient of the masked ones. The gradient of a dropped weight w gets ``decay`` * w in addition, so that it is kept less
+easily again. The mask is chosen anew in each step.
+
+CAST (Huang et al. 2025, arXiv 2509.25996) multiplies by all weights, times a learned scale for each block of a row. Its
+AdamS adds lambda_t * sign(w) to the first moment of weights outside the mask; the result moves the weights, and its
+square enters the second moment. lambda_t rises linearly over the first ``rising`` of the steps, so that at the end
+little is left to drop. The mask is chosen anew every 10 steps. The dense model teaches. The paper's L1 decay is put in
+here where the authors' earlier trainer (arXiv 2407.20584) has an L2 decay.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from relaxed import RelaxedMask, adamw_
+from torch import Tensor
+
+from maskpro_kernels.functional.masks import expand_mask, top_n_mask
+from maskpro_kernels.learn.estimator import check_float
+from maskpro_kernels.modules import MaskedLinear
+
+# Columns of a row that share a scale of CAST
+BLOCK = 64
+
+
+class Magnitudes(RelaxedMask):
+    """Base of learners of all weights; ``learned`` is the float32 weight, and may have further columns.
+
+    Args:
+        steps: how many there will be.
+        lr: of Adam; falls linearly to 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    # steps from a choice of the mask to the next
+    every: ClassVar[int] = 1
+
+    def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
+        super().begin(layers)
+        self._kept = {name: self._mask(layer, self.learned[name]) for name, layer in layers.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {f"{name}/kept": mask for name, mask in self._kept.items()}
+
+    def start(self, layer: MaskedLinear) -> Tensor:
+        return layer.weight.detach().float().clone()
+
+    def lr_at(self, step: int) -> float:
+        return self.lr * (1.0 - step / self.steps)
+
+    def dense(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
+        """The dense weight [out, K]."""
+        return learned
+
+    def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
+        return top_n_mask(self.dense(layer, learned.detach()).abs(), layer.pattern)
+
+    def descend(self, name: str, layer: MaskedLinear, grad: Tensor, step: int) -> None:
+        self.move(name, layer, grad, self._kept[name], step)
+        if (step + 1) % self.every == 0:
+            self._kept[name].copy_(self._mask(layer, self.learned[name]))
+
+    @abstractmethod
+    def move(self, name: str, layer: MaskedLinear, grad: Tensor, kept: Tensor, step: int) -> None:
+        """Move the weights of a layer by their gradient, under the mask ``kept``, bool [out, K]."""
+
+    def _mask(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
+        return expand_mask(self.codes(layer, learned), layer.pattern)
+
+    def sparse_weights(self, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
+        """The learned weights [out, K] under their masks, in the weights' dtypes, by layer."""
+        weights = {}
+        for name, learned in self.learned.items():
+            layer = layers[name]
+            weight = self.dense(layer, learned.detach()) * self._mask(layer, learned)
+            weights[name] = weight.to(layer.weight.dtype)
+        return weights
+
+
+class SRSTE(Magnitudes):
+    """SR-STE, with Adam instead of its momentum.
+
+    Args:
+        steps, lr: as for ``Magnitudes``.
+        decay: lambda_W of the paper.
+    """
+
+    name = "sr-ste"
+    options = {"lr": 1e-4, "decay": 2e-4}
+
+    def __init__(self, steps: int, lr: float = 1e-4, decay: float = 2e-4):
+        super().__init__(steps, lr)
+        check_float("decay", decay, 0.0)
+        self.decay = float(decay)
+
+    def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
+        mask = self._mask(layer, learned)
+        # the value of the masked weight, and its gradient for kept and dropped weights
+        return learned.detach() * mask + (learned - learned.detach())
+
+    def move(self, name: str, layer: MaskedLinear, grad: Tensor, kept: Tensor, step: int) -> None:
+        learned = self.learned[name]
+        grad.add_(learned.detach() * ~kept, alpha=self.decay)
+        moments = self._means[name], self._squares[name]
+        adamw_(learned, grad, *moments, step + 1, self.lr_at(step), self.betas, self.eps, self.weight_decay)
+
+
+class CAST(Magnitudes):
+    """CAST with its AdamS.
+
+    Args:
+        steps, lr: as for ``Magnitudes``.
+        decay: lambda_t at its highest, relative to the root mean square of a layer's gradients.
+        rising: share of the steps over which lambda_t rises.
+    """
+
+    name = "cast"
+    options = {"lr": 1e-3, "decay": 10.0, "rising": 0.5}
+    every = 10
+
+    def __init__(self, steps: int, lr: float = 1e-3, decay: float = 10.0, rising: float = 0.5):
+        super().__init__(steps, lr)
+        check_float("decay", decay, 0.0)
+        check_float("rising", rising, 0.0, 1.0, strict=True)
+        self.decay = float(decay)
+        self.rising = float(rising)
+
+    def start(self, layer: MaskedLinear) -> Tensor:
+        weight = super().start(layer)
+        scales = weight.new_ones(len(weight), -(-layer.in_features // BLOCK))
+        return torch.cat([weight, scales], 1)
+
+    def dense(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
+        k = layer.in_features
+        scales = learned[:, k:].repeat_interleave(BLOCK, 1)[:, :k]
+        return learned[:, :k] * scales
+
+    def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
+        return self.dense(layer, learned)
+
+    def decay_at(self, step: int) -> float:
+        return self.decay * min((step + 1) / (self.rising * self.steps), 1.0)
+
+    def move(self, name: str, layer: MaskedLinear, grad: Tensor, kept: Tensor, step: int) -> None:
+        learned = self.learned[name].detach()
+        mean = self._means[name]
+        square = self._squares[name]
+        first, second = self.betas
+        mean.lerp_(grad, 1.0 - first)
+        count = step + 1
+        update = mean / (1.0 - first**count)
+        weights = learned[:, : layer.in_features]
+        strength = self.decay_at(step) * float(grad.square().mean().sqrt())
+        update[:, : layer.in_features].add_(weights.sign() * ~kept, alpha=strength)
+        square.lerp_(update.square(), 1.0 - second)
+        root = (square / (1.0 - second**count)).sqrt_().add_(self.eps)
+        lr = self.lr_at(step)
+        before = weights.sign()
+        learned.addcdiv_(update, root, value=-lr)
+        # a dropped weight that has come to 0 stays there
+        weights.masked_fill_(~kept & (weights.sign() == -before), 0.0)
