@@ -54,8 +54,8 @@ def round_model(model: torch.nn.Module, calibration, group: int) -> None:
     masks = WeightsOfBlock(layers, {}, {})
     rounded = {}
 
-    def visit(names, gram):
-        upper = inverse_factor(gram)
+    def visit(names, moments):
+        upper = inverse_factor(moments.gram)
         for name in names:
             pair = None
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,22 @@ GRAM_BYTES = 1 << 30
 # (arguments, keywords) of a call of a module
 Call = tuple[tuple, dict]
 
-# A function that improves layers with the same input, one after the other, by the input's Gram matrix
-Visit = Callable[[Sequence[str], Tensor], Iterator[None]]
+
+class Moments(NamedTuple):
+    """Sums over the tokens of all batches.
+
+    Attributes:
+        gram: X^T X, float32 [K, K], of the inputs X [tokens, K] of a layer.
+        cross: X^T Z, float32 [K, K], with the inputs Z [tokens, K] that the dense model gives the layer; None if they
+            were not asked for, or X and Z have other tokens, as those of experts.
+    """
+
+    gram: Tensor
+    cross: Tensor | None = None
+
+
+# A function that improves layers with the same input, one after the other, by the input's moments
+Visit = Callable[[Sequence[str], Moments], Iterator[None]]
 
 # Layers whose inputs do not depend on each other, in groups of names with the same input tensor; only experts have
 # several groups. And whether each runs once in a forward pass, all after the same tensor
@@ -123,28 +138,60 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
     return sums | {name: torch.ones(layer.in_features, device=layer.weight.device) for name, layer in unseen.items()}
 
 
-def gram_matrices(
-    module: nn.Module, calls: Iterable[Call], layers: Sequence[nn.Module], stop: bool = False
-) -> list[Tensor | None]:
-    """X^T X, float32 [K, K], of each layer's inputs X over all calls of a module; None for a layer without input.
+def input_moments(
+    module: nn.Module,
+    calls: Iterable[Call],
+    layers: Sequence[nn.Module],
+    stop: bool = False,
+    dense: Sequence[Iterable[Tensor] | None] | None = None,
+) -> list[Moments | None]:
+    """Moments of each layer's inputs over all calls of a module; None for a layer without input.
 
-    ``stop``: end a forward pass at the first input of a layer.
+    Args:
+        stop: end a forward pass at the first input of a layer.
+        dense: inputs that the dense model gives each layer, see ``layer_inputs``; None: no cross moments.
     """
-    grams: list[Tensor | None] = [None] * len(layers)
+    moments: list[Moments | None] = [None] * len(layers)
+    dense_inputs = [None if inputs is None else iter(inputs) for inputs in dense or [None] * len(layers)]
 
     def add(index: int, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
-        if grams[index] is None:
-            grams[index] = x.new_zeros(x.shape[1], x.shape[1])
-        grams[index].addmm_(x.T, x)
+        of_dense = dense_inputs[index]
+        if moments[index] is None:
+            gram = x.new_zeros(x.shape[1], x.shape[1])
+            moments[index] = Moments(gram, None if of_dense is None else torch.zeros_like(gram))
+        moments[index].gram.addmm_(x.T, x)
+        if of_dense is not None:
+            moments[index].cross.addmm_(x.T, next(of_dense).float())
         if stop:
             raise StopForward
 
+    _watch(module, calls, layers, add)
+    return moments
+
+
+def layer_inputs(
+    module: nn.Module, calls: Iterable[Call], layers: Sequence[nn.Module], stop: bool = False
+) -> list[list[Tensor]]:
+    """Inputs [tokens, K] of each layer, in the order of all calls of a module, in their own dtype."""
+    inputs: list[list[Tensor]] = [[] for _ in layers]
+
+    def add(index: int, x: Tensor) -> None:
+        inputs[index].append(x.reshape(-1, x.shape[-1]))
+        if stop:
+            raise StopForward
+
+    _watch(module, calls, layers, add)
+    return inputs
+
+
+def _watch(
+    module: nn.Module, calls: Iterable[Call], layers: Sequence[nn.Module], add: Callable[[int, Tensor], None]
+) -> None:
     with watching_inputs((layer, partial(add, index)) for index, layer in enumerate(layers)):
         for call in calls:
             with suppress(StopForward):
                 run_call(module, call)
-    return grams
 
 
 def _check_all_reached(model: nn.Module, unseen: Mapping[str, nn.Module]) -> None:
@@ -175,6 +222,7 @@ class LayerMasks:
         codes: group codes [out, K / M] by name, so far.
         patterns: of the codes.
         weights: refitted weights [out, K] by name, as new tensors.
+        paused: whether the model runs with its dense weights, see ``dense_pass``.
         may_stop: whether a forward pass may end inside of a block.
     """
 
@@ -185,6 +233,7 @@ class LayerMasks:
         self.patterns = patterns
         self.codes = dict(codes)
         self.weights = {}
+        self.paused = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -193,6 +242,8 @@ class LayerMasks:
         def forward(name: str, layer: nn.Module, input: Tensor) -> Tensor:
             # it replaces a forward whose input a hook may have moved
             input = input.to(layer.weight.device)
+            if self.paused:
+                return nn.functional.linear(input, layer.weight, layer.bias)
             weight = self.weights.get(name, layer.weight)
             if name not in self.codes:
                 return nn.functional.linear(input, weight, layer.bias)
@@ -209,8 +260,17 @@ class LayerMasks:
                 if instance_forward is not None:
                     layer.forward = instance_forward
 
+    @contextmanager
+    def dense_pass(self) -> Iterator[None]:
+        """Run the model with its dense weights, inside the context, which is inside of ``running``."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
     def enter_block(self, block: nn.Module) -> None:
-        """Prepare for the layers of a block; no block before it runs again."""
+        """Prepare for the layers of a block; no block before it runs again under masks."""
 
     def dense(self, name: str) -> Tensor:
         """Dense weight [out, K] of a layer."""
@@ -254,6 +314,16 @@ class ShardedMasks(LayerMasks):
                     yield
             finally:
                 self._leave_block()
+
+    @contextmanager
+    def dense_pass(self) -> Iterator[None]:
+        self._put_dense()
+        try:
+            yield
+        finally:
+            reshard(self._model)
+            for name in self._dense:
+                self._mask(name)
 
     def enter_block(self, block: nn.Module) -> None:
         self._leave_block()
@@ -305,10 +375,13 @@ class ShardedMasks(LayerMasks):
         local(self.layers[name].weight).copy_(torch.where(kept, weight, 0.0))
 
     @torch.no_grad()
-    def _leave_block(self) -> None:
+    def _put_dense(self) -> None:
         reshard(self._model)
         for name, dense in self._dense.items():
             local(self.layers[name].weight).copy_(dense)
+
+    def _leave_block(self) -> None:
+        self._put_dense()
         self._dense.clear()
 
 
@@ -323,36 +396,52 @@ def masks_of(
 
 def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call],
                    masks: LayerMasks, visit: Visit, unvisited: str,
-                   progress: Callable[[int, int], None] | None) -> list[str]:  # fmt: skip
+                   progress: Callable[[int, int], None] | None, with_dense: bool = False) -> list[str]:  # fmt: skip
     """Visit layers in the order in which they run, on all batches, each under the masks of the layers before.
 
     In a chain of blocks only the inputs of one block and one Gram matrix are in memory; for experts of a mixture as
-    many matrices as fit into GRAM_BYTES. Otherwise the whole model runs for every layer.
+    many matrices as fit into GRAM_BYTES. Otherwise the whole model runs for every layer. With ``with_dense`` the dense
+    model runs as well, and its inputs of the block and of the layer are in memory, and a second matrix.
 
     Args:
         masks: masks to run the model under.
-        visit: gets the names of layers with the same input, and its Gram matrix on their device; yields after each
-            layer.
+        visit: gets the names of layers with the same input, and its moments on their device; yields after each layer.
         unvisited: for a warning, what experts without tokens get. Their names are returned.
         progress: called with (layers done, layers in all) before the first layer and after each.
+        with_dense: whether moments have the cross moments with the inputs that the dense model gives.
     """
     report = progress or (lambda done, total: None)
     visited = []
+    experts = expert_groups(model)
+    dense_blocks = calls_by_block(model, layers, calls)
     report(0, len(layers))
     with evaluating(model), _without_cache(model), masks.running():
         for module, block_calls in calls_by_block(model, layers, calls):
+            if with_dense:
+                with masks.dense_pass():
+                    _, dense_calls = next(dense_blocks)
             masks.enter_block(module)
             for stage, once in layers_in_order(module, block_calls, layers):
                 for groups in _held_together(stage, layers):
                     # if each layer runs once, the forward pass can end at its input
                     stop = once and masks.may_stop
                     first = [layers[names[0]] for names in groups]
-                    for names, gram in zip(groups, gram_matrices(module, block_calls, first, stop), strict=True):
+                    dense = None
+                    # masks change which experts a token goes to
+                    if with_dense and not any(layer in experts for layer in first):
+                        with masks.dense_pass():
+                            dense = layer_inputs(module, dense_calls, first, stop)
+                    for names, moments in zip(
+                        groups, input_moments(module, block_calls, first, stop, dense), strict=True
+                    ):
                         # masks of earlier layers may have changed the routing, so that an expert has no token
-                        if gram is None:
+                        if moments is None:
                             continue
-                        _check_finite(names[0], gram)
-                        steps = visit(names, gram.to(layers[names[0]].weight.device))
+                        for matrix in filter(torch.is_tensor, moments):
+                            _check_finite(names[0], matrix)
+                        device = layers[names[0]].weight.device
+                        cross = None if moments.cross is None else moments.cross.to(device)
+                        steps = visit(names, Moments(moments.gram.to(device), cross))
                         for name, _ in zip(names, steps, strict=True):
                             visited.append(name)
                             report(len(visited), len(layers))

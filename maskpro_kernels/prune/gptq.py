@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..functional.masks import expand_mask
 from ..ops.pattern import NMPattern, bitmask_of
 from ..packed import INT4, PackedNM, least_squares_scales, nearest_integers, packed_int4
-from .calibration import calls_of, layer_by_layer
+from .calibration import Moments, calls_of, layer_by_layer
 from .refit import DAMPING, PIECE
 from .sparsegpt import BLOCK, WeightsOfBlock, column_by_column, inverse_factor
 
@@ -53,7 +53,8 @@ def gptq(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mapping[str, 
     masks = WeightsOfBlock(layers, codes, patterns)
     rounded = {}
 
-    def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
+    def visit(names: Sequence[str], moments: Moments) -> Iterator[None]:
+        gram = moments.gram
         upper = inverse_factor(gram)
         # without any input each error counts the same
         gram.diagonal().add_(DAMPING * gram.diagonal().mean() or 1.0)

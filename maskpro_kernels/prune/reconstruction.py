@@ -5,10 +5,10 @@ d H d^T with d = w * m - w. A closed form gives the swap of each group that lowe
 ``swap_descent`` applies many swaps together as long as E falls. SparseSwaps (arXiv 2512.10922) descends on the same
 error.
 
-With a refit of weights the error is that after the kept values are refitted (``swap_and_refit``). For the dropped set D
-and A = H^-1 it is E(S) = w_D A_DD^-1 w_D^T. With the refitted row v and g = (w - v) H, dropping i raises it by v_i^2 /
-(H_SS^-1)_ii, and keeping j lowers it by g_j^2 / (H_jj - H_jS H_SS^-1 H_Sj). docs/mathematics.md derives these and the
-cost of a swap.
+With a refit of weights the error is that after the kept values are refitted to a target t (``swap_and_refit``). For the
+dropped set D and B = H^-1 it is E(S) = t_D B_DD^-1 t_D^T. With the refitted row v and g = (t - v) H, dropping i raises
+it by v_i^2 / (H_SS^-1)_ii, and keeping j lowers it by g_j^2 / (H_jj - H_jS H_SS^-1 H_Sj). docs/mathematics.md derives
+these and the cost of a swap.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..functional.checks import check_codes, check_one_of
 from ..ops.pattern import NMPattern
-from .calibration import calls_of, layer_by_layer, masks_of
-from .refit import DAMPING, FITS, PIECE, conjugate_gradients, refit_rows, row_errors
+from .calibration import Moments, calls_of, layer_by_layer, masks_of
+from .refit import DAMPING, FITS, PIECE, conjugate_gradients, refit_rows, row_errors, target_of, target_shift
 
 # At first, one in FIRST_SHARE of a row's groups may swap together
 FIRST_SHARE = 16
@@ -76,13 +76,17 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
     calls = calls_of(calibration)
     masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 
-    def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
-        ordered, group_blocks = by_place(gram, pattern.m, DAMPING)
+    def visit(names: Sequence[str], moments: Moments) -> Iterator[None]:
+        ordered, group_blocks = by_place(moments.gram, pattern.m, DAMPING)
+        shift = target_shift(moments)
+        if shift is not None:
+            shift, _ = by_place(shift, pattern.m)
         swapped = partial(descend_rows, gram=ordered, blocks=group_blocks, pattern=pattern, sweeps=SWEEPS)
 
         def fitted(weight: Tensor, codes: Tensor) -> list[Tensor]:
             kept = kept_of(codes, pattern.m).view(weight.shape) > 0
-            return [from_places(refit_rows(to_places(weight, pattern.m), kept, ordered, FITS[refit])[0], pattern.m)]
+            fitted_rows, _ = refit_rows(to_places(weight, pattern.m), kept, ordered, FITS[refit], shift)
+            return [from_places(fitted_rows, pattern.m)]
 
         for name in names:
             weight = masks.dense(name)
@@ -90,7 +94,7 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
             refitted = None
             if refit == "weights":
                 blocks = conditional_blocks(layer_codes, ordered, pattern)
-                both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern)
+                both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern, shift=shift)
                 layer_codes, refitted, _ = masks.by_rows(both, weight, layer_codes)
             else:
                 layer_codes, _ = masks.by_rows(swapped, weight, layer_codes)
@@ -99,7 +103,8 @@ def reconstruct(model: nn.Module, layers: Mapping[str, nn.Module], codes: Mappin
             masks.put(name, layer_codes, refitted)
             yield
 
-    layer_by_layer(model, layers, calls, masks, visit, "keep their masks and weights", progress)
+    unvisited = "keep their masks and weights"
+    layer_by_layer(model, layers, calls, masks, visit, unvisited, progress, with_dense=refit != "none")
     return Reconstruction(masks.codes, masks.weights)
 
 
@@ -263,8 +268,9 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
 
 
 def swap_and_refit(
-    weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int = REFITTED_SWEEPS
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int = REFITTED_SWEEPS,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Lower the error after a refit by swaps within groups, then refit; no row's error rises.
 
     Args:
@@ -273,6 +279,7 @@ def swap_and_refit(
         gram, pattern: as for ``conditional_blocks``.
         blocks: from ``conditional_blocks``, of these or more rows.
         sweeps: the most sweeps.
+        shift: see ``target_shift``, in the order of ``by_place``.
 
     Returns:
         (group codes [out, K / M]; weight [out, K] in its dtype with refitted kept values and dense dropped values;
@@ -283,11 +290,12 @@ def swap_and_refit(
     for w, start in zip(weight.split(rows), codes.split(rows), strict=True):
         ordered = to_places(w, pattern.m)
         dense = ordered.float()
-        swapped_codes, fitted = _descend_refitted(dense, start, gram, blocks, pattern, sweeps)
+        target = target_of(dense, shift)
+        swapped_codes, fitted = _descend_refitted(target, start, gram, blocks, pattern, sweeps)
         kept = kept_of(swapped_codes, pattern.m).view(dense.shape)
-        fitted = conjugate_gradients(dense, fitted, kept, gram)[0].to(w.dtype)
-        before = row_errors(dense - dense * kept_of(start, pattern.m).view(dense.shape), gram)
-        after = row_errors(dense - fitted.float() * kept, gram)
+        fitted = conjugate_gradients(target, fitted, kept, gram)[0].to(w.dtype)
+        before = row_errors(target - dense * kept_of(start, pattern.m).view(dense.shape), gram)
+        after = row_errors(target - fitted.float() * kept, gram)
         # also false for NaN
         better = (after < before)[:, None]
         refitted = torch.where(better & (kept > 0), fitted, ordered)
@@ -296,20 +304,20 @@ def swap_and_refit(
     return tuple(torch.cat(tensors) for tensors in zip(*pieces, strict=True))
 
 
-def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
+def _descend_refitted(target: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
     """(group codes, refitted kept values with zeros elsewhere) for rows in the order of ``by_place``."""
     rows, groups = codes.shape
     n = pattern.n
     m = pattern.m
 
     def refitted(start: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fitted, product = conjugate_gradients(dense, start, kept, gram, ITERATIONS)
-        return fitted, product, ((dense - fitted) * product).sum(1)
+        fitted, product = conjugate_gradients(target, start, kept, gram, ITERATIONS)
+        return fitted, product, ((target - fitted) * product).sum(1)
 
     kept = kept_of(codes, m).view(rows, -1)
-    fitted, product, error = refitted(dense * kept, kept)
+    fitted, product, error = refitted(target * kept, kept)
     curvature = blocks.diagonal(dim1=0, dim2=1).T.reshape(-1)
-    count = torch.full((rows,), max(1, groups // FIRST_SHARE), device=dense.device)
+    count = torch.full((rows,), max(1, groups // FIRST_SHARE), device=target.device)
     for _ in range(sweeps):
         dropped_product = product * (1 - kept)
         # the value of each dropped weight if it were kept and nothing else of its group changed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..functional.masks import expand_mask, top_n_mask
 from ..ops.pattern import NMPattern
-from .calibration import LayerMasks, calls_of, layer_by_layer
+from .calibration import LayerMasks, Moments, calls_of, layer_by_layer
 from .reconstruction import Reconstruction
 from .refit import DAMPING
 
@@ -122,7 +122,8 @@ def sparsegpt(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str | 
     codes: dict[str, Tensor] = {}
     masks = (LayerMasks if keep_weights else WeightsOfBlock)(layers, {}, {})
 
-    def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
+    def visit(names: Sequence[str], moments: Moments) -> Iterator[None]:
+        gram = moments.gram
         upper = inverse_factor(gram)
         for name in names:
             weight = layers[name].weight.detach()

@@ -13,7 +13,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.cli import main
 from maskpro_kernels.prune import initial_masks
-from maskpro_kernels.prune.calibration import calls_of, gram_matrices, input_squares
+from maskpro_kernels.prune.calibration import calls_of, input_moments, input_squares, layer_inputs
 from maskpro_kernels.prune.initial_masks import initial_codes
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -68,11 +68,18 @@ def test_what_layers_see_is_summed_over_batches_and_hooks_are_removed():
     with torch.no_grad():
         inputs = {"0": flat, "2": model[1](model[0](flat))}
     squares = input_squares(model, layers_of(model), iter(batches))
-    grams = gram_matrices(model, calls_of(batches), [model[0], nn.Linear(2, 2), model[2]])
-    assert grams[1] is None
-    for name, gram in zip(("0", "2"), (grams[0], grams[2]), strict=True):
+    moments = input_moments(model, calls_of(batches), [model[0], nn.Linear(2, 2), model[2]])
+    assert moments[1] is None
+    for name, (gram, cross) in zip(("0", "2"), (moments[0], moments[2]), strict=True):
         torch.testing.assert_close(squares[name], inputs[name].square().sum(0))
         torch.testing.assert_close(gram.detach(), inputs[name].T @ inputs[name])
+        assert cross is None
+    # of another model, as the dense one: X^T D
+    of_other = layer_inputs(two_layers(), calls_of(batches), [model[0], model[2]])
+    assert of_other == [[], []]
+    dense = [[2.0 * x.detach() for x in of_layer] for of_layer in layer_inputs(model, calls_of(batches), [model[2]])]
+    ((_, cross),) = input_moments(model, calls_of(batches), [model[2]], dense=dense)
+    torch.testing.assert_close(cross.detach(), 2.0 * inputs["2"].T @ inputs["2"])
     with pytest.raises(RuntimeError):
         input_squares(model, layers_of(model), [torch.ones(2, 3)])
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -97,9 +104,9 @@ def test_a_forward_pass_ends_where_nothing_after_it_is_wanted():
     model = two_layers()
     reached = []
     model[2].register_forward_pre_hook(lambda *_: reached.append(True))
-    gram_matrices(model, calls_of([torch.ones(2, 8)] * 3), [model[0]], stop=True)
+    input_moments(model, calls_of([torch.ones(2, 8)] * 3), [model[0]], stop=True)
     assert not reached
-    gram_matrices(model, calls_of([torch.ones(2, 8)] * 3), [model[0]])
+    input_moments(model, calls_of([torch.ones(2, 8)] * 3), [model[0]])
     assert len(reached) == 3
 
 

@@ -16,7 +16,8 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune import refit as refits
-from maskpro_kernels.prune.refit import FITS, conjugate_gradients, refit_rows, row_errors
+from maskpro_kernels.prune.calibration import Moments
+from maskpro_kernels.prune.refit import FITS, conjugate_gradients, refit_rows, row_errors, target_shift
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -105,28 +106,45 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
     torch.testing.assert_close(whole, pieces, rtol=1e-5, atol=1e-6)
 
 
+def seen_by(model, layer, batches) -> torch.Tensor:
+    """Inputs of a layer, [tokens, K] in float64."""
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    handle.remove()
+    return torch.cat(seen).double()
+
+
 @pytest.mark.parametrize("to", FITS)
 def test_each_layer_sees_the_inputs_of_the_model_refitted_so_far(to, monkeypatch):
-    """By hand: the whole model runs for every layer, whose weight is then replaced."""
+    """By hand: the whole model and the dense one run for every layer, whose weight is then replaced."""
     # to the end: the order of sums differs, and a row might end an iteration sooner
     monkeypatch.setattr(refits, "conjugate_gradients", partial(conjugate_gradients, iterations=99, least_fall=0))
     model, batches = Blocks().to(KERNEL_DEVICE), inputs()
     mk.convert(model, "2:4")
-    by_hand = Blocks().to(KERNEL_DEVICE)
+    by_hand = Blocks().to(KERNEL_DEVICE).eval()
+    whole = Blocks().to(KERNEL_DEVICE).eval()
     mk.convert(by_hand, "2:4")
     dense = {name: layer.weight.clone() for name, layer in masked_layers(model).items()}
-    for layer in masked_layers(by_hand.eval()).values():
-        seen = []
-        handle = layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
-            for x in batches:
-                by_hand(x)
-        handle.remove()
-        x = torch.cat(seen)
+    for name, layer in masked_layers(by_hand).items():
+        x = seen_by(by_hand, layer, batches)
+        d = seen_by(whole, whole.get_submodule(name), batches)
+        w = dense[name].detach().double()
         gram = x.T @ x
-        gram.diagonal().add_(0.01 * gram.diagonal().mean())
+        damping = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+        # half of the target is the output on the present inputs, half that of the dense model
+        moments = 0.5 * gram @ w.T + 0.5 * x.T @ d @ w.T + damping @ w.T
+        target = torch.linalg.solve(gram + damping, moments).T
         kept = mk.expand_mask(mk.top_n_mask(layer.logits.detach(), "2:4"), "2:4")
-        layer.weight.data.copy_(refit_rows(layer.weight.data, kept, gram, FITS[to])[0])
+        if to == "weights":
+            fitted = torch.where(kept, exact_weights(target, kept, gram + damping), w)
+        else:
+            masked = w * kept
+            product = masked @ (gram + damping)
+            fitted = w * ((product * target).sum(1) / (product * masked).sum(1))[:, None]
+        layer.weight.data.copy_(fitted)
     done = []
     shares = mk.refit(model, batches, to, progress=lambda *counts: done.append(counts))
     assert done == [(count, 4) for count in range(5)]
@@ -136,6 +154,15 @@ def test_each_layer_sees_the_inputs_of_the_model_refitted_so_far(to, monkeypatch
         assert_same_bits(layer.bias, other.bias)
         assert_same_bits(layer.logits, other.logits)
         assert layer.weight_changed and not layer.weight.requires_grad and not layer.weight.is_inference()
+
+
+def test_the_target_without_inputs_of_the_dense_model_is_the_dense_weight():
+    gram = torch.diag(torch.arange(1.0, 9.0))
+    assert target_shift(Moments(gram)) is None
+    # equal inputs
+    torch.testing.assert_close(target_shift(Moments(gram, gram.clone())), torch.zeros(8, 8))
+    # no inputs at all
+    assert target_shift(Moments(torch.zeros(8, 8), torch.zeros(8, 8))) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)], ids=str)

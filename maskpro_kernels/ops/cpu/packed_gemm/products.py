@@ -278,9 +278,9 @@ def _by_unpacking(kind: Packed, x: Tensor, weight: WeightTensors, bias: Tensor |
 def _check_product(product: Product, kind: Packed, tokens: int, biased: bool) -> None:
     """Raise unless a small product is as close to float64 as torch's: compilers may have bugs."""
     generator = torch.Generator("cpu").manual_seed(0)
-    # more rows than are expanded at once; whole steps and scales of each code, and an incomplete last run
+    # more rows and runs than are expanded at once; whole steps and scales of each code, and an incomplete last run
     rows = 35
-    groups = 9 * RUN // kind.m + kind.values_per_element
+    groups = 17 * RUN // kind.m + kind.values_per_element
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(kind.x)
