@@ -56,3 +56,5 @@ def test_names_in_the_files_are_matched_with_those_in_the_config():
     assert matched(expected, reversed(expected.values())) == expected
     with pytest.raises(ValueError, match="^checkpoint: expected model.layers.2.mlp.up_proj in the layers of its"):
         matched(["model.layers.2.mlp.up_proj"], expected.values())
+    with pytest.raises(ValueError, match="^checkpoint: expected one layer of the name a.0.x, got b.0.x and c.0.x; "):
+        matched(["b.0.x", "c.0.x"], ["a.0.x"])

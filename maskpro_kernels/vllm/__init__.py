@@ -5,8 +5,6 @@ vLLM finds ``register`` by the entry point in pyproject.toml and calls it in eac
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from .releases import TRIED, logger
 
 
@@ -20,18 +18,17 @@ def register() -> None:
 
     # vLLM calls this unguarded, and the errors of another release of vLLM may be any
     try:
+        from vllm.platforms import current_platform
+
         from .registered import register_config
 
+        if current_platform.is_cpu():
+            show_empty_dict_of_llvmlite()
         register_config()
     except Exception as error:
         logger.warning(
             "maskpro_kernels: packed checkpoints need vLLM %s, got %s: %s", " or ".join(TRIED), __version__, error
         )
-    with suppress(Exception):
-        from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
-            show_empty_dict_of_llvmlite()
 
 
 def show_empty_dict_of_llvmlite() -> None:

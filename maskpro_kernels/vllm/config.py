@@ -24,7 +24,7 @@ from .experts import Total, UnpackedExpertsMethod
 from .linear import HugePages, PackedLinearMethod, Storage
 from .names import matched
 from .output_layer import Int8OutputMethod
-from .releases import warn_of
+from .releases import logger, warn_of
 
 # Parts of layers that vLLM fuses, where its model does not name them, as GPT-J
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -59,6 +59,8 @@ class PackedConfig(QuantizationConfig):
             )
         self._config = checked
         self._unpacked = Total()
+        # layers of vLLM's model, whose weights it takes
+        self._taken: set[str] = set()
         self._pages = HugePages()
         # names of weights of a wrong shape, see ``guarded_state_dict``
         self._guards: list[str] = []
@@ -134,6 +136,14 @@ class PackedConfig(QuantizationConfig):
                 "quantization_config: expected an output layer in the model's dtype for this model of vLLM, got int8 "
                 f"in {min(ignored)}; export the checkpoint without --output-layer"
             )
+        left = [storage.name for name, storage in self.layers.items() if name not in self._taken]
+        if left and get_pp_group().world_size == 1:
+            logger.warning(
+                "maskpro_kernels: vLLM's model has no place for the packed weights of %d layers, such as %s; where it "
+                "has such a layer, export the checkpoint with this layer dense",
+                len(left),
+                left[0],
+            )
         renamed = {EXPERT: r".experts.\2.\1.", **{re.compile(f"^{re.escape(name)}$"): None for name in self._guards}}
         return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=renamed)
 
@@ -143,6 +153,7 @@ class PackedConfig(QuantizationConfig):
             matrices = {name.removeprefix(linears): x for name, x in self.layers.items() if name.startswith(linears)}
             if not matrices:
                 return None
+            self._taken |= {f"{linears}{name}" for name in matrices}
             return UnpackedExpertsMethod(layer.moe_config, matrices, self._unpacked)
         # of some models vLLM names it ".lm_head"
         in_int8 = self.in_int8.get(prefix.removeprefix("."))
@@ -160,11 +171,12 @@ class PackedConfig(QuantizationConfig):
                     f"{self.layers[prefix].name!r}, which is {type(layer).__name__} there"
                 )
             return None
-        parts = [self.layers.get(prefix)]
-        if parts == [None]:
+        names = [prefix]
+        if prefix not in self.layers:
             parent, dot, last = prefix.rpartition(".")
-            names = self.packed_modules_mapping.get(last, FUSED.get(last, ()))
-            parts = [self.layers.get(f"{parent}{dot}{name}") for name in names]
+            names = [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(last, FUSED.get(last, ()))]
+        parts = [self.layers.get(name) for name in names]
         if not any(parts):
             return UnquantizedLinearMethod()
+        self._taken.update(names)
         return PackedLinearMethod(prefix, parts, self._pages)

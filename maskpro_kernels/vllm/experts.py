@@ -23,7 +23,6 @@ class Total:
 
     layers: int = 0
     loaded_layers: int = 0
-    packed_bytes: int = 0
     dense_bytes: int = 0
 
 
@@ -42,8 +41,9 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
         super().__init__(moe)
         self.matrices = matrices
         self.total = total
-        # tensors by name, of matrices that are not complete
-        self.pending: dict[str, dict[str, Tensor]] = {}
+        # of (matrix, number of the expert among all and their copies): tensors by name, of those that are not complete
+        self.pending: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self.unpacked: set[tuple[str, int]] = set()
 
     def create_weights(self, layer: nn.Module, num_experts: int, hidden_size: int,
                        intermediate_size_per_partition: int, params_dtype: torch.dtype,
@@ -74,30 +74,34 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
             expert_id: int, return_success: bool = False,
         ) -> bool | None:  # fmt: skip
             # vLLM numbers copies of experts after all experts
-            key = f"{self.matrix_names[shard_id]}.{expert_id % self.experts}"
-            copy = f"{key}.{expert_id}"
-            storage = self.matrices[key]
+            matrix = f"{self.matrix_names[shard_id]}.{expert_id % self.experts}"
+            storage = self.matrices[matrix]
             check_first_load(param, storage.name)
+            if not layer.expert_map_manager.is_local_expert(expert_id):
+                return False if return_success else None
             # not an argument: vLLM holds loaders, and replaces this parameter after loading
             weight = getattr(layer, dense_name)
-            tensors = self.pending.setdefault(copy, {})
-            tensors[name] = loaded_weight.to(weight.device)
-            if len(tensors) < (2 if storage.values == KEEP else 3):
-                return True if return_success else None
-            packed = storage.packed(self.pending.pop(copy)).to(weight.dtype)
-            is_of_this_rank = load_dense(layer, weight, packed.unpack(), "weight", shard_id, expert_id, True)
-            if is_of_this_rank:
-                self.total.packed_bytes += packed.nbytes
-            return is_of_this_rank if return_success else None
+            tensors = self.pending.setdefault((matrix, expert_id), {})
+            # a copy: some loaders free a file's tensors after it
+            tensors[name] = loaded_weight.to(weight.device, copy=True)
+            if len(tensors) == (2 if storage.values == KEEP else 3):
+                packed = storage.packed(self.pending.pop((matrix, expert_id)), weight.dtype)
+                load_dense(layer, weight, packed.unpack(), "weight", shard_id, expert_id)
+                self.unpacked.add((matrix, expert_id))
+            return True if return_success else None
 
         return load
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        for copy, tensors in self.pending.items():
-            storage = self.matrices[copy.rpartition(".")[0]]
-            raise ValueError(
-                f"checkpoint: expected all tensors of {storage.name}, got {min(tensors)} alone; {COPY_AGAIN}"
-            )
+        for expert_id in layer.expert_map_manager.get_local_expert_ids():
+            for matrix, storage in self.matrices.items():
+                is_of_expert = matrix.endswith(f".{expert_id % self.experts}")
+                if is_of_expert and (matrix, expert_id) not in self.unpacked:
+                    tensors = self.pending.get((matrix, expert_id), {})
+                    raise ValueError(
+                        f"checkpoint: expected all tensors of {storage.name}, got {' and '.join(tensors) or 'none'}; "
+                        f"{COPY_AGAIN}, or vLLM's model does not load them"
+                    )
         for side in ("w13", "w2"):
             for name in ("values", "bitmask", "scales"):
                 delattr(layer, f"{side}_{name}")
@@ -105,10 +109,10 @@ class UnpackedExpertsMethod(UnquantizedFusedMoEMethod):
         self.total.loaded_layers += 1
         if self.total.loaded_layers == self.total.layers:
             logger.warning(
-                "maskpro_kernels: the experts of %d layers were unpacked: they take %d bytes on this rank, %d packed "
-                "in the checkpoint",
-                self.total.layers, self.total.dense_bytes, self.total.packed_bytes,
-            )  # fmt: skip
+                "maskpro_kernels: the experts of %d layers were unpacked: they take %d bytes on this rank",
+                self.total.layers,
+                self.total.dense_bytes,
+            )
         super().process_weights_after_loading(layer)
 
 

@@ -17,9 +17,11 @@ from .. import ops
 from ..functional.checks import describe
 from ..hf.quantizer import COPY_AGAIN
 from ..ops.pattern import NMPattern
-from ..packed import HUGE_PAGE, INT4, INTEGER_KINDS, KEEP, PackedNM, move_into_huge_pages
+from ..packed import HUGE_PAGE, INT4, INT8, INTEGER_KINDS, KEEP, PackedNM, move_into_huge_pages
 
 DTYPES = {kind: dtype for dtype, kind in INTEGER_KINDS.items()}
+# Largest integers
+LARGEST = {INT8: 127, INT4: 8}
 # Places of the parts of attention's fused layer
 PLACES = {"q": 0, "k": 1, "v": 2}
 # Dimensions of a weight, which vLLM's loaders cut
@@ -58,12 +60,25 @@ def without_layer(weight_loader: Callable, layer: nn.Module) -> Callable:
     return lambda _, *arguments, **keywords: weight_loader(*arguments, **keywords)
 
 
-def check_loaded(name: str, loaded: Tensor, columns: int, dtype: torch.dtype) -> None:
-    """Raise ValueError unless a tensor of the checkpoint has these columns, and a dtype that converts to this."""
+def check_loaded(name: str, loaded: Tensor, columns: int, dtype: torch.dtype, integer: int = 1) -> None:
+    """Raise ValueError unless a tensor of the checkpoint has these columns, and numbers that a dtype can have.
+
+    ``integer`` is the largest integer that is multiplied by one of the numbers.
+    """
     converts = loaded.dtype.is_floating_point if dtype.is_floating_point else loaded.dtype == dtype
     if not converts or loaded.dim() != 2 or loaded.shape[1] != columns:
         raise ValueError(
             f"checkpoint: {name}: expected {columns} columns of {dtype}, got {describe(loaded)}; {COPY_AGAIN}"
+        )
+    if not dtype.is_floating_point or not loaded.numel():
+        return
+    if integer == 1 and torch.finfo(dtype).max >= torch.finfo(loaded.dtype).max:
+        return
+    largest = loaded.masked_fill(~loaded.isfinite(), 0.0).abs().max().float() * integer
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"dtype: expected one that has the weights of {name}, up to {largest:g}, got {dtype}; serve it in bfloat16 "
+            "or float32"
         )
 
 
@@ -112,10 +127,11 @@ class Storage(NamedTuple):
         whole_blocks = self.values == KEEP or k // self.pattern.m * self.pattern.n % self.group == 0
         return k == columns or (whole_bytes and whole_blocks)
 
-    def packed(self, tensors: dict[str, Tensor]) -> PackedNM:
+    def packed(self, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> PackedNM:
         """Make a checked weight of loaded tensors; ValueError, as of transformers' loader, if they are damaged."""
         try:
-            return PackedNM(**tensors, pattern=self.pattern).check()
+            packed = PackedNM(**tensors, pattern=self.pattern).check()
+            return packed if dtype is None else packed.to(dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(f"checkpoint: {self.name}.{error}") from error
 
@@ -244,7 +260,8 @@ class PackedLinearMethod(LinearMethodBase):
                 set_weight_attrs(param, DIMENSIONS)
             if part is not None:
                 columns, dtype = part.tensors(self.columns, param.dtype)[name]
-                check_loaded(f"{part.name}.{name}", loaded_weight, columns, dtype)
+                integer = LARGEST[part.values] if name == "scales" else 1
+                check_loaded(f"{part.name}.{name}", loaded_weight, columns, dtype, integer)
             load_dense(layer, param, loaded_weight, *shard)
             if rows is not None:
                 product = self.products[places[0]]

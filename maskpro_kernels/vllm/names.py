@@ -26,6 +26,13 @@ def matched(file_names: Iterable[str], config_names: Iterable[str]) -> dict[str,
                 f"{COPY_AGAIN}, with its config.json"
             )
         found[name] = max(candidates, key=functools.partial(_words_in_common, name))
+    layers: dict[str, str] = {}
+    for name, layer in found.items():
+        if layers.setdefault(layer, name) != name:
+            raise ValueError(
+                f"checkpoint: expected one layer of the name {layer}, got {layers[layer]} and {name}; {COPY_AGAIN}, "
+                "with its config.json"
+            )
     return found
 
 

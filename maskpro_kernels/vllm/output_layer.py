@@ -13,8 +13,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from .. import ops
 from ..hf.quantizer import COPY_AGAIN
 from ..ops.reference import SCALED, dequantized
-from ..packed import check_int8_scales
-from .linear import DIMENSIONS, HugePages, check_first_load, check_load_format, check_loaded, without_layer
+from ..packed import INT8, check_int8_scales
+from .linear import DIMENSIONS, LARGEST, HugePages, check_first_load, check_load_format, check_loaded, without_layer
 
 # Rows that are dequantized at a time
 ROWS = 4096
@@ -47,7 +47,7 @@ class Int8OutputMethod(QuantizeMethodBase):
         def loader(name: str) -> Callable:
             def load(layer: nn.Module, param: nn.Parameter, loaded_weight: Tensor) -> None:
                 check_first_load(param, self.name)
-                check_loaded(f"{self.name}.{name}", loaded_weight, *shapes[name])
+                check_loaded(f"{self.name}.{name}", loaded_weight, *shapes[name], LARGEST[INT8])
                 load_dense(layer, param, loaded_weight)
                 self.loaded.add(name)
 
@@ -79,8 +79,10 @@ class Int8OutputMethod(QuantizeMethodBase):
         except ValueError as error:
             raise ValueError(f"checkpoint: {self.name}.{error}") from error
         if values.device.type != "cpu":
-            pairs = zip(values.split(ROWS), scales.split(ROWS), strict=True)
-            weight = torch.cat([dequantized(*pair, scales.dtype) for pair in pairs])
+            weight = torch.empty_like(values, dtype=scales.dtype)
+            for parts in zip(weight.split(ROWS), values.split(ROWS), scales.split(ROWS), strict=True):
+                rows, *pair = parts
+                rows.copy_(dequantized(*pair, scales.dtype))
             layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
             del layer.values, layer.scales
         else:

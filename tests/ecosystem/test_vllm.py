@@ -18,6 +18,7 @@ pytestmark = pytest.mark.vllm
 JOBS = ROOT / "tests" / "helpers" / "vllm_jobs.py"
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 3", "Phi-3", "OPT", "GPT-NeoX", "Mixtral", "Qwen3-MoE")
 ARCHITECTURES += ("GPT-2", "GPT-J", "BLOOM", "Cohere")
+DAMAGED = "model.layers.1.self_attn.k_proj"
 
 
 def run(job: str, folder: Path, *arguments: str) -> tuple[dict, str]:
@@ -27,7 +28,9 @@ def run(job: str, folder: Path, *arguments: str) -> tuple[dict, str]:
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     *_, last = done.stdout.splitlines()
-    return json.loads(last), done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert "vLLM's model has no place" not in printed
+    return json.loads(last), printed
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,11 @@ def test_checkpoints_that_vllm_cannot_serve_are_refused(tmp_path):
     assert "expected packed layers for vLLM, got masks in model.layers.1.self_attn.k_proj" in results["masked"]
     assert "got 'lm_head', which is ParallelLMHead there" in results["head"]
     assert "checkpoint: expected scales of model.layers.1.self_attn.k_proj, got none; copy" in results["unread"]
+    expert = "model.layers.1.mlp.experts.linears.up_proj.2"
+    assert f"checkpoint: expected all tensors of {expert}, got none; copy" in results["expert"]
+    for name, values in (("values", "keep"), ("scales", "int8")):
+        expected = f"dtype: expected one that has the weights of {DAMAGED}.{name}, up to "
+        assert expected in results[values] and ", got torch.float16; serve" in results[values]
 
 
 def test_an_output_layer_in_int8(tmp_path):

@@ -339,7 +339,24 @@ def refusals(folder: Path) -> dict:
     tensors = load_file(folder / "unread" / "model.safetensors")
     del tensors[f"{DAMAGED}.scales"]
     save_file(tensors, folder / "unread" / "model.safetensors", metadata={"format": "pt"})
-    return result | {"unread": failure(served, folder / "unread")}
+    result["unread"] = failure(served, folder / "unread")
+    experts = made("Qwen3-MoE")
+    mk.convert(experts, "2:4")
+    mk.finalize(experts, to="packed")
+    write(experts, folder / "experts")
+    tensors = load_file(folder / "experts" / "model.safetensors")
+    (expert,) = {name.rpartition(".")[0] for name in tensors if ".1." in name and ".up_proj.2." in name}
+    for name in ("values", "bitmask"):
+        del tensors[f"{expert}.{name}"]
+    save_file(tensors, folder / "experts" / "model.safetensors", metadata={"format": "pt"})
+    result["expert"] = failure(served, folder / "experts")
+    for values in ("keep", "int8"):
+        large = made("Llama")
+        with torch.no_grad():
+            large.get_submodule(DAMAGED).weight[0, 0] = 1e5
+        write(pack(large, {DAMAGED: ("2:4", {"values": values})}), folder / values)
+        result[values] = failure(served, folder / values, dtype="float16")
+    return result
 
 
 def lifecycle(folder: Path) -> dict:
