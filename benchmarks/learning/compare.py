@@ -163,14 +163,14 @@ class Comparison:
         """(group codes by layer, seconds that they took) of an initial mask of the package, found once."""
         path = self.args.output / f"{name}.safetensors"
         shared = json.dumps(self.rows.shared, sort_keys=True)
-        if not path.exists() or _metadata(path)["of"] != shared:
+        if not path.exists() or metadata_of(path)["of"] != shared:
             began = self.clock()
             calibration = self.batches[: self.args.init_batches]
             codes = initial_codes(self.layers, self.pattern, name, self.model, calibration)
             write_tensors(codes, path, {"of": shared, "seconds": repr(self.clock() - began)})
         with safe_open(path, framework="pt", device=str(self.model.device)) as file:
             codes = {layer: file.get_tensor(layer) for layer in file.keys()}
-        return codes, float(_metadata(path)["seconds"])
+        return codes, float(metadata_of(path)["seconds"])
 
     def one_shot(self, name: str) -> None:
         """The rows of a mask that takes no training steps."""
@@ -207,10 +207,14 @@ class Comparison:
         for i, steps in enumerate(sorted(self.args.steps)):
             for settings in candidates:
                 self.learn(name, settings, steps)
-            rows = [self.rows.find(name, settings, steps) for settings in candidates]
-            chosen = best(rows, name, steps)["settings"]
-            default = candidates[0]
-            candidates = [default, chosen] if i == 0 and chosen != default else [chosen]
+            candidates = self.remaining(name, candidates, steps, i == 0)
+
+    def remaining(self, name: str, candidates: Sequence[Mapping], steps: int, is_first: bool) -> list[Mapping]:
+        """Settings that take the next number of steps: the best after ``steps``, and after the first the defaults."""
+        rows = [self.rows.find(name, settings, steps) for settings in candidates]
+        chosen = best(rows, name, steps)["settings"]
+        default = candidates[0]
+        return [default, chosen] if is_first and chosen != default else [chosen]
 
     def batches_of(self, name: str, steps: int) -> Sequence:
         """Batches of a learner in so many steps, and no more: REINFORCE computes the initial loss of each batch."""
@@ -258,6 +262,11 @@ class Comparison:
     def initial_digests(self, codes: Mapping[str, Tensor]) -> dict[str, str]:
         """Digests of the samples and of an initial mask; ValueError if rows that are there began with others."""
         digests = {"samples": self.samples, "initial_mask": digest([codes[layer] for layer in sorted(codes)])}
+        self.check_digests(digests)
+        return digests
+
+    def check_digests(self, digests: Mapping[str, str]) -> None:
+        """Raise ValueError if rows that are there have others."""
         for name, value in digests.items():
             stored = {row[name] for row in self.rows.rows if name in row} - {value}
             if stored:
@@ -265,7 +274,6 @@ class Comparison:
                     f"output: expected rows that began with the {name} {value}, got those of {stored.pop()}: another "
                     "machine has rounded otherwise; give another folder"
                 )
-        return digests
 
     def changed(self, codes: Mapping[str, Tensor]) -> int:
         """Number of groups whose mask, by their logits, differs from these."""
@@ -273,7 +281,7 @@ class Comparison:
         return sum(int((mask != initial).sum()) for mask, initial in learned)
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return {"of": ""} | (file.metadata() or {})
 

@@ -28,7 +28,7 @@ from rows import table
 from torch import Tensor
 
 from maskpro_kernels.cli.learn.steps import StopSignals
-from maskpro_kernels.files import read_record, write_record
+from maskpro_kernels.files import write_whole
 from maskpro_kernels.learn.estimator import Estimator, LossFn, StepRecord
 from maskpro_kernels.learn.journal import JOURNAL
 from maskpro_kernels.learn.reinforce import Reinforce
@@ -40,7 +40,7 @@ REINFORCE = LEARNERS[Reinforce.name]
 
 
 class Seconds:
-    """Seconds of the steps of all processes of a run, in a file.
+    """Seconds of the steps of all processes of a run, in a file with a line for each step: its number, and their sum.
 
     A process that is killed before it adds those of a step loses them.
     """
@@ -48,18 +48,28 @@ class Seconds:
     def __init__(self, path: Path, clock: Callable[[], float]):
         self.path = path
         self.clock = clock
-        self.total = read_record(path)["seconds"] if path.exists() else 0.0
+        self.total = 0.0
+        self.start()
+
+    def resume(self, step: int) -> None:
+        """Go on after a step, of those in the file: steps after it are taken again."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # the last one may be incomplete
+        earlier = [line for line in lines if len(line.split()) == 2 and int(line.split()[0]) <= step]
+        write_whole(self.path, "".join(f"{line}\n" for line in earlier).encode())
+        self.total = float(earlier[-1].split()[1]) if earlier else 0.0
         self.start()
 
     def start(self) -> None:
         self.began = self.clock()
 
-    def add(self) -> None:
-        """Add the time since the start, or since the last addition."""
+    def add(self, step: int) -> None:
+        """Add the time since the start, or since the last addition, to that of a step."""
         now = self.clock()
         self.total += now - self.began
         self.began = now
-        write_record(self.path, {"seconds": self.total})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{step} {self.total!r}\n")
 
 
 class LongRun(Comparison):
@@ -104,15 +114,16 @@ class LongRun(Comparison):
         )
         digests = self.initial_digests(codes)
         with closing(trainer), StopSignals() as signals:
-            seconds = Seconds(folder / "seconds.json", self.clock)
+            seconds = Seconds(folder / "seconds.txt", self.clock)
             if (progress / JOURNAL).exists() or (progress / METRICS).exists():
                 trainer.resume()
+                seconds.resume(trainer.steps_done)
             else:
                 trainer.begin()
-                seconds.add()
+                seconds.add(0)
 
             def after_step(record: StepRecord) -> bool:
-                seconds.add()
+                seconds.add(record.step + 1)
                 return signals.have_come()
 
             while True:

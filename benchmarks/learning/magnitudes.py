@@ -1,24 +1,25 @@
 """Learners of all weights whose mask is the N largest magnitudes of each group: SR-STE and CAST.
 
 SR-STE (Zhou et al. 2021, arXiv 2102.04010) multiplies by the masked weights, and moves kept and dropped weights by the
-gradient of the masked ones. The gradient of a dropped weight w gets ``decay`` * w in addition, so that it is kept less
-easily again. The mask is chosen anew in each step.
+gradient of the masked ones. The gradient of a dropped weight w gets ``decay`` * w in addition, so that the weight is
+kept less easily again. The mask is chosen anew in each step. Here Adam takes this gradient; the paper has momentum.
 
 CAST (Huang et al. 2025, arXiv 2509.25996) multiplies by all weights, times a learned scale for each block of a row. Its
-AdamS adds lambda_t * sign(w) to the first moment of weights outside the mask; the result moves the weights, and its
-square enters the second moment. lambda_t rises linearly over the first ``rising`` of the steps, so that at the end
-little is left to drop. The mask is chosen anew every 10 steps. The dense model teaches. The paper's L1 decay is put in
-here where the authors' earlier trainer (arXiv 2407.20584) has an L2 decay.
+AdamS adds lambda_t * sign(w) to the first moment of weights outside the mask; the sum moves the weights, and its square
+enters the second moment. lambda_t rises over the steps, so that at the end little is left to drop. The mask is chosen
+anew every 10 steps. The dense model teaches.
+
+What the paper leaves open, or is not like it, here: the steps of Adam are those of the authors' earlier trainer (AST,
+arXiv 2407.20584), with the L1 decay where that has an L2 decay. lambda_t is relative to the root mean square of the
+layer's gradients, and rises linearly. Rates fall linearly to 0, without a warm-up. Blocks have 64 columns.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
-from relaxed import RelaxedMask, adamw_
+from relaxed import RelaxedMask
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
@@ -40,16 +41,6 @@ class Magnitudes(RelaxedMask):
         TypeError, ValueError: an argument is not as above.
     """
 
-    # steps from a choice of the mask to the next
-    every: ClassVar[int] = 1
-
-    def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
-        super().begin(layers)
-        self._kept = {name: self._mask(layer, self.learned[name]) for name, layer in layers.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | {f"{name}/kept": mask for name, mask in self._kept.items()}
-
     def start(self, layer: MaskedLinear) -> Tensor:
         return layer.weight.detach().float().clone()
 
@@ -63,16 +54,8 @@ class Magnitudes(RelaxedMask):
     def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
         return top_n_mask(self.dense(layer, learned.detach()).abs(), layer.pattern)
 
-    def descend(self, name: str, layer: MaskedLinear, grad: Tensor, step: int) -> None:
-        self.move(name, layer, grad, self._kept[name], step)
-        if (step + 1) % self.every == 0:
-            self._kept[name].copy_(self._mask(layer, self.learned[name]))
-
-    @abstractmethod
-    def move(self, name: str, layer: MaskedLinear, grad: Tensor, kept: Tensor, step: int) -> None:
-        """Move the weights of a layer by their gradient, under the mask ``kept``, bool [out, K]."""
-
-    def _mask(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
+    def mask(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
+        """Bool [out, K]: the N largest magnitudes of each group."""
         return expand_mask(self.codes(layer, learned), layer.pattern)
 
     def sparse_weights(self, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
@@ -80,13 +63,13 @@ class Magnitudes(RelaxedMask):
         weights = {}
         for name, learned in self.learned.items():
             layer = layers[name]
-            weight = self.dense(layer, learned.detach()) * self._mask(layer, learned)
+            weight = self.dense(layer, learned.detach()) * self.mask(layer, learned)
             weights[name] = weight.to(layer.weight.dtype)
         return weights
 
 
 class SRSTE(Magnitudes):
-    """SR-STE, with Adam instead of its momentum.
+    """SR-STE.
 
     Args:
         steps, lr: as for ``Magnitudes``.
@@ -102,15 +85,13 @@ class SRSTE(Magnitudes):
         self.decay = float(decay)
 
     def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
-        mask = self._mask(layer, learned)
         # the value of the masked weight, and its gradient for kept and dropped weights
-        return learned.detach() * mask + (learned - learned.detach())
+        return learned.detach() * self.mask(layer, learned) + (learned - learned.detach())
 
-    def move(self, name: str, layer: MaskedLinear, grad: Tensor, kept: Tensor, step: int) -> None:
-        learned = self.learned[name]
-        grad.add_(learned.detach() * ~kept, alpha=self.decay)
-        moments = self._means[name], self._squares[name]
-        adamw_(learned, grad, *moments, step + 1, self.lr_at(step), self.betas, self.eps, self.weight_decay)
+    def descend(self, name: str, layer: MaskedLinear, grad: Tensor, step: int) -> None:
+        learned = self.learned[name].detach()
+        grad.add_(learned * ~self.mask(layer, learned), alpha=self.decay)
+        super().descend(name, layer, grad, step)
 
 
 class CAST(Magnitudes):
@@ -123,15 +104,23 @@ class CAST(Magnitudes):
     """
 
     name = "cast"
-    options = {"lr": 1e-3, "decay": 10.0, "rising": 0.5}
+    options = {"lr": 1e-3, "decay": 1.0, "rising": 0.5}
+    # steps from a choice of the mask to the next
     every = 10
 
-    def __init__(self, steps: int, lr: float = 1e-3, decay: float = 10.0, rising: float = 0.5):
+    def __init__(self, steps: int, lr: float = 1e-3, decay: float = 1.0, rising: float = 0.5):
         super().__init__(steps, lr)
         check_float("decay", decay, 0.0)
         check_float("rising", rising, 0.0, 1.0, strict=True)
         self.decay = float(decay)
         self.rising = float(rising)
+
+    def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
+        super().begin(layers)
+        self._kept = {name: self.mask(layer, self.learned[name]) for name, layer in layers.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {f"{name}/kept": mask for name, mask in self._kept.items()}
 
     def start(self, layer: MaskedLinear) -> Tensor:
         weight = super().start(layer)
@@ -149,21 +138,18 @@ class CAST(Magnitudes):
     def decay_at(self, step: int) -> float:
         return self.decay * min((step + 1) / (self.rising * self.steps), 1.0)
 
-    def move(self, name: str, layer: MaskedLinear, grad: Tensor, kept: Tensor, step: int) -> None:
+    def descend(self, name: str, layer: MaskedLinear, grad: Tensor, step: int) -> None:
         learned = self.learned[name].detach()
-        mean = self._means[name]
-        square = self._squares[name]
+        weight = learned[:, : layer.in_features]
+        kept = self._kept[name]
         first, second = self.betas
-        mean.lerp_(grad, 1.0 - first)
+        mean = self._means[name].lerp_(grad, 1.0 - first)
+        strength = grad[:, : layer.in_features].square().mean().sqrt() * self.decay_at(step)
+        update = mean.clone()
+        update[:, : layer.in_features] += weight.sign() * ~kept * strength
+        square = self._squares[name].lerp_(update.square(), 1.0 - second)
         count = step + 1
-        update = mean / (1.0 - first**count)
-        weights = learned[:, : layer.in_features]
-        strength = self.decay_at(step) * float(grad.square().mean().sqrt())
-        update[:, : layer.in_features].add_(weights.sign() * ~kept, alpha=strength)
-        square.lerp_(update.square(), 1.0 - second)
         root = (square / (1.0 - second**count)).sqrt_().add_(self.eps)
-        lr = self.lr_at(step)
-        before = weights.sign()
-        learned.addcdiv_(update, root, value=-lr)
-        # a dropped weight that has come to 0 stays there
-        weights.masked_fill_(~kept & (weights.sign() == -before), 0.0)
+        learned.addcdiv_(update, root, value=-self.lr_at(step) / (1.0 - first**count))
+        if count % self.every == 0:
+            kept.copy_(self.mask(layer, learned))

@@ -32,10 +32,10 @@ class MasksAndWeights(StraightThrough):
 
     Args:
         steps: how many there will be.
-        lr: of the logits; falls linearly to 0 over the first ``masks_until`` of the steps. 0: masks are fixed.
-        train_weights: learning rate of the weights, 0 over the first ``weights_from`` of the steps; then it falls
-            linearly to 0.
-        masks_until, weights_from: shares of the steps.
+        lr: of the logits; falls linearly to 0 over the first ``masks_until`` of the steps.
+        train_weights: learning rate of the weights, 0 over the first ``weights_from`` of the steps, in which their
+            moments begin; then it falls linearly to 0.
+        masks_until, weights_from: shares of the steps. Masks are fixed if the first is 0.
         dropped: "still", "gradient" or "corrected", see the module.
 
     Raises:

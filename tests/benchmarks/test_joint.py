@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 import json
 import math
 
@@ -15,6 +18,8 @@ from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
 from maskpro_kernels import convert
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 from maskpro_kernels.learn.trainer import MaskTrainer
+from maskpro_kernels.text.losses import teacher_logits
+from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -80,29 +85,72 @@ def test_sr_ste_moves_dropped_weights_by_the_gradient_and_the_decay(model, batch
     assert torch.equal(layer.mask, mask_of(weight))
 
 
-def test_cast_brings_dropped_weights_to_zero(model, batches):
-    dense = model[0].weight.detach().clone()
-    estimator = CAST(40, lr=0.02, decay=100.0, rising=0.25)
-    layer = trained(model, batches, estimator, 40)
-    learned = estimator.learned["0"].detach()
-    weight = estimator.dense(layer, learned)
-    assert learned.shape == (OUT, K + 1)
-    mask = mask_of(weight)
-    assert weight[~mask].abs().max() < 1e-4 < dense[~mask].abs().min()
-    assert (learned[:, K:] != 1.0).all()
-    # what is left without the dropped weights is the whole weight
-    torch.testing.assert_close(estimator.sparse_weights({"0": layer})["0"], weight, rtol=0.0, atol=1e-4)
-    assert [estimator.decay_at(step) for step in (0, 9, 39)] == [10.0, 100.0, 100.0]
-
-
-def test_cast_without_decay_takes_steps_of_adam(model, batches):
+def test_cast_takes_steps_of_adam_with_a_decay_that_rises(model, batches):
+    steps = 12
     weight = model[0].weight.detach().clone()
-    estimator = CAST(1, lr=0.01, decay=0.0)
-    trained(model, batches, estimator, 1)
-    # the first step of Adam has the length of the rate, nearly; AdamS takes the square of the moment
-    grad = gradient(weight, batches[0])
-    expected = weight - 0.01 * grad.sign() * math.sqrt(1.0 - 0.999) / math.sqrt(0.001)
-    torch.testing.assert_close(estimator.learned["0"].detach()[:, :K], expected, rtol=1e-4, atol=1e-5)
+    # weights at 0 have no decay, and learn
+    weight[0, :2] = 0.0
+    model[0].weight.data.copy_(weight)
+    scales = torch.ones(OUT, 1)
+    estimator = CAST(steps, lr=0.05, decay=0.2, rising=0.5)
+    layer = trained(model, batches, estimator, steps)
+    mask = mask_of(weight)
+    means = [torch.zeros_like(weight), torch.zeros_like(scales)]
+    squares = [torch.zeros_like(weight), torch.zeros_like(scales)]
+    for step in range(steps):
+        of_whole = gradient(weight * scales, batches[step % len(batches)])
+        grads = [of_whole * scales, (of_whole * weight).sum(1, keepdim=True)]
+        decay = 0.2 * min((step + 1) / 6, 1.0) * grads[0].square().mean().sqrt()
+        moved = []
+        for i, (value, grad) in enumerate(zip((weight, scales), grads, strict=True)):
+            means[i] = 0.9 * means[i] + 0.1 * grad
+            update = means[i] + (decay * weight.sign() * ~mask if i == 0 else 0.0)
+            squares[i] = 0.999 * squares[i] + 0.001 * update.square()
+            root = (squares[i] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            moved.append(value - 0.05 * (1 - step / steps) / (1 - 0.9 ** (step + 1)) * update / root)
+        weight, scales = moved
+        if step == 9:
+            # another mask than that of the 10 steps before
+            assert (mask != mask_of(weight * scales)).any()
+            mask = mask_of(weight * scales)
+    expected = torch.cat([weight, scales], 1)
+    torch.testing.assert_close(estimator.learned["0"].detach(), expected, rtol=1e-3, atol=1e-4)
+    sparse = weight * scales * mask_of(weight * scales)
+    torch.testing.assert_close(estimator.sparse_weights({"0": layer})["0"], sparse, rtol=1e-3, atol=1e-4)
+
+
+def test_cast_brings_dropped_weights_near_zero(model, batches):
+    dense = model[0].weight.detach().clone()
+    estimator = CAST(200, lr=0.01, decay=30.0, rising=0.25)
+    layer = trained(model, batches, estimator, 200)
+    weight = estimator.dense(layer, estimator.learned["0"].detach())
+    mask = mask_of(weight)
+    assert weight[~mask].abs().mean() < 0.1 * dense[~mask].abs().mean()
+    assert weight[mask].abs().mean() > 0.5 * dense[mask].abs().mean()
+
+
+def test_the_dense_model_teaches(arguments, tmp_path):
+    """Under the relaxed weights of a learner too, which have moved."""
+    args = joint.parsed([*arguments, "--output", str(tmp_path), "--steps", "2"])
+    comparison = joint.Comparison(args)
+    batch = comparison.batches[0]
+    with torch.no_grad():
+        expected = comparison.model(batch).logits
+    estimator = CAST(2, lr=0.1)
+    seen = []
+
+    def loss_fn(model, input_ids):
+        with torch.no_grad():
+            seen.append((teacher_logits(model, input_ids), model(input_ids).logits))
+        return causal_lm_loss(model, input_ids)
+
+    comparison.put_start(estimator)
+    trainer = MaskTrainer(comparison.model, loss_fn, [batch], estimator, seed=0)
+    trainer.run(2, progress=False)
+    trainer.close()
+    for teacher, _ in seen:
+        torch.testing.assert_close(teacher, expected)
+    assert (seen[1][1] - expected).abs().max() > 0.01
 
 
 def test_masks_and_weights_learn_in_their_shares_of_the_steps(model, batches):
@@ -118,20 +166,22 @@ def test_masks_and_weights_learn_in_their_shares_of_the_steps(model, batches):
     assert torch.equal(moved, layer.mask)
 
 
-@pytest.mark.parametrize("dropped", [STILL, GRADIENT, CORRECTED])
-def test_dropped_weights_learn_as_they_are_let(model, batches, dropped):
+def test_dropped_weights_learn_as_they_are_let(model, batches):
     weight = model[0].weight.detach().clone()
     mask = mask_of(weight)
-    layer = trained(model, batches, MasksAndWeights(4, masks_until=0.0, dropped=dropped), 1)
-    grad = gradient(weight * mask, batches[0])
-    if dropped == CORRECTED:
-        x, target = batches[0]
-        of_y = 2.0 * (x @ (weight * mask).T - target) / target.numel()
-        # F of the slopes, of a loss that is a mean over the tokens
-        grad += weight * ~mask * torch.outer(of_y.square().sum(0), x.square().sum(0))
-    if dropped == STILL:
-        grad *= mask
-    torch.testing.assert_close(layer.weight.detach(), weight - 6e-4 * grad.sign(), rtol=1e-5, atol=1e-6)
+    x, target = batches[0]
+    of_y = 2.0 * (x @ (weight * mask).T - target) / target.numel()
+    grad = of_y.T @ x
+    # F of the slopes, of a loss that is a mean over the tokens
+    curvature = torch.outer(of_y.square().sum(0), x.square().sum(0))
+    expected = {STILL: grad * mask, GRADIENT: grad, CORRECTED: grad + weight * ~mask * curvature}
+    for dropped, gradient_of_weights in expected.items():
+        estimator = MasksAndWeights(4, masks_until=0.0, dropped=dropped)
+        layer = trained(torch.nn.Sequential(copy.deepcopy(model[0])), batches, estimator, 1)
+        first = estimator.tensors()["first/0"]
+        torch.testing.assert_close(first, 0.1 * gradient_of_weights, rtol=1e-4, atol=1e-6)
+        moved = weight - 6e-4 * gradient_of_weights.sign()
+        torch.testing.assert_close(layer.weight.detach(), moved, rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_settings_are_refused():
@@ -146,35 +196,91 @@ def figures(folder) -> list[dict]:
     return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines[1:]]
 
 
+SHORT = {SRSTE.name: ({"lr": 0.01},), CAST.name: ({"lr": 0.01},), MasksAndWeights.name: ({"dropped": CORRECTED},)}
+
+
+@pytest.fixture
+def short_search(monkeypatch):
+    methods = {name: dataclasses.replace(joint.METHODS[name], search=search) for name, search in SHORT.items()}
+    monkeypatch.setattr(joint, "METHODS", methods)
+
+
+def interrupted_run(arguments, folder, monkeypatch, step: int, saves: bool) -> None:
+    """Run until before this step of the call; without a snapshot there if it does not save, as after SIGKILL."""
+    steps_before = iter(range(step))
+    take_step = MaskTrainer.step
+
+    def killed_step(trainer):
+        if next(steps_before, None) is None:
+            if not saves:
+                patched.setattr(MaskTrainer, "_save_snapshot", lambda trainer: None)
+            raise Killed
+        return take_step(trainer)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(MaskTrainer, "step", killed_step)
+        joint.main([*arguments, "--output", str(folder)])
+
+
+@pytest.mark.usefixtures("short_search")
 def test_an_interrupted_comparison_has_the_rows_of_a_whole_one(arguments, tmp_path, monkeypatch):
-    short = {
-        name: joint.Joint(learner.kind, learner.options, learner.search[:1], learner.gap, learner.start, learner.loss)
-        for name, learner in joint.METHODS.items()
-    }
-    monkeypatch.setattr(joint, "METHODS", short)
-    sizes = "--steps 3 5".split()
+    arguments = [*arguments, "--steps", "2", "12"]
     whole = tmp_path / "whole"
-    joint.main([*arguments, "--output", str(whole), *sizes])
+    joint.main([*arguments, "--output", str(whole)])
     of_whole = figures(whole)
     assert [row["method"] for row in of_whole[:3]] == ["dense", joint.DENSE, joint.REFITTED]
-    for name in short:
+    for name in SHORT:
         of_method = [row for row in of_whole if row["method"] == name]
-        assert [row["steps"] for row in of_method] == [3, 3, 5]
+        default, other = (row["settings"] for row in of_method[:2])
         chosen = min(of_method[:2], key=lambda row: row["validation"])["settings"]
-        assert of_method[2]["settings"] == chosen and all(row["weights"] == "own" for row in of_method)
+        expected = [default, chosen] if chosen != default else [default]
+        assert [row["steps"] for row in of_method] == [2, 2] + [12] * len(expected)
+        assert [row["settings"] for row in of_method[2:]] == expected and other == {**default, **SHORT[name][0]}
+        assert all(row["weights"] == "own" for row in of_method)
     again = tmp_path / "again"
-    step = MaskTrainer.step
-    for interrupted in (2, 9, 10):
-        steps_before = iter(range(interrupted))
-
-        def killed_step(trainer, steps_before=steps_before):
-            if next(steps_before, None) is None:
-                raise Killed
-            return step(trainer)
-
-        with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(MaskTrainer, "step", killed_step)
-            joint.main([*arguments, "--output", str(again), *sizes])
-    joint.main([*arguments, "--output", str(again), *sizes])
+    for name in SHORT:
+        of_method = [*arguments, "--methods", name]
+        # in the first run, and then, after its last step, the second and 11 steps, in one of 12
+        interrupted_run(of_method, again, monkeypatch, 1, saves=True)
+        interrupted_run(of_method, again, monkeypatch, 1 + 2 + 11, saves=True)
+        joint.main([*of_method, "--output", str(again)])
     assert figures(again) == of_whole
     assert not [path for path in again.iterdir() if path.is_dir()]
+
+
+@pytest.mark.usefixtures("short_search")
+def test_steps_that_are_taken_again_count_once(arguments, tmp_path, monkeypatch):
+    arguments = [*arguments, "--steps", "6", "--methods", CAST.name]
+    # each look at the clock is a second later
+    ticks = itertools.count()
+    monkeypatch.setattr("compare.time.process_time", lambda: float(next(ticks)))
+    seconds = []
+    for folder, interrupted in ((tmp_path / "whole", False), (tmp_path / "again", True)):
+        if interrupted:
+            interrupted_run(arguments, folder, monkeypatch, 4, saves=False)
+        joint.main([*arguments, "--output", str(folder)])
+        lines = map(json.loads, (folder / rows.ROWS).read_text(encoding="utf-8").splitlines())
+        seconds.append([row["seconds"] for row in lines if row.get("method") == CAST.name])
+    assert seconds[0] == seconds[1]
+
+
+@pytest.mark.usefixtures("short_search")
+def test_settings_that_diverge_get_a_row(arguments, tmp_path, monkeypatch):
+    arguments = [*arguments, "--steps", "2", "--methods", SRSTE.name]
+    take_step = MaskTrainer.step
+
+    def step(trainer):
+        if trainer.estimator.lr == 0.01:
+            raise FloatingPointError("a step whose loss is not finite")
+        return take_step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", step)
+    joint.main([*arguments, "--output", str(tmp_path)])
+    good, bad = figures(tmp_path)[-2:]
+    assert math.isfinite(good["score"]) and bad["score"] == bad["validation"] == math.inf
+    assert bad["settings"]["lr"] == 0.01
+
+
+def test_another_start_is_refused(arguments, tmp_path):
+    with pytest.raises(SystemExit, match="^2$"):
+        joint.main([*arguments, "--output", str(tmp_path), "--init", "wanda"])
