@@ -211,7 +211,7 @@ def test_products_of_bytes_are_right_on_any_cpu(values, cpu, monkeypatch):
 
 @pytest.mark.parametrize("values", ["keep", slow("int8"), "int4"])
 def test_strips_are_right_on_any_cpu(values, monkeypatch):
-    """With VPEXPANDW and VDPBF16PS in plain operations."""
+    """With VPEXPANDW, VCVTNEPS2BF16 and VDPBF16PS in plain operations."""
 
     class Plain(type(products.available())):
         def expand(self, b, values, bits):
@@ -224,6 +224,17 @@ def test_strips_are_right_on_any_cpu(values, monkeypatch):
                 value = b.select(kept, b.extract_element(values, below), I16(0))
                 out = b.insert_element(out, value, I32(lane))
             return out
+
+        def round_to_bfloat16(self, b, values):
+            integers = vector(I32, values.type.count)
+
+            def each(number):
+                return ir.Constant(integers, [number] * integers.count)
+
+            bits = b.bitcast(values, integers)
+            is_odd = b.and_(b.lshr(bits, each(16)), each(1))
+            rounded = b.lshr(b.add(bits, b.add(is_odd, each(0x7FFF))), each(16))
+            return b.trunc(rounded, vector(I16, integers.count))
 
         def dot_bfloat16(self, b, total, weights, x):
             pairs = vector(I16, 32)

@@ -11,7 +11,6 @@ from llvmlite import ir
 from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, minimum, prefer_512_bit_vectors
 from . import RUN, Packed
 from .instructions import (
-    BFLOAT,
     FLOAT,
     I8,
     I16,
@@ -111,6 +110,7 @@ class TileProduct:
 
     def __init__(self, kind: Packed, isa: Instructions, biased: bool):
         self.kind = kind
+        self.isa = isa
         self.biased = biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 6, 6)
@@ -237,7 +237,7 @@ class TileProduct:
             for i, column in enumerate(columns):
                 out_row = b.mul(b.add(b.add(self.first, first_token), I64(i)), self.rows)
                 pointer = gep(b, self.out, b.add(out_row, b.add(first_row, I64(half * TILE))), element)
-                rounded = b.bitcast(b.fptrunc(column, vector(BFLOAT, TILE)), vector(element, TILE))
+                rounded = self.isa.round_to_bfloat16(b, column)
                 with b.if_then(b.icmp_signed("<", I64(i), tokens)):
                     with b.if_else(whole) as (then, otherwise):
                         with then:

@@ -273,6 +273,11 @@ class Avx512(X86):
         name = f"llvm.x86.avx512.mask.expand.v{type_.count}i{type_.element.width}"
         return intrinsic(b, name, type_, values, zeros(type_), b.bitcast(bits, vector(ir.IntType(1), type_.count)))
 
+    def round_to_bfloat16(self, b: ir.IRBuilder, values: ir.Value) -> ir.Value:
+        """Round a vector of float32 to bfloat16, to the nearest, as a vector of I16."""
+        count = values.type.count
+        return b.bitcast(b.fptrunc(values, vector(BFLOAT, count)), vector(I16, count))
+
     def dot_bfloat16(self, b: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
         """total + weights * x of 32 bfloat16 values each, two products into each of 16 sums."""
         weights = b.bitcast(weights, vector(BFLOAT, 32))

@@ -11,7 +11,6 @@ from llvmlite import ir
 from ..codegen import ENTRY, I32, I64, add_function, add_shared, for_range, minimum, prefer_512_bit_vectors
 from . import RUN, Packed
 from .instructions import (
-    BFLOAT,
     FLOAT,
     I8,
     I16,
@@ -214,7 +213,7 @@ class StripProduct:
                     bias_pointer = gep(b, self.bias_buffer, I64(part * LANES), I16)
                     bias = b.load(bias_pointer, typ=vector(I16, LANES), align=32)
                     y = b.fadd(y, as_float32(b, bias, self.kind.x))
-                results.append(b.bitcast(b.fptrunc(y, vector(BFLOAT, LANES)), vector(I16, LANES)))
+                results.append(self.isa.round_to_bfloat16(b, y))
             with b.if_else(whole) as (then, otherwise):
                 with then:
                     for part, y in enumerate(results):

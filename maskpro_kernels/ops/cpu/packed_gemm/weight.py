@@ -13,7 +13,6 @@ from llvmlite import ir
 from ..codegen import ENTRY, I32, I64, TYPES, add_function, add_shared, for_range, maximum, minimum
 from . import RUN, Packed
 from .instructions import (
-    BFLOAT,
     FLOAT,
     I8,
     I16,
@@ -188,7 +187,7 @@ class Weight:
             if scale is not None:
                 values = b.fmul(values, broadcast(b, scale, count))
             if self.form == "i16":
-                values = b.fptrunc(values, vector(BFLOAT, count))
+                values = self.isa.round_to_bfloat16(b, values)
         elif self.form == "i32":
             values = values if dtype.itemsize == 4 else b.zext(values, vector(I32, count))
         elif self.form == "float":
