@@ -62,8 +62,9 @@ class SparseConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if version != VERSION or unknown:
             raise ValueError(
-                f"quantization_config: expected version {VERSION} without other settings, got version {version!r} and "
-                f"{sorted(unknown) or 'none'}; a newer maskpro_kernels may have written it"
+                f"quantization_config: expected version {VERSION} without other settings, got version {version!r}"
+                f"{f' and {sorted(unknown)}' if unknown else ''}; a newer maskpro_kernels may have written it, install "
+                "that one"
             )
         if not isinstance(layers, Mapping) or isinstance(taken_apart, str):
             raise TypeError(f"quantization_config: expected layers by name and a list taken_apart, got {layers!r}")

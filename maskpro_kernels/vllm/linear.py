@@ -118,7 +118,7 @@ class Storage(NamedTuple):
             ]
             block = "" if self.values == KEEP else f" or a block of {self.group} kept values with one scale"
             raise ValueError(
-                f"tensor_parallel_size: expected one of {', '.join(map(str, sizes))} for the {columns} columns of "
+                f"tensor_parallel_size: expected {' or '.join(map(str, sizes))} for the {columns} columns of "
                 f"{self.name}, got {columns // k}: a byte of the bitmask{block} would be on two ranks"
             )
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.cpu import cache, machine
+from maskpro_kernels.ops.cpu import cache, cpu_multiplies, machine
 from maskpro_kernels.ops.cpu.codegen import I32, I64
 from maskpro_kernels.ops.cpu.packed_gemm import Packed, products
 from maskpro_kernels.ops.cpu.packed_gemm.instructions import (
@@ -174,6 +174,27 @@ def test_threads_share_a_product():
         assert_multiplies("2:4", torch.bfloat16, "keep", 70, 1100, 300)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("processor", "features", "fast"),
+    [
+        ("x86_64", {"avx512f": True, "avx512bf16": False}, False),
+        ("x86_64", {"avx512bf16": True}, True),
+        ("AMD64", {"amx-bf16": True}, True),
+        ("x86_64", {"avxneconvert": True}, True),
+        ("aarch64", {}, True),
+    ],
+)
+def test_bfloat16_is_fast_where_the_processor_multiplies_it(processor, features, fast, monkeypatch):
+    """oneDNN supports it on every CPU with AVX-512, by float32 where that has no bfloat16."""
+    monkeypatch.setattr("platform.machine", lambda: processor)
+    monkeypatch.setattr(machine, "features", lambda: features)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert cpu_multiplies(torch.bfloat16) == fast and cpu_multiplies(torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    assert not cpu_multiplies(torch.bfloat16)
 
 
 @pytest.mark.parametrize("values", [slow("int8"), "int4"])
