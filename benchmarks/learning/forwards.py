@@ -28,7 +28,7 @@ from rows import finite, table
 
 from maskpro_kernels.prune.convert import gap_for_flip_rate
 
-FIRST = {"draws": 4, "flips": 1e-3, "accumulate": 1, "walk": 0.25}
+FIRST = {"draws": 4, "flips": 1e-3, "accumulate": 1, "walk": 0.05}
 # Each instead of the one of FIRST
 SEARCH = (
     {"draws": 1},
@@ -36,8 +36,8 @@ SEARCH = (
     {"flips": 1.4e-4},
     {"flips": 1e-2},
     {"accumulate": 4},
+    {"walk": 0.02},
     {"walk": 0.15},
-    {"walk": 0.4},
 )
 LEARNER = Learner(FlipRate, FIRST, SEARCH)
 
