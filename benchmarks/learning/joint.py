@@ -5,7 +5,7 @@
 Every method takes its settings and others with the fewest ``--steps``. Its settings and the best, by the perplexity of
 validation text, take the next number of steps, and the better of the two all further ones, as in ``compare.py``. Half
 of the default data is the source code of Python's library, half are samples of the dense model, as for ``maskpro
-learn``; with ``--batch-size 12`` a step is that of the rows in docs/measurements.md.
+learn``; a step has 12 windows of 128 tokens, as that of the rows in docs/measurements.md.
 
 ``sr-ste`` and ``cast`` start from the dense weights, as in their papers; "masks and weights" from reconstruction's mask
 with refitted weights, whose row has the seconds that it takes. Seconds of other rows are those of their steps.

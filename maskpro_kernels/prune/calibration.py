@@ -149,24 +149,31 @@ def input_moments(
 
     Args:
         stop: end a forward pass at the first input of a layer.
-        dense: inputs that the dense model gives each layer, see ``layer_inputs``; None: no cross moments.
+        dense: inputs that the dense model gives each layer, see ``layer_inputs``; None: no cross moments. A layer whose
+            inputs are not as many has none.
     """
     moments: list[Moments | None] = [None] * len(layers)
     dense_inputs = [None if inputs is None else iter(inputs) for inputs in dense or [None] * len(layers)]
 
     def add(index: int, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
-        of_dense = dense_inputs[index]
         if moments[index] is None:
             gram = x.new_zeros(x.shape[1], x.shape[1])
-            moments[index] = Moments(gram, None if of_dense is None else torch.zeros_like(gram))
+            moments[index] = Moments(gram, None if dense_inputs[index] is None else torch.zeros_like(gram))
         moments[index].gram.addmm_(x.T, x)
-        if of_dense is not None:
-            moments[index].cross.addmm_(x.T, next(of_dense).float())
+        if moments[index].cross is not None:
+            z = next(dense_inputs[index], None)
+            if z is None or z.shape != x.shape:
+                moments[index] = Moments(moments[index].gram)
+            else:
+                moments[index].cross.addmm_(x.T, z.float())
         if stop:
             raise StopForward
 
     _watch(module, calls, layers, add)
+    for index, inputs in enumerate(dense_inputs):
+        if moments[index] is not None and inputs is not None and next(inputs, None) is not None:
+            moments[index] = Moments(moments[index].gram)
     return moments
 
 

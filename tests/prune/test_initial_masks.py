@@ -80,6 +80,10 @@ def test_what_layers_see_is_summed_over_batches_and_hooks_are_removed():
     dense = [[2.0 * x.detach() for x in of_layer] for of_layer in layer_inputs(model, calls_of(batches), [model[2]])]
     ((_, cross),) = input_moments(model, calls_of(batches), [model[2]], dense=dense)
     torch.testing.assert_close(cross.detach(), 2.0 * inputs["2"].T @ inputs["2"])
+    # of other tokens, as those of experts that no other module routes to: fewer, more, or in batches of other sizes
+    for others in ([dense[0][:1]], [dense[0] * 2], [dense[0][::-1]]):
+        ((gram, cross),) = input_moments(model, calls_of(batches), [model[2]], dense=others)
+        assert cross is None and torch.equal(gram, moments[2].gram)
     with pytest.raises(RuntimeError):
         input_squares(model, layers_of(model), [torch.ones(2, 3)])
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -231,3 +231,30 @@ def test_an_error_on_the_way_changes_nothing():
             raise KeyboardInterrupt
 
     refused(model, KeyboardInterrupt, None, progress=interrupt)
+
+
+class Routed(nn.Module):
+    """A layer, and two experts in a list, to which its outputs send the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, 32)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            chosen = (x.sum(-1) > 0) == bool(i)
+            y[chosen] = expert(x[chosen])
+        return y
+
+
+def test_experts_in_a_list_are_refitted_to_their_dense_weights():
+    """Masks send tokens to other experts, so that inputs of the dense model belong to other tokens."""
+    model = Routed().to(KERNEL_DEVICE)
+    batches = list(torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0)).to(KERNEL_DEVICE))
+    mk.convert(model, "2:4")
+    shares = mk.refit(model, batches, "weights")
+    assert set(shares) == {"first", "experts.0", "experts.1"} and all(0 < share < 1 for share in shares.values())
