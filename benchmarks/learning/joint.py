@@ -28,7 +28,9 @@ import torch
 from compare import checked, metadata_of, options, weights_in_place
 from long_run import LongRun
 from magnitudes import CAST, SRSTE, Magnitudes
-from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
+from masks_and_weights import CORRECTED, GRADIENT, MasksAndWeights
+from masks_and_weights import DENSE as DENSE_VALUES
+from masks_and_weights import REFITTED as REFITTED_VALUES
 from methods import Learner
 from rows import table
 from safetensors import safe_open
@@ -58,7 +60,7 @@ class Joint(Learner):
     loss: str = "ce"
 
 
-OPTIONS = {"lr": 0.1, "train_weights": 6e-4, "masks_until": 1.0, "weights_from": 0.0, "dropped": STILL}
+OPTIONS = {"lr": 0.1, "train_weights": 6e-4, "masks_until": 1.0, "weights_from": 0.0, "dropped": DENSE_VALUES}
 METHODS = {
     learner.kind.name: learner
     for learner in (
@@ -94,15 +96,15 @@ METHODS = {
             MasksAndWeights,
             OPTIONS,
             (
-                {"lr": 0.3},
                 {"masks_until": 0.0},
                 {"masks_until": 0.0, "train_weights": 1e-3},
+                {"lr": 0.3, "masks_until": 0.5, "weights_from": 0.5},
+                {"lr": 0.3, "masks_until": 0.5, "weights_from": 0.5, "dropped": REFITTED_VALUES},
+                {"dropped": REFITTED_VALUES},
+                {"lr": 0.3},
                 {"dropped": GRADIENT},
                 {"dropped": CORRECTED},
                 {"lr": 0.3, "dropped": CORRECTED},
-                {"lr": 0.3, "masks_until": 0.5, "weights_from": 0.5},
-                {"lr": 0.3, "masks_until": 0.25, "weights_from": 0.25},
-                {"lr": 0.3, "masks_until": 0.5},
             ),
         ),
     )
@@ -210,8 +212,13 @@ class Comparison(LongRun):
     def put_start(self, estimator: Estimator) -> dict[str, Tensor]:
         name = self.learners[estimator.name].start
         start, _ = self.start(name)
+        keeps_dense = getattr(estimator, "dropped", None) not in (None, REFITTED_VALUES)
         for layer, module in self.masked.items():
-            module.weight.copy_(start.weights[layer])
+            weight = start.weights[layer]
+            if keeps_dense:
+                kept = expand_mask(start.codes[layer], self.pattern)
+                weight = torch.where(kept, weight, self.dense_weights[layer])
+            module.weight.copy_(weight)
             module.weight_changed = name != DENSE
         self.put_mask(start.codes, self.gap_of(estimator))
         return start.codes

@@ -1,7 +1,8 @@
 """Straight-through learning of masks and weights, each in its own share of the steps.
 
 By default masks and weights learn in all steps, as with ``maskpro learn --train-weights``, and weights that the mask
-drops do not change. ``dropped`` lets them learn too: by the gradient of the masked weight ("gradient"), as SR-STE does;
+drops keep their dense values. ``dropped`` gives them the values that a refit had for them ("refitted", see
+``values_by_swap``). Or it lets them learn too: by the gradient of the masked weight ("gradient"), as SR-STE does;
 or by that gradient plus F w ("corrected"), with the curvature F of the logits' slopes, which is the gradient that the
 loss would have if the weight were kept: it moves a dropped weight towards the value that lowers the loss most.
 """
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor
 
 from maskpro_kernels import ops
+from maskpro_kernels.functional.checks import check_one_of
 from maskpro_kernels.functional.masks import expand_mask
-from maskpro_kernels.learn.backward import LayerUpdater
+from maskpro_kernels.learn.backward import LayerUpdater, WeightUpdater
 from maskpro_kernels.learn.estimator import check_float
 from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.learn.weight_learner import WeightLearner
 from maskpro_kernels.modules import MaskedLinear
 from maskpro_kernels.ops.counter import MaskSource
 
-STILL = "still"
+DENSE = "dense"
+REFITTED = "refitted"
 GRADIENT = "gradient"
 CORRECTED = "corrected"
 
@@ -33,10 +36,10 @@ class MasksAndWeights(StraightThrough):
     Args:
         steps: how many there will be.
         lr: of the logits; falls linearly to 0 over the first ``masks_until`` of the steps.
-        train_weights: learning rate of the weights, 0 over the first ``weights_from`` of the steps, in which their
-            moments begin; then it falls linearly to 0.
-        masks_until, weights_from: shares of the steps. Masks are fixed if the first is 0.
-        dropped: "still", "gradient" or "corrected", see the module.
+        train_weights: learning rate of the weights, 0 over the first ``weights_from`` of the steps; then it falls
+            linearly to 0.
+        masks_until, weights_from: shares of the steps. Where the first has passed, masks are fixed.
+        dropped: "dense", "refitted", "gradient" or "corrected", see the module.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -51,12 +54,11 @@ class MasksAndWeights(StraightThrough):
         train_weights: float = 6e-4,
         masks_until: float = 1.0,
         weights_from: float = 0.0,
-        dropped: str = STILL,
+        dropped: str = DENSE,
     ):
         check_float("masks_until", masks_until, 0.0, 1.0)
         check_float("weights_from", weights_from, 0.0, 1.0)
-        if dropped not in (STILL, GRADIENT, CORRECTED):
-            raise ValueError(f"dropped: expected {STILL!r}, {GRADIENT!r} or {CORRECTED!r}, got {dropped!r}")
+        check_one_of("dropped", dropped, (DENSE, REFITTED, GRADIENT, CORRECTED))
         super().__init__(lr, steps, train_weights=train_weights)
         self.masks_until = float(masks_until)
         self.weights_from = float(weights_from)
@@ -68,11 +70,14 @@ class MasksAndWeights(StraightThrough):
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         super().begin(layers)
-        if self.dropped == STILL:
+        if self.dropped in (DENSE, REFITTED):
             return
         updater_kind = Corrected if self.dropped == CORRECTED else LayerUpdater
         self._learners = {name: AllWeights(layer, self.weight_decay) for name, layer in layers.items()}
         self._updaters = {name: updater_kind(layer, self, self._learners[name]) for name, layer in layers.items()}
+        self._weight_updaters = {
+            name: WeightUpdater(layer, self, self._learners[name]) for name, layer in layers.items()
+        }
         self._place_squares({})
 
     def lr_at(self, step: int) -> float:
@@ -95,13 +100,13 @@ class AllWeights(WeightLearner):
 
     factors: tuple[Tensor, Tensor] | None = None
 
-    def step(self, gradient: Tensor, codes: Tensor, rate: float, slope_square: Tensor) -> None:
+    def step(self, gradient: Tensor, codes: Tensor, rate: float, norm: Tensor) -> None:
         m = self.layer.pattern.m
         if self.factors is not None:
             rows, columns = self.factors
             dropped = self.master * ~expand_mask(codes, self.layer.pattern)
             gradient = gradient.float() + dropped.mul_(rows[:, None]).mul_(columns)
-        super().step(gradient, torch.full_like(codes, (1 << m) - 1), rate, slope_square)
+        super().step(gradient, torch.full_like(codes, (1 << m) - 1), rate, norm)
 
 
 class Corrected(LayerUpdater):

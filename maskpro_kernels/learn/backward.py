@@ -187,7 +187,8 @@ class LayerUpdater:
 
     Attributes:
         squares, index: running mean square of the slopes, and the rate by it, of this layer among others.
-        latest: mean square of this step's slopes, on the device; None if there are none yet.
+        latest: mean square of this step's slopes, or with a fixed mask the norm of its gradient, on the device; None
+            if there are none yet.
         uses: uses of the layer by the forward of a pass.
         fisher: squares of the layer, see ``FisherSquares``; None if the gradient itself gives the curvature.
         slopes, weight_grad: float32 sums of the step, or with ``at_once`` the gradient in its own dtype; None after the
@@ -220,13 +221,9 @@ class LayerUpdater:
             self.uses += 1
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
-        if self.latest is not None:
-            raise ValueError(
-                "loss_fn: expected a backward with one gradient for each use of a layer in the forward, got another "
-                "one after the layer has moved"
-            )
+        self._check_not_moved()
         weight_grad = None
-        if self.learner is not None:
+        if self.weights_learn:
             # without kernels the product is rounded to this dtype anyway; sums are float32
             rounded = self.at_once and not uses_triton(grad.device.type)
             weight_grad = torch.empty_like(weight, dtype=grad.dtype if rounded else torch.float32)
@@ -253,6 +250,18 @@ class LayerUpdater:
         self.weight_grad = self._added(self.weight_grad, weight_grad)
         self.backward_pass.move_next()
 
+    def _check_not_moved(self) -> None:
+        if self.latest is not None:
+            raise ValueError(
+                "loss_fn: expected a backward with one gradient for each use of a layer in the forward, got another "
+                "one after the layer has moved"
+            )
+
+    @property
+    def weights_learn(self) -> bool:
+        """Whether weights move in this step."""
+        return self.learner is not None and self.weight_lr > 0.0
+
     def _added(self, total: Tensor | None, of_pass: Tensor | None) -> Tensor | None:
         if of_pass is None:
             return total
@@ -264,7 +273,7 @@ class LayerUpdater:
         """Move the logits by the sum of the slopes of all ranks; this one may have none."""
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
-            self.weight_grad = None if self.learner is None else torch.zeros_like(self.slopes)
+            self.weight_grad = torch.zeros_like(self.slopes) if self.weights_learn else None
         for total in (self.slopes, self.weight_grad):
             if total is not None:
                 self.backward_pass.ranks.all_reduce(total)
@@ -282,7 +291,7 @@ class LayerUpdater:
         self.fisher = None
 
     def _descend(self, logits: Tensor, codes: Tensor | None, descend: Callable[[Tensor], Tensor]) -> None:
-        if self.learner is not None and codes is None:
+        if self.weights_learn and codes is None:
             # before the logits move, from which the mask of the step is drawn
             codes = ops.sample_mask(logits, self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter())
         # at a rate of 0 nothing moves
@@ -291,10 +300,44 @@ class LayerUpdater:
         self.squares.latest[self.index] = self.latest
         # drawn from the logits before the move
         self.layer.cached_mask = None
-        if self.learner is not None:
+        if self.weights_learn:
             # after the slope, which belongs to the weights of the forward
-            self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)
+            norm = torch.linalg.vector_norm(self.weight_grad, dtype=torch.float32)
+            self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest + norm)
             self.weight_grad = None
+
+
+class WeightUpdater(LayerUpdater):
+    """Moves only the weights of one layer, whose mask is fixed, see ``BackwardPass``.
+
+    Attributes:
+        slopes: float32 sum of the step's gradients of the masked weight.
+    """
+
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
+        self._check_not_moved()
+        if self.at_once and not uses_triton(grad.device.type):
+            # a float32 copy would have the same values
+            self._move(grad.t() @ x, mask.codes)
+            return
+        gradient = ops.weight_gradient(grad, x)
+        if self.at_once:
+            self._move(gradient, mask.codes)
+            return
+        self.slopes = self._added(self.slopes, gradient)
+        self.backward_pass.move_next()
+
+    def finish(self) -> None:
+        """Move the weights by the sum of the gradients of all ranks; this one may have none."""
+        if self.slopes is None:
+            self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
+        self.backward_pass.ranks.all_reduce(self.slopes)
+        self._move(self.slopes, self.layer.cached_codes)
+        self.slopes = None
+
+    def _move(self, gradient: Tensor, codes: Tensor) -> None:
+        self.latest = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self.learner.step(gradient, codes, self.weight_lr, self.latest)
 
 
 def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:

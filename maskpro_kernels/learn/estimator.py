@@ -281,6 +281,14 @@ class Step:
                 _ = self.flip_rate
                 yield
 
+    @contextmanager
+    def fixing(self, codes: Mapping[str, Tensor]) -> Iterator[None]:
+        """Set all masked layers to given group codes, by name, in place of a draw; otherwise as ``drawing``."""
+        with modes_of_step(self.model, self.layers, drawing=True, checkpointing=True), self.masks.fixed(codes):
+            # of top-N masks
+            self._flip_rate = 0.0
+            yield
+
     def forward(self, place: int) -> Tensor | float:
         """Compute the loss of the step's batch at index ``place``; its value is kept for ``exchange``."""
         loss = self.loss_fn(self.model, self.batches[place])

@@ -14,10 +14,19 @@ from torch import Tensor
 from .. import ops
 from ..functional.checks import describe
 from ..functional.linear import labelled_tokens
+from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, check_not_sharded
 from ..ops.counter import MaskSource
 from ..ranks import Ranks
-from .backward import BackwardPass, LayerUpdater, RunningSquares, ShardedPass, ShardUpdater, check_slope_settings
+from .backward import (
+    BackwardPass,
+    LayerUpdater,
+    RunningSquares,
+    ShardedPass,
+    ShardUpdater,
+    WeightUpdater,
+    check_slope_settings,
+)
 from .estimator import Estimator, Step, StepResult, check_float, check_whole
 from .weight_learner import WeightLearner
 
@@ -82,6 +91,8 @@ class StraightThrough(Estimator):
         self.weight_decay = float(weight_decay)
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
+        self._weight_updaters: dict[str, WeightUpdater] = {}
+        self._fixed_codes: dict[str, Tensor] = {}
         self._squares: list[RunningSquares] = []
         self._fisher = FisherSquares({}, self.decay)
 
@@ -103,6 +114,10 @@ class StraightThrough(Estimator):
             self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
         kind = LayerUpdater if next(iter(layers.values())).shard is None else ShardUpdater
         self._updaters = {name: kind(layer, self, self._learners.get(name)) for name, layer in layers.items()}
+        self._weight_updaters = {
+            name: WeightUpdater(layers[name], self, learner) for name, learner in self._learners.items()
+        }
+        self._fixed_codes = {}
         self._fisher = FisherSquares(layers, self.decay)
         self._place_squares({})
 
@@ -117,8 +132,10 @@ class StraightThrough(Estimator):
         ]
         for squares, on_device in zip(self._squares, names.values(), strict=True):
             for index, name in enumerate(on_device):
-                self._updaters[name].squares = squares
-                self._updaters[name].index = index
+                for updaters in (self._updaters, self._weight_updaters):
+                    if name in updaters:
+                        updaters[name].squares = squares
+                        updaters[name].index = index
 
     def _mean_squares(self) -> dict[str, float]:
         """Running mean squares of the layers that have one."""
@@ -146,6 +163,7 @@ class StraightThrough(Estimator):
             raise ValueError(f"state: expected mean squares of the model's layers, got some of {unknown}")
         self._place_squares(mean_squares)
         self._fisher.passes.update(state["fisher_passes"])
+        self._fixed_codes = {}
         for learner in self._learners.values():
             learner.restore()
 
@@ -159,8 +177,9 @@ class StraightThrough(Estimator):
         """Move the logits by their slopes, in the last backward; there is none if the loss is not finite."""
         places = [place for _, place in step.own]
         *earlier, last = places
-        with step.drawing():
-            fisher = self._fisher_squares(step)
+        masks_are_fixed = self._masks_are_fixed(step.index)
+        with step.fixing(self._codes_of_top_n()) if masks_are_fixed else step.drawing():
+            fisher = {} if masks_are_fixed else self._fisher_squares(step)
             with self.attached(step.index, step.ranks, len(places), fisher) as backward_pass:
                 for place in earlier:
                     loss = step.forward(place)
@@ -177,6 +196,20 @@ class StraightThrough(Estimator):
                 backward_pass.backward(loss, float(step.weights[last]), equal_order, tokens)
                 bad_layers = backward_pass.bad_layers()
         return StepResult(value, bad_layers=tuple(bad_layers))
+
+    def _masks_are_fixed(self, step: int) -> bool:
+        """Return whether only weights learn in a step, under the N largest logits."""
+        return self.lr_at(step) == 0.0 and self.weight_lr_at(step) > 0.0
+
+    def _codes_of_top_n(self) -> dict[str, Tensor]:
+        """Group codes of the N largest logits by name, which do not change while masks are fixed."""
+        for name, updater in self._weight_updaters.items():
+            layer = updater.layer
+            codes = self._fixed_codes.get(name)
+            # the model may have moved
+            if codes is None or codes.device != layer.weight.device:
+                self._fixed_codes[name] = top_n_mask(layer.logits_on_device().detach(), layer.pattern)
+        return self._fixed_codes
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
         if not hasattr(step.loss_fn, "fisher_loss"):
@@ -202,10 +235,11 @@ class StraightThrough(Estimator):
 
         ``fisher`` has squares by name of the layer, for their curvature, see ``FisherSquares``.
         """
-        updaters = self._updaters.values()
+        by_name = self._weight_updaters if self._masks_are_fixed(step) else self._updaters
+        updaters = by_name.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
         kind = BackwardPass if next(iter(before)).shard is None else ShardedPass
-        backward_pass = kind(self._updaters, ranks, batches)
+        backward_pass = kind(by_name, ranks, batches)
         if any(updater.squares.squares.device != updater.layer.weight.device for updater in updaters):
             # the model has moved
             self._place_squares(self._mean_squares())
@@ -213,7 +247,7 @@ class StraightThrough(Estimator):
             squares.begin(self.lr_at(step), self.decay)
         try:
             weight_lr = self.weight_lr_at(step)
-            for name, updater in self._updaters.items():
+            for name, updater in by_name.items():
                 updater.layer.logits.grad = None
                 updater.begin(weight_lr, backward_pass, fisher.get(name))
                 updater.layer.logits_backward = updater

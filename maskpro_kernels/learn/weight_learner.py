@@ -37,12 +37,12 @@ class WeightLearner:
             self.layer.weight_changed = True
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, codes: Tensor, rate: float, slope_square: Tensor) -> None:
+    def step(self, gradient: Tensor, codes: Tensor, rate: float, norm: Tensor) -> None:
         """Move the kept weights by their gradient [out, K], without a transfer from the device.
 
-        If ``slope_square``, the mean square of the slopes, or the norm of the gradient is not finite, nothing changes.
+        If ``norm``, 0-dim float32, is not finite, nothing changes.
         """
-        usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        usable = torch.isfinite(norm)
         scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
         m = self.layer.pattern.m
         ops.adamw_(self.layer.weight, self.master, self.first, self.second, gradient, codes, scalars, m)
