@@ -60,7 +60,10 @@ class Joint(Learner):
     loss: str = "ce"
 
 
-OPTIONS = {"lr": 0.1, "train_weights": 6e-4, "masks_until": 1.0, "weights_from": 0.0, "dropped": DENSE_VALUES}
+FIXED = {"lr": 0.3, "train_weights": 6e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": DENSE_VALUES}
+HALF = {"masks_until": 0.5, "weights_from": 0.5}
+QUARTER = {"masks_until": 0.25, "weights_from": 0.25}
+TOGETHER = {"masks_until": 1.0}
 METHODS = {
     learner.kind.name: learner
     for learner in (
@@ -94,17 +97,17 @@ METHODS = {
         ),
         Joint(
             MasksAndWeights,
-            OPTIONS,
+            FIXED,
             (
-                {"masks_until": 0.0},
-                {"masks_until": 0.0, "train_weights": 1e-3},
-                {"lr": 0.3, "masks_until": 0.5, "weights_from": 0.5},
-                {"lr": 0.3, "masks_until": 0.5, "weights_from": 0.5, "dropped": REFITTED_VALUES},
-                {"dropped": REFITTED_VALUES},
-                {"lr": 0.3},
-                {"dropped": GRADIENT},
-                {"dropped": CORRECTED},
-                {"lr": 0.3, "dropped": CORRECTED},
+                HALF | {"dropped": REFITTED_VALUES},
+                HALF,
+                {"train_weights": 1e-3},
+                HALF | {"dropped": REFITTED_VALUES, "train_weights": 1e-3},
+                QUARTER | {"dropped": REFITTED_VALUES},
+                TOGETHER | {"lr": 0.1},
+                TOGETHER | {"dropped": CORRECTED},
+                TOGETHER | {"lr": 0.1, "dropped": REFITTED_VALUES},
+                TOGETHER | {"lr": 0.1, "dropped": GRADIENT},
             ),
         ),
     )

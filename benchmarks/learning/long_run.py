@@ -98,7 +98,7 @@ class LongRun(Comparison):
             accumulate: batches a step.
 
         Returns:
-            False if a signal came before the last step.
+            False if a signal came.
         """
         progress = folder / "progress"
         estimator = self.estimator_of(name, settings, steps)
@@ -135,7 +135,8 @@ class LongRun(Comparison):
                     state = state_bytes(estimator, trainer.layers)
                     self.rows.add([self.row_of(estimator, settings, done, seconds.total, state, **figures)])
                 if done >= steps or signals.came:
-                    return done >= steps
+                    # also after the last step: another learner may follow
+                    return not signals.came
                 seconds.start()
                 count = min(self.args.every - done % self.args.every, steps - done)
                 trainer.run(count, progress=False, after_step=after_step)

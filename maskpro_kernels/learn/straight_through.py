@@ -170,7 +170,7 @@ class StraightThrough(Estimator):
     def tensors(self) -> dict[str, Tensor]:
         """Squares of Fisher passes; and weights that learn, with their moments and a count of steps."""
         learners = self._learners.items()
-        tensors = {f"{kind}/{name}": tensor for name, of in learners for kind, tensor in of.tensors().items()}
+        tensors = {prefix + name: tensor for name, of in learners for prefix, tensor in of.tensors().items()}
         return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
 
     def step(self, step: Step) -> StepResult:

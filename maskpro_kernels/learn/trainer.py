@@ -41,6 +41,7 @@ from .model_masks import ModelMasks, least_margin
 from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 from .snapshots import StoredTensors, newest_snapshot
 from .step_batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
+from .weight_learner import WEIGHT
 
 LOGGER = logging.getLogger(__name__)
 
@@ -233,6 +234,27 @@ class MaskTrainer:
             of_layer = (masks_now != masks[name].to(masks_now.device)).sum()
             moved += int(of_layer if layer.shard is None else layer.shard.summed(of_layer))
         return moved
+
+    def weights_moved(self) -> float | None:
+        """Length of the change of the weights that learn, divided by their length before the first step.
+
+        Both are over all layers. None before the first step, without weights that learn, without ``output_dir``, if its
+        first snapshot is damaged, and on ranks other than 0.
+        """
+        learning = {name: x for name, x in self.estimator.tensors().items() if name.startswith(WEIGHT)}
+        if not learning or self.output_dir is None or not self._begun or not self.ranks.is_main_process:
+            return None
+        first = self._first_tensors()
+        if first is None:
+            return None
+        change = 0.0
+        length = 0.0
+        for name, weight in learning.items():
+            before = torch.empty_like(weight)
+            first.read_into({PREFIX + name: before})
+            length += float(before.square().sum(dtype=torch.float64))
+            change += float((weight - before).square_().sum(dtype=torch.float64))
+        return math.sqrt(change / length) if length else 0.0
 
     def _first_masks(self) -> dict[str, Tensor] | None:
         """Top-N masks of the first snapshot: of this rank's rows, or of whole layers on rank 0 alone."""

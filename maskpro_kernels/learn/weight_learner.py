@@ -9,6 +9,9 @@ from .. import ops
 from ..modules import MaskedLinear
 from ..ops.reference import adamw_scalars
 
+# Prefix of the name of a weight among the tensors of an estimator
+WEIGHT = "weight/"
+
 
 class WeightLearner:
     """AdamW on the kept weights of one layer, see ``ops/reference/slopes.py``.
@@ -28,7 +31,8 @@ class WeightLearner:
         self.count = torch.zeros((), device=self.master.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.master, "first": self.first, "second": self.second, "count": self.count}
+        """Its tensors by prefix."""
+        return {WEIGHT: self.master, "first/": self.first, "second/": self.second, "count/": self.count}
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -43,12 +43,14 @@ def write_result(run: Run, tokenizer) -> None:
     save(finalize(run.model), tokenizer, output, options.model, str(pattern), table)
     _save_picture(output / "perplexity.png", method, run.validation.rows)
     weights = ", ".join(changes) or "weights frozen"
+    moved_weights = run.trainer.weights_moved()
     content = {
         "format": FORMAT,
         "settings": with_absolute_paths(options),
         "table": table,
         "validation": run.validation.rows,
         "weights": weights,
+        "moved_weights": moved_weights,
         "groups": groups,
         "flipped_groups": flipped,
         "logits": logits,
@@ -72,7 +74,8 @@ def write_result(run: Run, tokenizer) -> None:
         result = f"{moved} of {groups:,} groups differ from the initial mask"
     else:
         result = f"{method}: the mask of {groups:,} groups"
-    print(f"{result}; {weights}; written to {output}")
+    distance = "" if moved_weights is None else f" by {moved_weights:.2%} of their length"
+    print(f"{result}; {weights}{distance}; written to {output}")
 
 
 def _save_picture(path: Path, title: str, rows: Sequence[dict]) -> None:
