@@ -53,7 +53,7 @@ class Joint(Learner):
 
     Attributes:
         start: name of the mask and weights that it starts from.
-        loss: kind of the loss, see ``distillation_loss``.
+        loss: kind of the loss, see ``distillation_loss``; settings may name another.
     """
 
     start: str = REFITTED
@@ -62,7 +62,6 @@ class Joint(Learner):
 
 FIXED = {"lr": 0.3, "train_weights": 6e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": DENSE_VALUES}
 HALF = {"masks_until": 0.5, "weights_from": 0.5}
-QUARTER = {"masks_until": 0.25, "weights_from": 0.25}
 TOGETHER = {"masks_until": 1.0}
 METHODS = {
     learner.kind.name: learner
@@ -99,15 +98,16 @@ METHODS = {
             MasksAndWeights,
             FIXED,
             (
-                HALF | {"dropped": REFITTED_VALUES},
+                {"train_weights": 3e-4},
+                {"loss": "ce+kl"},
+                {"train_weights": 3e-4, "loss": "kl"},
                 {"train_weights": 1e-3},
-                TOGETHER | {"lr": 1.0, "dropped": REFITTED_VALUES},
-                HALF | {"lr": 1.5, "dropped": REFITTED_VALUES},
+                HALF | {"dropped": REFITTED_VALUES},
+                TOGETHER | {"lr": 0.1},
                 TOGETHER | {"lr": 1.0, "dropped": CORRECTED},
                 TOGETHER | {"lr": 1.0},
-                HALF | {"lr": 1.5},
-                QUARTER | {"lr": 3.0, "dropped": REFITTED_VALUES},
                 TOGETHER | {"lr": 1.0, "dropped": GRADIENT},
+                HALF | {"lr": 1.5},
             ),
         ),
     )
@@ -209,7 +209,8 @@ class Comparison(LongRun):
         return self.batches[:steps]
 
     def estimator_of(self, name: str, settings: Mapping, steps: int) -> Estimator:
-        return self.learners[name].kind(steps, **settings)
+        of_kind = {setting: value for setting, value in settings.items() if setting != "loss"}
+        return self.learners[name].kind(steps, **of_kind)
 
     @torch.no_grad()
     def put_start(self, estimator: Estimator) -> dict[str, Tensor]:
@@ -227,7 +228,7 @@ class Comparison(LongRun):
         return start.codes
 
     def loss_of(self, name: str, settings: Mapping) -> LossFn:
-        return distillation_loss(self.learners[name].loss)
+        return distillation_loss(settings.get("loss", self.learners[name].loss))
 
     def row_of(self, estimator: Estimator, settings: Mapping, *figures: float, **learner_figures: object) -> dict:
         own = nullcontext()

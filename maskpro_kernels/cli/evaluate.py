@@ -65,7 +65,7 @@ def evaluate(options: Evaluate, models: list[str]) -> None:
     measures = {}
     if prompts and (data is None or (options.data is None and not texts_of(data))):
         _check_no_text_options(options)
-        report("no perplexities, since there is no text: --data names others")
+        report("no perplexities, since no text is given: name one with --data")
     else:
         measures = _measures_of(options, models, data, settings)
     bases = dict.fromkeys(run["settings"]["model"] for run in runs.values())

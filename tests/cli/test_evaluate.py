@@ -159,7 +159,7 @@ def test_a_run_on_samples_alone_has_no_text_to_evaluate(inputs, tmp_path, capsys
     capsys.readouterr()
     assert main.main(["eval", str(run), "--prompt", "w1 w2", "--new-tokens", "2"]) == 0
     captured = capsys.readouterr()
-    assert "no perplexities, since there is no text" in captured.err and "w1 w2" in captured.out
+    assert "no perplexities, since no text is given" in captured.err and "w1 w2" in captured.out
 
 
 def test_prompts_need_no_text(inputs, tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_prompts_need_no_text(inputs, tmp_path, capsys):
     output = tmp_path / "out.json"
     assert main.main(["eval", model, "--prompt", "w1 w2", *CPU, "--output", str(output)]) == 0
     captured = capsys.readouterr()
-    assert "no perplexities, since there is no text: --data names others" in captured.err
+    assert "no perplexities, since no text is given: name one with --data" in captured.err
     # 32 tokens by default
     expected = continued(tiny_model(), "w1 w2", 32)
     assert captured.out == f"greedy continuations, 32 tokens, float32\n\nw1 w2\n  {model}  {expected}\n"
