@@ -59,7 +59,7 @@ demo: $(INSTALLED)
 	@echo "$(PART_2)"
 	$(DEMO_LEARN) --init wanda --steps 0 --output runs/demo/wanda
 	@echo "$(PART_3)"
-	$(DEMO_LEARN) --init wanda --refit weights --train-weights 6e-4 --lr 0.1 --steps 30 --eval-every 15 \
+	$(DEMO_LEARN) --init wanda --refit weights --train-weights 6e-4 --steps 30 --eval-every 15 \
 		--output runs/demo/learned
 	@echo "$(PART_4)"
 	$(VENV)/bin/maskpro export runs/demo/learned runs/demo/packed --to packed --dtype bfloat16

@@ -28,9 +28,7 @@ import torch
 from compare import checked, metadata_of, options, weights_in_place
 from long_run import LongRun
 from magnitudes import CAST, SRSTE, Magnitudes
-from masks_and_weights import CORRECTED, GRADIENT, MasksAndWeights
-from masks_and_weights import DENSE as DENSE_VALUES
-from masks_and_weights import REFITTED as REFITTED_VALUES
+from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
 from methods import Learner
 from rows import table
 from safetensors import safe_open
@@ -60,7 +58,7 @@ class Joint(Learner):
     loss: str = "ce"
 
 
-FIXED = {"lr": 0.3, "train_weights": 6e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": DENSE_VALUES}
+FIXED = {"lr": 0.3, "train_weights": 6e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL}
 HALF = {"masks_until": 0.5, "weights_from": 0.5}
 TOGETHER = {"masks_until": 1.0}
 METHODS = {
@@ -102,7 +100,7 @@ METHODS = {
                 {"loss": "ce+kl"},
                 {"train_weights": 3e-4, "loss": "kl"},
                 {"train_weights": 1e-3},
-                HALF | {"dropped": REFITTED_VALUES},
+                HALF,
                 TOGETHER | {"lr": 0.1},
                 TOGETHER | {"lr": 1.0, "dropped": CORRECTED},
                 TOGETHER | {"lr": 1.0},
@@ -216,13 +214,8 @@ class Comparison(LongRun):
     def put_start(self, estimator: Estimator) -> dict[str, Tensor]:
         name = self.learners[estimator.name].start
         start, _ = self.start(name)
-        keeps_dense = getattr(estimator, "dropped", None) not in (None, REFITTED_VALUES)
         for layer, module in self.masked.items():
-            weight = start.weights[layer]
-            if keeps_dense:
-                kept = expand_mask(start.codes[layer], self.pattern)
-                weight = torch.where(kept, weight, self.dense_weights[layer])
-            module.weight.copy_(weight)
+            module.weight.copy_(start.weights[layer])
             module.weight_changed = name != DENSE
         self.put_mask(start.codes, self.gap_of(estimator))
         return start.codes

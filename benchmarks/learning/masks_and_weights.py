@@ -1,10 +1,9 @@
 """Straight-through learning of masks and weights, each in its own share of the steps.
 
-By default masks and weights learn in all steps, as with ``maskpro learn --train-weights``, and weights that the mask
-drops keep their dense values. ``dropped`` gives them the values that a refit had for them ("refitted", see
-``values_by_swap``). Or it lets them learn too: by the gradient of the masked weight ("gradient"), as SR-STE does;
-or by that gradient plus F w ("corrected"), with the curvature F of the logits' slopes, which is the gradient that the
-loss would have if the weight were kept: it moves a dropped weight towards the value that lowers the loss most.
+Weights that the mask drops keep their values by default, as with ``maskpro learn --train-weights``. ``dropped`` lets
+them learn too: by the gradient of the masked weight ("gradient"), as SR-STE does; or by that gradient plus F w
+("corrected"), with the curvature F of the logits' slopes, which is the gradient that the loss would have if the weight
+were kept: it moves a dropped weight towards the value that lowers the loss most.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from maskpro_kernels.learn.weight_learner import WeightLearner
 from maskpro_kernels.modules import MaskedLinear
 from maskpro_kernels.ops.counter import MaskSource
 
-DENSE = "dense"
-REFITTED = "refitted"
+STILL = "still"
 GRADIENT = "gradient"
 CORRECTED = "corrected"
 
@@ -39,7 +37,7 @@ class MasksAndWeights(StraightThrough):
         train_weights: learning rate of the weights, 0 over the first ``weights_from`` of the steps; then it falls
             linearly to 0.
         masks_until, weights_from: shares of the steps. Where the first has passed, masks are fixed.
-        dropped: "dense", "refitted", "gradient" or "corrected", see the module.
+        dropped: "still", "gradient" or "corrected", see the module.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -54,11 +52,11 @@ class MasksAndWeights(StraightThrough):
         train_weights: float = 6e-4,
         masks_until: float = 1.0,
         weights_from: float = 0.0,
-        dropped: str = DENSE,
+        dropped: str = STILL,
     ):
         check_float("masks_until", masks_until, 0.0, 1.0)
         check_float("weights_from", weights_from, 0.0, 1.0)
-        check_one_of("dropped", dropped, (DENSE, REFITTED, GRADIENT, CORRECTED))
+        check_one_of("dropped", dropped, (STILL, GRADIENT, CORRECTED))
         super().__init__(lr, steps, train_weights=train_weights)
         self.masks_until = float(masks_until)
         self.weights_from = float(weights_from)
@@ -70,7 +68,7 @@ class MasksAndWeights(StraightThrough):
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         super().begin(layers)
-        if self.dropped in (DENSE, REFITTED):
+        if self.dropped == STILL:
             return
         updater_kind = Corrected if self.dropped == CORRECTED else LayerUpdater
         self._learners = {name: AllWeights(layer, self.weight_decay) for name, layer in layers.items()}

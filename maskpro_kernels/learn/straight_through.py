@@ -41,11 +41,14 @@ class StraightThrough(Estimator):
     several batches a step, or if ranks do not use the same layers in a step. The process then needs a float32 slope for
     each weight, and as much again if weights learn. If ranks share the rows of layers, it needs only those of its rows.
 
-    With ``train_weights`` the kept weights learn too, see ``WeightLearner``: they use the gradient of the same
-    backward, and move after logits and after the layer below. The result is then the mask and the weights.
+    With ``train_weights`` the kept weights learn, see ``WeightLearner``, and masks are fixed: all steps use the N
+    largest logits, and need no slopes. With ``masks_until`` masks learn as well in a first share of the steps: weights
+    use the gradient of the same backward, and move after logits and after the layer below. The result is the mask and
+    the weights.
 
     Args:
-        lr: change of a logit whose slope equals the root mean square; falls linearly to 0 over ``steps``.
+        lr: change of a logit whose slope equals the root mean square; falls linearly to 0 over the steps in which masks
+            learn.
         steps: number of steps, at most; None: lr is constant.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens. A
             method ``loss_fn.labelled_tokens(batch)`` returns their number. Without it a mapping's labels other than
@@ -58,7 +61,10 @@ class StraightThrough(Estimator):
             it succeeds. Passes are for a ``loss_fn`` whose gradient does not give its curvature: it has a method
             ``fisher_loss(model, batch, seed)``, see ``FisherSquares`` and ``DistillationLoss``. Layers without squares
             use their own gradient.
-        train_weights: learning rate of the kept weights, falling like ``lr``; None: weights do not change.
+        train_weights: learning rate of the kept weights; falls linearly to 0 over ``steps``. None: weights do not
+            change.
+        masks_until: share of ``steps`` in which masks learn, in [0, 1]; then they are fixed. Without ``steps`` it is 0
+            or 1. None: 1, or 0 with ``train_weights``.
         weight_decay: decay of AdamW towards 0, for weights that learn.
 
     Raises:
@@ -70,7 +76,8 @@ class StraightThrough(Estimator):
 
     def __init__(self, lr: float = 0.3, steps: int | None = None, *, curvature: float = 1.0,
                  max_update: float = 2.0, decay: float = 0.9, fisher_every: int = 16,
-                 train_weights: float | None = None, weight_decay: float = 0.0):  # fmt: skip
+                 train_weights: float | None = None, masks_until: float | None = None,
+                 weight_decay: float = 0.0):  # fmt: skip
         check_whole("fisher_every", fisher_every, 1)
         check_float("lr", lr, 0.0, strict=True)
         check_slope_settings(curvature, max_update, decay)
@@ -81,6 +88,8 @@ class StraightThrough(Estimator):
         check_float("weight_decay", weight_decay, 0.0)
         if weight_decay and train_weights is None:
             raise ValueError(f"weight_decay: expected 0 where weights do not learn, got {weight_decay}")
+        if masks_until is not None:
+            _check_masks_until(masks_until, steps, train_weights)
         self.lr = float(lr)
         self.steps = steps
         self.fisher_every = fisher_every
@@ -88,6 +97,7 @@ class StraightThrough(Estimator):
         self.max_update = float(max_update)
         self.decay = float(decay)
         self.train_weights = None if train_weights is None else float(train_weights)
+        self.masks_until = float(train_weights is None) if masks_until is None else float(masks_until)
         self.weight_decay = float(weight_decay)
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
@@ -146,10 +156,12 @@ class StraightThrough(Estimator):
     @property
     def max_logit_travel(self) -> float:
         """Largest change of a logit difference: each step moves both logits by at most ``max_update``."""
-        return math.inf if self.steps is None else 2 * self.max_update * self.steps
+        if self.masks_until == 0.0:
+            return 0.0
+        return math.inf if self.steps is None else 2 * self.max_update * math.ceil(self.masks_until * self.steps)
 
     def settings(self) -> dict:
-        of_weights = ("train_weights", "weight_decay") if self.train_weights is not None else ()
+        of_weights = ("train_weights", "masks_until", "weight_decay") if self.train_weights is not None else ()
         names = ("lr", "steps", "curvature", "max_update", "decay", "fisher_every", *of_weights)
         return {name: getattr(self, name) for name in names}
 
@@ -219,14 +231,14 @@ class StraightThrough(Estimator):
         return current if current and step.index % self.fisher_every else self._fisher.after_pass(step)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        return self._falling(self.lr, step)
+        """Learning rate of the logits in a step, counted from 0; 0 where masks are fixed."""
+        if self.masks_until == 0.0:
+            return 0.0
+        return self.lr if self.steps is None else self.lr * max(1.0 - step / (self.masks_until * self.steps), 0.0)
 
     def weight_lr_at(self, step: int) -> float:
         """Learning rate of the weights in a step, counted from 0; 0 where they do not learn."""
-        return self._falling(self.train_weights or 0.0, step)
-
-    def _falling(self, rate: float, step: int) -> float:
+        rate = self.train_weights or 0.0
         return rate if self.steps is None else rate * max(1.0 - step / self.steps, 0.0)
 
     @contextmanager
@@ -261,6 +273,14 @@ class StraightThrough(Estimator):
                 layer.logits.grad = None
             for updater in updaters:
                 updater.end()
+
+
+def _check_masks_until(masks_until: float, steps: int | None, train_weights: float | None) -> None:
+    check_float("masks_until", masks_until, 0.0, 1.0)
+    if train_weights is None:
+        raise ValueError(f"masks_until: expected None where weights do not learn, got {masks_until}")
+    if steps is None and 0.0 < masks_until < 1.0:
+        raise ValueError(f"masks_until: expected 0 or 1 without steps, got {masks_until}")
 
 
 class FisherSquares:

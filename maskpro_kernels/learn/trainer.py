@@ -281,6 +281,10 @@ class MaskTrainer:
 
     def _report_flips(self, progress: bool) -> None:
         """Report how many groups a draw changes on average; warn if these are too few for the estimator."""
+        if self.estimator.max_logit_travel == 0.0:
+            if self.ranks.is_main_process:
+                _report("masks are fixed: only weights learn", progress)
+            return
         flips = self.masks.expected_flips()
         if not self.ranks.is_main_process:
             return
@@ -612,7 +616,7 @@ def _check_reach(estimator: Estimator, least: float, warn: bool) -> None:
             f"crosses no wider gap, and {type(estimator).__name__} learns only from draws that change a mask; "
             "give convert a smaller gap"
         )
-    if least > travel and warn:
+    if least > travel > 0.0 and warn:
         warnings.warn(
             f"no mask will change: all steps together can cross a gap of {travel:g}, but the smallest gap is "
             f"{least:.4g}; set more steps or a smaller gap, or in Python a larger max_update",

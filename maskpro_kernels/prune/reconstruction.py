@@ -293,46 +293,15 @@ def swap_and_refit(
         target = target_of(dense, shift)
         swapped_codes, fitted = _descend_refitted(target, start, gram, blocks, pattern, sweeps)
         kept = kept_of(swapped_codes, pattern.m).view(dense.shape)
-        fitted, product = conjugate_gradients(target, fitted, kept, gram)
-        dropped = values_by_swap(fitted, product, swapped_codes, blocks).to(w.dtype)
-        fitted = fitted.to(w.dtype)
+        fitted = conjugate_gradients(target, fitted, kept, gram)[0].to(w.dtype)
         before = row_errors(target - dense * kept_of(start, pattern.m).view(dense.shape), gram)
         after = row_errors(target - fitted.float() * kept, gram)
         # also false for NaN
         better = (after < before)[:, None]
-        refitted = torch.where(better, torch.where(kept > 0, fitted, dropped), ordered)
+        refitted = torch.where(better & (kept > 0), fitted, ordered)
         errors = torch.stack([before, torch.where(better[:, 0], after, before)], 1)
         pieces.append((torch.where(better, swapped_codes, start), from_places(refitted, pattern.m), errors))
     return tuple(torch.cat(tensors) for tensors in zip(*pieces, strict=True))
-
-
-def values_by_swap(fitted: Tensor, product: Tensor, codes: Tensor, blocks: Tensor) -> Tensor:
-    """Value of each dropped weight if it were kept in place of one weight of its group, and others were refitted.
-
-    Of the group's kept weights it is the one whose swap leaves the lowest error.
-
-    Args:
-        fitted, product: from ``conjugate_gradients``, in the order of ``by_place``.
-        codes: group codes [rows, K / M].
-        blocks: from ``conditional_blocks``.
-
-    Returns:
-        float32 [rows, K], in the order of ``by_place``; only values of dropped weights have a meaning.
-    """
-    m = len(blocks)
-    kept = kept_of(codes, m) > 0
-    v = fitted.view(kept.shape)
-    g = product.view(kept.shape)
-    values = torch.zeros_like(v)
-    for j in range(m):
-        lowest_change = torch.full_like(v[:, j], torch.inf)
-        for i in range(m):
-            toward = torch.addcmul(g[:, j], v[:, i], blocks[i, j])
-            change = v[:, i].square() * blocks[i, i] - toward.square() / blocks[j, j]
-            is_lower = kept[:, i] & (change < lowest_change)
-            lowest_change = torch.where(is_lower, change, lowest_change)
-            values[:, j] = torch.where(is_lower, toward / blocks[j, j], values[:, j])
-    return values.view(fitted.shape)
 
 
 def _descend_refitted(target: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):

@@ -13,7 +13,7 @@ import pytest
 import rows
 import torch
 from magnitudes import CAST, SRSTE
-from masks_and_weights import CORRECTED, DENSE, GRADIENT, MasksAndWeights
+from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
 
 from maskpro_kernels import convert
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
@@ -174,7 +174,7 @@ def test_dropped_weights_learn_as_they_are_let(model, batches):
     grad = of_y.T @ x
     # F of the slopes, of a loss that is a mean over the tokens
     curvature = torch.outer(of_y.square().sum(0), x.square().sum(0))
-    expected = {DENSE: grad * mask, GRADIENT: grad, CORRECTED: grad + weight * ~mask * curvature}
+    expected = {STILL: grad * mask, GRADIENT: grad, CORRECTED: grad + weight * ~mask * curvature}
     for dropped, gradient_of_weights in expected.items():
         estimator = MasksAndWeights(4, dropped=dropped)
         layer = trained(torch.nn.Sequential(copy.deepcopy(model[0])), batches, estimator, 1)

@@ -30,7 +30,7 @@ SIZES = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 3 --eval-wi
 WAYS = {
     "straight-through": "--estimator straight-through --init reconstruction --gap 2 --lr 1",
     "straight-through, refitted and trained": "--estimator straight-through --init reconstruction --gap 2 --lr 1 "
-    "--refit weights --train-weights 0.001",
+    "--refit weights --train-weights 0.001 --masks-until 1",
     "reinforce": "--estimator reinforce --init wanda --gap 2 --lr 5",
 }
 

@@ -17,7 +17,7 @@ ESTIMATORS = {
     "three draws": lambda: mk.Reinforce(lr=2.0, draws=3),
     "four draws": lambda: mk.Reinforce(lr=2.0, draws=4),
     "straight-through": lambda: mk.StraightThrough(lr=0.3),
-    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01),
+    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01, masks_until=1.0),
 }
 
 

@@ -141,8 +141,14 @@ def test_a_straight_through_step_reads_nothing_from_the_device(launched, monkeyp
 
 
 def test_weights_that_learn_take_the_masks_of_the_step(launched):
-    found = steps_of(a_model(), mk.StraightThrough(train_weights=1e-3), launched)
+    found = steps_of(a_model(), mk.StraightThrough(train_weights=1e-3, masks_until=1.0), launched)
     assert found["sample_masks"] == 1 and "sample_mask" not in found
+
+
+def test_fixed_masks_need_neither_draws_nor_slopes(launched):
+    found = steps_of(a_model(), mk.StraightThrough(train_weights=1e-3), launched)
+    assert found["adamw"] == LAYERS
+    assert not {"sample_masks", "sample_mask", "straight_through", "straight_through_step"} & found.keys(), found
 
 
 def test_each_kind_of_layer_takes_a_launch(launched):

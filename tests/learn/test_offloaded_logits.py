@@ -144,7 +144,7 @@ def test_layers_on_one_device_move_in_place():
 ESTIMATORS = {
     "reinforce": lambda: mk.Reinforce(lr=2.0, draws=2),
     "straight-through": lambda: mk.StraightThrough(lr=0.3),
-    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01),
+    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01, masks_until=1.0),
 }
 
 

@@ -123,7 +123,8 @@ def compiled_two_layers():
     [
         # silu, between the layers
         slow(compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4), 1),
-        (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4, train_weights=0.01), 1),
+        (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4, train_weights=0.01, masks_until=1.0), 1),
+        (compiled_two_layers, mk.StraightThrough(steps=4, train_weights=0.01), 1),
         # the whole under drawn masks, and under those of the start
         (compiled_two_layers, mk.Reinforce(), 2),
         pytest.param(

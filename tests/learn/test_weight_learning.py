@@ -37,7 +37,8 @@ def everything(trainer):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
-def test_steps_are_those_of_adamw(pattern, dtype):
+@pytest.mark.parametrize("masks_until", [0.0, 1.0])
+def test_steps_are_those_of_adamw(pattern, dtype, masks_until):
     """Under a mask that no draw leaves, by torch's optimizer on float32 weights, at a rate that falls to nothing."""
     torch.manual_seed(0)
     linear = nn.Linear(32, 8).to(dtype)
@@ -54,7 +55,7 @@ def test_steps_are_those_of_adamw(pattern, dtype):
         master.grad = torch.where(kept, (y.grad.t() @ x).float(), 0)
         optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 6)
         optimizer.step()
-    estimator = mk.StraightThrough(lr=1e-3, steps=6, train_weights=0.01, weight_decay=0.5)
+    estimator = mk.StraightThrough(lr=1e-3, steps=6, train_weights=0.01, masks_until=masks_until, weight_decay=0.5)
     trainer = a_trainer(model, batches=batches, loss_fn=loss_fn, estimator=estimator)
     assert not layer.weight_changed
     trainer.run(6, progress=False)
@@ -72,7 +73,7 @@ def test_steps_are_those_of_adamw(pattern, dtype):
 def test_what_a_mask_drops_stays_with_its_moments():
     """Whichever it is in a step: the logits of a group are alike, and each step draws another mask."""
     model = a_model(gap=0.0)
-    trainer = a_trainer(model, estimator=mk.StraightThrough(lr=1e-3, train_weights=0.01))
+    trainer = a_trainer(model, estimator=mk.StraightThrough(lr=1e-3, train_weights=0.01, masks_until=1.0))
     trainer.begin()
     held = trainer.estimator.tensors()
     masks = []
@@ -95,17 +96,17 @@ def test_what_a_mask_drops_stays_with_its_moments():
     assert not torch.equal(masks[0]["0"], masks[1]["0"])
 
 
+@pytest.mark.parametrize("masks_until", [0.0, 1.0])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_gradients_of_all_uses_and_batches_are_summed(parts):
+def test_gradients_of_all_uses_and_batches_are_summed(parts, masks_until):
     """Of a layer that is used twice, and of batches by their tokens; by the first moment of the first step."""
     torch.manual_seed(0)
     model, plain = Twice(), Twice()
     plain.load_state_dict(model.state_dict())
     mk.convert(model, "2:4", gap=FIXED)
     batches = uneven_batches()[-parts:]
-    trainer = a_trainer(
-        model, batches=batches, estimator=mk.StraightThrough(lr=1e-3, train_weights=0.01), accumulate=parts
-    )
+    estimator = mk.StraightThrough(lr=1e-3, train_weights=0.01, masks_until=masks_until)
+    trainer = a_trainer(model, batches=batches, estimator=estimator, accumulate=parts)
     with torch.no_grad():
         for name, layer in masked_layers(model).items():
             plain.get_submodule(name).weight.copy_(layer.top_n_weight())
@@ -122,17 +123,87 @@ def test_gradients_of_all_uses_and_batches_are_summed(parts):
 def test_slope_and_gradient_below_are_those_of_the_weights_of_the_forward():
     """The logits of a first step, and the weights of the layer below, are as if no other weight learned."""
     one, other = a_model(), a_model()
-    a_trainer(one, estimator=mk.StraightThrough(lr=0.3, train_weights=0.1)).step()
+    a_trainer(one, estimator=mk.StraightThrough(lr=0.3, train_weights=0.1, masks_until=1.0)).step()
     a_trainer(other, estimator=mk.StraightThrough(lr=0.3)).step()
     assert_same_bits(logits_of(one), logits_of(other))
     assert all((a.weight != b.weight).any() for a, b in zip(one[::2], other[::2], strict=True))
 
 
+def test_masks_learn_in_their_share_of_the_steps_and_are_fixed_afterwards():
+    estimator = mk.StraightThrough(lr=2.0, steps=8, train_weights=0.01, masks_until=0.5)
+    assert [estimator.lr_at(step) for step in (0, 2, 4, 7)] == [2.0, 1.0, 0.0, 0.0]
+    assert [estimator.weight_lr_at(step) for step in (0, 4)] == [0.01, 0.005]
+    assert estimator.max_logit_travel == 16.0
+    model = a_model(gap=1.0)
+    trainer = a_trainer(model, estimator=estimator)
+    trainer.run(4, progress=False)
+    learned = logits_of(model)
+    masks = [mk.top_n_mask(logits, "2:4") for logits in learned]
+    assert trainer.moved() > 0
+    for _ in range(4):
+        before = [layer.weight.clone() for layer in masked_layers(model).values()]
+        record = trainer.step()
+        assert record.flip_rate == 0.0
+        assert_same_bits(logits_of(model), learned)
+        for old, codes, layer in zip(before, masks, masked_layers(model).values(), strict=True):
+            kept = mk.expand_mask(codes, "2:4")
+            assert_same_bits(layer.weight.detach()[~kept], old[~kept])
+            assert (layer.weight != old)[kept].float().mean() > 0.9
+
+
+def test_masks_are_fixed_by_default_where_weights_learn(caplog):
+    caplog.set_level("INFO")
+    model = a_model(gap=0.0)
+    before = logits_of(model)
+    trainer = a_trainer(model, estimator=mk.StraightThrough(train_weights=0.01))
+    trainer.run(3, progress=False)
+    assert_same_bits(logits_of(model), before)
+    assert trainer.moved() == 0
+    assert "masks are fixed: only weights learn" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masks_until": 0.5}, "masks_until: expected None where weights do not learn, got 0.5"),
+        ({"train_weights": 0.1, "masks_until": 0.5}, "masks_until: expected 0 or 1 without steps, got 0.5"),
+        ({"train_weights": 0.1, "steps": 4, "masks_until": 1.5}, "masks_until: expected"),
+    ],
+)
+def test_shares_of_the_steps_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        mk.StraightThrough(**settings)
+
+
+def test_the_distance_that_weights_went(tmp_path):
+    """By the first snapshot, and after a resume as well."""
+    model = a_model()
+    start = torch.cat([layer.weight.flatten() for layer in masked_layers(model).values()])
+
+    def a_run(model):
+        return a_trainer(model, estimator=mk.StraightThrough(train_weights=0.01), output_dir=tmp_path)
+
+    first = a_run(model)
+    assert first.weights_moved() is None
+    first.run(2, progress=False)
+    end = torch.cat([layer.weight.flatten() for layer in masked_layers(model).values()])
+    expected = float((end - start).norm() / start.norm())
+    assert first.weights_moved() == pytest.approx(expected, rel=1e-5)
+    first.close()
+    second = a_run(a_model())
+    second.resume()
+    assert second.weights_moved() == pytest.approx(expected, rel=1e-5)
+    second.close()
+    assert a_trainer(estimator=mk.StraightThrough()).weights_moved() is None
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_steps_that_are_not_finite_move_no_weight(bad, accumulate):
+@pytest.mark.parametrize("masks_until", [0.0, 1.0])
+def test_steps_that_are_not_finite_move_no_weight(bad, accumulate, masks_until):
     for where in ("loss", "gradient"):
-        trainer = a_trainer(estimator=mk.StraightThrough(train_weights=0.01), accumulate=accumulate, max_skipped=1)
+        estimator = mk.StraightThrough(train_weights=0.01, masks_until=masks_until)
+        trainer = a_trainer(estimator=estimator, accumulate=accumulate, max_skipped=1)
         trainer.step()
         before = everything(trainer)
         whole = trainer.loss_fn
@@ -152,13 +223,14 @@ def test_steps_that_are_not_finite_move_no_weight(bad, accumulate):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, dtype):
+@pytest.mark.parametrize("masks_until", [0.0, 0.5, 1.0])
+def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, dtype, masks_until):
     """Weights as well: the model comes with those of the start, and gets those of the snapshot."""
 
     def a_run(folder):
         model = a_model().to(dtype)
         batches = [batch.to(dtype) for batch in some_batches()]
-        estimator = mk.StraightThrough(lr=0.3, steps=7, train_weights=0.01)
+        estimator = mk.StraightThrough(lr=0.3, steps=7, train_weights=0.01, masks_until=masks_until)
         return a_trainer(model, batches=batches, loss_fn=loss_fn, estimator=estimator, output_dir=tmp_path / folder)
 
     whole, first, second, third = (a_run(folder) for folder in ("whole", "run", "run", "run"))
@@ -205,4 +277,4 @@ def test_a_weight_that_others_hold_does_not_change_there():
 
 
 def learning() -> mk.StraightThrough:
-    return mk.StraightThrough(lr=1e-3, train_weights=0.01)
+    return mk.StraightThrough(lr=1e-3, train_weights=0.01, masks_until=1.0)

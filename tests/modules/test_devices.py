@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 ESTIMATORS = {
     "reinforce": lambda: mk.Reinforce(lr=2.0, draws=2),
     "straight-through": lambda: mk.StraightThrough(lr=0.3),
-    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01),
+    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01, masks_until=1.0),
 }
 
 

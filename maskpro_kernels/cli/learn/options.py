@@ -36,7 +36,17 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
             raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
     pattern = NMPattern(options.pattern)
     set_options = {name: value for name, value in vars(options).items() if value is not None}
-    options = dataclasses.replace(options, **DEFAULTS[options.estimator] | set_options)
+    defaults = dict(DEFAULTS[options.estimator])
+    is_by_slopes = options.estimator == "straight-through"
+    if is_by_slopes and options.train_weights is not None and not options.masks_until:
+        # no logit moves
+        del defaults["lr"]
+        if options.lr is not None:
+            raise ValueError(
+                f"lr: expected none with --train-weights, which fixes masks, unless --masks-until is above 0, got "
+                f"{options.lr}"
+            )
+    options = dataclasses.replace(options, **defaults | set_options)
     if options.eval_every is None:
         options.eval_every = max(options.steps // 5, 1)
     check_least(options, steps=0, batch_size=1, accumulate=1, seq_len=2, calibration_batches=1)
@@ -75,7 +85,7 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
 def _check_reinforce(options: Learn) -> None:
     if options.gap > LARGEST_GAP:
         raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which noise can cross, got {options.gap}")
-    for name in ("train_weights", "gradient_checkpointing"):
+    for name in ("train_weights", "masks_until", "gradient_checkpointing"):
         if getattr(options, name):
             raise ValueError(f"{name}: expected none with --estimator reinforce, which uses no gradients")
 
@@ -91,8 +101,11 @@ def estimator_of(options: Learn) -> Estimator:
     """Make the estimator of complete options; ValueError or TypeError if one is out of its range."""
     if options.estimator == "reinforce":
         return Reinforce(lr=options.lr)
+    rate = {} if options.lr is None else {"lr": options.lr}
     # without steps there is no gap to cross
-    return StraightThrough(steps=options.steps or None, lr=options.lr, train_weights=options.train_weights)
+    return StraightThrough(
+        steps=options.steps or None, train_weights=options.train_weights, masks_until=options.masks_until, **rate
+    )
 
 
 def trackers_of(options: Learn) -> tuple[str, ...]:

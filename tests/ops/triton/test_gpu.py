@@ -135,7 +135,7 @@ def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern, t
             model,
             lambda model, x, target=target: nn.functional.mse_loss(model(x), target),
             batches,
-            StraightThrough(lr=0.3, train_weights=train_weights),
+            StraightThrough(lr=0.3, train_weights=train_weights, masks_until=None if train_weights is None else 1.0),
             seed=5,
         )
         losses = [record.loss for record in trainer.run(6, progress=False)]
