@@ -26,6 +26,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskpro_kernels as mk
+from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 
@@ -112,6 +113,11 @@ class TwoLayers(nn.Module):
         return self.second(nn.functional.silu(self.first(x)))
 
 
+def logits_and_weights(model):
+    weights = {f"{name}.weight": layer.weight.detach().clone() for name, layer in masked_layers(model).items()}
+    return logits_by_name(model) | weights
+
+
 def compiled_two_layers():
     model = TwoLayers()
     mk.convert(model, "2:4", targets=["first", "second"], gap=2.0)
@@ -134,7 +140,7 @@ def compiled_two_layers():
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["slope", "slope and weights", "scalar", "language model"],
+    ids=["slope", "slope and weights", "weights", "scalar", "language model"],
 )
 def test_a_compiled_model_learns_as_an_eager_one(problem, estimator, graphs, eager_reference):
     """No graph again for another step, and afterwards the graphs of the current model.
@@ -146,13 +152,13 @@ def test_a_compiled_model_learns_as_an_eager_one(problem, estimator, graphs, eag
     torch.compiler.reset()
     for compiling in (False, True):
         model, loss_fn, batches = problem()
-        initial = logits_by_name(model)
+        initial = logits_and_weights(model)
         run = torch.compile(model, backend=counter) if compiling else model
         trainer = mk.MaskTrainer(run, loss_fn, batches, copy.deepcopy(estimator), seed=0)
         losses.append([record.loss for record in trainer.run(2, progress=False)])
         first = counter.frame_count
         losses[-1] += [record.loss for record in trainer.run(2, progress=False)]
-        learned.append(logits_by_name(model))
+        learned.append(logits_and_weights(model))
         last = counter.frame_count
         outputs.append(loss_fn(run.eval(), batches[0]).item())
     assert last == first > 0 and (graphs is None or first == graphs)
