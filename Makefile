@@ -43,7 +43,7 @@ help:
 DEMO_TIME := 8 minutes
 PART_1 := 1 of 6, 1 minute: a small character model learns a 2:4 mask by REINFORCE, from losses alone
 PART_2 := 2 of 6, 1 minute: the mask of Wanda for SmolLM2-135M, to compare with
-PART_3 := 3 of 6, 3 minutes: SmolLM2-135M learns a mask and its weights by gradients, in 30 steps
+PART_3 := 3 of 6, 3 minutes: SmolLM2-135M learns weights under a mask by gradients, in 30 steps
 PART_4 := 4 of 6, 1 minute: export of what it has learned, packed in 9 bits a weight, and rounded to int4 in 3.1
 PART_5 := 5 of 6, 1 minute: the speed of it, with zeros, packed, and packed in int4
 PART_6 := 6 of 6, 1 minute: perplexities, and three prompts continued by the dense model, Wanda, learned, and int4

@@ -23,7 +23,7 @@ from .. import ops
 from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ops.counter import MaskSource
-from ..ops.dispatch import uses_triton
+from ..ops.dispatch import uses_triton, without_autocast
 from ..ranks import Ranks
 from .estimator import Estimator, check_float
 from .offload import OffloadedLogits
@@ -318,7 +318,8 @@ class WeightUpdater(LayerUpdater):
         self._check_not_moved()
         if self.at_once and not uses_triton(grad.device.type):
             # a float32 copy would have the same values
-            self._move(grad.t() @ x, mask.codes)
+            with without_autocast(grad.device.type):
+                self._move(grad.t() @ x, mask.codes)
             return
         gradient = ops.weight_gradient(grad, x)
         if self.at_once:

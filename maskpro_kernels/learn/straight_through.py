@@ -16,7 +16,7 @@ from ..functional.checks import describe
 from ..functional.linear import labelled_tokens
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, check_not_sharded
-from ..ops.counter import MaskSource
+from ..ops.counter import KeptCodes, MaskSource
 from ..ranks import Ranks
 from .backward import (
     BackwardPass,
@@ -63,8 +63,8 @@ class StraightThrough(Estimator):
             use their own gradient.
         train_weights: learning rate of the kept weights; falls linearly to 0 over ``steps``. None: weights do not
             change.
-        masks_until: share of ``steps`` in which masks learn, in [0, 1]; then they are fixed. Without ``steps`` it is 0
-            or 1. None: 1, or 0 with ``train_weights``.
+        masks_until: share of ``steps`` in which masks learn, in [0, 1], rounded to steps; then they are fixed. Without
+            ``steps`` it is 0 or 1. None: 1, or 0 with ``train_weights``.
         weight_decay: decay of AdamW towards 0, for weights that learn.
 
     Raises:
@@ -102,7 +102,7 @@ class StraightThrough(Estimator):
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
         self._weight_updaters: dict[str, WeightUpdater] = {}
-        self._fixed_codes: dict[str, Tensor] = {}
+        self._fixed_codes: dict[str, KeptCodes] = {}
         self._squares: list[RunningSquares] = []
         self._fisher = FisherSquares({}, self.decay)
 
@@ -158,7 +158,7 @@ class StraightThrough(Estimator):
         """Largest change of a logit difference: each step moves both logits by at most ``max_update``."""
         if self.masks_until == 0.0:
             return 0.0
-        return math.inf if self.steps is None else 2 * self.max_update * math.ceil(self.masks_until * self.steps)
+        return math.inf if self.steps is None else 2 * self.max_update * round(self.masks_until * self.steps)
 
     def settings(self) -> dict:
         of_weights = ("train_weights", "masks_until", "weight_decay") if self.train_weights is not None else ()
@@ -214,14 +214,14 @@ class StraightThrough(Estimator):
         return self.lr_at(step) == 0.0 and self.weight_lr_at(step) > 0.0
 
     def _codes_of_top_n(self) -> dict[str, Tensor]:
-        """Group codes of the N largest logits by name, which do not change while masks are fixed."""
+        """Group codes of the N largest logits by name, computed again only if logits have changed or moved."""
         for name, updater in self._weight_updaters.items():
             layer = updater.layer
-            codes = self._fixed_codes.get(name)
-            # the model may have moved
-            if codes is None or codes.device != layer.weight.device:
-                self._fixed_codes[name] = top_n_mask(layer.logits_on_device().detach(), layer.pattern)
-        return self._fixed_codes
+            kept = self._fixed_codes.get(name)
+            if kept is None or not kept.are_of(layer.logits, layer.weight.device):
+                codes = top_n_mask(layer.logits_on_device().detach(), layer.pattern)
+                self._fixed_codes[name] = KeptCodes(codes, layer.logits)
+        return {name: kept.codes for name, kept in self._fixed_codes.items()}
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
         if not hasattr(step.loss_fn, "fisher_loss"):
@@ -234,7 +234,10 @@ class StraightThrough(Estimator):
         """Learning rate of the logits in a step, counted from 0; 0 where masks are fixed."""
         if self.masks_until == 0.0:
             return 0.0
-        return self.lr if self.steps is None else self.lr * max(1.0 - step / (self.masks_until * self.steps), 0.0)
+        if self.steps is None:
+            return self.lr
+        of_masks = round(self.masks_until * self.steps)
+        return self.lr * (1.0 - step / of_masks) if step < of_masks else 0.0
 
     def weight_lr_at(self, step: int) -> float:
         """Learning rate of the weights in a step, counted from 0; 0 where they do not learn."""

@@ -85,7 +85,9 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
 def _check_reinforce(options: Learn) -> None:
     if options.gap > LARGEST_GAP:
         raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which noise can cross, got {options.gap}")
-    for name in ("train_weights", "masks_until", "gradient_checkpointing"):
+    if options.masks_until is not None:
+        raise ValueError(f"masks_until: expected none with --estimator reinforce, got {options.masks_until}")
+    for name in ("train_weights", "gradient_checkpointing"):
         if getattr(options, name):
             raise ValueError(f"{name}: expected none with --estimator reinforce, which uses no gradients")
 
