@@ -57,6 +57,10 @@ class MasksAndWeights(StraightThrough):
         check_float("masks_until", masks_until, 0.0, 1.0)
         check_float("weights_from", weights_from, 0.0, 1.0)
         check_one_of("dropped", dropped, (STILL, GRADIENT, CORRECTED))
+        if dropped == CORRECTED and masks_until < 1.0:
+            raise ValueError(
+                f"masks_until: expected 1 with dropped {CORRECTED!r}, which needs slopes, got {masks_until}"
+            )
         super().__init__(lr, steps, train_weights=train_weights)
         self.masks_until = float(masks_until)
         self.weights_from = float(weights_from)

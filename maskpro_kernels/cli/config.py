@@ -83,17 +83,12 @@ class Learn:
         "straight-through: let the kept weights learn in place of the mask, at this rate, falling to 0 over the steps",
         "LR",
     )
-    masks_until: float | None = _option(
-        None, "with --train-weights: share of the steps in which the mask learns too (default: 0)", "SHARE"
-    )
     estimator: Literal["straight-through", "reinforce"] = _option(
         "straight-through",
         "how to learn: by gradients through the drawn mask, or only by losses of drawn masks, as the paper does",
     )
     lr: float | None = _option(
-        None,
-        "learning rate of the logits, falling to 0 over the steps in which they learn (default: 0.3; 50 for reinforce)",
-        "LR",
+        None, "learning rate of the logits (default: 0.3, falling to 0 over the steps; 50 for reinforce)", "LR"
     )
     steps: int | None = _option(None, "training steps; 0: the initial mask (default: 200; 1000 for reinforce)", "S")
     gap: float | None = _option(

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .. import ops
 from ..functional.checks import FLOAT32_MAX
+from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear
-from ..ops.counter import MaskSource
+from ..ops.counter import CachedMask, KeptCodes, MaskSource
 from ..ops.dispatch import uses_triton, without_autocast
 from ..ranks import Ranks
 from .estimator import Estimator, check_float
@@ -52,7 +53,8 @@ class BackwardPass:
         self.used_once = True
         self.queue: collections.deque[LayerUpdater] = collections.deque()
         # backward begins at the last layers
-        self.offloaded = OffloadedLogits([updater.layer for updater in reversed(updaters.values())])
+        moving = [updater.layer for updater in reversed(updaters.values()) if updater.reads_logits]
+        self.offloaded = OffloadedLogits(moving)
         # autograd has a thread for each device
         self.lock = threading.Lock()
 
@@ -135,8 +137,7 @@ class BackwardPass:
         latest = {name: updater.latest for name, updater in self.updaters.items() if updater.latest is not None}
         values = values_of(latest)
         for name, square in values.items():
-            updater = self.updaters[name]
-            updater.squares.note(updater.index, square)
+            self.updaters[name].note(square)
         return [name for name, square in values.items() if not math.isfinite(square)]
 
     def move_next(self) -> None:
@@ -197,7 +198,9 @@ class LayerUpdater:
         at_once: whether one kernel computes the slopes and moves the logits.
     """
 
+    # keeps the layer outside of compiled graphs
     moves_logits = True
+    reads_logits = True
 
     def __init__(self, layer: MaskedLinear, estimator: Estimator, learner: WeightLearner | None):
         self.layer = layer
@@ -259,7 +262,7 @@ class LayerUpdater:
 
     @property
     def weights_learn(self) -> bool:
-        """Whether weights move in this step."""
+        """True if weights move in this step."""
         return self.learner is not None and self.weight_lr > 0.0
 
     def _added(self, total: Tensor | None, of_pass: Tensor | None) -> Tensor | None:
@@ -281,6 +284,10 @@ class LayerUpdater:
             descend = descent(self.layer, logits, self.slopes, self.estimator.max_update)
             self._descend(logits, self.layer.cached_codes, descend)
         self.slopes = None
+
+    def note(self, square: float) -> None:
+        """Let the host know the mean square of a step."""
+        self.squares.note(self.index, square)
 
     def end(self) -> None:
         """Free the tensors of a step, also of an interrupted one."""
@@ -311,19 +318,41 @@ class WeightUpdater(LayerUpdater):
     """Moves only the weights of one layer, whose mask is fixed, see ``BackwardPass``.
 
     Attributes:
+        kept: group codes of the N largest logits, while these do not change.
         slopes: float32 sum of the step's gradients of the masked weight.
     """
+
+    reads_logits = False
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.kept: KeptCodes | None = None
+
+    def begin(self, *arguments) -> None:
+        super().begin(*arguments)
+        layer = self.layer
+        if self.kept is None or not self.kept.are_of(layer.logits, layer.weight.device):
+            codes = top_n_mask(layer.logits_on_device().detach(), layer.pattern)
+            self.kept = KeptCodes(codes, layer.logits)
+        layer.cached_mask = CachedMask(self.kept.codes, layer.logits, layer.counter_state)
+
+    def end(self) -> None:
+        super().end()
+        self.layer.cached_mask = None
+
+    def note(self, square: float) -> None:
+        """Keep nothing: the host needs only the mean squares of slopes."""
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         self._check_not_moved()
         if self.at_once and not uses_triton(grad.device.type):
             # a float32 copy would have the same values
             with without_autocast(grad.device.type):
-                self._move(grad.t() @ x, mask.codes)
+                self._move(grad.t() @ x)
             return
         gradient = ops.weight_gradient(grad, x)
         if self.at_once:
-            self._move(gradient, mask.codes)
+            self._move(gradient)
             return
         self.slopes = self._added(self.slopes, gradient)
         self.backward_pass.move_next()
@@ -333,12 +362,12 @@ class WeightUpdater(LayerUpdater):
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
         self.backward_pass.ranks.all_reduce(self.slopes)
-        self._move(self.slopes, self.layer.cached_codes)
+        self._move(self.slopes)
         self.slopes = None
 
-    def _move(self, gradient: Tensor, codes: Tensor) -> None:
+    def _move(self, gradient: Tensor) -> None:
         self.latest = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self.learner.step(gradient, codes, self.weight_lr, self.latest)
+        self.learner.step(gradient, self.kept.codes, self.weight_lr, self.latest)
 
 
 def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:

@@ -165,7 +165,7 @@ class Estimator(ABC):
 
     @property
     def max_logit_travel(self) -> float:
-        """Widest gap between a kept and a dropped logit that all steps together can cross."""
+        """Widest gap between a kept and a dropped logit that all steps together can cross; 0 if masks are fixed."""
         return LARGEST_GAP if self.needs_flips else math.inf
 
     @abstractmethod
@@ -186,6 +186,10 @@ class Estimator(ABC):
         An estimator with a journal has none: logits and ``state`` are enough to resume it.
         """
         return {}
+
+    def layers_without_gradient(self) -> list[str]:
+        """Names of the layers that have had no finite gradient other than 0 in any step."""
+        return []
 
     def recall(self, entry: Entry) -> StepResult:
         """Result of a step by its journal entry; changes the ``state`` as the step did, and no logits."""
@@ -282,11 +286,10 @@ class Step:
                 yield
 
     @contextmanager
-    def fixing(self, codes: Mapping[str, Tensor]) -> Iterator[None]:
-        """Set all masked layers to given group codes, by name, in place of a draw; otherwise as ``drawing``."""
-        with modes_of_step(self.model, self.layers, drawing=True, checkpointing=True), self.masks.fixed(codes):
-            # of top-N masks
-            self._flip_rate = 0.0
+    def fixing(self) -> Iterator[None]:
+        """Set modes as ``drawing`` does, for masks that are not drawn: the estimator sets those of all layers."""
+        self._flip_rate = 0.0
+        with modes_of_step(self.model, self.layers, drawing=True, checkpointing=True):
             yield
 
     def forward(self, place: int) -> Tensor | float:

@@ -94,7 +94,8 @@ class ModelMasks:
         layers = list(self.layers.values())
         if draw is not None:
             check_scalar("draw", draw, 0, MAX_DRAWS)
-        self._check_outside()
+        if self._inside or any(layer.cached_mask is not None for layer in layers):
+            raise RuntimeError("masks: expected layers outside of any `drawn`, got some inside of one")
         states = {id(layer.counter_state): layer.counter_state for layer in layers}.values()
         before = [state.draw.clone() for state in states] if draw is not None else []
         self._inside = True
@@ -109,30 +110,6 @@ class ModelMasks:
             self._free_codes()
             for state, draw_before in zip(states, before, strict=bool(before)):
                 state.draw.copy_(draw_before)
-
-    def _check_outside(self) -> None:
-        if self._inside or any(layer.cached_mask is not None for layer in self.layers.values()):
-            raise RuntimeError("masks: expected layers outside of any `drawn`, got some inside of one")
-
-    @contextmanager
-    def fixed(self, codes: Mapping[str, Tensor]) -> Iterator[None]:
-        """Use given masks in place of draws, as in ``drawn``.
-
-        Args:
-            codes: group codes [out, K / M] of each layer by name, on the device of its weight.
-
-        Raises:
-            RuntimeError: inside of another such context of these layers.
-        """
-        self._check_outside()
-        self._inside = True
-        try:
-            for name, of_layer in codes.items():
-                self._cache(name, of_layer)
-            yield
-        finally:
-            self._inside = False
-            self._free_codes()
 
     def _free_codes(self) -> None:
         for layer in self.layers.values():

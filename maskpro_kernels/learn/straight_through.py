@@ -14,9 +14,8 @@ from torch import Tensor
 from .. import ops
 from ..functional.checks import describe
 from ..functional.linear import labelled_tokens
-from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, check_not_sharded
-from ..ops.counter import KeptCodes, MaskSource
+from ..ops.counter import MaskSource
 from ..ranks import Ranks
 from .backward import (
     BackwardPass,
@@ -48,7 +47,7 @@ class StraightThrough(Estimator):
 
     Args:
         lr: change of a logit whose slope equals the root mean square; falls linearly to 0 over the steps in which masks
-            learn.
+            learn. Not used if masks are fixed from the start.
         steps: number of steps, at most; None: lr is constant.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens. A
             method ``loss_fn.labelled_tokens(batch)`` returns their number. Without it a mapping's labels other than
@@ -102,7 +101,6 @@ class StraightThrough(Estimator):
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
         self._weight_updaters: dict[str, WeightUpdater] = {}
-        self._fixed_codes: dict[str, KeptCodes] = {}
         self._squares: list[RunningSquares] = []
         self._fisher = FisherSquares({}, self.decay)
 
@@ -127,7 +125,6 @@ class StraightThrough(Estimator):
         self._weight_updaters = {
             name: WeightUpdater(layers[name], self, learner) for name, learner in self._learners.items()
         }
-        self._fixed_codes = {}
         self._fisher = FisherSquares(layers, self.decay)
         self._place_squares({})
 
@@ -175,9 +172,14 @@ class StraightThrough(Estimator):
             raise ValueError(f"state: expected mean squares of the model's layers, got some of {unknown}")
         self._place_squares(mean_squares)
         self._fisher.passes.update(state["fisher_passes"])
-        self._fixed_codes = {}
         for learner in self._learners.values():
             learner.restore()
+
+    def layers_without_gradient(self) -> list[str]:
+        with_slopes = self._mean_squares().keys()
+        # the second moment of weights whose gradient has always been 0 is 0
+        with_gradients = {name for name, learner in self._learners.items() if learner.second.any()}
+        return [name for name in self._updaters if name not in with_slopes | with_gradients]
 
     def tensors(self) -> dict[str, Tensor]:
         """Squares of Fisher passes; and weights that learn, with their moments and a count of steps."""
@@ -186,11 +188,11 @@ class StraightThrough(Estimator):
         return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
 
     def step(self, step: Step) -> StepResult:
-        """Move the logits by their slopes, in the last backward; there is none if the loss is not finite."""
+        """Move logits by their slopes, and weights, in the last backward; there is none if the loss is not finite."""
         places = [place for _, place in step.own]
         *earlier, last = places
         masks_are_fixed = self._masks_are_fixed(step.index)
-        with step.fixing(self._codes_of_top_n()) if masks_are_fixed else step.drawing():
+        with step.fixing() if masks_are_fixed else step.drawing():
             fisher = {} if masks_are_fixed else self._fisher_squares(step)
             with self.attached(step.index, step.ranks, len(places), fisher) as backward_pass:
                 for place in earlier:
@@ -212,16 +214,6 @@ class StraightThrough(Estimator):
     def _masks_are_fixed(self, step: int) -> bool:
         """Return whether only weights learn in a step, under the N largest logits."""
         return self.lr_at(step) == 0.0 and self.weight_lr_at(step) > 0.0
-
-    def _codes_of_top_n(self) -> dict[str, Tensor]:
-        """Group codes of the N largest logits by name, computed again only if logits have changed or moved."""
-        for name, updater in self._weight_updaters.items():
-            layer = updater.layer
-            kept = self._fixed_codes.get(name)
-            if kept is None or not kept.are_of(layer.logits, layer.weight.device):
-                codes = top_n_mask(layer.logits_on_device().detach(), layer.pattern)
-                self._fixed_codes[name] = KeptCodes(codes, layer.logits)
-        return {name: kept.codes for name, kept in self._fixed_codes.items()}
 
     def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
         if not hasattr(step.loss_fn, "fisher_loss"):
@@ -246,7 +238,9 @@ class StraightThrough(Estimator):
 
     @contextmanager
     def attached(self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor]) -> Iterator[BackwardPass]:
-        """Let the backward passes of a step, ``batches`` of them on each rank, move the logits.
+        """Let the backward passes of a step, ``batches`` of them on each rank, move logits and weights.
+
+        Forwards inside it use the fixed masks, if masks are fixed in this step.
 
         ``fisher`` has squares by name of the layer, for their curvature, see ``FisherSquares``.
         """

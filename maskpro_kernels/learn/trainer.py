@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..files import digest
 from ..fsdp import resetting
 from ..functional.checks import check_no_flat_parameters, describe
-from ..functional.masks import top_n_mask
+from ..functional.masks import expand_mask, top_n_mask
 from ..modules import (
     MaskedLinear,
     advance,
@@ -136,7 +136,9 @@ class MaskTrainer:
         if not self._sharded or self.ranks.world_size == 1:
             # for rows ``begin`` checks: here a rank would wait for one that has raised for its own rows
             check_finite(self.layers)
-            _check_reach(estimator, least_margin(self.layers, estimator.max_logit_travel), self.ranks.is_main_process)
+            if estimator.max_logit_travel > 0.0:
+                least = least_margin(self.layers, estimator.max_logit_travel)
+                _check_reach(estimator, least, self.ranks.is_main_process)
         self._batches = _batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model = model
         self.loss_fn = loss_fn
@@ -236,10 +238,10 @@ class MaskTrainer:
         return moved
 
     def weights_moved(self) -> float | None:
-        """Length of the change of the weights that learn, divided by their length before the first step.
+        """Length of the change of kept weights that learn, divided by their length before the first step.
 
-        Both are over all layers. None before the first step, without weights that learn, without ``output_dir``, if its
-        first snapshot is damaged, and on ranks other than 0.
+        Both are over the present masks of all layers. None before ``begin``, without weights that learn, without
+        ``output_dir``, if its first snapshot is damaged, and on ranks other than 0.
         """
         learning = {name: x for name, x in self.estimator.tensors().items() if name.startswith(WEIGHT)}
         if not learning or self.output_dir is None or not self._begun or not self.ranks.is_main_process:
@@ -252,8 +254,11 @@ class MaskTrainer:
         for name, weight in learning.items():
             before = torch.empty_like(weight)
             first.read_into({PREFIX + name: before})
+            layer = self.layers[name.removeprefix(WEIGHT)]
+            kept = expand_mask(_top_n(layer).to(weight.device), layer.pattern)
+            before *= kept
             length += float(before.square().sum(dtype=torch.float64))
-            change += float((weight - before).square_().sum(dtype=torch.float64))
+            change += float((weight * kept - before).square_().sum(dtype=torch.float64))
         return math.sqrt(change / length) if length else 0.0
 
     def _first_masks(self) -> dict[str, Tensor] | None:
@@ -345,15 +350,14 @@ class MaskTrainer:
             raise
         if self.output_dir is not None:
             self._save_snapshot()
-        learned = self.estimator.state().get("mean_squares", self.layers)
-        unlearned = [name for name in self.layers if name not in learned]
-        if unlearned and learned and self.ranks.is_main_process:
+        unlearned = self.estimator.layers_without_gradient()
+        if 0 < len(unlearned) < len(self.layers) and self.ranks.is_main_process:
             share = sum(self.layers[name].weight.numel() for name in unlearned)
             share /= sum(layer.weight.numel() for layer in self.layers.values())
             message = (
                 f"no finite gradient other than 0 in {len(unlearned)} layers, {share:.1%} of the weights with a mask"
             )
-            warnings.warn(f"{message}; their masks have not been learned: {', '.join(unlearned)}", stacklevel=2)
+            warnings.warn(f"{message}; they have not learned: {', '.join(unlearned)}", stacklevel=2)
         return records
 
     def step(self) -> StepRecord:
@@ -543,7 +547,7 @@ class MaskTrainer:
             earlier = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
             raise FloatingPointError(message + earlier)
         if result.bad_layers and self.ranks.is_main_process:
-            warnings.warn(f"{message}; the logits of their weights did not move", stacklevel=3)
+            warnings.warn(f"{message}; these layers did not move", stacklevel=3)
 
 
 def _report(line: str, progress: bool) -> None:
@@ -616,7 +620,7 @@ def _check_reach(estimator: Estimator, least: float, warn: bool) -> None:
             f"crosses no wider gap, and {type(estimator).__name__} learns only from draws that change a mask; "
             "give convert a smaller gap"
         )
-    if least > travel > 0.0 and warn:
+    if least > travel and warn:
         warnings.warn(
             f"no mask will change: all steps together can cross a gap of {travel:g}, but the smallest gap is "
             f"{least:.4g}; set more steps or a smaller gap, or in Python a larger max_update",

@@ -185,7 +185,12 @@ def test_dropped_weights_learn_as_they_are_let(model, batches):
 
 
 def test_wrong_settings_are_refused():
-    for settings in ({"masks_until": 1.5}, {"weights_from": -0.1}, {"dropped": "all"}):
+    for settings in (
+        {"masks_until": 1.5},
+        {"masks_until": 0.5, "dropped": CORRECTED},
+        {"weights_from": -0.1},
+        {"dropped": "all"},
+    ):
         with pytest.raises(ValueError, match=next(iter(settings))):
             MasksAndWeights(4, **settings)
 
@@ -196,7 +201,11 @@ def figures(folder) -> list[dict]:
     return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines[1:]]
 
 
-SHORT = {SRSTE.name: ({"lr": 0.01},), CAST.name: ({"lr": 0.01},), MasksAndWeights.name: ({"dropped": CORRECTED},)}
+SHORT = {
+    SRSTE.name: ({"lr": 0.01},),
+    CAST.name: ({"lr": 0.01},),
+    MasksAndWeights.name: ({"dropped": CORRECTED, "masks_until": 1.0},),
+}
 
 
 @pytest.fixture

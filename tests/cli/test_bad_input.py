@@ -92,12 +92,7 @@ CASES = {
     "a rate of masks that are fixed": (
         f"{LEARN} --estimator straight-through --train-weights 0.1 --lr 0.1",
         None,
-        ["lr: expected none with --train-weights", "--masks-until is above 0", "got 0.1"],
-    ),
-    "masks that learn for a while without weights": (
-        f"{LEARN} --estimator straight-through --masks-until 0.5",
-        None,
-        ["--masks-until: expected None where weights do not learn, got 0.5"],
+        ["lr: expected none with --train-weights", "got 0.1"],
     ),
     "unknown initial mask": (f"{LEARN} --init randm", None, ["init: expected one of magnitude, wanda", "got 'randm'"]),
     "an initial mask that is a text": (f"{LEARN} --init text.txt", None, ["expected a mask file", "text.txt"]),

@@ -40,7 +40,7 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path):
 
 
 def test_learn_has_few_options():
-    assert len(dataclasses.fields(Learn)) <= 27
+    assert len(dataclasses.fields(Learn)) <= 26
 
 
 @pytest.mark.parametrize("command", COMMANDS)

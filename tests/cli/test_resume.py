@@ -27,9 +27,7 @@ COMMON = "--steps 6 --eval-every 2".split()
 WAYS = {
     "reinforce": ["--gap", "2", "--density", "0.6"],
     "straight-through": "--estimator straight-through --lr 1 --gap 2 --data self,TEXT".split(),
-    "weights that change": (
-        "--refit weights --estimator straight-through --lr 1 --loss kl --train-weights 1e-3 --masks-until 0.5".split()
-    ),
+    "weights that change": "--refit weights --estimator straight-through --loss kl --train-weights 1e-3".split(),
     "scales": "--refit scales --gap 2 --density 0.6".split(),
 }
 

@@ -22,7 +22,7 @@ from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-TRAINED = "--estimator straight-through --lr 1 --gap 2 --refit weights --train-weights 1e-3 --masks-until 1".split()
+TRAINED = "--estimator straight-through --gap 2 --refit weights --train-weights 1e-3".split()
 TAUGHT = [*TRAINED, "--loss", "kl"]
 DENSE = ["--gap", "2", "--density", "0.6"]
 

@@ -29,8 +29,8 @@ EXPECTED = json.loads(GOLDENS.read_text()) if GOLDENS.is_file() else {}
 SIZES = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 3 --eval-windows 4 --seed 3"
 WAYS = {
     "straight-through": "--estimator straight-through --init reconstruction --gap 2 --lr 1",
-    "straight-through, refitted and trained": "--estimator straight-through --init reconstruction --gap 2 --lr 1 "
-    "--refit weights --train-weights 0.001 --masks-until 1",
+    "straight-through, refitted and trained": "--estimator straight-through --init reconstruction --gap 2 "
+    "--refit weights --train-weights 0.001",
     "reinforce": "--estimator reinforce --init wanda --gap 2 --lr 5",
 }
 

@@ -13,14 +13,14 @@ from maskpro_kernels.ranks import Ranks
 class CapturedStep:
     """Steps of a model [16, 512] to [16, 64] on one batch; the first one reads the mean squares, as a warm-up does."""
 
-    def __init__(self, device: str, pattern: str):
+    def __init__(self, device: str, pattern: str, train_weights: float | None = None):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 64)).to(device)
         mk.convert(self.model, pattern, gap=1.0)
         self.model.train()
         self.x = torch.randn(16, 512, generator=torch.Generator().manual_seed(1)).to(device)
         self.layers = masked_layers(self.model)
-        self.estimator = mk.StraightThrough(decay=0.5)
+        self.estimator = mk.StraightThrough(decay=0.5, train_weights=train_weights)
         self.estimator.begin(self.layers)
         self(read=True)
 

@@ -18,6 +18,7 @@ ESTIMATORS = {
     "four draws": lambda: mk.Reinforce(lr=2.0, draws=4),
     "straight-through": lambda: mk.StraightThrough(lr=0.3),
     "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01, masks_until=1.0),
+    "fixed masks": lambda: mk.StraightThrough(train_weights=0.01),
 }
 
 

@@ -128,16 +128,17 @@ def test_a_straight_through_step_makes_at_most_ten_operations_a_layer(tokens, la
     assert launched.total() + found.total() <= 10 * LAYERS, (launched, found)
 
 
-def test_a_straight_through_step_reads_nothing_from_the_device(launched, monkeypatch):
+@pytest.mark.parametrize(("train_weights", "kernel"), [(None, "straight_through"), (1e-3, "adamw")])
+def test_a_straight_through_step_reads_nothing_from_the_device(train_weights, kernel, launched, monkeypatch):
     """Neither values nor numbers of rows, which a CUDA graph could not wait for; from its second step on."""
     # it reads steps that are on the CPU
     monkeypatch.setattr(modules, "check_scalar", lambda *_: None)
     with pytest.MonkeyPatch.context() as patched:
         take_route(patched, "eager")
-        step = CapturedStep("cpu", "2:4")
+        step = CapturedStep("cpu", "2:4", train_weights)
     found = operations_of(step)
     reading = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal"}
-    assert launched["straight_through"] and not reading & found.keys(), found
+    assert launched[kernel] and not reading & found.keys(), found
 
 
 def test_weights_that_learn_take_the_masks_of_the_step(launched):

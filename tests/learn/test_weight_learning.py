@@ -151,6 +151,31 @@ def test_masks_learn_in_their_share_of_the_steps_and_are_fixed_afterwards():
             assert (layer.weight != old)[kept].float().mean() > 0.9
 
 
+def test_layers_without_a_gradient_are_named_where_masks_are_fixed():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    mk.convert(model, "2:4", gap=1.0)
+
+    def of_the_first_layer(model, batch):
+        return loss_fn(model[0], batch)
+
+    trainer = a_trainer(model, loss_fn=of_the_first_layer, estimator=mk.StraightThrough(train_weights=0.01))
+    with pytest.warns(UserWarning, match=r"no finite gradient other than 0 in 1 layers, .*they have not learned: 1"):
+        trainer.run(1, progress=False)
+
+
+def test_masks_follow_logits_that_others_change():
+    model = a_model()
+    trainer = a_trainer(model, estimator=mk.StraightThrough(train_weights=0.01))
+    trainer.step()
+    layer = model[0]
+    with torch.no_grad():
+        layer.logits.neg_()
+    before = layer.weight.clone()
+    trainer.step()
+    kept = mk.expand_mask(mk.top_n_mask(layer.logits.detach(), "2:4"), "2:4")
+    assert torch.equal(layer.weight != before, kept)
+
+
 def test_masks_are_fixed_by_default_where_weights_learn(caplog):
     caplog.set_level("INFO")
     model = a_model(gap=0.0)
@@ -178,7 +203,7 @@ def test_shares_of_the_steps_that_cannot_be_are_refused(settings, message):
 def test_the_distance_that_weights_went(tmp_path):
     """By the first snapshot, and after a resume as well."""
     model = a_model()
-    start = torch.cat([layer.weight.flatten() for layer in masked_layers(model).values()])
+    start = torch.cat([layer.top_n_weight().flatten() for layer in masked_layers(model).values()])
 
     def a_run(model):
         return a_trainer(model, estimator=mk.StraightThrough(train_weights=0.01), output_dir=tmp_path)
@@ -186,7 +211,7 @@ def test_the_distance_that_weights_went(tmp_path):
     first = a_run(model)
     assert first.weights_moved() is None
     first.run(2, progress=False)
-    end = torch.cat([layer.weight.flatten() for layer in masked_layers(model).values()])
+    end = torch.cat([layer.top_n_weight().flatten() for layer in masked_layers(model).values()])
     expected = float((end - start).norm() / start.norm())
     assert first.weights_moved() == pytest.approx(expected, rel=1e-5)
     first.close()
@@ -194,7 +219,10 @@ def test_the_distance_that_weights_went(tmp_path):
     second.resume()
     assert second.weights_moved() == pytest.approx(expected, rel=1e-5)
     second.close()
-    assert a_trainer(estimator=mk.StraightThrough()).weights_moved() is None
+    frozen = a_trainer(estimator=mk.StraightThrough(), output_dir=tmp_path / "frozen")
+    frozen.run(1, progress=False)
+    assert frozen.weights_moved() is None
+    frozen.close()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -127,13 +127,13 @@ def test_turns_that_backward_does_not_take_cost_memory_alone(expected_turns, eag
     assert_that_of_one_process(results, **steps)
 
 
-def trained_weights(rank: int, accumulate: int, kind: type[nn.Module], folder=None):
+def trained_weights(rank: int, how: str, accumulate: int, kind: type[nn.Module], folder=None):
     """(weights, logits, what the weights learn by) after two steps, and after two more of a trainer that resumes."""
     held = []
     for _ in range(2):
         model = kind()
         mk.convert(model, "2:4", gap=2.0)
-        trainer = rank_trainer("trained weights", model=model, accumulate=accumulate, output_dir=folder)
+        trainer = rank_trainer(how, model=model, accumulate=accumulate, output_dir=folder)
         if held:
             # the model has the weights of the start; rank 0 alone reads the folder
             assert trainer.resume() == 2
@@ -145,9 +145,10 @@ def trained_weights(rank: int, accumulate: int, kind: type[nn.Module], folder=No
     return held
 
 
-def test_weights_that_learn_on_ranks_are_those_of_one_process(tmp_path, eager_reference):
+@pytest.mark.parametrize("how", ["trained weights", "fixed masks"])
+def test_weights_that_learn_on_ranks_are_those_of_one_process(how, tmp_path, eager_reference):
     """A layer moves in its turn, or after backward where it is used twice; a resumed run gives its weights to all."""
-    steps = {"accumulate": 2, "kind": Twice}
+    steps = {"how": how, "accumulate": 2, "kind": Twice}
     one, other = all_in_ranks(2, trained_weights, folder=tmp_path / "ranks", **steps)
     alone = trained_weights(0, folder=tmp_path / "alone", **steps)
     for ours, theirs, expected in zip(one, other, alone, strict=True):

@@ -37,15 +37,11 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
     pattern = NMPattern(options.pattern)
     set_options = {name: value for name, value in vars(options).items() if value is not None}
     defaults = dict(DEFAULTS[options.estimator])
-    is_by_slopes = options.estimator == "straight-through"
-    if is_by_slopes and options.train_weights is not None and not options.masks_until:
+    if options.estimator == "straight-through" and options.train_weights is not None:
         # no logit moves
         del defaults["lr"]
         if options.lr is not None:
-            raise ValueError(
-                f"lr: expected none with --train-weights, which fixes masks, unless --masks-until is above 0, got "
-                f"{options.lr}"
-            )
+            raise ValueError(f"lr: expected none with --train-weights, which fixes masks, got {options.lr}")
     options = dataclasses.replace(options, **defaults | set_options)
     if options.eval_every is None:
         options.eval_every = max(options.steps // 5, 1)
@@ -85,8 +81,6 @@ def complete(options: Learn, world_size: int = 1, resuming: bool = False) -> Lea
 def _check_reinforce(options: Learn) -> None:
     if options.gap > LARGEST_GAP:
         raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which noise can cross, got {options.gap}")
-    if options.masks_until is not None:
-        raise ValueError(f"masks_until: expected none with --estimator reinforce, got {options.masks_until}")
     for name in ("train_weights", "gradient_checkpointing"):
         if getattr(options, name):
             raise ValueError(f"{name}: expected none with --estimator reinforce, which uses no gradients")
@@ -105,9 +99,7 @@ def estimator_of(options: Learn) -> Estimator:
         return Reinforce(lr=options.lr)
     rate = {} if options.lr is None else {"lr": options.lr}
     # without steps there is no gap to cross
-    return StraightThrough(
-        steps=options.steps or None, train_weights=options.train_weights, masks_until=options.masks_until, **rate
-    )
+    return StraightThrough(steps=options.steps or None, train_weights=options.train_weights, **rate)
 
 
 def trackers_of(options: Learn) -> tuple[str, ...]:

@@ -97,5 +97,5 @@ def _warn_if_rising(rows: Sequence[dict]) -> None:
         report_as(
             "warning",
             f"the validation perplexity was lowest at step {best['step']}, {best['perplexity']:.2f}, and is "
-            f"{last:.2f} at the end; fewer --steps, more text or a lower --lr may give a lower one",
+            f"{last:.2f} at the end; fewer --steps, more text or a lower rate may give a lower one",
         )
