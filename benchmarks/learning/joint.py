@@ -58,7 +58,7 @@ class Joint(Learner):
     loss: str = "ce"
 
 
-FIXED = {"lr": 0.3, "train_weights": 6e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL}
+FIXED = {"lr": 0.3, "train_weights": 4e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL}
 HALF = {"masks_until": 0.5, "weights_from": 0.5}
 TOGETHER = {"masks_until": 1.0}
 METHODS = {

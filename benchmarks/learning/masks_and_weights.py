@@ -75,7 +75,7 @@ class MasksAndWeights(StraightThrough):
         if self.dropped == STILL:
             return
         updater_kind = Corrected if self.dropped == CORRECTED else LayerUpdater
-        self._learners = {name: AllWeights(layer, self.weight_decay) for name, layer in layers.items()}
+        self._learners = {name: AllWeights(layer) for name, layer in layers.items()}
         self._updaters = {name: updater_kind(layer, self, self._learners[name]) for name, layer in layers.items()}
         self._weight_updaters = {
             name: WeightUpdater(layer, self, self._learners[name]) for name, layer in layers.items()

@@ -52,6 +52,8 @@ class BackwardPass:
         # true while every finished layer was used at most once, on each rank
         self.used_once = True
         self.queue: collections.deque[LayerUpdater] = collections.deque()
+        # the last layer that made a basis in this step
+        self.latest_learner: WeightLearner | None = None
         # backward begins at the last layers
         moving = [updater.layer for updater in reversed(updaters.values()) if updater.reads_logits]
         self.offloaded = OffloadedLogits(moving)
@@ -227,6 +229,7 @@ class LayerUpdater:
         self._check_not_moved()
         weight_grad = None
         if self.weights_learn:
+            self.learner.collect(x)
             # without kernels the product is rounded to this dtype anyway; sums are float32
             rounded = self.at_once and not uses_triton(grad.device.type)
             weight_grad = torch.empty_like(weight, dtype=grad.dtype if rounded else torch.float32)
@@ -277,9 +280,11 @@ class LayerUpdater:
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
             self.weight_grad = torch.zeros_like(self.slopes) if self.weights_learn else None
-        for total in (self.slopes, self.weight_grad):
-            if total is not None:
-                self.backward_pass.ranks.all_reduce(total)
+        ranks = self.backward_pass.ranks
+        ranks.all_reduce(self.slopes)
+        if self.weights_learn:
+            ranks.all_reduce(self.weight_grad)
+            self.learner.sum_gram(ranks)
         with self.backward_pass.offloaded.moving(self.layer) as logits:
             descend = descent(self.layer, logits, self.slopes, self.estimator.max_update)
             self._descend(logits, self.layer.cached_codes, descend)
@@ -294,6 +299,8 @@ class LayerUpdater:
         self.latest = None
         self.slopes = None
         self.weight_grad = None
+        if self.learner is not None:
+            self.learner.gram = None
         self.backward_pass = None
         self.fisher = None
 
@@ -310,8 +317,15 @@ class LayerUpdater:
         if self.weights_learn:
             # after the slope, which belongs to the weights of the forward
             norm = torch.linalg.vector_norm(self.weight_grad, dtype=torch.float32)
-            self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest + norm)
+            self._move_weights(self.weight_grad, codes, self.latest + norm)
             self.weight_grad = None
+
+    def _move_weights(self, gradient: Tensor, codes: Tensor, norm: Tensor) -> None:
+        if not self.learner.has_basis:
+            # layers with the same inputs come one after the other
+            self.learner.make_basis(self.backward_pass.latest_learner)
+            self.backward_pass.latest_learner = self.learner
+        self.learner.step(gradient, codes, self.weight_lr, norm)
 
 
 class WeightUpdater(LayerUpdater):
@@ -345,6 +359,7 @@ class WeightUpdater(LayerUpdater):
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         self._check_not_moved()
+        self.learner.collect(x)
         if self.at_once and not uses_triton(grad.device.type):
             # a float32 copy would have the same values
             with without_autocast(grad.device.type):
@@ -361,13 +376,15 @@ class WeightUpdater(LayerUpdater):
         """Move the weights by the sum of the gradients of all ranks; this one may have none."""
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
-        self.backward_pass.ranks.all_reduce(self.slopes)
+        ranks = self.backward_pass.ranks
+        ranks.all_reduce(self.slopes)
+        self.learner.sum_gram(ranks)
         self._move(self.slopes)
         self.slopes = None
 
     def _move(self, gradient: Tensor) -> None:
         self.latest = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self.learner.step(gradient, self.kept.codes, self.weight_lr, self.latest)
+        self._move_weights(gradient, self.kept.codes, self.latest)
 
 
 def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:

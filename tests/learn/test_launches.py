@@ -128,7 +128,7 @@ def test_a_straight_through_step_makes_at_most_ten_operations_a_layer(tokens, la
     assert launched.total() + found.total() <= 10 * LAYERS, (launched, found)
 
 
-@pytest.mark.parametrize(("train_weights", "kernel"), [(None, "straight_through"), (1e-3, "adamw")])
+@pytest.mark.parametrize(("train_weights", "kernel"), [(None, "straight_through"), (1e-3, "masked_linear")])
 def test_a_straight_through_step_reads_nothing_from_the_device(train_weights, kernel, launched, monkeypatch):
     """Neither values nor numbers of rows, which a CUDA graph could not wait for; from its second step on."""
     # it reads steps that are on the CPU
@@ -148,7 +148,7 @@ def test_weights_that_learn_take_the_masks_of_the_step(launched):
 
 def test_fixed_masks_need_neither_draws_nor_slopes(launched):
     found = steps_of(a_model(), mk.StraightThrough(train_weights=1e-3), launched)
-    assert found["adamw"] == LAYERS
+    assert found["masked_linear"] >= LAYERS
     assert not {"sample_masks", "sample_mask", "straight_through", "straight_through_step"} & found.keys(), found
 
 

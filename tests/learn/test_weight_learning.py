@@ -1,4 +1,4 @@
-"""Weights that learn beside the logits: the steps of AdamW on what a mask keeps, and nothing else."""
+"""Weights that learn: the steps of AdamW in the basis of the inputs, on what a mask keeps, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from helpers.straight_through import Broken, Twice
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.learn.weight_learner import BETA, BETA_OF_SQUARES, WeightLearner
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ops.reference.slopes import BETA, BETA_OF_SQUARES
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -38,39 +38,93 @@ def everything(trainer):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
 @pytest.mark.parametrize("masks_until", [0.0, 1.0])
-def test_steps_are_those_of_adamw(pattern, dtype, masks_until):
+def test_steps_are_those_of_adamw_in_the_basis_of_the_inputs(pattern, dtype, masks_until):
     """Under a mask that no draw leaves, by torch's optimizer on float32 weights, at a rate that falls to nothing."""
     torch.manual_seed(0)
     linear = nn.Linear(32, 8).to(dtype)
     start, model = linear.weight.detach().clone(), nn.Sequential(linear)
     mk.convert(model, pattern, targets=["0"], gap=FIXED)
-    layer, batches = model[0], [batch.to(dtype) for batch in torch.randn(3, 20, 32)]
+    layer, batches = model[0], [batch.to(dtype) for batch in torch.randn(3, 40, 32)]
     kept = mk.expand_mask(layer.drawn_codes(), pattern)
-    master = nn.Parameter(start.float().clone())
-    optimizer = torch.optim.AdamW([master], lr=1.0, betas=(BETA, BETA_OF_SQUARES), weight_decay=0.5)
-    for step in range(6):
-        x = batches[step % 3]
-        y = nn.functional.linear(x, torch.where(kept, master.to(dtype), 0), layer.bias).detach().requires_grad_()
-        y.float().square().mean().backward()
-        master.grad = torch.where(kept, (y.grad.t() @ x).float(), 0)
-        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 6)
-        optimizer.step()
-    estimator = mk.StraightThrough(lr=1e-3, steps=6, train_weights=0.01, masks_until=masks_until, weight_decay=0.5)
+    estimator = mk.StraightThrough(lr=1e-3, steps=6, train_weights=0.01, masks_until=masks_until)
     trainer = a_trainer(model, batches=batches, loss_fn=loss_fn, estimator=estimator)
     assert not layer.weight_changed
     trainer.run(6, progress=False)
     assert layer.weight_changed and not layer.weight.requires_grad and layer.weight.grad is None
-    found = estimator.tensors()["weight/0"]
+    basis = estimator.tensors()["basis/0"][0].float()
+    master = start.float().clone()
+    turned = nn.Parameter(torch.zeros_like(master))
+    optimizer = torch.optim.AdamW([turned], lr=1.0, betas=(BETA, BETA_OF_SQUARES), weight_decay=0.0)
+    for step in range(6):
+        x = batches[step % 3]
+        y = nn.functional.linear(x, torch.where(kept, master.to(dtype), 0), layer.bias).detach().requires_grad_()
+        y.float().square().mean().backward()
+        turned.grad = (y.grad.t() @ x).float() @ basis
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 6)
+        before = turned.detach().clone()
+        optimizer.step()
+        master += torch.where(kept, (turned.detach() - before) @ basis.t(), 0)
+    learned = estimator.tensors()["weight/0"]
     # products round to a neighbour of 16 bits here or there, and a step by a gradient of that error is as much off
-    apart = 1e-6 if dtype == torch.float32 else 6 * 0.01 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found[kept], master.detach()[kept], rtol=0.0, atol=apart)
-    assert float((found - start.float()).abs()[kept].mean()) > 0.01
-    assert_same_bits(found[~kept], start.float()[~kept])
-    assert_same_bits(layer.weight.detach(), found.to(dtype))
-    assert (found.data_ptr() == layer.weight.data_ptr()) == (dtype == torch.float32)
+    apart = 2e-6 if dtype == torch.float32 else 60 * 0.01 * torch.finfo(dtype).eps
+    torch.testing.assert_close(learned[kept], master[kept], rtol=0.0, atol=apart)
+    assert float((learned - start.float()).abs()[kept].mean()) > 0.01
+    assert_same_bits(learned[~kept], start.float()[~kept])
+    assert_same_bits(layer.weight.detach(), learned.to(dtype))
+    assert (learned.data_ptr() == layer.weight.data_ptr()) == (dtype == torch.float32)
 
 
-def test_what_a_mask_drops_stays_with_its_moments():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_basis_is_of_the_inputs_of_the_first_step(dtype):
+    """All of its batches; the columns are the eigenvectors of the sum of x^T x."""
+    torch.manual_seed(0)
+    model = a_model().to(dtype)
+    batches = [batch.to(dtype) for batch in uneven_batches()]
+    trainer = a_trainer(model, batches=batches, loss_fn=loss_fn, estimator=learning(), accumulate=2)
+    trainer.run(2, progress=False)
+    x = torch.cat(batches[:2]).float()
+    basis = trainer.estimator.tensors()["basis/0"]
+    assert basis.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    (columns,) = basis.double()
+    rounding = 1e-5 if basis.dtype == torch.float32 else 0.05
+    torch.testing.assert_close(columns.T @ columns, torch.eye(len(columns)).double(), rtol=0.0, atol=rounding)
+    products = columns.T @ (x.T @ x).double() @ columns
+    largest = float(products.diagonal().max())
+    assert float((products - products.diagonal().diag()).abs().max()) < 2 * rounding * largest
+
+
+@pytest.mark.parametrize(("width", "parts"), [(1024, 1), (1536, 2), (11008, 16), (2 * 1031, 1031)])
+def test_bases_of_wide_layers_are_cut_into_equal_parts(width, parts):
+    layer = mk.MaskedLinear(torch.zeros(4, width), None, torch.zeros(4, width), "1:2")
+    assert WeightLearner(layer).basis.shape == (parts, width // parts, width // parts)
+
+
+def test_layers_with_the_same_inputs_share_a_basis(tmp_path):
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            return self.inner[2](self.inner[0](x) + self.inner[1](x))
+
+    def a_run():
+        torch.manual_seed(0)
+        model = Fork()
+        mk.convert(model, "2:4", gap=1.0)
+        return a_trainer(model, batches=some_batches(), estimator=learning(), loss_fn=loss_fn, output_dir=tmp_path)
+
+    first, second = a_run(), a_run()
+    first.run(2, progress=False)
+    first.close()
+    second.resume()
+    for trainer in (first, second):
+        bases = [tensor for name, tensor in trainer.estimator.tensors().items() if name.startswith("basis/")]
+        assert bases[0] is bases[1] and not torch.equal(bases[1], bases[2])
+    second.close()
+
+
+def test_what_a_mask_drops_stays():
     """Whichever it is in a step: the logits of a group are alike, and each step draws another mask."""
     model = a_model(gap=0.0)
     trainer = a_trainer(model, estimator=mk.StraightThrough(lr=1e-3, train_weights=0.01, masks_until=1.0))
@@ -89,10 +143,9 @@ def test_what_a_mask_drops_stays_with_its_moments():
         trainer.step()
         masks.append(drawn)
         for name, kept in drawn.items():
-            for kind in ("weight", "first", "second"):
-                old, new = before[f"{kind}/{name}"], held[f"{kind}/{name}"]
-                assert_same_bits(new[~kept], old[~kept])
-                assert (new != old)[kept].float().mean() > 0.9
+            old, new = before[f"weight/{name}"], trainer.estimator.tensors()[f"weight/{name}"]
+            assert_same_bits(new[~kept], old[~kept])
+            assert (new != old)[kept].float().mean() > 0.9
     assert not torch.equal(masks[0]["0"], masks[1]["0"])
 
 
@@ -113,10 +166,11 @@ def test_gradients_of_all_uses_and_batches_are_summed(parts, masks_until):
     trainer.step()
     rows = sum(map(len, batches))
     sum(loss_fn(plain, batch) * len(batch) / rows for batch in batches).backward()
-    for name, layer in masked_layers(model).items():
-        kept = mk.expand_mask(mk.top_n_mask(layer.logits.detach(), "2:4"), "2:4")
+    for name in masked_layers(model):
         first = trainer.estimator.tensors()[f"first/{name}"]
-        expected = 0.1 * torch.where(kept, plain.get_submodule(name).weight.grad, 0)
+        (basis,) = trainer.estimator.tensors()[f"basis/{name}"]
+        # the gradient in the masked weight, also of what the mask drops
+        expected = 0.1 * plain.get_submodule(name).weight.grad @ basis
         torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-7)
 
 

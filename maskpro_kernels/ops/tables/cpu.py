@@ -1,7 +1,6 @@
 """Operations as machine code, on a CPU for which LLVM compiles; torch multiplies where the mask changes."""
 
 from ..cpu.kernels import (
-    adamw_,
     best_swaps,
     descend_,
     descend_by_slope_,
