@@ -8,7 +8,8 @@ of the default data is the source code of Python's library, half are samples of 
 learn``; a step has 12 windows of 128 tokens, as that of the rows in docs/measurements.md.
 
 ``sr-ste`` and ``cast`` start from the dense weights, as in their papers; "masks and weights" from reconstruction's mask
-with refitted weights, whose row has the seconds that it takes. Seconds of other rows are those of their steps.
+with refitted weights, whose row has the seconds that it takes. Seconds of other rows are those of their steps. Losses
+with a teacher read its outputs from a cache; the row "teacher" has the seconds of its forwards, for all batches.
 
 An interrupted run continues when it is called again with the same arguments, as in ``long_run.py``.
 """
@@ -28,7 +29,7 @@ import torch
 from compare import checked, metadata_of, options, weights_in_place
 from long_run import LongRun
 from magnitudes import CAST, SRSTE, Magnitudes
-from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
+from masks_and_weights import CORRECTED, GRADIENT, INPUTS, NONE, STILL, MasksAndWeights
 from methods import Learner
 from rows import table
 from safetensors import safe_open
@@ -39,10 +40,11 @@ from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 from maskpro_kernels.learn.estimator import Estimator, LossFn
 from maskpro_kernels.prune.initial_masks import refitted_masks
 from maskpro_kernels.prune.reconstruction import Reconstruction
-from maskpro_kernels.text.losses import distillation_loss
+from maskpro_kernels.text.losses import TeacherCache, distillation_loss
 
 DENSE = "dense weights"
 REFITTED = "reconstruction, refitted"
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Joint(Learner):
     loss: str = "ce"
 
 
-FIXED = {"lr": 0.3, "train_weights": 4e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL}
+FIXED = {"lr": 0.3, "train_weights": 4e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL, "basis": INPUTS}
 HALF = {"masks_until": 0.5, "weights_from": 0.5}
 TOGETHER = {"masks_until": 1.0}
 METHODS = {
@@ -97,9 +99,11 @@ METHODS = {
             FIXED,
             (
                 {"train_weights": 3e-4},
+                {"train_weights": 6e-4},
+                {"basis": NONE},
+                {"train_weights": 6e-4, "basis": NONE},
                 {"loss": "ce+kl"},
-                {"train_weights": 3e-4, "loss": "kl"},
-                {"train_weights": 1e-3},
+                {"loss": "kl"},
                 HALF,
                 TOGETHER | {"lr": 0.1},
                 TOGETHER | {"lr": 1.0, "dropped": CORRECTED},
@@ -119,6 +123,7 @@ class Comparison(LongRun):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args, METHODS)
+        self.teacher = TeacherCache(folder=args.output / TEACHER)
         self.dense_weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
 
     def initial_rows(self) -> None:
@@ -135,6 +140,17 @@ class Comparison(LongRun):
                     f"output: expected rows that began with the start {started} of {name}, got those of "
                     f"{row['start']}: another machine has rounded otherwise; give another folder"
                 )
+        candidates = [(name, settings) for name in self.args.methods for settings in self.learners[name].candidates()]
+        if any(self.loss_kind(*candidate) != "ce" for candidate in candidates):
+            self.fill_teacher()
+
+    def fill_teacher(self) -> None:
+        """Cache the dense model's outputs for all batches, before its weights change."""
+        steps = len(self.batches)
+        if self.rows.find(TEACHER, {}, steps) is None:
+            began = self.clock()
+            distillation_loss("kl", cache=self.teacher).fill(self.model, self.batches)
+            self.rows.add([self.dense | {"method": TEACHER, "steps": steps, "seconds": self.clock() - began}])
 
     def _row_of_start(self, name: str, start: Reconstruction, seconds: float) -> dict:
         weights = {
@@ -221,7 +237,11 @@ class Comparison(LongRun):
         return start.codes
 
     def loss_of(self, name: str, settings: Mapping) -> LossFn:
-        return distillation_loss(settings.get("loss", self.learners[name].loss))
+        kind = self.loss_kind(name, settings)
+        return distillation_loss(kind, cache=None if kind == "ce" else self.teacher)
+
+    def loss_kind(self, name: str, settings: Mapping) -> str:
+        return settings.get("loss", self.learners[name].loss)
 
     def row_of(self, estimator: Estimator, settings: Mapping, *figures: float, **learner_figures: object) -> dict:
         own = nullcontext()

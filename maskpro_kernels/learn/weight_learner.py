@@ -1,13 +1,11 @@
 """Kept weights that learn: AdamW in the basis in which the inputs of a layer are not correlated.
 
-With inputs X [tokens, K] of a layer, the eigenvectors of X^T X are the columns of an orthogonal matrix U. AdamW moves
-the elements of the gradient G U instead of those of G, and the step is turned back by U^T. This is SOAP (Vyas et al.
-2024, arXiv 2409.11321) on the side of the inputs, with a basis that stays. Steps of each element are scaled by its own
-second moment, so correlated inputs, which language models have, would share what one direction of them should learn.
+The formula is in docs/mathematics.md, under Weights: SOAP (Vyas et al. 2024, arXiv 2409.11321) on the side of the
+inputs, with a basis that stays. Two inputs of a language model's layer are correlated as a rule. AdamW scales the step
+of each element by its own second moment, so a direction that many inputs share would set the pace of all of them.
 
-G is the gradient in the masked weight, also of dropped weights: the step of the whole weight is computed, and kept
-weights take theirs. With zeros in G where the mask drops, the eigenvectors are not those of what remains: on a language
-model this was worse than AdamW alone.
+The gradient is that in the masked weight, also of dropped weights. The basis belongs to all inputs; with zeros where
+the mask drops, each row would need one of its own.
 """
 
 from __future__ import annotations
