@@ -104,10 +104,17 @@ class MasksAndWeights(StraightThrough):
 class Plain(WeightLearner):
     """AdamW on the weights themselves."""
 
-    def make_basis(self, latest: WeightLearner | None) -> None:
-        parts, size, _ = self.basis.shape
-        self.basis = torch.eye(size, dtype=self.basis.dtype, device=self.basis.device).repeat(parts, 1, 1)
+    def __init__(self, layer: MaskedLinear):
+        super().__init__(layer)
+        self.basis = self.master.new_zeros(0, 0, 0)
         self.has_basis = True
+
+    def restore(self, bases: dict[tuple, Tensor]) -> None:
+        super().restore(bases)
+        self.has_basis = True
+
+    def _turned(self, rows: Tensor, basis: Tensor) -> Tensor:
+        return rows
 
 
 class AllWeights(WeightLearner):

@@ -77,11 +77,12 @@ METHODS = (*ONE_SHOT, *LEARNERS)
 
 
 def state_bytes(estimator: Estimator, layers: Mapping[str, MaskedLinear]) -> int:
-    """Bytes that a method keeps from step to step beside the dense weights.
+    """Bytes that a method keeps from step to step beside the dense weights; tensors that layers share count once.
 
     In the logits a ``RelaxedMask`` only writes its mask down, so that they do not count.
     """
     tensors = list(estimator.tensors().values())
     if not isinstance(estimator, RelaxedMask):
         tensors += [layer.logits for layer in layers.values()]
-    return sum(tensor.nbytes for tensor in tensors)
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return sum(sizes.values())

@@ -52,8 +52,8 @@ class BackwardPass:
         # true while every finished layer was used at most once, on each rank
         self.used_once = True
         self.queue: collections.deque[LayerUpdater] = collections.deque()
-        # the last layer that made a basis in this step
-        self.latest_learner: WeightLearner | None = None
+        # made in this step, see ``WeightLearner.make_basis``
+        self.bases: dict[tuple, Tensor] = {}
         # backward begins at the last layers
         moving = [updater.layer for updater in reversed(updaters.values()) if updater.reads_logits]
         self.offloaded = OffloadedLogits(moving)
@@ -96,9 +96,10 @@ class BackwardPass:
 
         ``equal_order`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
         ``ops.curvature_factors``. If a slope is not finite, the logits of such weights and the running mean square do
-        not change, see ``bad_layers``. On one rank nothing is read from the device, and if ``tokens`` and logits are
-        there already, a CUDA graph can hold a pass and its forward; it reads the learning rate from
-        ``RunningSquares.lr``.
+        not change, see ``bad_layers``. On one rank nothing is read from the device, except in the first step in which
+        the weights of a layer learn, and if ``tokens`` and logits are there already, a CUDA graph can hold a pass and
+        its forward; it reads the learning rate of logits from ``RunningSquares.lr``, and has that of weights as a
+        constant.
         """
         # forwards that compute activations again do not count
         self.unwatch()
@@ -284,7 +285,6 @@ class LayerUpdater:
         ranks.all_reduce(self.slopes)
         if self.weights_learn:
             ranks.all_reduce(self.weight_grad)
-            self.learner.sum_gram(ranks)
         with self.backward_pass.offloaded.moving(self.layer) as logits:
             descend = descent(self.layer, logits, self.slopes, self.estimator.max_update)
             self._descend(logits, self.layer.cached_codes, descend)
@@ -322,9 +322,7 @@ class LayerUpdater:
 
     def _move_weights(self, gradient: Tensor, codes: Tensor, norm: Tensor) -> None:
         if not self.learner.has_basis:
-            # layers with the same inputs come one after the other
-            self.learner.make_basis(self.backward_pass.latest_learner)
-            self.backward_pass.latest_learner = self.learner
+            self.learner.make_basis(self.backward_pass.ranks, self.backward_pass.bases)
         self.learner.step(gradient, codes, self.weight_lr, norm)
 
 
@@ -378,7 +376,6 @@ class WeightUpdater(LayerUpdater):
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
         ranks = self.backward_pass.ranks
         ranks.all_reduce(self.slopes)
-        self.learner.sum_gram(ranks)
         self._move(self.slopes)
         self.slopes = None
 
@@ -405,7 +402,7 @@ class RunningSquares:
 
     All stay on the device, at the same addresses until a state is loaded or the model moves. So a step's backward
     passes can be captured in a CUDA graph, after steps in which the host has seen a square above 0 of each layer. What
-    a graph holds of ``begin`` has the learning rate of the capture.
+    a graph holds of ``begin`` has the learning rate of the capture; so have weights that learn.
 
     Args:
         squares: of each layer; 0 before the first one above 0.

@@ -166,10 +166,9 @@ class StraightThrough(Estimator):
             raise ValueError(f"state: expected mean squares of the model's layers, got some of {unknown}")
         self._place_squares(mean_squares)
         self._fisher.passes.update(state["fisher_passes"])
-        latest = None
+        bases: dict[tuple, Tensor] = {}
         for learner in self._learners.values():
-            learner.restore(latest)
-            latest = learner
+            learner.restore(bases)
 
     def layers_without_gradient(self) -> list[str]:
         with_slopes = self._mean_squares().keys()
@@ -178,7 +177,7 @@ class StraightThrough(Estimator):
         return [name for name in self._updaters if name not in with_slopes | with_gradients]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Squares of Fisher passes; and weights that learn, with their moments and a count of steps."""
+        """Squares of Fisher passes; and weights that learn, with their moments, a basis and a count of steps."""
         learners = self._learners.items()
         tensors = {prefix + name: tensor for name, of in learners for prefix, tensor in of.tensors().items()}
         return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
