@@ -15,7 +15,7 @@ COMPILED_TESTS := --compiled sm_80 -n 2 --dist worksteal tests/compiled
 TARGET ?= sm_80
 WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_slopes functional/test_straight_through \
 	packed/test_packed
-KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_bits ops/reference/test_gumbel_top_k \
+KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits ops/reference/test_gumbel_top_k \
 	ops/reference/test_rounding $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
 test test-triton test-slow test-slow-triton test-compiled: export OMP_NUM_THREADS = 1
 # Each worker and child of a test imports the package: from bytecode, whatever the environment says

@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from maskpro_kernels.ops.reference.plackett_luce import NODE_COUNT, NODE_STEP
 from maskpro_kernels.ops.triton import (
-    best_swaps,
+    adamw_and_swaps,
     curvature,
     grouped,
     masked_gemm,
@@ -42,7 +42,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # By the names of launches, where these are not those of a kernel in ``sampling``
 FUNCTIONS = {
-    "best_swaps": best_swaps.best_swaps_kernel,
+    "adamw": adamw_and_swaps.adamw_kernel,
+    "best_swaps": adamw_and_swaps.best_swaps_kernel,
     "descend": slopes.descend_kernel,
     "score_updates": sampling.score_update_kernel,
     "sample_masks": grouped.sample_masks_kernel,
@@ -66,7 +67,7 @@ TYPES = {
 }
 
 # Those that are tensors of float32
-FLOATS = ("grad", "coef", "product", "gradient", "blocks", "change")
+FLOATS = ("grad", "coef", "product", "gradient", "master", "first", "second", "scalars", "blocks", "change")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import torch
 from compare import checked, metadata_of, options, weights_in_place
 from long_run import LongRun
 from magnitudes import CAST, SRSTE, Magnitudes
-from masks_and_weights import CORRECTED, GRADIENT, INPUTS, NONE, STILL, MasksAndWeights
+from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
 from methods import Learner
 from rows import table
 from safetensors import safe_open
@@ -61,7 +61,7 @@ class Joint(Learner):
     loss: str = "ce"
 
 
-FIXED = {"lr": 0.3, "train_weights": 4e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL, "basis": INPUTS}
+FIXED = {"lr": 0.3, "train_weights": 6e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL}
 HALF = {"masks_until": 0.5, "weights_from": 0.5}
 TOGETHER = {"masks_until": 1.0}
 METHODS = {
@@ -100,9 +100,7 @@ METHODS = {
             FIXED,
             (
                 {"train_weights": 3e-4},
-                {"train_weights": 6e-4},
-                {"basis": NONE},
-                {"train_weights": 6e-4, "basis": NONE},
+                {"train_weights": 1e-3},
                 {"loss": "ce+kl"},
                 {"loss": "kl"},
                 HALF,

@@ -3,8 +3,7 @@
 Weights that the mask drops keep their values by default, as with ``maskpro learn --train-weights``. ``dropped`` lets
 them learn too: by the gradient of the masked weight ("gradient"), as SR-STE does; or by that gradient plus F w
 ("corrected"), with the curvature F of the logits' slopes, which is the gradient that the loss would have if the weight
-were kept: it moves a dropped weight towards the value that lowers the loss most. ``basis`` "none" is AdamW as it is,
-without the basis of a layer's inputs.
+were kept: it moves a dropped weight towards the value that lowers the loss most.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from maskpro_kernels.ops.counter import MaskSource
 STILL = "still"
 GRADIENT = "gradient"
 CORRECTED = "corrected"
-INPUTS = "inputs"
-NONE = "none"
 
 
 class MasksAndWeights(StraightThrough):
@@ -41,7 +38,6 @@ class MasksAndWeights(StraightThrough):
             linearly to 0.
         masks_until, weights_from: shares of the steps. Where the first has passed, masks are fixed.
         dropped: "still", "gradient" or "corrected", see the module.
-        basis: "inputs" or "none", in which still weights learn.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -57,12 +53,10 @@ class MasksAndWeights(StraightThrough):
         masks_until: float = 1.0,
         weights_from: float = 0.0,
         dropped: str = STILL,
-        basis: str = INPUTS,
     ):
         check_float("masks_until", masks_until, 0.0, 1.0)
         check_float("weights_from", weights_from, 0.0, 1.0)
         check_one_of("dropped", dropped, (STILL, GRADIENT, CORRECTED))
-        check_one_of("basis", basis, (INPUTS, NONE))
         if dropped == CORRECTED and masks_until < 1.0:
             raise ValueError(
                 f"masks_until: expected 1 with dropped {CORRECTED!r}, which needs slopes, got {masks_until}"
@@ -71,19 +65,17 @@ class MasksAndWeights(StraightThrough):
         self.masks_until = float(masks_until)
         self.weights_from = float(weights_from)
         self.dropped = dropped
-        self.basis = basis
 
     def settings(self) -> dict:
-        names = ("masks_until", "weights_from", "dropped", "basis")
+        names = ("masks_until", "weights_from", "dropped")
         return super().settings() | {name: getattr(self, name) for name in names}
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         super().begin(layers)
-        if self.dropped == STILL and self.basis == INPUTS:
+        if self.dropped == STILL:
             return
         updater_kind = Corrected if self.dropped == CORRECTED else LayerUpdater
-        learner_kind = Plain if self.dropped == STILL else AllWeights
-        self._learners = {name: learner_kind(layer) for name, layer in layers.items()}
+        self._learners = {name: AllWeights(layer, self.weight_decay) for name, layer in layers.items()}
         self._updaters = {name: updater_kind(layer, self, self._learners[name]) for name, layer in layers.items()}
         self._weight_updaters = {
             name: WeightUpdater(layer, self, self._learners[name]) for name, layer in layers.items()
@@ -99,22 +91,6 @@ class MasksAndWeights(StraightThrough):
         if step < start:
             return 0.0
         return self.train_weights * (self.steps - step) / (self.steps - start)
-
-
-class Plain(WeightLearner):
-    """AdamW on the weights themselves."""
-
-    def __init__(self, layer: MaskedLinear):
-        super().__init__(layer)
-        self.basis = self.master.new_zeros(0, 0, 0)
-        self.has_basis = True
-
-    def restore(self, bases: dict[tuple, Tensor]) -> None:
-        super().restore(bases)
-        self.has_basis = True
-
-    def _turned(self, rows: Tensor, basis: Tensor) -> Tensor:
-        return rows
 
 
 class AllWeights(WeightLearner):

@@ -77,12 +77,11 @@ METHODS = (*ONE_SHOT, *LEARNERS)
 
 
 def state_bytes(estimator: Estimator, layers: Mapping[str, MaskedLinear]) -> int:
-    """Bytes that a method keeps from step to step beside the dense weights; tensors that layers share count once.
+    """Bytes that a method keeps from step to step beside the dense weights.
 
     In the logits a ``RelaxedMask`` only writes its mask down, so that they do not count.
     """
     tensors = list(estimator.tensors().values())
     if not isinstance(estimator, RelaxedMask):
         tensors += [layer.logits for layer in layers.values()]
-    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-    return sum(sizes.values())
+    return sum(tensor.nbytes for tensor in tensors)

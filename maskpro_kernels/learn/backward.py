@@ -52,8 +52,6 @@ class BackwardPass:
         # true while every finished layer was used at most once, on each rank
         self.used_once = True
         self.queue: collections.deque[LayerUpdater] = collections.deque()
-        # made in this step, see ``WeightLearner.make_basis``
-        self.bases: dict[tuple, Tensor] = {}
         # backward begins at the last layers
         moving = [updater.layer for updater in reversed(updaters.values()) if updater.reads_logits]
         self.offloaded = OffloadedLogits(moving)
@@ -96,10 +94,9 @@ class BackwardPass:
 
         ``equal_order`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
         ``ops.curvature_factors``. If a slope is not finite, the logits of such weights and the running mean square do
-        not change, see ``bad_layers``. On one rank nothing is read from the device, except in the first step in which
-        the weights of a layer learn, and if ``tokens`` and logits are there already, a CUDA graph can hold a pass and
-        its forward; it reads the learning rate of logits from ``RunningSquares.lr``, and has that of weights as a
-        constant.
+        not change, see ``bad_layers``. On one rank nothing is read from the device, and if ``tokens`` and logits are
+        there already, a CUDA graph can hold a pass and its forward; it reads the learning rate from
+        ``RunningSquares.lr``.
         """
         # forwards that compute activations again do not count
         self.unwatch()
@@ -230,7 +227,6 @@ class LayerUpdater:
         self._check_not_moved()
         weight_grad = None
         if self.weights_learn:
-            self.learner.collect(x)
             # without kernels the product is rounded to this dtype anyway; sums are float32
             rounded = self.at_once and not uses_triton(grad.device.type)
             weight_grad = torch.empty_like(weight, dtype=grad.dtype if rounded else torch.float32)
@@ -281,10 +277,9 @@ class LayerUpdater:
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
             self.weight_grad = torch.zeros_like(self.slopes) if self.weights_learn else None
-        ranks = self.backward_pass.ranks
-        ranks.all_reduce(self.slopes)
-        if self.weights_learn:
-            ranks.all_reduce(self.weight_grad)
+        for total in (self.slopes, self.weight_grad):
+            if total is not None:
+                self.backward_pass.ranks.all_reduce(total)
         with self.backward_pass.offloaded.moving(self.layer) as logits:
             descend = descent(self.layer, logits, self.slopes, self.estimator.max_update)
             self._descend(logits, self.layer.cached_codes, descend)
@@ -299,8 +294,6 @@ class LayerUpdater:
         self.latest = None
         self.slopes = None
         self.weight_grad = None
-        if self.learner is not None:
-            self.learner.gram = None
         self.backward_pass = None
         self.fisher = None
 
@@ -317,13 +310,8 @@ class LayerUpdater:
         if self.weights_learn:
             # after the slope, which belongs to the weights of the forward
             norm = torch.linalg.vector_norm(self.weight_grad, dtype=torch.float32)
-            self._move_weights(self.weight_grad, codes, self.latest + norm)
+            self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest + norm)
             self.weight_grad = None
-
-    def _move_weights(self, gradient: Tensor, codes: Tensor, norm: Tensor) -> None:
-        if not self.learner.has_basis:
-            self.learner.make_basis(self.backward_pass.ranks, self.backward_pass.bases)
-        self.learner.step(gradient, codes, self.weight_lr, norm)
 
 
 class WeightUpdater(LayerUpdater):
@@ -357,7 +345,6 @@ class WeightUpdater(LayerUpdater):
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         self._check_not_moved()
-        self.learner.collect(x)
         if self.at_once and not uses_triton(grad.device.type):
             # a float32 copy would have the same values
             with without_autocast(grad.device.type):
@@ -374,14 +361,13 @@ class WeightUpdater(LayerUpdater):
         """Move the weights by the sum of the gradients of all ranks; this one may have none."""
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
-        ranks = self.backward_pass.ranks
-        ranks.all_reduce(self.slopes)
+        self.backward_pass.ranks.all_reduce(self.slopes)
         self._move(self.slopes)
         self.slopes = None
 
     def _move(self, gradient: Tensor) -> None:
         self.latest = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self._move_weights(gradient, self.kept.codes, self.latest)
+        self.learner.step(gradient, self.kept.codes, self.weight_lr, self.latest)
 
 
 def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:
@@ -402,7 +388,7 @@ class RunningSquares:
 
     All stay on the device, at the same addresses until a state is loaded or the model moves. So a step's backward
     passes can be captured in a CUDA graph, after steps in which the host has seen a square above 0 of each layer. What
-    a graph holds of ``begin`` has the learning rate of the capture; so have weights that learn.
+    a graph holds of ``begin`` has the learning rate of the capture.
 
     Args:
         squares: of each layer; 0 before the first one above 0.

@@ -182,9 +182,8 @@ class Estimator(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Tensors other than the logits that steps change, by name. Snapshots contain them.
 
-        ``begin`` must create them; their shapes and dtypes never change, but a step may replace a tensor. A resumed
-        run restores their values in place. An estimator with a journal has none: logits and ``state`` are enough to
-        resume it.
+        ``begin`` must create them; their shapes and dtypes never change. A resumed run restores their values in place.
+        An estimator with a journal has none: logits and ``state`` are enough to resume it.
         """
         return {}
 

@@ -67,13 +67,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
     """Write the snapshot after a step; of those up to it keep the first and those of the two newest steps."""
-    on_cpu: dict[str, Tensor] = {}
-    written = set()
-    for name, tensor in tensors.items():
-        values = tensor.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory
-        on_cpu[name] = values.clone() if values.data_ptr() in written else values
-        written.add(values.data_ptr())
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
     path = folder / f"snapshot-{step:010}-{digest_of_bytes(content).hex()}.safetensors"
     write_whole(path, content)

@@ -64,6 +64,7 @@ class StraightThrough(Estimator):
             change.
         masks_until: share of ``steps`` in which masks learn, in [0, 1], rounded to steps; then they are fixed. Without
             ``steps`` it is 0 or 1. None: 1, or 0 with ``train_weights``.
+        weight_decay: decay of AdamW towards 0, for weights that learn.
 
     Raises:
         TypeError, ValueError: if an argument is not as above.
@@ -74,7 +75,8 @@ class StraightThrough(Estimator):
 
     def __init__(self, lr: float = 0.3, steps: int | None = None, *, curvature: float = 1.0,
                  max_update: float = 2.0, decay: float = 0.9, fisher_every: int = 16,
-                 train_weights: float | None = None, masks_until: float | None = None):  # fmt: skip
+                 train_weights: float | None = None, masks_until: float | None = None,
+                 weight_decay: float = 0.0):  # fmt: skip
         check_whole("fisher_every", fisher_every, 1)
         check_float("lr", lr, 0.0, strict=True)
         check_slope_settings(curvature, max_update, decay)
@@ -82,6 +84,9 @@ class StraightThrough(Estimator):
             check_whole("steps", steps, 1)
         if train_weights is not None:
             check_float("train_weights", train_weights, 0.0, strict=True)
+        check_float("weight_decay", weight_decay, 0.0)
+        if weight_decay and train_weights is None:
+            raise ValueError(f"weight_decay: expected 0 where weights do not learn, got {weight_decay}")
         if masks_until is not None:
             _check_masks_until(masks_until, steps, train_weights)
         self.lr = float(lr)
@@ -92,6 +97,7 @@ class StraightThrough(Estimator):
         self.decay = float(decay)
         self.train_weights = None if train_weights is None else float(train_weights)
         self.masks_until = float(train_weights is None) if masks_until is None else float(masks_until)
+        self.weight_decay = float(weight_decay)
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
         self._weight_updaters: dict[str, WeightUpdater] = {}
@@ -113,7 +119,7 @@ class StraightThrough(Estimator):
                     raise ValueError(
                         f"train_weights: expected a weight of its own in each layer, got one in {other} and {name}"
                     )
-            self._learners = {name: WeightLearner(layer) for name, layer in layers.items()}
+            self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
         kind = LayerUpdater if next(iter(layers.values())).shard is None else ShardUpdater
         self._updaters = {name: kind(layer, self, self._learners.get(name)) for name, layer in layers.items()}
         self._weight_updaters = {
@@ -152,7 +158,7 @@ class StraightThrough(Estimator):
         return math.inf if self.steps is None else 2 * self.max_update * round(self.masks_until * self.steps)
 
     def settings(self) -> dict:
-        of_weights = ("train_weights", "masks_until") if self.train_weights is not None else ()
+        of_weights = ("train_weights", "masks_until", "weight_decay") if self.train_weights is not None else ()
         names = ("lr", "steps", "curvature", "max_update", "decay", "fisher_every", *of_weights)
         return {name: getattr(self, name) for name in names}
 
@@ -166,9 +172,8 @@ class StraightThrough(Estimator):
             raise ValueError(f"state: expected mean squares of the model's layers, got some of {unknown}")
         self._place_squares(mean_squares)
         self._fisher.passes.update(state["fisher_passes"])
-        bases: dict[tuple, Tensor] = {}
         for learner in self._learners.values():
-            learner.restore(bases)
+            learner.restore()
 
     def layers_without_gradient(self) -> list[str]:
         with_slopes = self._mean_squares().keys()
@@ -177,7 +182,7 @@ class StraightThrough(Estimator):
         return [name for name in self._updaters if name not in with_slopes | with_gradients]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Squares of Fisher passes; and weights that learn, with their moments, a basis and a count of steps."""
+        """Squares of Fisher passes; and weights that learn, with their moments and a count of steps."""
         learners = self._learners.items()
         tensors = {prefix + name: tensor for name, of in learners for prefix, tensor in of.tensors().items()}
         return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}

@@ -1,6 +1,7 @@
 """Operations. All but products, and results of products, have the same bits on every route."""
 
 from .definitions import (
+    adamw_,
     best_swaps,
     codes_under,
     curvature_factors,

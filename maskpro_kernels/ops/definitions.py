@@ -195,6 +195,18 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     return logits.new_empty((), dtype=torch.float32)
 
 
+@operation(
+    "(Tensor(a!) weight, Tensor(b!) master, Tensor(c!) first, Tensor(d!) second, Tensor gradient, Tensor codes, "
+    "Tensor scalars, int m) -> ()"
+)
+def adamw_(weight, master, first, second, gradient, codes, scalars, m):
+    """Take a step of AdamW in place, for weights that the codes [rows, K / M] keep.
+
+    ``master``, the moments ``first`` and ``second`` and the gradient are float32 [rows, K]; ``weight`` is ``master``,
+    rounded. Without kernels the gradient may have 16 bits. ``scalars`` are from ``reference.adamw_scalars``.
+    """
+
+
 @operation("(Tensor weight, Tensor product, Tensor codes, Tensor blocks, int n, int m) -> (Tensor, Tensor)")
 def best_swaps(weight, product, codes, blocks, n, m):
     """(change of the reconstruction error, code of the two weights) for the best swap of each group [rows, K / M].

@@ -47,12 +47,13 @@ def test_kernels_over_groups(target, kernel, compiled_for, emulator, monkeypatch
     # one block a program
     monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", ALL_ROWS * GROUPS)
     block = tiles.configuration(kernel, NEAR.m, NEAR.groups, target).block
-    emulator.last = LAST * NEAR.groups // block - 1
+    each = NEAR.groups * (NEAR.m if kernel == "adamw" else 1)
+    emulator.last = LAST * each // block - 1
     found = OVER_GROUPS[kernel](FAR, far)
     take_route(monkeypatch, "eager")
     expected = OVER_GROUPS[kernel](NEAR)
     # which those programs have written whole
-    rows = emulator.last * block // NEAR.groups - 1
+    rows = emulator.last * block // each - 1
     assert rows > LAST - 4
     assert_same_bits([part[-rows:] for part in found], [part[-rows:] for part in expected])
 

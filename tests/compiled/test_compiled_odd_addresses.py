@@ -25,7 +25,7 @@ TARGETS = ["sm_80", "sm_90"]
         itertools.product([*TARGETS, "gfx942"], OVER_GROUPS, ((2, 4), (4, 8), (1, 2)), DTYPES, (1, 2, 3)),
         slow=lambda target, kernel, pattern, dtype, by: (
             (target, pattern, dtype, by) != ("sm_80", (2, 4), torch.bfloat16, 1)
-            or kernel not in ("sample_mask", "top_n_mask", "unpack", "best_swaps")
+            or kernel not in ("sample_mask", "top_n_mask", "unpack", "best_swaps", "adamw")
         ),
     ),
     ids=str,

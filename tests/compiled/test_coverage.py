@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 TO_THE_START = "s_branch .LBB0_0"
 FEWER_GROUPS = "indices of groups beyond 2^32, which no matrix has; smaller ones are divided in 32 bits"
 # Kernels over groups whose code depends on the dtype by more than a conversion
-BY_DTYPE = ("sample_mask", "score_update", "score_updates", "descend", "unpack")
+BY_DTYPE = ("sample_mask", "score_update", "score_updates", "descend", "unpack", "adamw")
 OF_A_SPLIT = "results of more than 2^32 elements; only those of few programs are split"
 
 

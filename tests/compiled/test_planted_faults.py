@@ -6,15 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers.compiled import (
-    Matrix,
-    assert_bits_of_reference,
-    best_swaps,
-    mask_score,
-    sample_mask,
-    score_update,
-    top_n_mask,
-)
+from helpers.compiled import Matrix, adamw, assert_bits_of_reference, mask_score, sample_mask, score_update, top_n_mask
 from helpers.compiled_products import PackedProduct, Product, SparseProduct
 from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
@@ -159,7 +151,7 @@ PLANTED = {
         replaced(r"^\tbuffer_load_dwordx4.*$", ""),
         "read of an unwritten register",
     ),
-    "AMD: a product and a sum that are rounded once": ("gfx942", groups(best_swaps), contracted_on_amd, "wrong result"),
+    "AMD: a product and a sum that are rounded once": ("gfx942", groups(adamw), contracted_on_amd, "wrong result"),
     "an approximate reciprocal that is not corrected": (
         "sm_80",
         determined,

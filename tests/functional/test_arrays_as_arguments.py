@@ -57,7 +57,7 @@ CALLS = {
     "StraightThrough": (
         mk.StraightThrough,
         dict,
-        "lr steps curvature max_update decay fisher_every train_weights masks_until",
+        "lr steps curvature max_update decay fisher_every train_weights masks_until weight_decay",
     ),
     "Reinforce": (mk.Reinforce, dict, "lr alpha tracker normalize draws refresh steps"),
     "MaskOptimizer": (

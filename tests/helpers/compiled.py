@@ -166,6 +166,17 @@ def unpack(of: Matrix, moved=unmoved):
     return [ops.unpack_nm(moved(values), moved(bitmask_of(of.codes, of.m)), of.n, of.m)]
 
 
+def adamw(of: Matrix, moved=unmoved):
+    master, first, gradient = (of.normal(seed=seed) for seed in (8, 9, 10))
+    second = of.normal(seed=11).square()
+    gradient[0], first[1], second[1] = 0.0, 0.0, 0.0
+    master, first, second, gradient = (moved(tensor) for tensor in (master, first, second, gradient))
+    weight = master if of.dtype == torch.float32 else moved(master.to(of.dtype))
+    scalars = reference.adamw_scalars(torch.tensor(True), torch.tensor(3.0), 0.01, 0.5)
+    ops.adamw_(weight, master, first, second, gradient, moved(of.codes), scalars, of.m)
+    return [weight, master, first, second]
+
+
 # Over groups, by the names of the launch counter; each gives tensors whose bits are those of the reference
 OVER_GROUPS: dict[str, Callable[..., list[Tensor]]] = {
     "sample_mask": sample_mask,
@@ -178,4 +189,5 @@ OVER_GROUPS: dict[str, Callable[..., list[Tensor]]] = {
     "descend": descend,
     "best_swaps": best_swaps,
     "unpack": unpack,
+    "adamw": adamw,
 }

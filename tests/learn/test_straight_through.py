@@ -263,6 +263,8 @@ def test_slopes_of_16_bit_logits_are_summed_in_float32(dtype, eager_reference):
         ({"max_update": 0.0}, ValueError, "max_update"),
         ({"decay": 1.0}, ValueError, "decay"),
         ({"train_weights": 0.0}, ValueError, "train_weights"),
+        ({"train_weights": 0.1, "weight_decay": -1.0}, ValueError, "weight_decay"),
+        ({"weight_decay": 0.1}, ValueError, "weight_decay"),
     ],
 )
 def test_bad_arguments(arguments, error, name):

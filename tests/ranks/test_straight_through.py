@@ -145,22 +145,16 @@ def trained_weights(rank: int, how: str, accumulate: int, kind: type[nn.Module],
     return held
 
 
-@pytest.mark.parametrize("kind", [Twice, TwoWays])
 @pytest.mark.parametrize("how", ["trained weights", "fixed masks"])
-def test_weights_that_learn_on_ranks_are_those_of_one_process(how, kind, tmp_path, eager_reference):
-    """A layer moves in its turn, or after backward where it is used twice or by one rank; a resumed run gives its
-    weights to all.
-    """
-    steps = {"how": how, "accumulate": 2, "kind": kind}
+def test_weights_that_learn_on_ranks_are_those_of_one_process(how, tmp_path, eager_reference):
+    """A layer moves in its turn, or after backward where it is used twice; a resumed run gives its weights to all."""
+    steps = {"how": how, "accumulate": 2, "kind": Twice}
     one, other = all_in_ranks(2, trained_weights, folder=tmp_path / "ranks", **steps)
     alone = trained_weights(0, folder=tmp_path / "alone", **steps)
     for ours, theirs, expected in zip(one, other, alone, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b, c in zip(ours, theirs, expected, strict=True):
             assert_same_bits(a, b)
-        weights, logits, _ = ours
-        for a, b in zip((*weights, *logits), (*expected[0], *expected[1]), strict=True):
-            # eigenvectors of values that are close turn with the rounding of a sum
-            torch.testing.assert_close(a, b, rtol=0.0, atol=1e-3)
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
     assert not torch.equal(one[0][0][0], one[1][0][0])
 
 

@@ -297,6 +297,20 @@ def _descend(function, tensors, logits, rate, max_update, m, counter):
     return total / max(logits.numel(), 1)
 
 
+def adamw_(weight, master, first, second, gradient, codes, scalars, m):
+    """``reference.adamw_``."""
+    groups = [x.view(-1, m) for x in (gradient, master, first, second)]
+    codes = codes.view(-1)
+    rounded = weight.view(-1, m)
+    for part in _copied_slices(groups[0]):
+        tensors = [*(x[part] for x in groups), codes[part]]
+        _, part_master, part_first, part_second, _ = tensors
+        # the first result overwrites the master
+        results = run(reference.group_adamw, tensors, scalars.unbind(), out=part_master, dtype=weight.dtype)
+        for target, result in zip((part_first, part_second, rounded[part]), results[1:], strict=True):
+            target.copy_(result)
+
+
 def best_swaps(weight, product, codes, blocks, n, m):
     """``reference.best_swaps``."""
     codes = codes.contiguous()

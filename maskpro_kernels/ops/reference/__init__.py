@@ -46,8 +46,11 @@ from .plackett_luce import (
     score_update_,
 )
 from .slopes import (
+    adamw_,
+    adamw_scalars,
     descend_,
     descend_by_slope_,
+    group_adamw,
     group_descended_logits,
     group_mask_slope,
     group_straight_through_logits,

@@ -1,6 +1,7 @@
 """Operations as machine code, on a CPU for which LLVM compiles; torch multiplies where the mask changes."""
 
 from ..cpu.kernels import (
+    adamw_,
     best_swaps,
     descend_,
     descend_by_slope_,

@@ -1,7 +1,7 @@
 """Operations as Triton kernels."""
 
 from ..reference.slopes import mask_slope
-from ..triton.best_swaps import best_swaps
+from ..triton.adamw_and_swaps import adamw_, best_swaps
 from ..triton.curvature import curvature_factors
 from ..triton.grouped import draw_layers_, update_layers_
 from ..triton.masked_gemm import masked_linear, masked_linear_input_grad, masked_linear_weight_grad

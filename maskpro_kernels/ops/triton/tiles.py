@@ -192,8 +192,8 @@ DRAWING = frozenset({
     "score_updates",
     "score_updates_of_layers",
 })  # fmt: skip
-# Kernels over single elements
-ELEMENTS = {"split_sum": Configuration(block=256)}
+# Kernels over single weights or elements
+ELEMENTS = {"adamw": Configuration(block=1024), "split_sum": Configuration(block=256)}
 
 # Products with a packed weight and one token; entries for short weight rows come first. A thread loads one chunk of
 # each of its rows, so that many loads are in flight; a chunk of the activations is loaded once for all rows.

@@ -26,7 +26,7 @@ MATRIX_UNITS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 PATTERNS = [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (15, 16)]
 LAYERS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers")
 OVER_GROUPS = ("sample_mask", "masked_weight", "top_n_mask", "mask_log_prob", "mask_score", "score_update",
-               "score_updates", "descend", "best_swaps", *LAYERS)  # fmt: skip
+               "score_updates", "descend", "best_swaps", "adamw", *LAYERS)  # fmt: skip
 
 CHILD = r"""
 import re
@@ -121,6 +121,8 @@ def test_kernels_over_groups(child, pattern, logits):
     kernels = [(kernel, *pattern, logits, {}) for kernel in (OVER_GROUPS if logits == "fp32" else updates)]
     if pattern[0] <= 4:
         kernels.append(("score_update_of_layers", *pattern, logits, {"KIND": "codes"}))
+    if logits != "fp32":
+        kernels.append(("adamw", *pattern, "fp32", {"weight": logits}))
     check_kernels(child, kernels)
 
 

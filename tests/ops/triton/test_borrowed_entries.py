@@ -28,7 +28,7 @@ def emit(what, built):
     units = [unit for unit in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if unit in built.asm["ptx"]]
     print(json.dumps([what, built.registers, built.spills, built.stack, built.shared, units]), flush=True)
 
-for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "best_swaps"):
+for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "adamw", "best_swaps"):
     emit(kernel, aot.build(kernel, target, 2, 4))
 for product, size in TILES:
     if size == 2 and product not in aot.PACKED:
