@@ -1,4 +1,4 @@
-"""The protocol of estimators, which turn the losses of drawn masks into updates of the logits.
+"""The protocol of estimators, which turn the losses of masks into updates of the logits, and of weights that learn.
 
 The trainer and the run folder use nothing of an estimator but this protocol. To add an estimator, derive a class from
 ``Estimator`` and pass an object of it to ``MaskTrainer``.
@@ -34,11 +34,13 @@ class StepRecord:
 
     Attributes:
         step: index of the step, from 0.
-        loss: loss under the drawn masks: the mean over draws of the mean over batches, weighted by ``weights_of``.
+        loss: loss under the masks of the step, drawn or fixed: the mean over draws of the mean over batches, weighted
+            by ``weights_of``.
         residual: that loss less the loss of the same batches under the initial masks; None if the estimator has none.
         advantage: the residual less the tracker, or None.
         tracker: the running mean of the residual after the step, or None.
-        flip_rate: share of the groups whose draw differs from the top-N mask, in one layer, another at each step.
+        flip_rate: share of the groups whose draw differs from the top-N mask, in one layer, another at each step; 0
+            where masks are fixed.
         tokens: elements of the batches' input ids.
         seconds: wall-clock time of the step.
     """
@@ -58,9 +60,10 @@ class StepResult:
     """Result of an estimator's step.
 
     Attributes:
-        loss: under the drawn masks. If it is not finite, the step has changed nothing.
+        loss: under the masks of the step. If it is not finite, the step has changed nothing.
         residual, advantage, tracker: as in ``StepRecord``.
-        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or only in part.
+        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or only in part, and
+            their weights not at all.
         refreshes: true if the top-N masks of the logits after this step become the initial masks.
     """
 
@@ -113,7 +116,7 @@ def replay(masks: ModelMasks, seed: int, entry: Entry) -> None:
 
 
 class Estimator(ABC):
-    """Base class of estimators, which update the logits from the losses of drawn masks. An object serves one trainer.
+    """Base class of estimators, which update logits, and weights, from the losses of masks. An object serves one trainer.
 
     The definition of a class that lacks a part of the protocol raises TypeError.
 
@@ -157,10 +160,10 @@ class Estimator(ABC):
 
     @abstractmethod
     def step(self, step: Step) -> StepResult:
-        """Make the forwards of a step and move the logits, the same way on all ranks.
+        """Make the forwards of a step and move logits and weights, the same way on all ranks.
 
-        Call ``step.begin_update`` right before the first logit moves. An error before that must leave logits and state
-        unchanged.
+        Call ``step.begin_update`` right before the first of them moves. An error before that must leave them and the
+        state unchanged.
         """
 
     @property
@@ -197,7 +200,7 @@ class Estimator(ABC):
 
 
 class Step:
-    """One step of an estimator: forwards under drawn masks, then one update of the logits.
+    """One step of an estimator: forwards under drawn or fixed masks, then one update.
 
     Each rank makes all draws, for its share of the batches. An estimator without gradients calls ``losses``. One with
     gradients runs the forwards of ``own`` by ``forward`` within ``drawing``; ``exchange`` then returns the losses of

@@ -361,7 +361,9 @@ class MaskTrainer:
         return records
 
     def step(self) -> StepRecord:
-        """Take a step: a forward for each draw and batch under newly drawn masks, then one update of all logits.
+        """Take a step: a forward for each draw and batch, then one update.
+
+        Masks are newly drawn and logits move, unless masks are fixed and only weights learn.
 
         Raises:
             ValueError: if a loss has no gradient, all steps are taken, an iterator of batches has ended, or
