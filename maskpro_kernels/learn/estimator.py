@@ -116,7 +116,7 @@ def replay(masks: ModelMasks, seed: int, entry: Entry) -> None:
 
 
 class Estimator(ABC):
-    """Base class of estimators, which update logits, and weights, from the losses of masks. An object serves one trainer.
+    """Base class of estimators, which update logits and weights from the losses of masks. An object serves one trainer.
 
     The definition of a class that lacks a part of the protocol raises TypeError.
 
