@@ -2,11 +2,12 @@
 
     python benchmarks/learning/forwards.py --test pydoc stdlib book.txt --output runs/forwards
 
-The advantage is normalized, so that its root mean square is 1, and a logit moves by chance alone like a random walk.
-The learning rate follows from the length of its steps: ``walk`` is the standard deviation of that walk over all
-forwards, as a share of the gap between kept and dropped logits. So a setting that is searched with few forwards means
-the same with many. Draws a step, flip rate, batches a step and ``walk`` are tried one at a time, with
-``--search-forwards`` each, and judged on validation text. The best takes ``--forwards``.
+The advantage is normalized, so that its root mean square is 1. The learning rate follows from the advantage that is
+enough for a mask: a draw whose loss is so much better than those of others, ``enough`` root mean squares, moves the
+groups that it has flipped at once, and a worse one needs the help of others. At flip rates as low as these few groups
+are flipped twice, so a setting that is searched with few forwards means about the same with many. Draws a step, flip
+rate, batches a step and ``enough`` are tried one at a time, with ``--search-forwards`` each, and judged on validation
+text. The best takes ``--forwards``.
 
 A forward is of one batch under one mask. With one draw a step, those under the initial mask count too.
 
@@ -16,7 +17,6 @@ The batches are those of ``long_run.py``, and rows and interruptions as well.
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ from rows import finite, table
 
 from maskpro_kernels.prune.convert import gap_for_flip_rate
 
-FIRST = {"draws": 4, "flips": 1e-3, "accumulate": 1, "walk": 0.05}
+FIRST = {"draws": 4, "flips": 1e-3, "accumulate": 1, "enough": 2.0}
 # Each instead of the one of FIRST
 SEARCH = (
     {"draws": 1},
@@ -36,8 +36,8 @@ SEARCH = (
     {"flips": 1.4e-4},
     {"flips": 1e-2},
     {"accumulate": 4},
-    {"walk": 0.02},
-    {"walk": 0.15},
+    {"enough": 1.5},
+    {"enough": 2.7},
 )
 LEARNER = Learner(FlipRate, FIRST, SEARCH)
 
@@ -79,10 +79,11 @@ class Forwards(LongRun):
     def estimator_of(self, name: str, settings: Mapping, steps: int) -> FlipRate:
         draws = settings["draws"]
         flips = settings["flips"]
-        # a flip moves a logit by lr / draws times an advantage whose root mean square is 1
-        flips_of_a_group = steps * draws * flips
-        distance = settings["walk"] * gap_for_flip_rate(flips, self.pattern)
-        lr = distance * draws / math.sqrt(flips_of_a_group)
+        gap = gap_for_flip_rate(flips, self.pattern)
+        # of the score in a group with one flip: 1 for the weight that comes in, minus the sum of the draws' chances of
+        # the one that is left out, 1 of N, then 1 of N - 1, and in the end 1
+        distance = 1.0 + sum(1.0 / left for left in range(1, self.pattern.n + 1))
+        lr = draws * gap / (distance * settings["enough"])
         return FlipRate(lr=lr, normalize=True, draws=draws, flips=flips)
 
 

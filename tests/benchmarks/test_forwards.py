@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 
 import forwards
 import long_run
 import pytest
 import rows
+import torch
 
+from maskpro_kernels import mask_log_prob, pack_mask, top_n_mask
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.prune.convert import gap_for_flip_rate
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 SIZES = "--batches 3 --forwards 40 --search-forwards 20".split()
-SEARCH = ({"draws": 1}, {"accumulate": 2}, {"walk": 2.0})
+SEARCH = ({"draws": 1}, {"accumulate": 2}, {"enough": 0.5})
 
 
 class Killed(BaseException):
@@ -84,17 +85,20 @@ def test_the_best_of_a_short_search_takes_all_forwards(arguments, tmp_path, monk
     assert len(losses) == 20 + 20 + 16 + 20 + of_last
 
 
-def test_the_rate_follows_from_the_walk(arguments, tmp_path):
-    args = forwards.parsed([*arguments, "--output", str(tmp_path / "out"), *SIZES, "--forwards", "80"])
+def test_an_advantage_that_is_enough_moves_the_groups_that_were_flipped(arguments, tmp_path):
+    args = forwards.parsed([*arguments, "--output", str(tmp_path / "out"), *SIZES])
     comparison = forwards.Forwards(args)
     for settings in forwards.LEARNER.candidates():
-        steps = comparison.steps_of(settings, 80)
-        estimator = comparison.estimator_of(forwards.FlipRate.name, settings, steps)
-        moves = steps * estimator.draws * estimator.flips
-        # of advantages with a mean square of 1
-        distance = estimator.lr / estimator.draws * math.sqrt(moves)
-        gap = gap_for_flip_rate(estimator.flips, "2:4")
-        assert distance == pytest.approx(settings["walk"] * gap) and comparison.gap_of(estimator) == gap
+        estimator = comparison.estimator_of(forwards.FlipRate.name, settings, 5)
+        gap = comparison.gap_of(estimator)
+        assert gap == gap_for_flip_rate(settings["flips"], "2:4")
+        logits = torch.tensor([[gap, gap, 0.0, 0.0]], requires_grad=True)
+        flipped = pack_mask(torch.tensor([[True, False, True, False]]), "2:4")
+        (score,) = torch.autograd.grad(mask_log_prob(logits, flipped, "2:4").sum(), logits)
+        for share, moved in ((0.9, False), (1.1, True)):
+            advantage = -share * settings["enough"]
+            after = logits.detach() - estimator.lr / estimator.draws * advantage * score
+            assert torch.equal(top_n_mask(after, "2:4"), flipped) == moved
 
 
 @pytest.mark.parametrize("wrong", [["--forwards", "18"], ["--search-forwards", "4"], ["--batches", "0"]])
