@@ -4,10 +4,9 @@
 
 The advantage is normalized, so that its root mean square is 1. The learning rate follows from the advantage that is
 enough for a mask: a draw whose loss is so much better than those of others, ``enough`` root mean squares, moves the
-groups that it has flipped at once, and a worse one needs the help of others. At flip rates as low as these few groups
-are flipped twice, so a setting that is searched with few forwards means about the same with many. Draws a step, flip
-rate, batches a step and ``enough`` are tried one at a time, with ``--search-forwards`` each, and judged on validation
-text. The best takes ``--forwards``.
+groups that it has flipped at once, and a worse one needs the help of others. Draws a step, flip rate, batches a step
+and ``enough`` are tried one at a time, with ``--search-forwards`` each, and judged on validation text. On SmolLM2 the
+best of a short search goes too far in a long run, see docs/claims.md. The best takes ``--forwards``.
 
 A forward is of one batch under one mask. With one draw a step, those under the initial mask count too.
 
