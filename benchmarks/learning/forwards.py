@@ -79,8 +79,8 @@ class Forwards(LongRun):
         draws = settings["draws"]
         flips = settings["flips"]
         gap = gap_for_flip_rate(flips, self.pattern)
-        # of the score in a group with one flip: 1 for the weight that comes in, minus the sum of the draws' chances of
-        # the one that is left out, 1 of N, then 1 of N - 1, and in the end 1
+        # scores in a group with one flip: 1 of the weight that comes in; of the one that is left out -(1 / N + ... + 1),
+        # the chances that it had when each of the N weights was drawn
         distance = 1.0 + sum(1.0 / left for left in range(1, self.pattern.n + 1))
         lr = draws * gap / (distance * settings["enough"])
         return FlipRate(lr=lr, normalize=True, draws=draws, flips=flips)
