@@ -79,8 +79,8 @@ class Forwards(LongRun):
         draws = settings["draws"]
         flips = settings["flips"]
         gap = gap_for_flip_rate(flips, self.pattern)
-        # scores in a group with one flip: 1 of the weight that comes in; of the one that is left out the chances that it
-        # had when each of the N weights was drawn, -(1 / N + ... + 1)
+        # scores in a group with one flip: 1 of the weight that comes in; of the one that is left out
+        # -(1 / N + ... + 1), its chances when each of the N weights was drawn
         distance = 1.0 + sum(1.0 / left for left in range(1, self.pattern.n + 1))
         lr = draws * gap / (distance * settings["enough"])
         return FlipRate(lr=lr, normalize=True, draws=draws, flips=flips)
