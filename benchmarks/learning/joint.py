@@ -54,7 +54,7 @@ class Joint(Learner):
 
     Attributes:
         start: name of the mask and weights that it starts from.
-        loss: kind of the loss, see ``distillation_loss``; settings may name another.
+        loss: kind of the loss, see ``distillation_loss``.
     """
 
     start: str = REFITTED
@@ -68,31 +68,13 @@ METHODS = {
     learner.kind.name: learner
     for learner in (
         # the rates of the authors' scripts are for many thousands of steps
-        Joint(
-            SRSTE,
-            SRSTE.options | {"lr": 3e-4},
-            (
-                {"lr": 1e-3},
-                {"lr": 1e-3, "decay": 2e-2},
-            ),
-            start=DENSE,
-        ),
-        Joint(
-            CAST,
-            CAST.options,
-            (
-                {"lr": 3e-3},
-                {"decay": 3.0},
-            ),
-            start=DENSE,
-            loss="ce+kl",
-        ),
+        Joint(SRSTE, SRSTE.options | {"lr": 3e-4}, ({"lr": 1e-3}, {"lr": 1e-3, "decay": 2e-2}), start=DENSE),
+        Joint(CAST, CAST.options, ({"lr": 3e-3}, {"decay": 3.0}), start=DENSE, loss="ce+kl"),
         Joint(
             MasksAndWeights,
             FIXED,
             (
                 {"train_weights": 3e-4},
-                {"loss": "ce+kl"},
                 HALF,
                 TOGETHER | {"lr": 0.1},
                 TOGETHER | {"lr": 1.0},
@@ -128,8 +110,7 @@ class Comparison(LongRun):
                     f"output: expected rows that began with the start {started} of {name}, got those of "
                     f"{row['start']}: another machine has rounded otherwise; give another folder"
                 )
-        candidates = [(name, settings) for name in self.args.methods for settings in self.learners[name].candidates()]
-        if any(self.loss_kind(*candidate) != "ce" for candidate in candidates):
+        if any(self.learners[name].loss != "ce" for name in self.args.methods):
             self.fill_teacher()
 
     def fill_teacher(self) -> None:
@@ -215,8 +196,7 @@ class Comparison(LongRun):
         return self.batches[:steps]
 
     def estimator_of(self, name: str, settings: Mapping, steps: int) -> Estimator:
-        of_kind = {setting: value for setting, value in settings.items() if setting != "loss"}
-        return self.learners[name].kind(steps, **of_kind)
+        return self.learners[name].kind(steps, **settings)
 
     @torch.no_grad()
     def put_start(self, estimator: Estimator) -> dict[str, Tensor]:
@@ -228,12 +208,9 @@ class Comparison(LongRun):
         self.put_mask(start.codes, self.gap_of(estimator))
         return start.codes
 
-    def loss_of(self, name: str, settings: Mapping) -> LossFn:
-        kind = self.loss_kind(name, settings)
+    def loss_of(self, name: str) -> LossFn:
+        kind = self.learners[name].loss
         return distillation_loss(kind, cache=None if kind == "ce" else self.teacher)
-
-    def loss_kind(self, name: str, settings: Mapping) -> str:
-        return settings.get("loss", self.learners[name].loss)
 
     def row_of(self, estimator: Estimator, settings: Mapping, *figures: float, **learner_figures: object) -> dict:
         own = nullcontext()

@@ -105,7 +105,7 @@ class LongRun(Comparison):
         codes = self.put_start(estimator)
         trainer = MaskTrainer(
             self.model,
-            self.loss_of(name, settings),
+            self.loss_of(name),
             self.batches_of(name, steps),
             estimator,
             seed=self.args.seed,
@@ -150,8 +150,8 @@ class LongRun(Comparison):
         self.put_mask(codes, self.gap_of(estimator))
         return codes
 
-    def loss_of(self, name: str, settings: Mapping) -> LossFn:
-        """The loss that a learner with these settings descends."""
+    def loss_of(self, name: str) -> LossFn:
+        """The loss that a learner descends."""
         return causal_lm_loss
 
     def row_of(self, estimator: Estimator, settings: Mapping, *figures: float, **learner_figures: object) -> dict:
