@@ -7,10 +7,11 @@ take all further numbers of steps. Half of the default data is the source code o
 the dense model, as for ``maskpro learn``; a step has 12 windows of 128 tokens, as that of the rows in
 docs/measurements.md.
 
-``sr-ste`` and ``cast`` start from the dense weights, as in their papers; "masks and weights" from reconstruction's mask
-with refitted weights, whose row has the seconds that it takes. Seconds of other rows are those of their steps. Losses
-with a teacher read its outputs from a cache; the row "teacher" has the seconds of its forwards, for all batches. The
-cache has the 64 likeliest tokens of each place, so that the divergence is a lower bound.
+``sr-ste`` and ``cast`` start from the dense weights, as in their papers. All others start from reconstruction's mask
+with refitted weights, whose row has the seconds that it takes; "sr-ste, refitted" and "cast, refitted" with dropped
+weights at 0, so that their first mask is that one. Seconds of other rows are those of their steps. Losses with a
+teacher read its outputs from a cache; the row "teacher" has the seconds of its forwards, for all batches. The cache has
+the 64 likeliest tokens of each place, so that the divergence is a lower bound.
 
 An interrupted run continues when it is called again with the same arguments, as in ``long_run.py``.
 """
@@ -61,6 +62,18 @@ class Joint(Learner):
     loss: str = "ce"
 
 
+class RefittedSRSTE(SRSTE):
+    """SR-STE from reconstruction's mask and weights."""
+
+    name = "sr-ste, refitted"
+
+
+class RefittedCAST(CAST):
+    """CAST from reconstruction's mask and weights."""
+
+    name = "cast, refitted"
+
+
 FIXED = {"lr": 0.3, "train_weights": 6e-4, "masks_until": 0.0, "weights_from": 0.0, "dropped": STILL}
 HALF = {"masks_until": 0.5, "weights_from": 0.5}
 TOGETHER = {"masks_until": 1.0}
@@ -70,6 +83,8 @@ METHODS = {
         # the rates of the authors' scripts are for many thousands of steps
         Joint(SRSTE, SRSTE.options | {"lr": 3e-4}, ({"lr": 1e-3}, {"lr": 1e-3, "decay": 2e-2}), start=DENSE),
         Joint(CAST, CAST.options, ({"lr": 3e-3}, {"decay": 3.0}), start=DENSE, loss="ce+kl"),
+        Joint(RefittedSRSTE, SRSTE.options | {"lr": 3e-4}, ({"lr": 1e-3},)),
+        Joint(RefittedCAST, CAST.options | {"lr": 3e-4}, ({"lr": 1e-3}, {"decay": 3.0}), loss="ce+kl"),
         Joint(
             MasksAndWeights,
             FIXED,
@@ -204,6 +219,9 @@ class Comparison(LongRun):
         start, _ = self.start(name)
         for layer, module in self.masked.items():
             module.weight.copy_(start.weights[layer])
+            if name == REFITTED and isinstance(estimator, Magnitudes):
+                # a dropped weight has its dense value, which may be larger than a kept one
+                module.weight.mul_(expand_mask(start.codes[layer], self.pattern))
             module.weight_changed = name != DENSE
         self.put_mask(start.codes, self.gap_of(estimator))
         return start.codes

@@ -153,6 +153,18 @@ def test_the_dense_model_teaches(arguments, tmp_path):
     assert (seen[1][1] - expected).abs().max() > 0.01
 
 
+def test_refitted_weights_start_with_the_mask_of_reconstruction(arguments, tmp_path):
+    comparison = joint.Comparison(joint.parsed([*arguments, "--output", str(tmp_path)]))
+    comparison.initial_rows()
+    start, _ = comparison.start(joint.REFITTED)
+    for kind in (joint.RefittedSRSTE, joint.RefittedCAST):
+        comparison.put_start(kind(4))
+        for name, layer in comparison.masked.items():
+            mask = expand_mask(start.codes[name], comparison.pattern)
+            assert torch.equal(top_n_mask(layer.weight.detach().abs(), comparison.pattern), start.codes[name])
+            assert torch.equal(layer.weight.detach(), start.weights[name] * mask)
+
+
 def test_masks_and_weights_learn_in_their_shares_of_the_steps(model, batches):
     estimator = MasksAndWeights(10, lr=0.3, train_weights=0.01, masks_until=0.5, weights_from=0.2)
     assert [estimator.lr_at(step) for step in (0, 4, 5, 9)] == pytest.approx([0.3, 0.06, 0.0, 0.0])
@@ -204,6 +216,8 @@ def figures(folder) -> list[dict]:
 SHORT = {
     SRSTE.name: ({"lr": 0.01},),
     CAST.name: ({"lr": 0.01},),
+    joint.RefittedSRSTE.name: ({"lr": 0.01},),
+    joint.RefittedCAST.name: ({"lr": 0.01},),
     MasksAndWeights.name: ({"dropped": CORRECTED, "masks_until": 1.0},),
 }
 
