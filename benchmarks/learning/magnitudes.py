@@ -104,11 +104,11 @@ class CAST(Magnitudes):
     """
 
     name = "cast"
-    options = {"lr": 1e-3, "decay": 1.0, "rising": 0.5}
+    options = {"lr": 1e-3, "decay": 3.0, "rising": 0.5}
     # steps from a choice of the mask to the next
     every = 10
 
-    def __init__(self, steps: int, lr: float = 1e-3, decay: float = 1.0, rising: float = 0.5):
+    def __init__(self, steps: int, lr: float = 1e-3, decay: float = 3.0, rising: float = 0.5):
         super().__init__(steps, lr)
         check_float("decay", decay, 0.0)
         check_float("rising", rising, 0.0, 1.0, strict=True)
