@@ -29,7 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from compare import checked, metadata_of, options, weights_in_place
-from long_run import LongRun
+from harness import environment
+from long_run import LongRun, Seconds
 from magnitudes import CAST, SRSTE, Magnitudes
 from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
 from methods import Learner
@@ -138,7 +139,8 @@ class Comparison(LongRun):
         began = self.clock()
         distillation_loss("kl", cache=self.teacher).fill(self.model, self.batches)
         if not has_row:
-            self.rows.add([self.dense | {"method": TEACHER, "steps": steps, "seconds": self.clock() - began}])
+            figures = {"method": TEACHER, "steps": steps, "seconds": self.clock() - began}
+            self.rows.add([self.dense | figures | environment()])
 
     def _row_of_start(self, name: str, start: Reconstruction, seconds: float) -> dict:
         weights = {
@@ -189,22 +191,30 @@ class Comparison(LongRun):
                         return False
                 except FloatingPointError as error:
                     print(f"{name}, {steps} steps, {settings}: {error}", flush=True)
-                    self.rows.add([self._row_of_divergence(name, settings, steps)])
+                    seconds = Seconds(folder / "seconds.txt", self.clock)
+                    seconds.resume(steps)
+                    self.rows.add([self._row_of_divergence(name, settings, steps, seconds.total)])
                 # its snapshots are large
                 shutil.rmtree(folder, ignore_errors=True)
             candidates = self.remaining(name, candidates, steps, is_first=steps == min(self.args.steps))
         return True
 
-    def _row_of_divergence(self, name: str, settings: Mapping, steps: int) -> dict:
+    def _row_of_divergence(self, name: str, settings: Mapping, steps: int, seconds: float) -> dict:
+        """A row without a result; it has the steps that were to be taken, and the seconds of those that were."""
         return self.dense | {
             "method": name,
             "settings": dict(settings),
             "steps": steps,
+            "tokens": steps * self.args.batch_size * self.args.seq_len,
             "weights": "own",
             "validation": math.inf,
             "perplexity": dict.fromkeys(self.dense["perplexity"], math.inf),
             "score": math.inf,
+            "changed_groups": math.nan,
+            "state_bytes_per_weight": math.nan,
+            "seconds": seconds,
             "samples": self.samples,
+            **environment(),
         }
 
     def batches_of(self, name: str, steps: int) -> Sequence:

@@ -16,7 +16,7 @@ from torch import Tensor
 from maskpro_kernels import ops
 from maskpro_kernels.functional.checks import check_one_of
 from maskpro_kernels.functional.masks import expand_mask
-from maskpro_kernels.learn.backward import LayerUpdater, WeightUpdater
+from maskpro_kernels.learn.backward import LayerUpdater
 from maskpro_kernels.learn.estimator import check_float
 from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.learn.weight_learner import WeightLearner
@@ -36,8 +36,9 @@ class MasksAndWeights(StraightThrough):
         lr: of the logits; falls linearly to 0 over the first ``masks_until`` of the steps.
         train_weights: learning rate of the weights, 0 over the first ``weights_from`` of the steps; then it falls
             linearly to 0.
-        masks_until, weights_from: shares of the steps. Where the first has passed, masks are fixed.
-        dropped: "still", "gradient" or "corrected", see the module.
+        masks_until, weights_from: shares of the steps, the second at most the first. Where the first has passed, masks
+            are fixed.
+        dropped: "still"; or "gradient" or "corrected", with ``masks_until`` 1. See the module.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -54,21 +55,21 @@ class MasksAndWeights(StraightThrough):
         weights_from: float = 0.0,
         dropped: str = STILL,
     ):
-        check_float("masks_until", masks_until, 0.0, 1.0)
+        super().__init__(lr, steps, train_weights=train_weights, masks_until=masks_until)
         check_float("weights_from", weights_from, 0.0, 1.0)
-        check_one_of("dropped", dropped, (STILL, GRADIENT, CORRECTED))
-        if dropped == CORRECTED and masks_until < 1.0:
+        if weights_from > masks_until:
             raise ValueError(
-                f"masks_until: expected 1 with dropped {CORRECTED!r}, which needs slopes, got {masks_until}"
+                f"weights_from: expected at most masks_until, {masks_until}, so that masks or weights learn in each "
+                f"step, got {weights_from}"
             )
-        super().__init__(lr, steps, train_weights=train_weights)
-        self.masks_until = float(masks_until)
+        check_one_of("dropped", dropped, (STILL, GRADIENT, CORRECTED))
+        if dropped != STILL and masks_until < 1.0:
+            raise ValueError(f"masks_until: expected 1 with dropped {dropped!r}, got {masks_until}")
         self.weights_from = float(weights_from)
         self.dropped = dropped
 
     def settings(self) -> dict:
-        names = ("masks_until", "weights_from", "dropped")
-        return super().settings() | {name: getattr(self, name) for name in names}
+        return super().settings() | {"weights_from": self.weights_from, "dropped": self.dropped}
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         super().begin(layers)
@@ -77,14 +78,7 @@ class MasksAndWeights(StraightThrough):
         updater_kind = Corrected if self.dropped == CORRECTED else LayerUpdater
         self._learners = {name: AllWeights(layer, self.weight_decay) for name, layer in layers.items()}
         self._updaters = {name: updater_kind(layer, self, self._learners[name]) for name, layer in layers.items()}
-        self._weight_updaters = {
-            name: WeightUpdater(layer, self, self._learners[name]) for name, layer in layers.items()
-        }
         self._place_squares({})
-
-    def lr_at(self, step: int) -> float:
-        end = self.masks_until * self.steps
-        return self.lr * max(1.0 - step / end, 0.0) if end else 0.0
 
     def weight_lr_at(self, step: int) -> float:
         start = self.weights_from * self.steps
@@ -108,6 +102,7 @@ class AllWeights(WeightLearner):
             rows, columns = self.factors
             dropped = self.master * ~expand_mask(codes, self.layer.pattern)
             gradient = gradient.float() + dropped.mul_(rows[:, None]).mul_(columns)
+            norm = norm + torch.linalg.vector_norm(gradient)
         super().step(gradient, torch.full_like(codes, (1 << m) - 1), rate, norm)
 
 

@@ -88,12 +88,16 @@ class Learn:
         "how to learn: by gradients through the drawn mask, or only by losses of drawn masks, as the paper does",
     )
     lr: float | None = _option(
-        None, "learning rate of the logits (default: 0.3, falling to 0 over the steps; 50 for reinforce)", "LR"
+        None,
+        "learning rate of the logits, without --train-weights (default: 0.3, falling to 0 over the steps; 50 for "
+        "reinforce)",
+        "LR",
     )
     steps: int | None = _option(None, "training steps; 0: the initial mask (default: 200; 1000 for reinforce)", "S")
     gap: float | None = _option(
         None,
-        "initial logit of a kept weight, 0 for a dropped one; larger explores less (default: 15; 10 for reinforce)",
+        "initial logit of a kept weight, 0 for a dropped one; larger explores less; no effect with --train-weights "
+        "(default: 15; 10 for reinforce)",
         "G",
     )
     loss: Literal[*KINDS] = _option(

@@ -32,7 +32,7 @@ from .weight_learner import WeightLearner
 
 
 class BackwardPass:
-    """The forward and backward passes of a step, in turn; after the last backward all logits have moved.
+    """The forward and backward passes of a step, in turn; after the last backward all logits, or weights, have moved.
 
     With several ranks the slopes of a layer are summed before it moves. If each rank makes one pass, with the same
     layers in the same order, they are summed inside backward, in this order, and a slope that is early waits. All other
@@ -95,8 +95,8 @@ class BackwardPass:
         ``equal_order`` is true if ``order`` is equal on all ranks, and ``tokens`` is T of the loss, see
         ``ops.curvature_factors``. If a slope is not finite, the logits of such weights and the running mean square do
         not change, see ``bad_layers``. On one rank nothing is read from the device, and if ``tokens`` and logits are
-        there already, a CUDA graph can hold a pass and its forward; it reads the learning rate from
-        ``RunningSquares.lr``.
+        there already, a CUDA graph can hold a pass and its forward; it reads the learning rate of the logits
+        from ``RunningSquares.lr``, and repeats that of the weights.
         """
         # forwards that compute activations again do not count
         self.unwatch()

@@ -171,6 +171,11 @@ class Estimator(ABC):
         """Widest gap between a kept and a dropped logit that all steps together can cross; 0 if masks are fixed."""
         return LARGEST_GAP if self.needs_flips else math.inf
 
+    @property
+    def usual_logit_travel(self) -> float:
+        """Widest gap that all steps together cross with slopes of the usual size, at most ``max_logit_travel``."""
+        return self.max_logit_travel
+
     @abstractmethod
     def settings(self) -> dict:
         """Settings of its runs, as JSON returns them. A run resumes only with the same settings."""
@@ -188,6 +193,10 @@ class Estimator(ABC):
         ``begin`` must create them; their shapes and dtypes never change. A resumed run restores their values in place.
         An estimator with a journal has none: logits and ``state`` are enough to resume it.
         """
+        return {}
+
+    def learned_weights(self) -> dict[str, str]:
+        """For each layer whose weight learns, the name of that weight in float32 among ``tensors``."""
         return {}
 
     def layers_without_gradient(self) -> list[str]:

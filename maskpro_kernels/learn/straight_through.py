@@ -27,7 +27,7 @@ from .backward import (
     check_slope_settings,
 )
 from .estimator import Estimator, Step, StepResult, check_float, check_whole
-from .weight_learner import WeightLearner
+from .weight_learner import WEIGHT, WeightLearner
 
 
 class StraightThrough(Estimator):
@@ -38,7 +38,8 @@ class StraightThrough(Estimator):
     one of the steps before. A layer that is used once in a step moves inside backward, and no gradient is kept. A layer
     that is used several times moves once, after backward, by the sum of its slopes. All layers do so if a process takes
     several batches a step, or if ranks do not use the same layers in a step. The process then needs a float32 slope for
-    each weight, and as much again if weights learn. If ranks share the rows of layers, it needs only those of its rows.
+    each weight, with fixed masks a gradient, and both where masks and weights learn. If ranks share the rows of layers,
+    it needs only those of its rows.
 
     With ``train_weights`` the kept weights learn, see ``WeightLearner``, and masks are fixed: all steps use the N
     largest logits, and need no slopes. With ``masks_until`` masks learn as well in a first share of the steps: weights
@@ -157,6 +158,13 @@ class StraightThrough(Estimator):
             return 0.0
         return math.inf if self.steps is None else 2 * self.max_update * round(self.masks_until * self.steps)
 
+    @property
+    def usual_logit_travel(self) -> float:
+        """Change of a logit difference if the slopes of both logits have the root mean square, and opposite signs."""
+        if self.masks_until == 0.0 or self.steps is None:
+            return self.max_logit_travel
+        return 2 * sum(min(self.lr_at(step), self.max_update) for step in range(self.steps))
+
     def settings(self) -> dict:
         of_weights = ("train_weights", "masks_until", "weight_decay") if self.train_weights is not None else ()
         names = ("lr", "steps", "curvature", "max_update", "decay", "fisher_every", *of_weights)
@@ -186,6 +194,9 @@ class StraightThrough(Estimator):
         learners = self._learners.items()
         tensors = {prefix + name: tensor for name, of in learners for prefix, tensor in of.tensors().items()}
         return tensors | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
+
+    def learned_weights(self) -> dict[str, str]:
+        return {name: WEIGHT + name for name in self._learners}
 
     def step(self, step: Step) -> StepResult:
         """Move logits by their slopes, and weights, in the last backward; there is none if the loss is not finite."""

@@ -41,7 +41,6 @@ from .model_masks import ModelMasks, least_margin
 from .run import PREFIX, RunFolder, SavedRun, restore, settings_of, write_parts
 from .snapshots import StoredTensors, newest_snapshot
 from .step_batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
-from .weight_learner import WEIGHT
 
 LOGGER = logging.getLogger(__name__)
 
@@ -83,8 +82,9 @@ class MaskTrainer:
         snapshot_minutes: minutes between snapshots. ``run`` also writes one at its end. Without a journal it also
             writes one after an error, unless the error came within an update.
         max_skipped: number of steps in a row whose loss, or with ``StraightThrough`` a gradient, may be not finite.
-            They count as done. After such a loss no logits move; such a gradient does not move the logits of its
-            weights, and a warning names the layer. One more such step ends the run. A resumed run continues the count.
+            They count as done. After such a loss nothing moves. Such a gradient moves no weight of its layer, and not
+            the logits of the weights that have it; a warning names the layer. One more such step ends the run. A
+            resumed run continues the count.
         accumulate: batches a step. The loss of a draw is the mean of their losses, weighted by tokens: in a mapping the
             "labels" other than -100, else the ones of the "attention_mask", else the elements of the input ids. Each
             rank takes its share of the batches, so ``accumulate`` must be a multiple of the number of ranks.
@@ -98,7 +98,8 @@ class MaskTrainer:
             it.
 
     Warns:
-        UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask. ``begin``: if ``Reinforce``
+        UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask, or with slopes of the usual
+            size change none. ``begin``: if ``Reinforce``
             gets draws that change less than one group on average.
 
     ``begin``, ``step``, ``run`` and ``resume`` raise torch's RuntimeError if another rank has ended or is not there in
@@ -137,7 +138,7 @@ class MaskTrainer:
             # for rows ``begin`` checks: here a rank would wait for one that has raised for its own rows
             check_finite(self.layers)
             if estimator.max_logit_travel > 0.0:
-                least = least_margin(self.layers, estimator.max_logit_travel)
+                least = least_margin(self.layers, estimator.usual_logit_travel)
                 _check_reach(estimator, least, self.ranks.is_main_process)
         self._batches = _batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model = model
@@ -185,7 +186,8 @@ class MaskTrainer:
         """Prepare the run: ``step`` calls it if the user has not; ``progress`` shows a bar.
 
         With ``Reinforce`` it computes the losses under the initial masks. In ``output_dir`` it writes the first
-        snapshot and the journal. It reports how many groups a draw changes on average, beside the bar or to the log.
+        snapshot and the journal. It reports how many groups a draw changes on average, or that masks are fixed, beside
+        the bar or to the log.
 
         Raises:
             ValueError: if ``output_dir`` holds a run.
@@ -198,7 +200,7 @@ class MaskTrainer:
         if self.output_dir is not None or self.ranks.world_size > 1:
             settings = self._agreed_settings(with_logits=True)
         if self._sharded and self.ranks.world_size > 1:
-            margin = least_margin(self.layers, self.estimator.max_logit_travel)
+            margin = least_margin(self.layers, self.estimator.usual_logit_travel)
             least = min(rank_margin for (rank_margin,) in self.ranks.all_gather_numbers([margin]))
             _check_reach(self.estimator, least, self.ranks.is_main_process)
         if self.output_dir is not None:
@@ -243,18 +245,20 @@ class MaskTrainer:
         Both are over the present masks of all layers. None before ``begin``, without weights that learn, without
         ``output_dir``, if its first snapshot is damaged, and on ranks other than 0.
         """
-        learning = {name: x for name, x in self.estimator.tensors().items() if name.startswith(WEIGHT)}
-        if not learning or self.output_dir is None or not self._begun or not self.ranks.is_main_process:
+        learned = self.estimator.learned_weights()
+        if not learned or self.output_dir is None or not self._begun or not self.ranks.is_main_process:
             return None
         first = self._first_tensors()
         if first is None:
             return None
         change = 0.0
         length = 0.0
-        for name, weight in learning.items():
+        for name, tensor in learned.items():
+            layer = self.layers[name]
+            # of 16 bits those that the model has: in float32 it may have moved by less than their rounding
+            weight = layer.weight.detach().float()
             before = torch.empty_like(weight)
-            first.read_into({PREFIX + name: before})
-            layer = self.layers[name.removeprefix(WEIGHT)]
+            first.read_into({PREFIX + tensor: before})
             kept = expand_mask(_top_n(layer).to(weight.device), layer.pattern)
             before *= kept
             length += float(before.square().sum(dtype=torch.float64))
@@ -549,7 +553,7 @@ class MaskTrainer:
             earlier = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
             raise FloatingPointError(message + earlier)
         if result.bad_layers and self.ranks.is_main_process:
-            warnings.warn(f"{message}; these layers did not move", stacklevel=3)
+            warnings.warn(f"{message}; these layers moved only in part, or not at all", stacklevel=3)
 
 
 def _report(line: str, progress: bool) -> None:
@@ -614,7 +618,10 @@ def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> N
 
 
 def _check_reach(estimator: Estimator, least: float, warn: bool) -> None:
-    """Warn if no mask can change, given the smallest gap ``least``; ValueError if the estimator needs changed draws."""
+    """Warn if no mask can change, or none is likely to, given the smallest gap ``least``.
+
+    ValueError if no mask can change and the estimator needs changed draws.
+    """
     travel = estimator.max_logit_travel
     if least > travel and estimator.needs_flips:
         raise ValueError(
@@ -626,5 +633,12 @@ def _check_reach(estimator: Estimator, least: float, warn: bool) -> None:
         warnings.warn(
             f"no mask will change: all steps together can cross a gap of {travel:g}, but the smallest gap is "
             f"{least:.4g}; set more steps or a smaller gap, or in Python a larger max_update",
+            stacklevel=3,
+        )
+    elif least > estimator.usual_logit_travel and warn:
+        warnings.warn(
+            f"few masks will change, if any: with slopes of their root mean square all steps together cross a gap of "
+            f"{estimator.usual_logit_travel:.3g}, but the smallest gap is {least:.4g}; set a higher lr, more steps or "
+            "a smaller gap",
             stacklevel=3,
         )

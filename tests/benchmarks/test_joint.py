@@ -13,13 +13,11 @@ import pytest
 import rows
 import torch
 from magnitudes import CAST, SRSTE
-from masks_and_weights import CORRECTED, GRADIENT, STILL, MasksAndWeights
+from masks_and_weights import CORRECTED, GRADIENT, STILL, AllWeights, MasksAndWeights
 
 from maskpro_kernels import convert
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 from maskpro_kernels.learn.trainer import MaskTrainer
-from maskpro_kernels.text.losses import teacher_logits
-from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -129,30 +127,6 @@ def test_cast_brings_dropped_weights_near_zero(model, batches):
     assert weight[mask].abs().mean() > 0.5 * dense[mask].abs().mean()
 
 
-def test_the_dense_model_teaches(arguments, tmp_path):
-    """Under the relaxed weights of a learner too, which have moved."""
-    args = joint.parsed([*arguments, "--output", str(tmp_path), "--steps", "2"])
-    comparison = joint.Comparison(args)
-    batch = comparison.batches[0]
-    with torch.no_grad():
-        expected = comparison.model(batch).logits
-    estimator = CAST(2, lr=0.1)
-    seen = []
-
-    def loss_fn(model, input_ids):
-        with torch.no_grad():
-            seen.append((teacher_logits(model, input_ids), model(input_ids).logits))
-        return causal_lm_loss(model, input_ids)
-
-    comparison.put_start(estimator)
-    trainer = MaskTrainer(comparison.model, loss_fn, [batch], estimator, seed=0)
-    trainer.run(2, progress=False)
-    trainer.close()
-    for teacher, _ in seen:
-        torch.testing.assert_close(teacher, expected)
-    assert (seen[1][1] - expected).abs().max() > 0.01
-
-
 def test_refitted_weights_start_with_the_mask_of_reconstruction(arguments, tmp_path):
     comparison = joint.Comparison(joint.parsed([*arguments, "--output", str(tmp_path)]))
     comparison.initial_rows()
@@ -196,11 +170,22 @@ def test_dropped_weights_learn_as_they_are_let(model, batches):
         torch.testing.assert_close(layer.weight.detach(), moved, rtol=1e-5, atol=1e-6)
 
 
+def test_a_correction_that_is_not_finite_moves_nothing(model, batches):
+    before = model[0].weight.detach().clone()
+    codes = top_n_mask(before.abs(), "2:4")
+    convert(model, "2:4", init={"0": codes}, gap=15.0)
+    learner = AllWeights(model[0], 0.0)
+    learner.factors = (torch.full((OUT,), 1e30), torch.full((K,), 1e30))
+    learner.step(torch.ones_like(before), codes, 0.1, torch.tensor(1.0))
+    assert torch.equal(learner.master, before) and learner.count == 0
+
+
 def test_wrong_settings_are_refused():
     for settings in (
         {"masks_until": 1.5},
-        {"masks_until": 0.5, "dropped": CORRECTED},
+        {"masks_until": 0.5, "dropped": GRADIENT},
         {"weights_from": -0.1},
+        {"weights_from": 0.6, "masks_until": 0.5},
         {"dropped": "all"},
     ):
         with pytest.raises(ValueError, match=next(iter(settings))):
@@ -318,7 +303,7 @@ def test_settings_that_diverge_get_a_row(arguments, tmp_path, monkeypatch):
     joint.main([*arguments, "--output", str(tmp_path)])
     good, bad = figures(tmp_path)[-2:]
     assert math.isfinite(good["score"]) and bad["score"] == bad["validation"] == math.inf
-    assert bad["settings"]["lr"] == 0.01
+    assert bad["settings"]["lr"] == 0.01 and math.isnan(bad["changed_groups"])
 
 
 def test_another_start_is_refused(arguments, tmp_path):

@@ -331,8 +331,14 @@ def test_a_checkpoint_with_other_kept_weights_is_warned_of(inputs, tmp_path, cap
         ),
     ],
 )
-def test_weights_that_change_are_named_and_kept_with_the_logits(inputs, tmp_path, options, names):
+def test_weights_that_change_are_named_and_kept_with_the_logits(inputs, tmp_path, capsys, options, names):
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    moved = report(tmp_path / "run")["moved_weights"]
+    if "--train-weights" in options:
+        end = f"weights trained; kept weights moved by {moved:.2%} of their length; written to {tmp_path / 'run'}"
+        assert 0.0 < moved < 0.2 and capsys.readouterr().out.splitlines()[-1].endswith(f"mask; {end}")
+    else:
+        assert moved is None
     assert methods(tmp_path / "run")[-len(names) :] == names
     learned = load_logits(tmp_path / "run" / "learned/logits.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Runs whose steps cannot change a mask: reported, or refused."""
+"""Runs whose steps cannot change a mask, or are not likely to: reported, or refused."""
 
 from __future__ import annotations
 
@@ -44,12 +44,21 @@ def test_straight_through_warns_that_its_steps_are_too_few():
     assert caught[0].filename == small_trainer.__file__
 
 
+def test_straight_through_warns_of_a_rate_that_is_too_low():
+    """By 0.1 times 2, in steps at half of the rate on average: 120 cross a gap of 12.1."""
+    reported = "few masks will change, if any: .* cross a gap of 12.1, .* 12.5; set a higher lr, more steps"
+    with pytest.warns(UserWarning, match=reported):
+        a_trainer(spread(12.5), estimator=StraightThrough(lr=0.1, steps=120))
+
+
 @pytest.mark.parametrize(
     ("model", "estimator"),
     [
-        (spread(12.5), StraightThrough(steps=4)),
+        (spread(12.5), StraightThrough(lr=10.0, steps=4)),
+        (spread(12.5), StraightThrough(lr=0.1, steps=130)),
         (spread(12.5), StraightThrough()),
-        (spread(12.5, but=11.0), StraightThrough(steps=3)),
+        (spread(12.5, but=11.0), StraightThrough(lr=10.0, steps=3)),
+        (spread(12.5), StraightThrough(steps=3, train_weights=1e-3)),
         (spread(40.0, but=25.0), Reinforce()),
     ],
 )

@@ -55,7 +55,7 @@ def test_a_run_bears_gradients_that_are_not_finite(eager_reference, tmp_path):
     trainer.step()
     before, squares = logits_by_name(trainer.model), squares_of(trainer)
     trainer.loss_fn = lambda model, batch: Broken.apply(causal_lm_loss(model, batch), math.nan)
-    with pytest.warns(UserWarning, match="^gradients of step 1: .*q_proj.*; these layers did not move"):
+    with pytest.warns(UserWarning, match="^gradients of step 1: .*q_proj.*; these layers moved only in part"):
         assert math.isfinite(trainer.step().loss)
     with pytest.raises(FloatingPointError, match="gradients of step 2: .*q_proj.*, after 1 others in a row"):
         trainer.run(1, progress=False)

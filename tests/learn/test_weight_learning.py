@@ -219,6 +219,17 @@ def test_the_distance_that_weights_went(tmp_path):
     second.resume()
     assert second.weights_moved() == pytest.approx(expected, rel=1e-5)
     second.close()
+    rounded = a_trainer(
+        a_model().bfloat16(),
+        loss_fn=loss_fn,
+        batches=[batch.bfloat16() for batch in some_batches()],
+        estimator=mk.StraightThrough(train_weights=1e-9),
+        output_dir=tmp_path / "rounded",
+    )
+    rounded.run(1, progress=False)
+    # less than the rounding of the weights
+    assert rounded.weights_moved() == 0.0
+    rounded.close()
     frozen = a_trainer(estimator=mk.StraightThrough(), output_dir=tmp_path / "frozen")
     frozen.run(1, progress=False)
     assert frozen.weights_moved() is None

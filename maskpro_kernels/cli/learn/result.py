@@ -74,8 +74,9 @@ def write_result(run: Run, tokenizer) -> None:
         result = f"{moved} of {groups:,} groups differ from the initial mask"
     else:
         result = f"{method}: the mask of {groups:,} groups"
-    distance = "" if moved_weights is None else f" by {moved_weights:.2%} of their length"
-    print(f"{result}; {weights}{distance}; written to {output}")
+    if moved_weights is not None:
+        weights += f"; kept weights moved by {moved_weights:.2%} of their length"
+    print(f"{result}; {weights}; written to {output}")
 
 
 def _save_picture(path: Path, title: str, rows: Sequence[dict]) -> None:
