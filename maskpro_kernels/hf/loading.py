@@ -97,6 +97,8 @@ def load_model(
         except Exception as error:
             # transformers' parsers raise errors of many types
             reason = " ".join(str(error).split()).partition(". ")[0]
+            if "compressed-tensors" in reason:
+                reason += "; `maskpro import` reads its 2:4 formats"
             place = "" if Path(name).is_dir() else ", no folder, and the hub does not have it or cannot be reached"
             message = f"model: expected a causal language model and its tokenizer, got {name!r}{place}: {reason}"
             raise (OSError if isinstance(error, OSError) else ValueError)(message) from error

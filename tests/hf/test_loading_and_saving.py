@@ -247,6 +247,15 @@ def test_a_model_that_brings_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_checkpoint_of_compressed_tensors_is_left_to_import(tmp_path):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="compressed-tensors.*; `maskpro import` reads its 2:4 formats$"):
+        hf.load_model(str(tmp_path))
+
+
 @pytest.mark.slow
 def test_smollm2_loads_scores_and_saves(tmp_path):
     model, tokenizer = hf.load_model(hf.SMOLLM2, torch.bfloat16)
